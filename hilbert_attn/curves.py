@@ -6,7 +6,7 @@
 __all__ = ['CURVES', 'hilbert_decode', 'hilbert_encode', 'as_grid', 'curve_order', 'inverse_order', 'create_hilbert_mapping',
            'new_figure', 'plot_curve', 'segment_map', 'Locality', 'locality']
 
-# %% ../nbs/00_curves.ipynb #0288c7b8
+# %% ../nbs/00_curves.ipynb #634bd509
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_curves.ipynb #a26db488
+# %% ../nbs/00_curves.ipynb #484495b9
 def _check_bits(bits: int, ndim: int):
     if bits < 1 or ndim < 1 or bits * ndim > 62:
         raise ValueError(f"bits={bits} and ndim={ndim}: both must be at least 1, and bits * ndim at most 62 to fit int64")
@@ -71,7 +71,7 @@ def hilbert_encode(
             index = index | (((x[axis] ^ parity) >> level) & 1) << (level * ndim + ndim - 1 - axis)
     return index
 
-# %% ../nbs/00_curves.ipynb #5faffb75
+# %% ../nbs/00_curves.ipynb #85f77d22
 def _even_half(n: int) -> int:
     "About half of `n`, even where possible."
     half = n // 2
@@ -108,7 +108,7 @@ def _rectangle(w: int, h: int, memo: dict) -> np.ndarray:
     memo[w, h] = path
     return path
 
-# %% ../nbs/00_curves.ipynb #ce2f1e85
+# %% ../nbs/00_curves.ipynb #4627f9e6
 def _box(w: int, h: int, d: int, memo: dict) -> np.ndarray:
     "Path (3, w*h*d) over a `w` x `h` x `d` box from (0, 0, 0) to (w-1, 0, 0)."
     if (w, h, d) in memo: return memo[w, h, d]
@@ -143,7 +143,7 @@ def _box(w: int, h: int, d: int, memo: dict) -> np.ndarray:
     memo[w, h, d] = path
     return path
 
-# %% ../nbs/00_curves.ipynb #3ea0caa7
+# %% ../nbs/00_curves.ipynb #5c786c70
 def _row_major(grid: tuple[int, ...]) -> np.ndarray:
     return np.arange(prod(grid))
 
@@ -186,12 +186,12 @@ def _hilbert(grid: tuple[int, ...]) -> np.ndarray:
 _CURVES = {"row_major": _row_major, "snake": _snake, "tile": _tile, "morton": _morton, "hilbert": _hilbert}
 CURVES = tuple(_CURVES)
 
-# %% ../nbs/00_curves.ipynb #a127314f
+# %% ../nbs/00_curves.ipynb #e0d0340a
 def as_grid(
     grid: int | Sequence[int], # N, (N,), (H, W) or (T, H, W)
 ) -> tuple[int, ...]: # the same as a tuple
     "The grid as a tuple of one to three positive sizes, or a `ValueError`."
-    dims = (grid,) if isinstance(grid, (int, np.integer, torch.SymInt)) else tuple(grid)
+    dims = tuple(grid) if isinstance(grid, Sequence) else (grid,)
     if not 1 <= len(dims) <= 3 or any(isinstance(n, (bool, float, str)) or n < 1 for n in dims):
         raise ValueError(f"grid={grid!r}: expected N, (H, W) or (T, H, W), each at least 1")
     return tuple(int(n) if isinstance(n, np.integer) else n for n in dims)
@@ -285,7 +285,7 @@ def create_hilbert_mapping(
     "The Hilbert order of a plain sequence, folded to a near-square: `curve_order(seq_len)` as int32."
     return curve_order(seq_len).to(torch.int32)
 
-# %% ../nbs/00_curves.ipynb #7ddc9753
+# %% ../nbs/00_curves.ipynb #68606288
 @torch.library.custom_op("hilbert_attn::curve_order", mutates_args=())
 def _curve_order_op(grid: Sequence[int], curve: str, device: torch.device) -> Tensor:
     return _cached_order(tuple(grid), curve, device).clone()  # a compiler may reuse an operator's output as scratch
@@ -294,7 +294,7 @@ def _curve_order_op(grid: Sequence[int], curve: str, device: torch.device) -> Te
 @_curve_order_op.register_fake
 def _(grid, curve, device): return torch.empty(prod(grid), dtype=torch.int64, device=device)
 
-# %% ../nbs/00_curves.ipynb #70a68e1e
+# %% ../nbs/00_curves.ipynb #7f265566
 _PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 
 
@@ -342,7 +342,7 @@ def segment_map(
     "Which segment of `segment_size` consecutive positions each cell belongs to."
     return (inverse_order(curve_order(grid, curve)) // segment_size).view(as_grid(grid))
 
-# %% ../nbs/00_curves.ipynb #a4a06143
+# %% ../nbs/00_curves.ipynb #1cad879c
 @dataclass(frozen=True)
 class Locality:
     "What an order keeps together, in cells of the grid."

@@ -1,0 +1,228 @@
+"""`hilbert_attention`: answers to bad input, choice of backend, equivalences, compilation."""
+import re
+import warnings
+
+import pytest
+import torch
+from cases import Case, cases
+from hypothesis import given, settings
+
+import hilbert_attn
+from hilbert_attn import backends
+from hilbert_attn.backends import _architecture, _choose, detect_gpu_architecture, explain_backend, hilbert_attention, set_backend
+from hilbert_attn.curves import curve_order
+from hilbert_attn.patterns import attention_mask
+from hilbert_attn.reference import masked_attention
+
+X = torch.zeros(2, 4, 12, 8)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (dict(q=X[0]), r"q has shape \(4, 12, 8\): expected 4 dimensions"),
+    (dict(q=[1]), "q is a list: expected a tensor"),
+    (dict(q=X.long()), "q has dtype torch.int64: expected one of"),
+    (dict(v=X[:, :2]), "k has shape .* and v .*: they must agree"),
+    (dict(q=X[:1]), "B, N and D must agree"),
+    (dict(q=X[:, :, :6]), "B, N and D must agree"),
+    (dict(q=X[..., :4]), "B, N and D must agree"),
+    (dict(k=torch.zeros(2, 3, 12, 8), v=torch.zeros(2, 3, 12, 8)), "q has 4 heads and k 3: the query heads must be a multiple"),
+    (dict(q=X[:, :, :0], k=X[:, :, :0], v=X[:, :, :0]), "N and D must be at least 1"),
+    (dict(k=X.double()), "dtypes torch.float32, torch.float64, torch.float32: they must agree"),
+    (dict(v=X.to("meta")), "on cpu, cpu, meta: they must be on one device"),
+    (dict(grid=(3, 5)), r"grid=\(3, 5\) has 15 cells and q has N=12 tokens"),
+    (dict(grid=(3, -4)), "each at least 1"),
+    (dict(curve="peano"), "curve='peano': known curves are 'row_major', 'snake', 'tile', 'morton', 'hilbert'"),
+    (dict(dilation_rate=0), "dilation_rate=0: must be at least 1"),
+    (dict(segment_size=4, dilation_rate=5), "dilation_rate=5: must not exceed segment_size=4"),
+    (dict(segment_size=0), "segment_size=0: must be at least 1"),
+    (dict(dilation_mode="both"), "dilation_mode='both': known modes are 'residue', 'keys', 'longnet'"),
+    (dict(dilation_mode="keys", dilation_rate=2, offsets=[0, 1]), r"offsets has 2 entries: expected one per head \(4\)"),
+    (dict(dilation_mode="keys", dilation_rate=2, offsets=2), "less than dilation_rate=2"),
+    (dict(offsets=1, dilation_rate=2), "dilation_mode='residue' has no offsets"),
+    (dict(order=torch.zeros(12, dtype=torch.int64)), "order is no permutation: it must hold each of 0 … 11 once"),
+    (dict(order=torch.arange(1, 13)), "order is no permutation"),
+    (dict(order=torch.arange(11)), r"order is given with shape \(11,\), dtype torch.int64: expected an int64 tensor of shape \(12,\)"),
+    (dict(order=torch.arange(12.0)), "dtype torch.float32: expected an int64"),
+    (dict(order=list(range(12))), "order is given with list"),
+    (dict(order=torch.arange(12, device="meta")), "order is on meta and q on cpu"),
+    (dict(key_mask=torch.ones(2, 12)), r"key_mask is torch.float32 \(2, 12\) on cpu: expected bool of shape \(B, N\) = \(2, 12\)"),
+    (dict(key_mask=torch.ones(2, 4, dtype=torch.bool)), "key_mask is torch.bool"),
+    (dict(key_mask=True), "key_mask is bool: expected bool of shape"),
+    (dict(dropout_p=-0.1), "dropout_p=-0.1: must be at least 0 and less than 1"),
+    (dict(dropout_p=1.0), "dropout_p=1.0: must be"),
+    (dict(scale=float("nan")), "scale=nan: must be a finite number"),
+    (dict(backend="cudnn"), "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', 'triton', 'flex'"),
+])
+def test_bad_input_is_answered_with_a_sentence(arguments, message, monkeypatch):
+    monkeypatch.setattr(backends, "_run", lambda *a, **k: pytest.fail("a kernel was started"))
+    with pytest.raises(ValueError, match=message): hilbert_attention(**{"q": X, "k": X, "v": X, **arguments})
+
+
+def test_an_order_is_checked_again_after_a_write():
+    order = torch.randperm(12)
+    hilbert_attention(X, X, X, order=order, segment_size=4)
+    order[0] = order[1]
+    with pytest.raises(ValueError, match="no permutation"): hilbert_attention(X, X, X, order=order, segment_size=4)
+
+
+@given(cases(max_n=40, head_dims=(16, 24), dtypes=(torch.float32,)))
+@settings(max_examples=60)
+def test_all_backends_through_the_front_door(case: Case):
+    for name in ("sdpa", "sdpa_mask", "reference"):
+        def attention(q, k, v, pattern, *, order, causal, key_mask, scale):
+            return hilbert_attention(q, k, v, curve=None, order=order, segment_size=case.w, dilation_rate=case.r, dilation_mode=case.mode, offsets=case.offsets,
+                                     causal=causal, key_mask=key_mask, scale=scale, backend=name, return_lse=True)
+        case.check(attention)
+
+
+def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_grid_curve_and_order_say_the_same():
+    q, k, v = (rand(1, 2, 77, 8, seed=s) for s in range(3))
+    options = dict(segment_size=20, dilation_rate=2)
+    by_curve = hilbert_attention(q, k, v, grid=(7, 11), **options)
+    order = curve_order((7, 11))
+    by_order = hilbert_attention(q, k, v, order=order, **options)
+    inside = hilbert_attention(q[:, :, order], k[:, :, order], v[:, :, order], curve=None, **options)
+    assert torch.equal(by_curve, by_order)
+    torch.testing.assert_close(by_curve[:, :, order], inside)
+    assert torch.equal(hilbert_attention(q, k, v, grid=77, **options), hilbert_attention(q, k, v, **options))
+    assert torch.equal(hilbert_attention(q, k, v, curve="row_major", **options), hilbert_attention(q, k, v, curve=None, **options))
+    assert torch.equal(hilbert_attention(q, k, v, order=order.int(), **options), by_order)
+    assert not torch.allclose(by_curve, hilbert_attention(q, k, v, **options))
+
+
+def test_causal_lets_no_future_leak_under_any_curve():
+    q, k, v = (rand(1, 2, 60, 8, seed=s) for s in range(3))
+    for curve in ("hilbert", "morton", "snake", "tile:3", None):
+        options = dict(grid=(6, 10), curve=curve, segment_size=25, dilation_rate=2, causal=True)
+        before = hilbert_attention(q, k, v, **options)
+        k2, v2 = k.clone(), v.clone()
+        k2[:, :, 31:], v2[:, :, 31:] = rand(1, 2, 29, 8, seed=7), 1e3
+        after = hilbert_attention(q, k2, v2, **options)
+        assert torch.equal(before[:, :, :31], after[:, :, :31]) and not torch.equal(before, after)
+
+
+def test_one_segment_is_dense_attention():
+    q, k, v = (rand(2, 4, 50, 16, seed=s) for s in range(3))
+    torch.testing.assert_close(hilbert_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(hilbert_attention(q, k, v, causal=True), torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+
+
+def test_autocast_casts_like_sdpa():
+    q = rand(1, 2, 30, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert hilbert_attention(q, q, q.bfloat16(), segment_size=8).dtype == torch.bfloat16
+        assert hilbert_attention(q.double(), q.double(), q.double(), segment_size=8).dtype == torch.float64
+
+
+def test_huge_scores_stay_finite():
+    q = 1e4 * rand(1, 1, 33, 16)
+    for backend in ("sdpa", "sdpa_mask", "reference"):
+        out, lse = hilbert_attention(q, q, q, segment_size=10, backend=backend, return_lse=True)
+        assert out.isfinite().all() and lse.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ("triton", "flex"))
+def test_a_forced_backend_that_cannot_run_is_an_error(name, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=rf"backend '{name}', asked for by the argument backend, cannot run on cpu: .*Backends that can: 'reference', 'sdpa_mask', 'sdpa'"):
+        hilbert_attention(X, X, X, backend=name)
+    monkeypatch.setenv("HILBERT_ATTN_BACKEND", name)
+    with pytest.raises(RuntimeError, match="asked for by HILBERT_ATTN_BACKEND"): hilbert_attention(X, X, X)
+
+
+def test_forcing_a_backend(monkeypatch):
+    used = []
+    run = backends._run
+    monkeypatch.setattr(backends, "_run", lambda call, q, k, v, backend, *a, **kw: used.append(backend) or run(call, q, k, v, backend, *a, **kw))
+    def call(**options): hilbert_attention(X, X, X, **options); return used.pop()
+    assert call() == "sdpa"
+    with set_backend("sdpa_mask"):
+        assert call() == "sdpa_mask" and call(backend="reference") == "reference"
+        with set_backend("reference"): assert call() == "reference"
+        assert call() == "sdpa_mask"
+    assert call() == "sdpa"
+    monkeypatch.setenv("HILBERT_ATTN_BACKEND", "sdpa_mask")
+    assert call() == "sdpa_mask"
+    with set_backend("reference"): assert call() == "reference"
+    monkeypatch.setenv("HILBERT_ATTN_BACKEND", "fast")
+    with pytest.raises(ValueError, match="HILBERT_ATTN_BACKEND='fast': known backends"): call()
+    monkeypatch.delenv("HILBERT_ATTN_BACKEND")
+    set_backend("sdpa_mask")
+    try: assert call() == "sdpa_mask"
+    finally: set_backend("auto")
+    with pytest.raises(ValueError, match="known backends"): set_backend("fast")
+
+
+def test_a_fallback_warns_once_and_says_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(UserWarning, match="'triton' is preferred on cuda but"): assert _choose("auto", torch.device("cuda"))[0] == "sdpa"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _choose("auto", torch.device("cuda"))[0] == "sdpa"
+
+
+@pytest.mark.parametrize("capability, name, dtype, mixed, triton", [
+    (None, "CPU", torch.float32, False, False), ((6, 1), "Pascal", torch.float32, False, False), ((7, 0), "Volta", torch.float16, True, False),
+    ((7, 5), "Turing", torch.float16, True, False), ((8, 0), "Ampere", torch.bfloat16, True, True), ((8, 6), "Ampere", torch.bfloat16, True, True),
+    ((8, 9), "Ada", torch.bfloat16, True, True), ((9, 0), "Hopper", torch.bfloat16, True, True), ((10, 0), "Blackwell", torch.bfloat16, True, True),
+    ((12, 0), "Blackwell", torch.bfloat16, True, True), ((3, 5), "before Pascal", torch.float32, False, False)])
+def test_architectures(capability, name, dtype, mixed, triton, monkeypatch):
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    a = _architecture(capability)
+    assert (a.name, a.capability, a.dtype, a.mixed_precision) == (name, capability, dtype, mixed)
+    assert ("triton" in a.backends) == triton and {"sdpa", "sdpa_mask", "reference"} <= set(a.backends)
+
+
+def test_detect_here(): assert detect_gpu_architecture("cpu").name == "CPU"
+
+
+def test_explain_backend():
+    choice = explain_backend((2, 4, 100, 16), segment_size=30, dilation_rate=2, dtype=torch.bfloat16)
+    mask = attention_mask(hilbert_attn.SegmentPattern(100, 30, 2))
+    assert choice.backend == "sdpa" and choice.pairs == 8 * mask.sum() and choice.density == pytest.approx(mask.double().mean().item())
+    assert choice.flops == 4 * 16 * choice.pairs and choice.bytes == 4 * 2 * 4 * 100 * 16 * 2 + 4 * 2 * 4 * 100
+    assert set(choice.rejected) == {"reference", "sdpa_mask", "triton", "flex"} and all(choice.rejected.values())
+    assert re.search(r"sdpa: .*\n.*pairs.*GFLOP.*MB", str(choice)) and "not sdpa_mask: " in str(choice)
+    assert explain_backend(rand(1, 4, 30, 8), rand(1, 2, 30, 8)).flops == 4 * 8 * 4 * 900
+    with pytest.raises(ValueError, match="dilation_rate=0"): explain_backend((1, 1, 8, 8), dilation_rate=0)
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_compiles_into_one_graph(dynamic):
+    def f(q, k, v): return hilbert_attention(q * 1.5, k, v, segment_size=16, dilation_rate=2, causal=True).sin()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for n in (40, 57):
+        q, k, v = (rand(1, 2, n, 8, seed=s).requires_grad_() for s in range(3))
+        a, b = f(q, k, v), compiled(q, k, v)
+        torch.testing.assert_close(b, a)
+        torch.testing.assert_close(torch.autograd.grad(b.sum(), (q, k, v)), torch.autograd.grad(a.sum(), (q, k, v)))
+
+
+def test_compiles_with_inductor():
+    def f(q, k, v, order): return hilbert_attention(q.cos(), k, v, order=order, segment_size=16, return_lse=True)
+    q, k, v = (rand(1, 2, 40, 8, seed=s) for s in range(3))
+    order = torch.randperm(40)
+    torch.testing.assert_close(torch.compile(f, fullgraph=True)(q, k, v, order), f(q, k, v, order))
+
+
+def test_exports():
+    class Attend(torch.nn.Module):
+        def forward(self, q, k, v): return hilbert_attention(q, k, v, segment_size=16)
+    q, k, v = (rand(1, 2, 40, 8, seed=s) for s in range(3))
+    exported = torch.export.export(Attend(), (q, k, v))
+    torch.testing.assert_close(exported.module()(q, k, v), Attend()(q, k, v))
+    assert "hilbert_attn.sdpa_forward" in str(exported.graph)
+
+
+def test_lse_merges_segments_of_keys():
+    "The LSE that comes out is the one that merging needs: causal = (causal inside halves) + (second half to first)."
+    from hilbert_attn.reference import merge_attention
+    q, k, v = (rand(1, 2, 32, 8, seed=s) for s in range(3))
+    a, lse_a = hilbert_attention(q, k, v, segment_size=16, causal=True, curve=None, return_lse=True)
+    b, lse_b = masked_attention(q, k, v, (torch.arange(32)[:, None] >= 16) & (torch.arange(32) < 16))
+    out, lse = merge_attention([a, b], [lse_a, lse_b])
+    torch.testing.assert_close((out, lse), hilbert_attention(q, k, v, causal=True, return_lse=True))

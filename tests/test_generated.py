@@ -1,0 +1,88 @@
+"""What is generated is fresh: the package, the notebooks' cleanliness, README.md; and the numbers of the notebooks are their order."""
+import ast
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
+
+
+def sources(notebook: Path) -> list[str]:
+    return ["".join(cell["source"]) for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(cwd)}  # the copy's package, not the one that is installed
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200)
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory) -> tuple[Path, list[str]]:
+    "A copy of all files that git knows or would add, with their paths."
+    listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode: pytest.skip("not a git checkout")
+    copy = tmp_path_factory.mktemp("tree")
+    paths = [path for path in listed.stdout.split("\0") if (ROOT / path).is_file()]
+    for path in paths:
+        (copy / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / path, copy / path, follow_symlinks=False)
+    return copy, paths
+
+
+def test_export_and_clean_leave_no_difference(tree):
+    copy, paths = tree
+    for name in ("nbdev_export", "nbdev_clean"):
+        done = run(str(Path(sys.executable).parent / name), cwd=copy)
+        assert done.returncode == 0, done.stderr
+    made = {str(path.relative_to(copy)) for path in copy.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+    stale = [path for path in paths if (copy / path).read_bytes() != (ROOT / path).read_bytes()]
+    assert not (stale := stale + sorted(made - set(paths))), f"run `make export`: {stale}"
+
+
+def test_readme_is_fresh(tree):
+    done = run(sys.executable, "tools/make_readme.py", "--check", cwd=tree[0])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_clean(notebook):
+    for cell in json.loads(notebook.read_text())["cells"]:
+        assert cell.get("execution_count") is None
+        assert all(output["output_type"] != "error" for output in cell.get("outputs", [])), "".join(cell["source"])
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_imports_stand_alone(notebook):
+    "To document a notebook's exports, nbdev runs every cell that imports: nothing else may stand in one (but in `#| export` cells)."
+    for text in sources(notebook):
+        if re.search(r"^#\| *(export|exec_doc|eval: *false)", text, re.M): continue
+        kinds = {type(node) for node in ast.walk(ast.parse(re.sub(r"^\s*%.*", "", text, flags=re.M)))}
+        mixed = bool(kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.Expr, ast.Assign})
+        assert not mixed, f"give the imports their own cell:\n{text}"
+
+
+def test_number_order_is_dependency_order():
+    "Exported cells import only from modules of lower numbers, and names straight from where they live."
+    exports, imports = {}, []  # module -> number, (number, module or module.name)
+    for notebook in NOTEBOOKS:
+        code = sources(notebook)
+        module = next((m[1] for text in code if (m := re.search(r"^#\| *default_exp +(\S+)", text, re.M))), None)
+        if module is None: continue
+        number, path = int(notebook.name.partition("_")[0]), ["hilbert_attn", *module.split(".")]
+        exports[".".join(path)] = number
+        for node in (node for text in code if re.search(r"^#\| *export", text, re.M) for node in ast.walk(ast.parse(text))):
+            if isinstance(node, ast.Import): imports += [(number, alias.name) for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                base = ".".join([*path[:-node.level], node.module or ""]).strip(".") if node.level else node.module
+                imports += [(number, f"{base}.{alias.name}") for alias in node.names]
+    ours = [(number, name) for number, name in imports if name.startswith("hilbert_attn.")]
+    homes = {name: next((module for module in (name, name.rpartition(".")[0]) if module in exports), None) for _, name in ours}
+    assert not [f"{number:02} imports {name}" for number, name in ours if not homes[name] and not name.endswith("__")]
+    assert not [f"{number:02} imports {name}, of {exports[homes[name]]:02}" for number, name in ours if homes[name] and exports[homes[name]] >= number]
