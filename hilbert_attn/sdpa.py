@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sdpa_mask_attention', 'sdpa_attention']
 
-# %% ../nbs/06_sdpa.ipynb #a8cf2b95
+# %% ../nbs/06_sdpa.ipynb #0f72bff4
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .curves import _define_operator
 from .patterns import SegmentPattern, attention_mask, _members
 from .reference import default_scale, masked_attention
 
-# %% ../nbs/06_sdpa.ipynb #88e6e6b9
+# %% ../nbs/06_sdpa.ipynb #7c8781b8
 def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout_p: float = 0.0) -> Tensor:
     "SDPA with a bool mask; rows without keys give 0."
     empty = ~mask.any(-1, keepdim=True)
@@ -45,7 +46,7 @@ def sdpa_mask_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
 
-# %% ../nbs/06_sdpa.ipynb #ddd1336c
+# %% ../nbs/06_sdpa.ipynb #348ff236
 @dataclass(frozen=True)
 class _Block:
     "Equal dense groups: `segments` x `residues` of them. Group (s, c) starts at `start + s * stride + c`."
@@ -92,7 +93,7 @@ def _blocks(pattern: SegmentPattern, offset: int, causal: bool, ordered: bool) -
 def _covers_everything(block: _Block, pattern: SegmentPattern) -> bool:
     return block.q[0] == 0 and block.segments * block.residues * block.q[2] == pattern.seq_len
 
-# %% ../nbs/06_sdpa.ipynb #531cc29a
+# %% ../nbs/06_sdpa.ipynb #f48a629d
 def _view(x: Tensor, block: _Block, side: str) -> Tensor:
     "The block of `x` (B, H, N, ...) as a strided view (B, H, segments, residues, places, ...)."
     (start, step, count), (b, h, n, *rest) = getattr(block, side), x.stride()
@@ -133,7 +134,7 @@ def _split(x: Tensor, layout, sizes: tuple[int, int, int, int]) -> Tensor:
     x = x.unflatten(1, [sizes[axis] for axis in layout[1]]).unflatten(0, [sizes[axis] for axis in layout[0]])
     return x.permute(*(axes.index(axis) for axis in range(4)), *range(4, x.ndim))
 
-# %% ../nbs/06_sdpa.ipynb #78663abe
+# %% ../nbs/06_sdpa.ipynb #731e3e1a
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -162,7 +163,7 @@ def _dense_backward(
     grads = _flash_backward(_append_column(dout, 1), q, k, v, _append_column(out, -dlse), lse, 0.0, triangular, attn_mask=bias, scale=scale)
     return [g[..., :-1] for g in grads]
 
-# %% ../nbs/06_sdpa.ipynb #d0b6c500
+# %% ../nbs/06_sdpa.ipynb #2453190e
 _CHUNK = 1 << 22  # elements per gathered tensor: 16 MiB of float32
 
 
@@ -217,17 +218,17 @@ class _Operands:
             allowed = keys if allowed is None else allowed & keys
         return allowed
 
-    def read(self, x: Tensor, side: str) -> Tensor: # (B, heads, segments, residues, places, ...)
+    def read(self, x: Tensor, side: str) -> Tensor: # (B, heads, segments, residues, places, ...), in the dtype of the computation
         x = x[:, self.unit.q_heads if side == "q" else self.unit.kv_heads]
-        if self.tokens is None: return _view(x, self.block, side)
-        gathered = _gather(x, self.tokens[side])
+        if self.tokens is None: return _view(x, self.block, side).to(self.dtype)
+        gathered = _gather(x, self.tokens[side]).to(self.dtype)
         return gathered.expand(*x.shape[:2], self.block.segments, self.block.residues, *gathered.shape[4:])
 
     def write(self, x: Tensor, part: Tensor, side: str, add: bool = False):
         "Writes (or adds) a block into `x`; shared keys are summed over the residues first."
         heads = self.unit.q_heads if side == "q" else self.unit.kv_heads
         if side == "k" and self.block.shared_keys: part = part.sum(3, keepdim=True)
-        target = x[:, heads]
+        part, target = part.to(x.dtype), x[:, heads]
         if self.tokens is not None:
             part = part.reshape(*target.shape[:2], -1, *target.shape[3:])
             (target.index_add_ if add else target.index_copy_)(2, self.tokens[side].reshape(-1), part)
@@ -262,8 +263,7 @@ def _grouped_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_
     "Output and LSE, block by block, on the CPU."
     wide = torch.promote_types(q.dtype, torch.float32)
     if not q.numel(): return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
-    model, (q, k, v) = q, (x.to(wide) for x in (q, k, v))
-    out, lse = None, q.new_full(q.shape[:3], -torch.inf)
+    out, lse = None, q.new_full(q.shape[:3], -torch.inf, dtype=wide)
     for unit in _units(q, k, pattern, causal, order is not None):
         ops = _Operands(unit, order, key_mask, causal, wide)
         parts = [ops.read(x, side) for x, side in ((q, "q"), (k, "k"), (v, "k"))]
@@ -274,11 +274,11 @@ def _grouped_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_
         empty = ops.empty_rows()
         if empty is not None: part_lse = part_lse.masked_fill(empty, -torch.inf)
         if order is None and sizes[1] == q.shape[1] and _covers_everything(unit.block, pattern):
-            return _like(part_out.transpose(3, 4).reshape(q.shape), model), part_lse.transpose(3, 4).reshape(lse.shape).contiguous()
+            return _like(part_out.transpose(3, 4).reshape(q.shape), q), part_lse.transpose(3, 4).reshape(lse.shape).contiguous()
         if out is None: out = torch.empty_like(q) if pattern.mode == "residue" else torch.zeros_like(q)
         ops.write(out, part_out, "q")
         ops.write(lse, part_lse, "q")
-    return _like(torch.zeros_like(q) if out is None else out, model), lse
+    return torch.zeros_like(q) if out is None else out, lse
 
 
 def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, order: Tensor | None, key_mask: Tensor | None,
@@ -286,10 +286,9 @@ def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v
     "Gradients of q, k, v, block by block, on the CPU."
     if not q.numel(): return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     wide = torch.promote_types(q.dtype, torch.float32)
-    models, (q, k, v, out, dout) = (q, k, v), (x.to(wide) for x in (q, k, v, out, dout))
     empty = lse == -torch.inf
     lse = lse.masked_fill(empty, 0)
-    if dlse is not None: dlse = dlse.to(wide).masked_fill(empty, 0)
+    if dlse is not None: dlse = dlse.masked_fill(empty, 0)
     grads = None
     for unit in _units(q, k, pattern, causal, order is not None):
         ops = _Operands(unit, order, key_mask, causal, wide)
@@ -300,35 +299,31 @@ def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v
         part = _dense_backward(merged[4], rows[1], *merged[:4], rows[0], unit.block.triangular, ops.bias(sizes, layout), scale)
         part = [_split(x, layout, sizes) for x in part]
         if order is None and sizes[1] == q.shape[1] and _covers_everything(unit.block, pattern) and unit.block.q == unit.block.k:
-            return tuple(_like(x.transpose(3, 4).reshape(q.shape), model) for x, model in zip(part, models))
-        if grads is None: grads = [torch.zeros_like(x) for x in (q, k, v)]
+            return tuple(_like(x.transpose(3, 4).reshape(q.shape), model) for x, model in zip(part, (q, k, v)))
+        if grads is None: grads = [torch.zeros_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))]  # keys may be added to: by several query heads, or residues
         ops.write(grads[0], part[0], "q")
         ops.write(grads[1], part[1], "k", add=True)
         ops.write(grads[2], part[2], "k", add=True)
-    return tuple(_like(x, model) for x, model in zip(grads or [torch.zeros_like(x) for x in (q, k, v)], models))
+    return tuple(torch.zeros_like(x) if grads is None else _like(grad, x) for grad, x in zip(grads or (q, k, v), (q, k, v)))
 
-# %% ../nbs/06_sdpa.ipynb #89b12335
+# %% ../nbs/06_sdpa.ipynb #c51c5c48
 _OPTIONS = "Tensor? order, Tensor? key_mask, SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, float scale"
-torch.library.define("hilbert_attn::sdpa_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)")
-torch.library.define("hilbert_attn::sdpa_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)")
+_forward_library = _define_operator("sdpa_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)")
+_backward_library = _define_operator("sdpa_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)")
 
 
-@torch.library.impl("hilbert_attn::sdpa_forward", "CPU")
 def _sdpa_forward(q, k, v, order, key_mask, segment_size, dilation_rate, mode, offsets, causal, scale):
     return _grouped_forward(q, k, v, order, key_mask, SegmentPattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets)), causal, scale)
 
 
-@torch.library.impl("hilbert_attn::sdpa_backward", "CPU")
 def _sdpa_backward(dout, dlse, q, k, v, out, lse, order, key_mask, segment_size, dilation_rate, mode, offsets, causal, scale):
     return _grouped_backward(dout, dlse, q, k, v, out, lse, order, key_mask, SegmentPattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets)), causal, scale)
 
 
-@torch.library.register_fake("hilbert_attn::sdpa_forward")
-def _(q, k, v, *options): return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+def _sdpa_forward_fake(q, k, v, *options): return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-@torch.library.register_fake("hilbert_attn::sdpa_backward")
-def _(dout, dlse, q, k, v, *options): return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def _sdpa_backward_fake(dout, dlse, q, k, v, *options): return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 
 def _setup_context(ctx, inputs, output):
@@ -345,9 +340,13 @@ def _backward(ctx, dout, dlse):
     return (*grads, *(None,) * 8)
 
 
-torch.library.register_autograd("hilbert_attn::sdpa_forward", _backward, setup_context=_setup_context)
+_forward_library.impl("sdpa_forward", _sdpa_forward, "CPU")
+_backward_library.impl("sdpa_backward", _sdpa_backward, "CPU")
+torch.library.register_fake("hilbert_attn::sdpa_forward", _sdpa_forward_fake, lib=_forward_library)
+torch.library.register_fake("hilbert_attn::sdpa_backward", _sdpa_backward_fake, lib=_backward_library)
+torch.library.register_autograd("hilbert_attn::sdpa_forward", _backward, setup_context=_setup_context, lib=_forward_library)
 
-# %% ../nbs/06_sdpa.ipynb #8b526f09
+# %% ../nbs/06_sdpa.ipynb #358a0d97
 def _grouped_expression(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, order: Tensor | None, causal: bool, key_mask: Tensor | None, dropout_p: float,
                         scale: float | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     "The blocks as plain differentiable PyTorch, on any device."

@@ -38,11 +38,12 @@ def test_cell_options():
 
 def test_documentation_of_a_function():
     def f(a: int | None,  # one * of *two
-          *, b=2  # more
+          *, b=2,  # more
+          c=print,
           ) -> tuple[Path, int | None] | None: pass
     f.__doc__ = "Does it."
     page = notebook.DocTable(f, name="f")._repr_markdown_()
-    assert "f(a, *, b=2)\n" in page and "Does it." in page
+    assert "f(a, *, b=2, c=print)\n" in page and "Does it." in page
     assert r"| `a` | `int` or `None` |  | one \* of \*two |" in page
     assert "| `b` |  | `2` | more |" in page
     assert "| *returns* | `tuple[Path, int or None]` or `None` |" in page

@@ -1,0 +1,110 @@
+"""Kernels compiled ahead of time for GPUs that are not here: they compile, nothing spills, they fit shared memory, and the matrix units are used."""
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+from hilbert_attn.kernels import backward, forward
+from hilbert_attn.kernels.forward import _CANDIDATES, Tile, default_tile, fit_tile, split_head_dim
+
+HERE = Path(__file__).parent
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
+KERNELS = {"forward": ("forward", "_forward_kernel"), "dq": ("backward", "_dq_kernel"), "dkv": ("backward", "_dkv_kernel"), "small": ("backward", "_small_kernel")}
+
+
+@dataclass(frozen=True)
+class Case:
+    "One kernel, one specialisation, one architecture; every kernel of the package can be described like this."
+    kernel: str
+    arch: int
+    dtype: str = "bf16"
+    head_dim: int = 64
+    order: bool = False
+    rows: int = 4096 # rows of a group
+    traits: tuple = () # of CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, HAS_DLSE
+    tile: Tile | None = None # None is the default of the architecture
+
+    @property
+    def half(self): return self.dtype in ("bf16", "fp16")
+
+    def __str__(self):
+        return "-".join(map(str, [self.kernel, f"sm{self.arch}", self.dtype, f"D{self.head_dim}", *["order"] * self.order, *[f"rows{self.rows}"] * (self.rows != 4096), *self.traits,
+                                  *([f"{self.tile.block_m}x{self.tile.block_n}w{self.tile.num_warps}s{self.tile.num_stages}" + "o" * self.tile.overlap + "t" * self.tile.tma] if self.tile else [])]))
+
+    def spec(self) -> dict:
+        "What `compile_worker.py` needs to know."
+        from importlib import import_module
+        dtype, capability = DTYPES[self.dtype], (self.arch // 10, self.arch % 10)
+        module, name = KERNELS[self.kernel]
+        arg_names = getattr(import_module(f"hilbert_attn.kernels.{module}"), name).arg_names
+        block_d, block_e = split_head_dim(self.head_dim)
+        flags = dict(HEAD_GROUP=1, MODE="residue", HAS_ORDER=self.order, CAUSAL=False, HAS_KEY_MASK=False, HAS_DROPOUT=False, HAS_DLSE=False, OVERLAP=False, TMA=False, EVEN=True, SINGLE=False, PACK=1,
+                     HEAD_DIM=self.head_dim, BLOCK_D=block_d, BLOCK_E=block_e, PRECISION="ieee", ALIGN=16) | {t: True for t in self.traits}
+        if self.kernel == "small":
+            fit = backward.fit_small(default_tile("dq", self.head_dim, dtype, capability), self.rows, self.head_dim, dtype, capability)
+            tile = fit.tile
+            flags |= dict(PACK=fit.pack)
+        else:
+            tile = self.tile or default_tile(self.kernel, self.head_dim, dtype, capability)
+            if self.kernel != "dkv":
+                fit = fit_tile(tile, self.rows, self.rows, self.head_dim, dtype, capability)
+                tile = fit.tile
+                flags |= dict(PACK=fit.pack, SINGLE=fit.single)
+            flags |= dict(OVERLAP=tile.overlap, TMA=tile.tma)
+        flags |= dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
+        if not self.order: flags["order_ptr"] = None
+        wide = "fp64" if self.dtype == "fp64" else "fp32"
+        pointers = dict(lse=wide, dlse=wide, lse2=wide, delta=wide, order="i64", mask="u1", offset="i32", seed="i64")
+        types = {n: f"*{pointers.get(n[:-4], self.dtype)}" if n.endswith("_ptr") else ["i32"] * 3 if n.endswith("_strides") else "fp64" if n.endswith("scale") else "i32" for n in arg_names}
+        box = f"tensordesc<{self.dtype}[1,1,1,{tile.block_n},{self.head_dim}]>"
+        if tile.tma: types |= dict(k_desc=box, v_desc=box)
+        else: flags |= dict(k_desc=None, v_desc=None)
+        constants = {n: x for n, x in flags.items() if n in arg_names}
+        return dict(module=f"hilbert_attn.kernels.{module}", kernel=name, arch=self.arch, num_warps=tile.num_warps, num_stages=tile.num_stages, constants=constants,
+                    types={n: t for n, t in types.items() if n not in constants}, aligned=[n for n in arg_names if n.endswith("_strides")])
+
+
+def matrix() -> list[Case]:
+    "The matrix, thinned: bf16 in full, fp16 and fp32 where they could differ, and every specialisation once."
+    cases = [Case(kernel, arch, head_dim=d, order=order) for kernel in ("forward", "dq", "dkv") for arch in (80, 90, 100) for d in (32, 64, 80, 128, 256) for order in (False, True)]
+    cases += [Case(kernel, arch, dtype, d, order=d == 64) for kernel in ("forward", "dq", "dkv") for arch, dtype in ((90, "fp16"), (80, "fp32"), (90, "fp32"), (100, "fp32")) for d in (64, 128)]
+    cases += [Case(kernel, 90, "fp32", d) for kernel in ("forward", "dq", "dkv") for d in (80, 256)]
+    cases += [Case(kernel, arch, "fp64") for kernel in ("forward", "dq", "dkv") for arch in (80, 90)]
+    cases += [Case(kernel, 90, head_dim=d, rows=rows, order=rows == 32) for kernel in ("forward", "small") for d in (64, 128) for rows in (16, 32, 64)]
+    cases += [Case("forward", 80, rows=64), Case("small", 80, rows=64), Case("forward", 90, rows=128), Case("forward", 90, head_dim=128, rows=128), Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]
+    cases += [Case(kernel, 90, head_dim=d, traits=traits) for kernel in ("forward", "dq", "dkv") for d in (64, 128) for traits in (("CAUSAL",), ("HAS_KEY_MASK",), ("HAS_DROPOUT",))]
+    cases += [Case("forward", 90, head_dim=d, tile=t) for d in (64, 128) for t in _CANDIDATES["forward"][d]] + [Case(kernel, 90, head_dim=d, tile=t) for kernel in ("dq", "dkv") for d in (64, 128) for t in _CANDIDATES[kernel][d]]
+    return list(dict.fromkeys(cases))
+
+
+CASES = matrix()
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict:
+    "The whole matrix, compiled by two processes beside this one."
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    ran = subprocess.run([sys.executable, str(HERE / "compile_worker.py"), "2"], input=json.dumps([case.spec() for case in CASES]), capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return dict(zip(CASES, json.loads(ran.stdout)))
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_compiles(compiled, case):
+    result = compiled[case]
+    assert "error" not in result, result.get("error")
+    assert result["shared"] <= SHARED_LIMIT[case.arch], f"{result['shared']} bytes of shared memory"
+    if case.half:
+        if case.head_dim <= 128: assert result["stack"] == 0, f"{result['stack']} bytes spilled per thread, at {result['registers']} registers"
+        assert result["mma"] + result["wgmma"] + result["tcgen05"] > 0, "no matrix unit"
+        if case.arch == 80: assert result["mma"] > 0
+        if case.arch == 90: assert result["wgmma"] > 0
+        assert result["scalar_loads"] == 0, "rows are not read in 16-byte pieces"
