@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sdpa_mask_attention', 'sdpa_attention']
 
-# %% ../nbs/06_sdpa.ipynb #0f72bff4
+# %% ../nbs/06_sdpa.ipynb #3dabba6c
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ from .curves import _define_operator
 from .patterns import SegmentPattern, attention_mask, _members
 from .reference import default_scale, masked_attention
 
-# %% ../nbs/06_sdpa.ipynb #7c8781b8
+# %% ../nbs/06_sdpa.ipynb #8d4a3ca6
 def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout_p: float = 0.0) -> Tensor:
     "SDPA with a bool mask; rows without keys give 0."
     empty = ~mask.any(-1, keepdim=True)
@@ -46,7 +46,7 @@ def sdpa_mask_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
 
-# %% ../nbs/06_sdpa.ipynb #348ff236
+# %% ../nbs/06_sdpa.ipynb #2caba612
 @dataclass(frozen=True)
 class _Block:
     "Equal dense groups: `segments` x `residues` of them. Group (s, c) starts at `start + s * stride + c`."
@@ -90,10 +90,12 @@ def _blocks(pattern: SegmentPattern, offset: int, causal: bool, ordered: bool) -
     return tuple(found)
 
 
-def _covers_everything(block: _Block, pattern: SegmentPattern) -> bool:
-    return block.q[0] == 0 and block.segments * block.residues * block.q[2] == pattern.seq_len
+def _covers(block: _Block, pattern: SegmentPattern, side: str) -> bool:
+    "Does every position appear on this side of the block, exactly once?"
+    start, _, count = getattr(block, side)
+    return start == 0 and block.segments * count * (1 if side == "k" and block.shared_keys else block.residues) == pattern.seq_len
 
-# %% ../nbs/06_sdpa.ipynb #f48a629d
+# %% ../nbs/06_sdpa.ipynb #afb4ab39
 def _view(x: Tensor, block: _Block, side: str) -> Tensor:
     "The block of `x` (B, H, N, ...) as a strided view (B, H, segments, residues, places, ...)."
     (start, step, count), (b, h, n, *rest) = getattr(block, side), x.stride()
@@ -134,7 +136,7 @@ def _split(x: Tensor, layout, sizes: tuple[int, int, int, int]) -> Tensor:
     x = x.unflatten(1, [sizes[axis] for axis in layout[1]]).unflatten(0, [sizes[axis] for axis in layout[0]])
     return x.permute(*(axes.index(axis) for axis in range(4)), *range(4, x.ndim))
 
-# %% ../nbs/06_sdpa.ipynb #731e3e1a
+# %% ../nbs/06_sdpa.ipynb #503e8028
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -163,7 +165,7 @@ def _dense_backward(
     grads = _flash_backward(_append_column(dout, 1), q, k, v, _append_column(out, -dlse), lse, 0.0, triangular, attn_mask=bias, scale=scale)
     return [g[..., :-1] for g in grads]
 
-# %% ../nbs/06_sdpa.ipynb #2453190e
+# %% ../nbs/06_sdpa.ipynb #3045eb71
 _CHUNK = 1 << 22  # elements per gathered tensor: 16 MiB of float32
 
 
@@ -273,7 +275,7 @@ def _grouped_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_
         part_out, part_lse = (_split(x, layout, sizes) for x in (part_out, part_lse))
         empty = ops.empty_rows()
         if empty is not None: part_lse = part_lse.masked_fill(empty, -torch.inf)
-        if order is None and sizes[1] == q.shape[1] and _covers_everything(unit.block, pattern):
+        if order is None and sizes[1] == q.shape[1] and _covers(unit.block, pattern, "q"):
             return _like(part_out.transpose(3, 4).reshape(q.shape), q), part_lse.transpose(3, 4).reshape(lse.shape).contiguous()
         if out is None: out = torch.empty_like(q) if pattern.mode == "residue" else torch.zeros_like(q)
         ops.write(out, part_out, "q")
@@ -298,7 +300,7 @@ def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v
         rows = [None if x is None else _merge(ops.read(x, "q"), layout, copy=True) for x in (lse, dlse)]
         part = _dense_backward(merged[4], rows[1], *merged[:4], rows[0], unit.block.triangular, ops.bias(sizes, layout), scale)
         part = [_split(x, layout, sizes) for x in part]
-        if order is None and sizes[1] == q.shape[1] and _covers_everything(unit.block, pattern) and unit.block.q == unit.block.k:
+        if order is None and sizes[1] == q.shape[1] and all(_covers(unit.block, pattern, side) for side in "qk"):
             return tuple(_like(x.transpose(3, 4).reshape(q.shape), model) for x, model in zip(part, (q, k, v)))
         if grads is None: grads = [torch.zeros_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))]  # keys may be added to: by several query heads, or residues
         ops.write(grads[0], part[0], "q")
@@ -306,7 +308,7 @@ def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v
         ops.write(grads[2], part[2], "k", add=True)
     return tuple(torch.zeros_like(x) if grads is None else _like(grad, x) for grad, x in zip(grads or (q, k, v), (q, k, v)))
 
-# %% ../nbs/06_sdpa.ipynb #c51c5c48
+# %% ../nbs/06_sdpa.ipynb #bcc68702
 _OPTIONS = "Tensor? order, Tensor? key_mask, SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, float scale"
 _forward_library = _define_operator("sdpa_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)")
 _backward_library = _define_operator("sdpa_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)")
@@ -346,7 +348,7 @@ torch.library.register_fake("hilbert_attn::sdpa_forward", _sdpa_forward_fake, li
 torch.library.register_fake("hilbert_attn::sdpa_backward", _sdpa_backward_fake, lib=_backward_library)
 torch.library.register_autograd("hilbert_attn::sdpa_forward", _backward, setup_context=_setup_context, lib=_forward_library)
 
-# %% ../nbs/06_sdpa.ipynb #358a0d97
+# %% ../nbs/06_sdpa.ipynb #e5c125c5
 def _grouped_expression(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, order: Tensor | None, causal: bool, key_mask: Tensor | None, dropout_p: float,
                         scale: float | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     "The blocks as plain differentiable PyTorch, on any device."

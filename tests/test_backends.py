@@ -2,7 +2,7 @@
 import pytest
 import torch
 from cases import Case, cases
-from hypothesis import given
+from hypothesis import example, given
 from torch.library import opcheck
 
 from hilbert_attn.curves import curve_order
@@ -11,7 +11,11 @@ from hilbert_attn.reference import reference_attention
 from hilbert_attn.sdpa import _grouped_expression, sdpa_attention, sdpa_mask_attention
 
 
+ONE_KEY_FOR_TWO_RESIDUES = Case(1, 1, 1, 2, 16, 2, 2, "keys", None, "none", True, False, torch.float32, "BHND", None, False, 0)
+
+
 @given(cases())
+@example(ONE_KEY_FOR_TWO_RESIDUES)
 def test_fuzz_sdpa(case: Case): case.check(sdpa_attention)
 
 
