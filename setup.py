@@ -21,5 +21,5 @@ setup(
     keywords=config["keywords"].split(),
     install_requires=lines("requirements"),
     extras_require={"demo": demo, "docs": docs, "dev": dev, "all": dev + docs},
-    entry_points={"console_scripts": lines("console_scripts")},
+    entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["hilbert_attn = hilbert_attn._modidx:d"]},
 )

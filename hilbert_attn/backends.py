@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'PolicyRow', 'set_backend', 'hilbert_attention',
            'BackendChoice', 'explain_backend']
 
-# %% ../nbs/07_backends.ipynb #061ced0c
+# %% ../nbs/07_backends.ipynb #b945dcf2
 import importlib.util
 import os
 import warnings
@@ -24,7 +24,7 @@ from .patterns import SegmentPattern
 from .reference import reference_attention
 from .sdpa import sdpa_attention, sdpa_mask_attention
 
-# %% ../nbs/07_backends.ipynb #a1d41af8
+# %% ../nbs/07_backends.ipynb #59bb5d19
 _ARCHITECTURES = (  # (capability from, name, dtype to prefer, mixed precision, forward tiles (queries, keys))
     ((10, 0), "Blackwell", torch.bfloat16, True, (128, 128)),
     ((9, 0), "Hopper", torch.bfloat16, True, (128, 128)),
@@ -56,10 +56,10 @@ def _architecture(capability: tuple[int, int] | None, interpreted: bool = False)
     return GPUArchitecture(name, capability, dtype, mixed, tiles, ("triton",) * (capability >= (8, 0) and _HAS_TRITON) + ("sdpa", "sdpa_mask", "reference"))
 
 
-_HAS_TRITON, _HAS_KERNELS = (importlib.util.find_spec(name) is not None for name in ("triton", "hilbert_attn.autograd"))
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def _interpreted() -> bool: return os.environ.get("TRITON_INTERPRET") == "1"
+def _interpreted() -> bool: return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
 def detect_gpu_architecture(
@@ -69,7 +69,7 @@ def detect_gpu_architecture(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _architecture(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, _interpreted())
 
-# %% ../nbs/07_backends.ipynb #97dae046
+# %% ../nbs/07_backends.ipynb #8bc04270
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -126,7 +126,7 @@ def _check_call(q, k, v, *, grid, curve, order, segment_size, dilation_rate, dil
         given = f"{key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}" if isinstance(key_mask, Tensor) else type(key_mask).__name__
         raise ValueError(f"key_mask is {given}: expected bool of shape (B, N) = {(q.shape[0], n)} on {q.device}, True = attend")
     if not 0 <= dropout_p < 1: raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and less than 1")
-    if scale is not None and not isfinite(scale): raise ValueError(f"scale={scale}: must be a finite number, or None for 1 / sqrt(D)")
+    if scale is not None and not (isfinite(scale) and scale > 0): raise ValueError(f"scale={scale}: must be positive and finite, or None for 1 / sqrt(D)")
     pattern = SegmentPattern.for_heads(n, q.shape[1], segment_size, dilation_rate, dilation_mode, offsets)
     name = None if curve is None else _parse_curve(curve)[0]
     if order is not None: order = _check_order(order, n, q.device)
@@ -134,7 +134,7 @@ def _check_call(q, k, v, *, grid, curve, order, segment_size, dilation_rate, dil
     if pattern.segment_size >= n and pattern.dilation_rate == 1: order = None  # dense attention: the order of the tokens changes nothing
     return _Call(pattern, order, bool(causal), key_mask, float(dropout_p), scale)
 
-# %% ../nbs/07_backends.ipynb #1f46ab6f
+# %% ../nbs/07_backends.ipynb #3cbb0afb
 @dataclass(frozen=True)
 class _Backend:
     name: str
@@ -150,7 +150,6 @@ class _Backend:
         if self.name == "flex": return "it is not part of this version"
         if self.name != "triton": return None
         if not _HAS_TRITON: return "the package triton is not installed"
-        if not _HAS_KERNELS: return "it is not part of this version"
         if device.type == "cpu": return None if _interpreted() else "it needs a CUDA GPU (on a CPU it runs only in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before Python starts)"
         if device.type != "cuda": return f"it needs a CUDA GPU, not {device.type}"
         return None if capability >= (8, 0) else f"it needs compute capability 8.0 or newer, and this GPU has {capability[0]}.{capability[1]}"
@@ -180,7 +179,7 @@ POLICY = (
     PolicyRow("any", "sdpa", "dense kernels on the groups run on every device"),
 )
 
-# %% ../nbs/07_backends.ipynb #89dcdd21
+# %% ../nbs/07_backends.ipynb #56116059
 _forced: list[str] = ["auto"]
 _warned: set[str] = set()
 
@@ -224,7 +223,7 @@ def _choose(backend: str, device: torch.device) -> tuple[str, str, dict[str, str
             warnings.warn(f"hilbert_attn: backend {row.backend!r} is preferred on {device} but {blocked[row.backend]}; using the next one that can run", stacklevel=3)
     raise RuntimeError(f"no backend can run on {device}: {blocked}")
 
-# %% ../nbs/07_backends.ipynb #c5befab8
+# %% ../nbs/07_backends.ipynb #e5d5307a
 def _run(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | None]:
     "Runs a checked call on a backend."
     options = dict(order=call.order, causal=call.causal, key_mask=call.key_mask, dropout_p=call.dropout_p, scale=call.scale)
@@ -273,7 +272,7 @@ def hilbert_attention(
     out, lse = _run(call, q, k, v, _choose(backend, q.device)[0], return_lse)
     return (out, lse) if return_lse else out
 
-# %% ../nbs/07_backends.ipynb #73b6b68e
+# %% ../nbs/07_backends.ipynb #4bc0eefb
 @dataclass(frozen=True)
 class BackendChoice:
     "The backend for a call, and why."

@@ -9,7 +9,7 @@ __all__ = ['FLOPS_PER_PAIR', 'CPU_CONFIG', 'CPU_QUICK', 'NAIVE', 'MASKED', 'MASK
            'bench_rows', 'bench_targets', 'format_table', 'describe_environment', 'format_run', 'results_folder',
            'save_run', 'load_runs', 'plot_run']
 
-# %% ../nbs/15_bench.ipynb #e7191f92
+# %% ../nbs/15_bench.ipynb #468f1db7
 import gc
 import json
 import os
@@ -38,7 +38,7 @@ from .curves import curve_order, new_figure
 from .patterns import SegmentPattern, attention_mask
 from .reference import OracleReport, compare_to_oracle, default_scale, masked_attention
 
-# %% ../nbs/15_bench.ipynb #76dcf91e
+# %% ../nbs/15_bench.ipynb #8aece113
 @dataclass(frozen=True)
 class Timing:
     "Wall-clock time of one call, in seconds."
@@ -84,10 +84,11 @@ def measure(
     if repeats < 1 or warmup < 0: raise ValueError(f"repeats={repeats}, warmup={warmup}: at least 1 and at least 0")
     times, names, shuffle, began = {name: [] for name in calls}, list(calls), random.Random(0).shuffle, clock()
     enabled = gc.isenabled()
+    gc.collect()
     gc.disable()
     try:
         for turn in range(-warmup, repeats):
-            gc.collect()
+            gc.collect(1)  # what the last rounds left behind
             shuffle(names)
             for name in names:
                 if progress: progress(name)
@@ -103,7 +104,7 @@ def measure(
         if enabled: gc.enable()
     return {name: Timing(*map(float, np.quantile(t, (0.5, 0.2, 0.8))), len(t)) for name, t in times.items()}
 
-# %% ../nbs/15_bench.ipynb #bb05a5ae
+# %% ../nbs/15_bench.ipynb #7162ace2
 FLOPS_PER_PAIR = {"forward": 4, "forward+backward": 14} # times D: 2 products forward, 5 backward, 2 D operations each
 
 
@@ -132,7 +133,7 @@ def machine_limits(
     return dict(matmul_flops_per_s=2 * prod(shape) / timing["matmul"].median, matmul_shape=list(shape),
                 copy_bytes_per_s=2 * source.nbytes / timing["copy"].median, copy_bytes=source.nbytes)
 
-# %% ../nbs/15_bench.ipynb #82b3eb88
+# %% ../nbs/15_bench.ipynb #abb09c31
 def _cpu_name() -> str:
     "The CPU's own name, without its decoration."
     name = ""
@@ -179,7 +180,7 @@ def machine_slug(
     "A name for the machine, fit for a folder."
     return re.sub(r"[^a-z0-9]+", "-", f"{env.get('gpu', env['cpu'])} {'' if 'gpu' in env else str(env['cores']) + ' cores'}".lower()).strip("-")
 
-# %% ../nbs/15_bench.ipynb #0bda56b7
+# %% ../nbs/15_bench.ipynb #b7ec96ea
 @dataclass(frozen=True)
 class Candidate:
     "Something to time: a function, and what it claims to compute."
@@ -223,11 +224,11 @@ def check_exact(
         return result[:, heads], lse
 
     try: report = compare_to_oracle(some_heads, *(x[:, heads] for x in (q, k, v)), mask, lse_grad=candidate.lse_grad)
-    except AssertionError as e: raise RuntimeError(f"refusing to time {candidate.name!r}: {e}") from None
+    except (AssertionError, RuntimeError) as e: raise RuntimeError(f"refusing to time {candidate.name!r}: {e}") from None
     if not report.ok: raise RuntimeError(f"refusing to time {candidate.name!r}: it is further from the float64 oracle than the rule allows\n{report}")
     return report
 
-# %% ../nbs/15_bench.ipynb #7adf7d52
+# %% ../nbs/15_bench.ipynb #1e67a613
 def _resident(field: str = "VmRSS") -> int: # bytes
     "Resident memory of this process: now (VmRSS), or its high-water mark (VmHWM)."
     try: return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
@@ -263,9 +264,9 @@ def peak_memory(
     if done.returncode: raise RuntimeError(f"measuring the memory of {where} failed:\n{done.stderr[-2000:]}")
     return int(done.stdout)
 
-# %% ../nbs/15_bench.ipynb #bfad9ab1
-CPU_CONFIG = dict(batch=1, heads=12, grid=[64, 64], head_dim=64, segment_size=1024, dilation_rate=4, dtype="float32", repeats=15, memory_tokens=32_768)
-CPU_QUICK = CPU_CONFIG | dict(heads=2, grid=[16, 16], segment_size=64, repeats=3, memory_tokens=1024)
+# %% ../nbs/15_bench.ipynb #fd46ddad
+CPU_CONFIG = dict(batch=1, heads=12, grid=[64, 64], head_dim=64, segment_size=1024, dilation_rate=4, dtype="float32", repeats=15, sweep_sides=[8, 16, 32, 64], memory_tokens=32_768)
+CPU_QUICK = CPU_CONFIG | dict(heads=2, grid=[16, 16], segment_size=64, repeats=3, sweep_sides=[8], memory_tokens=1024)
 NAIVE, MASKED, MASKED_HILBERT, DENSE, MATMUL = "naive PyTorch", "SDPA with a mask", "SDPA with a mask, Hilbert order", "dense SDPA", "one matmul of the same FLOPs"
 OURS, OURS_HILBERT, OURS_LSE, OURS_HILBERT_LSE = "sdpa", "sdpa, Hilbert order", "sdpa, LSE gradient", "sdpa, Hilbert order, LSE gradient"
 
@@ -315,20 +316,38 @@ def _cpu_memory_case(config: dict, ordered: bool, backward: bool, small: bool = 
     return candidate.backward(*qkv, dout, dlse) if backward else candidate.forward(*qkv)
 
 
+def _timing_rows(timings: dict[str, Timing], **more) -> list[dict]:
+    return [dict(name=name, **more, median=t.median, p20=t.p20, p80=t.p80, repeats=t.repeats) for name, t in timings.items()]
+
+
+def _sweep(config: dict, tell: Callable) -> list[dict]:
+    "Forward times of the candidates that matter on smaller grids; a segment is then the whole sequence at most."
+    rows = []
+    for side in config["sweep_sides"]:
+        smaller = config | dict(grid=[side, side], segment_size=min(side * side, config["segment_size"]))
+        qkv, *_ = _random_inputs(config["batch"], config["heads"], side * side, config["head_dim"])
+        candidates = [c for c in _cpu_candidates(smaller) if c.name in (MASKED_HILBERT, DENSE, OURS, OURS_HILBERT)]
+        for c in candidates: check_exact(c, *qkv, heads=[0, config["heads"] - 1])
+        tell(f"{side * side} tokens")
+        rows += _timing_rows(measure({c.name: c.forward(*qkv) for c in candidates}, config["repeats"]), tokens=side * side)
+    return rows
+
+
 def bench_cpu(
     quick: bool = False, # a toy size, in seconds: to see that everything runs, not to quote
     progress: bool | None = None, # show a progress bar; None: on a terminal
-) -> dict: # JSON-ready: suite, quick, config, environment, limits, checks, rows (times in seconds), memory (bytes)
+) -> dict: # JSON-ready: suite, quick, config, environment, limits, checks, rows and sweep (times in seconds), memory (bytes)
     "Runs the suite `cpu`. A `RuntimeError` where a candidate does not match the oracle: then nothing is timed."
     config = CPU_QUICK if quick else CPU_CONFIG
     candidates = _cpu_candidates(config)
     qkv, dout, dlse = _random_inputs(config["batch"], config["heads"], prod(config["grid"]), config["head_dim"])
     flops = {direction: float(per_pair * config["head_dim"] * candidates[0].pairs) for direction, per_pair in FLOPS_PER_PAIR.items()}
     cases = [dict(ordered=ordered, backward=backward) for ordered in (False, True) for backward in (False, True)][3 if quick else 0:]
-    rows, checks, rounds = [], {}, config["repeats"] + 1
-    with progress_bar(len(candidates) + 2 * rounds * (len(candidates) + 1) - 2 * rounds + len(cases), "checking", progress) as bar:
+    turns = 2 * len(candidates) + 2 - sum(c.lse_grad for c in candidates)  # calls per round, both directions
+    rows, checks, memory = [], {}, []
+    with progress_bar(len(candidates) + turns * (config["repeats"] + 1) + len(config["sweep_sides"]) + len(cases), "checking", progress) as bar:
         def tell(what):
-            bar.set_description(f"{what[:34]:34}")
+            bar.set_description(f"{what[:40]:40}")
             bar.update()
 
         for candidate in candidates:
@@ -340,18 +359,17 @@ def bench_cpu(
             for candidate in candidates:
                 if direction == "forward+backward": calls[candidate.name] = candidate.backward(*qkv, dout, dlse)
                 elif not candidate.lse_grad: calls[candidate.name] = candidate.forward(*qkv)
-            timings = measure(calls, config["repeats"], progress=lambda name: tell(f"timing {name}"))
-            pairs = {c.name: c.pairs for c in candidates}
-            rows += [dict(name=name, direction=direction, pairs=pairs.get(name, candidates[0].pairs), median=t.median, p20=t.p20, p80=t.p80, repeats=t.repeats) for name, t in timings.items()]
-        memory = []
+            rows += _timing_rows(measure(calls, config["repeats"], progress=lambda name: tell(f"timing {name}")), direction=direction)
+        pairs = {c.name: c.pairs for c in candidates} | {MATMUL: candidates[0].pairs}
+        sweep = _sweep(config, tell)
         for case in cases:
-            tell("memory")
+            tell(f"memory at {config['memory_tokens']:,} tokens")
             peak = peak_memory("hilbert_attn.bench:_cpu_memory_case", config=config, **case)
             inputs = 3 * 4 * config["batch"] * config["heads"] * config["memory_tokens"] * config["head_dim"]
             memory.append(dict(**case, tokens=config["memory_tokens"], peak_extra_bytes=peak, qkv_bytes=inputs))
-    return dict(suite="cpu", quick=quick, config=config, environment=environment(), limits=limits, checks=checks, rows=rows, memory=memory)
+    return dict(suite="cpu", quick=quick, config=config, environment=environment(), limits=limits, checks=checks, rows=[row | dict(pairs=pairs[row["name"]]) for row in rows], sweep=sweep, memory=memory)
 
-# %% ../nbs/15_bench.ipynb #bc8d7184
+# %% ../nbs/15_bench.ipynb #74ac6d95
 def bench_rows(
     run: dict, # from `bench_cpu`, or read by `load_runs`
 ) -> list[dict]: # name, direction, ms, p20_ms, p80_ms, over_masked, over_naive, share_of_limit
@@ -425,7 +443,7 @@ def format_run(
     if not run["quick"]: parts.append(format_table(targets, dict(what="", measured=".2f", target="", met=""), dict(met="")))
     return "\n\n".join(parts)
 
-# %% ../nbs/15_bench.ipynb #80d9e4dd
+# %% ../nbs/15_bench.ipynb #72ee3a62
 def results_folder() -> Path:
     "Where results live: `nbs/results` of the checkout that this package is part of, or `results` where there is none."
     nbs = Path(hilbert_attn.__file__).resolve().parent.parent / "nbs"

@@ -52,7 +52,7 @@ class Case:
             tile = fit.tile
             flags |= dict(PACK=fit.pack)
         else:
-            tile = self.tile or default_tile(self.kernel, self.head_dim, dtype, capability)
+            tile = self.tile or default_tile(self.kernel, self.head_dim, dtype, capability, "HAS_DROPOUT" in self.traits)
             if self.kernel != "dkv":
                 fit = fit_tile(tile, self.rows, self.rows, self.head_dim, dtype, capability)
                 tile = fit.tile
@@ -80,7 +80,7 @@ def matrix() -> list[Case]:
     cases += [Case(kernel, 90, head_dim=d, rows=rows, order=rows == 32) for kernel in ("forward", "small") for d in (64, 128) for rows in (16, 32, 64)]
     cases += [Case("forward", 80, rows=64), Case("small", 80, rows=64), Case("forward", 90, rows=128), Case("forward", 90, head_dim=128, rows=128), Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]
     cases += [Case(kernel, 90, head_dim=d, traits=traits) for kernel in ("forward", "dq", "dkv") for d in (64, 128) for traits in (("CAUSAL",), ("HAS_KEY_MASK",), ("HAS_DROPOUT",))]
-    cases += [Case("forward", 90, head_dim=d, tile=t) for d in (64, 128) for t in _CANDIDATES["forward"][d]] + [Case(kernel, 90, head_dim=d, tile=t) for kernel in ("dq", "dkv") for d in (64, 128) for t in _CANDIDATES[kernel][d]]
+    cases += [Case(kernel, 90, head_dim=d, tile=tile) for (kernel, d), tiles in _CANDIDATES.items() for tile in tiles]
     return list(dict.fromkeys(cases))
 
 

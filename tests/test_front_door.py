@@ -50,7 +50,8 @@ X = torch.zeros(2, 4, 12, 8)
     (dict(key_mask=True), "key_mask is bool: expected bool of shape"),
     (dict(dropout_p=-0.1), "dropout_p=-0.1: must be at least 0 and less than 1"),
     (dict(dropout_p=1.0), "dropout_p=1.0: must be"),
-    (dict(scale=float("nan")), "scale=nan: must be a finite number"),
+    (dict(scale=float("nan")), "scale=nan: must be positive and finite"),
+    (dict(scale=-1.0), "scale=-1.0: must be positive and finite"),
     (dict(backend="cudnn"), "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', 'triton', 'flex'"),
 ])
 def test_bad_input_is_answered_with_a_sentence(arguments, message, monkeypatch):

@@ -58,16 +58,6 @@ def test_notebook_is_clean(notebook):
         assert all(output["output_type"] != "error" for output in cell.get("outputs", [])), "".join(cell["source"])
 
 
-@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_imports_stand_alone(notebook):
-    "To document a notebook's exports, nbdev runs every cell that imports: nothing else may stand in one (but in `#| export` cells)."
-    for text in sources(notebook):
-        if re.search(r"^#\| *(export|exec_doc|eval: *false)", text, re.M): continue
-        kinds = {type(node) for node in ast.walk(ast.parse(re.sub(r"^\s*%.*", "", text, flags=re.M)))}
-        mixed = bool(kinds & {ast.Import, ast.ImportFrom} and kinds & {ast.Expr, ast.Assign})
-        assert not mixed, f"give the imports their own cell:\n{text}"
-
-
 def test_number_order_is_dependency_order():
     "Exported cells import only from modules of lower numbers, and names straight from where they live."
     exports, imports = {}, []  # module -> number, (number, module or module.name)

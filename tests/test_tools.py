@@ -9,26 +9,34 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 pytest.importorskip("sphinx")
 build_site, make_readme, notebook = map(pytest.importorskip, ("build_site", "make_readme", "notebook"))
 DOCS = {"00_curves.ipynb": "curves"}
+KNOWN = {"curves": ({"curve_order", "box", "the-order"}, {"_walk"})}
 
 
 def test_callouts():
     text = '::: {.callout-warning title="Beware"}\nA `b`.\n:::\n\n::: {.callout-tip collapse="true"}\n## Why\nSo.\n:::\n'
-    assert build_site.myst(text, DOCS) == (
+    assert build_site.myst(text, DOCS, KNOWN) == (
         ":::{admonition} Beware\n:class: warning\n\nA `b`.\n:::\n\n:::{admonition} Why\n:class: tip\n:collapsible: closed\n\nSo.\n:::\n")
     assert make_readme.markdown(text) == "> [!WARNING]\n> **Beware**\n>\n> A `b`.\n\n> [!TIP]\n> **Why**\n>\n> So.\n"
 
 
 def test_references_and_links():
     text = "See @fig-a, @eq-b and [it](00_curves.ipynb#the-order), not `@fig-a`.\n\n$$\nx\n$$ {#eq-b}\n"
-    assert build_site.myst(text, DOCS) == (
+    assert build_site.myst(text, DOCS, KNOWN) == (
         "See {numref}`fig-a`, {eq}`eq-b` and [it](curves.ipynb#the-order), not `@fig-a`.\n\n$$\nx\n$$ (eq-b)\n")
     assert make_readme.markdown("[it](00_curves.ipynb#a) ![](a.png) [b](../LICENSE) [c](https://d.org)") == (
         "[it](nbs/00_curves.ipynb) ![](nbs/a.png) [b](LICENSE) [c](https://d.org)")
 
 
+def test_links_around_names():
+    def linked(name, anchor): return f"[`{name}`](00_curves.ipynb#{anchor})"
+    text = " ".join(linked(name, name.lower()) for name in ("curve_order", "Box.cut", "_walk", "_hidden"))
+    assert build_site.myst(text, DOCS, KNOWN) == (
+        '[`curve_order`](curves.ipynb#curve_order) [`Box.cut`](curves.ipynb#box) <a href="curves.html#_walk">`_walk`</a> `_hidden`')
+
+
 def test_unknown_syntax_is_an_error():
     for text in ("{{< include a.md >}}", "::: {.column-margin}\na\n:::", "See @tbl-a."):
-        with pytest.raises(ValueError, match="no translation"): build_site.myst(text, DOCS)
+        with pytest.raises(ValueError, match="no translation"): build_site.myst(text, DOCS, KNOWN)
 
 
 def test_cell_options():

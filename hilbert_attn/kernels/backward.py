@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_small', 'attention_backward']
 
-# %% ../../nbs/04_triton_backward.ipynb #e68e3e1c
+# %% ../../nbs/04_triton_backward.ipynb #884eb534
 from dataclasses import replace
 
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor
 from .forward import (
     LOG2E, Fit, Groups, Tile, _alignment, _capability, _dot, _head_pointer, _kept, _key_range, _launch, _load_tile, _locate,
     _offset_table, _pow2, _precision, _progression, _row_pointers, _rows_contiguous, _store_tile, _tokens, attention_forward, check_triton,
-    default_tile, fit_tile, interpreted, split_head_dim, tl, triton, tuned_tile)
+    default_tile, fit_tile, split_head_dim, tl, triton, tuned_tile)
 
-# %% ../../nbs/04_triton_backward.ipynb #3867717c
+# %% ../../nbs/04_triton_backward.ipynb #d8c35be0
 @triton.jit
 def _dq_tiles(
     dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, order_ptr, mask_ptr, seed, dropout_head,
@@ -132,7 +132,7 @@ def _dq_kernel(
     _store_tile(dq_rows, q_valid, dq * scale, 0, BLOCK_D, HEAD_DIM)
     if BLOCK_E > 0: _store_tile(dq_rows, q_valid, dq_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #a4842fc6
+# %% ../../nbs/04_triton_backward.ipynb #812507f5
 @triton.jit
 def _dkv_tiles(
     dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_ptr, do_ptr, lse2_ptr, delta_ptr, order_ptr, seed, dropout_head,
@@ -148,12 +148,8 @@ def _dkv_tiles(
         do_rows = _row_pointers(do_ptr, q_token, stride_don, ALIGN)
         q = _load_tile(q_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)              # [BM, BD]
         do = _load_tile(do_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)            # [BM, BD]
-        if MASKED:
-            lse2 = tl.load(lse2_ptr + q_token, mask=valid, other=float("inf"))   # exp2(s - inf) = 0
-            delta = tl.load(delta_ptr + q_token, mask=valid, other=0.)
-        else:
-            lse2 = tl.load(lse2_ptr + q_token)
-            delta = tl.load(delta_ptr + q_token)
+        if MASKED: lse2 = tl.load(lse2_ptr + q_token, mask=valid, other=float("inf"))   # exp2(s - inf) = 0
+        else: lse2 = tl.load(lse2_ptr + q_token)
         s = _dot(k, tl.trans(q), None, PRECISION)                                # [BN, BM]
         if BLOCK_E > 0:
             q_e = _load_tile(q_rows, valid, MASKED, BLOCK_D, BLOCK_E, HEAD_DIM)
@@ -171,6 +167,8 @@ def _dkv_tiles(
         z = z.to(do.dtype)
         dv = _dot(z, do, dv, PRECISION)                                          # [BN, BD]
         if BLOCK_E > 0: dv_e = _dot(z, do_e, dv_e, PRECISION)
+        if MASKED: delta = tl.load(delta_ptr + q_token, mask=valid, other=0.)    # as late as possible: registers are what this loop is short of
+        else: delta = tl.load(delta_ptr + q_token)
         ds = (p * (dp - delta[None, :])).to(q.dtype)                             # [BN, BM]
         dk = _dot(ds, q, dk, PRECISION)                                          # [BN, BD]
         if BLOCK_E > 0: dk_e = _dot(ds, q_e, dk_e, PRECISION)
@@ -270,7 +268,7 @@ def _dkv_kernel(
         _store_tile(dk_rows, stored, tl.where(valid[:, None], dk_e * scale, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
         _store_tile(dv_rows, stored, tl.where(valid[:, None], dv_e, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #2e7460b1
+# %% ../../nbs/04_triton_backward.ipynb #b71dd7ba
 @triton.jit
 def _small_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, lse_ptr, dlse_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr,
@@ -363,14 +361,16 @@ def _small_kernel(
         _store_tile(dk_rows, stored, dk_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
         _store_tile(dv_rows, stored, dv_e, BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #bd1f70b3
+# %% ../../nbs/04_triton_backward.ipynb #d1298ecc
 def fit_small(
     tile: Tile, # of the dq kernel
     rows: int, # of the largest group
     head_dim: int, # D
     dtype: torch.dtype, # of q, k, v
+    capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
 ) -> Fit | None: # None where groups are too large to be done in one program
     "The tile of `_small_kernel`: square, with whole groups in it."
+    interpreted = capability < (8, 0)
     if interpreted: limit = 32
     elif dtype in (torch.float16, torch.bfloat16): limit = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 0
     else: limit = 32 if head_dim <= 64 else 0
@@ -413,7 +413,7 @@ def attention_backward(
     stride_mask = 0 if key_mask is None else key_mask.stride(0)
     flags = dict(HEAD_GROUP=H // H_kv, MODE=mode, HAS_ORDER=order is not None, CAUSAL=causal, HAS_KEY_MASK=key_mask is not None, HAS_DROPOUT=dropout_p > 0,
                  HEAD_DIM=D, BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=_precision(q.dtype), ALIGN=_alignment(q, k, v, out, dout, dq, dk, dv))
-    wanted = {name: (tiles or {}).get(name) or default_tile(name, D, q.dtype, capability) for name in ("dq", "dkv")}
+    wanted = {name: (tiles or {}).get(name) or default_tile(name, D, q.dtype, capability, dropout_p > 0) for name in ("dq", "dkv")}
 
     def run_small(fit):
         bundles = -(-groups.q_groups // fit.pack)
@@ -422,7 +422,7 @@ def attention_backward(
                 HAS_DLSE=dlse is not None, PACK=fit.pack, BLOCK_N=fit.tile.block_n, **flags)
 
     def run_dq(tile):
-        fit = fit_tile(tile, groups.q_rows, groups.k_rows, D, q.dtype)
+        fit = fit_tile(tile, groups.q_rows, groups.k_rows, D, q.dtype, capability)
         t = fit.tile
         tiles, bundles = (-(-groups.q_rows // t.block_m), groups.q_groups) if fit.pack == 1 else (1, -(-groups.q_groups // fit.pack))
         _launch(_dq_kernel, tiles * bundles * B * H, t, q, k, v, out, dout, dq, lse, dlse, lse2, delta, order, key_mask, table, seed,
@@ -438,7 +438,7 @@ def attention_backward(
                 EVEN=groups.even and groups.q_rows % tile.block_m == 0, BLOCK_M=tile.block_m, BLOCK_N=block_n, **flags)
 
     with torch.cuda.device_of(q):
-        if mode != "keys" and (fit := fit_small(wanted["dq"], groups.k_rows, D, q.dtype)) is not None:
+        if mode != "keys" and (fit := fit_small(wanted["dq"], groups.k_rows, D, q.dtype, capability)) is not None:
             run_small(fit)
             return dq, dk, dv
         lse2, delta = torch.empty_like(lse), torch.empty_like(lse)

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['interpreted', 'LOG2E', 'LN2', 'INTERPRETED', 'tile_cache', 'Tile', 'default_tile', 'split_head_dim', 'Fit',
-           'fit_tile', 'tile_cache_path', 'tuned_tile', 'check_triton', 'Groups', 'attention_forward',
+           'fit_tile', 'tile_cache_path', 'TileCache', 'tuned_tile', 'check_triton', 'Groups', 'attention_forward',
            'hilbert_attention_kernel', 'standard_attention_kernel']
 
-# %% ../../nbs/03_triton_forward.ipynb #4e0273dd
+# %% ../../nbs/03_triton_forward.ipynb #fb8c80a4
 import json
 import math
 import os
@@ -33,7 +33,7 @@ except ImportError:  # the module must import everywhere; `check_triton` says wh
 
 interpreted = HAS_TRITON and bool(triton.knobs.runtime.interpret)  # read once: kernels are decorated one way or the other
 
-# %% ../../nbs/03_triton_forward.ipynb #173ba498
+# %% ../../nbs/03_triton_forward.ipynb #7f7fcc41
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(interpreted)
@@ -54,7 +54,7 @@ def _head_pointer(ptr, strides, batch, head, ALIGN: tl.constexpr):
     "Where a head begins; strides are those of (B, H, N)."
     return ptr + tl.multiple_of(batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], ALIGN)
 
-# %% ../../nbs/03_triton_forward.ipynb #da7ce72f
+# %% ../../nbs/03_triton_forward.ipynb #45844059
 @triton.jit
 def _progression(segment, residue, step, n_tokens, segment_size):
     "First position and length of the progression residue, residue + step, ... inside a segment."
@@ -62,7 +62,7 @@ def _progression(segment, residue, step, n_tokens, segment_size):
     length = tl.minimum(segment_size, n_tokens - start)
     return start + residue, tl.maximum(length - residue + step - 1, 0) // step
 
-# %% ../../nbs/03_triton_forward.ipynb #a97f0620
+# %% ../../nbs/03_triton_forward.ipynb #5a6f89d7
 @triton.jit
 def _locate(bundle, head, offset_ptr, n_tokens, segment_size, rate, MODE: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     "The groups of a program. Of its queries and of its keys: slot in the group, group, first position, step, count."
@@ -86,7 +86,7 @@ def _locate(bundle, head, offset_ptr, n_tokens, segment_size, rate, MODE: tl.con
         if MODE == "longnet": n_keys = tl.where(k_group % rate == tl.load(offset_ptr + head), n_keys, 0)
     return q_slot, q_group, q_first, q_step, n_queries, k_slot, k_group, k_first, n_keys
 
-# %% ../../nbs/03_triton_forward.ipynb #1f1e3cf9
+# %% ../../nbs/03_triton_forward.ipynb #a23d91fd
 @triton.jit
 def _key_range(tile, q_first, q_step, n_queries, k_first, k_step, n_keys, BY_POSITION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     "How many keys every query of the tile sees, in whole tiles of keys, and how many any of them sees."
@@ -99,7 +99,7 @@ def _key_range(tile, q_first, q_step, n_queries, k_first, k_step, n_keys, BY_POS
         end = tl.minimum((last - k_first + k_step) // k_step, n_keys)
     return full // BLOCK_N * BLOCK_N, end
 
-# %% ../../nbs/03_triton_forward.ipynb #d7be8504
+# %% ../../nbs/03_triton_forward.ipynb #31fd53bc
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     "acc + a b, accumulated in float32, or float64 for float64; acc None is 0."
@@ -133,7 +133,7 @@ def _kept(seed, head, q_token, k_token, threshold):
     bits, _, _, _ = tl.philox(seed, q_token, k_token, head, head, n_rounds=7)
     return (bits >> 1).to(tl.int32) >= threshold
 
-# %% ../../nbs/03_triton_forward.ipynb #ffdcb348
+# %% ../../nbs/03_triton_forward.ipynb #d80ba8c7
 @triton.jit
 def _attend(
     acc, acc_e, m, l, q, q_e, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, desc_at, order_ptr, mask_ptr, seed, dropout_head,
@@ -197,7 +197,7 @@ def _attend(
             acc_e = _dot(p.to(v.dtype), v_e, acc_e * alpha[:, None], PRECISION)
     return acc, acc_e, m, l
 
-# %% ../../nbs/03_triton_forward.ipynb #d1cd65b1
+# %% ../../nbs/03_triton_forward.ipynb #e85d4d06
 @triton.jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr, k_desc, v_desc, q_strides, k_strides, v_strides, out_strides, stride_mask,
@@ -263,7 +263,7 @@ def _forward_kernel(
     _store_tile(out_rows, q_valid, acc * norm[:, None], 0, BLOCK_D, HEAD_DIM)
     if BLOCK_E > 0: _store_tile(out_rows, q_valid, acc_e * norm[:, None], BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/03_triton_forward.ipynb #c868d857
+# %% ../../nbs/03_triton_forward.ipynb #42b1cc6e
 @dataclass(frozen=True)
 class Tile:
     "How a kernel is cut into programs."
@@ -275,15 +275,20 @@ class Tile:
     tma: bool = False # tensor descriptors for keys and values; forward without an order, compute capability 9.0 and up
 
 
-# Measured with `make gpu` where such a machine was at hand, otherwise from the reasoning above: (kernel, columns up to) -> tile, for half precision.
+# (kernel, for head dims up to) -> tile, for half precision
 _DEFAULT_TILES = {
-    "sm90": {("forward", 64): Tile(128, 64, 4, 3), ("forward", 128): Tile(128, 128, 8, 2), ("forward", 256): Tile(128, 32, 8, 2),
+    "sm90": {("forward", 128): Tile(128, 64, 8, 3), ("forward", 256): Tile(128, 32, 8, 2),
              ("dq", 64): Tile(128, 64, 8, 3), ("dq", 128): Tile(128, 64, 8, 2), ("dq", 256): Tile(64, 32, 8, 2),
-             ("dkv", 64): Tile(64, 128, 8, 3), ("dkv", 128): Tile(64, 64, 8, 3), ("dkv", 256): Tile(32, 64, 8, 2)},
-    "sm80": {("forward", 64): Tile(128, 64, 4, 3), ("forward", 128): Tile(128, 64, 8, 3), ("forward", 256): Tile(64, 32, 8, 2),
+             ("dkv", 64): Tile(64, 128, 8, 3), ("dkv", 128): Tile(32, 128, 8, 3), ("dkv", 256): Tile(32, 32, 8, 2)},
+    "sm80": {("forward", 64): Tile(128, 64, 8, 3), ("forward", 128): Tile(128, 32, 8, 3), ("forward", 256): Tile(64, 32, 8, 2),
              ("dq", 64): Tile(64, 64, 4, 3), ("dq", 128): Tile(64, 64, 8, 2), ("dq", 256): Tile(64, 32, 8, 2),
-             ("dkv", 64): Tile(64, 64, 4, 3), ("dkv", 128): Tile(64, 64, 8, 2), ("dkv", 256): Tile(32, 32, 4, 2)},
+             ("dkv", 64): Tile(32, 128, 8, 3), ("dkv", 96): Tile(32, 64, 8, 3), ("dkv", 128): Tile(64, 64, 8, 2), ("dkv", 256): Tile(32, 32, 8, 2)},
 }
+
+_DEFAULT_TILES["sm100"] = {("forward", 64): Tile(128, 128, 8, 3)} | _DEFAULT_TILES["sm90"]
+
+
+def _row_of(table: dict, kernel: str, head_dim: int): return table[min(key for key in table if key[0] == kernel and key[1] >= head_dim)]
 
 
 def default_tile(
@@ -291,15 +296,17 @@ def default_tile(
     head_dim: int, # D
     dtype: torch.dtype, # of q, k, v
     capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
+    dropout: bool = False, # the generator needs registers
 ) -> Tile: # before it is fitted to the group
     "The tile to use where nothing was measured."
     if capability < (8, 0): return Tile(32, 32, 4, 1)  # the interpreter: small, so that small tests have several tiles
     if dtype == torch.float64: return Tile(16, 16, 4, 1)
-    if dtype == torch.float32: return Tile(32, 32, 4, 2) if head_dim <= 128 else Tile(16, 16, 4, 2)
-    table = _DEFAULT_TILES["sm90" if capability >= (9, 0) else "sm80"]
-    return table[kernel, 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256]
+    if dtype == torch.float32: return Tile(16, 16, 4, 2) if head_dim > 128 else Tile(32, 32, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
+    if dropout and kernel == "dkv" and head_dim > 64: return Tile(32, 64, 8, 2) if head_dim <= 128 else Tile(16, 32, 4, 2)
+    if dropout and kernel == "forward" and capability < (9, 0): return Tile(64, 32, 4, 2)
+    return _row_of(_DEFAULT_TILES["sm100" if capability >= (10, 0) else "sm90" if capability >= (9, 0) else "sm80"], kernel, head_dim)
 
-# %% ../../nbs/03_triton_forward.ipynb #4adef02e
+# %% ../../nbs/03_triton_forward.ipynb #eec25028
 def _pow2(n: int) -> int: return 1 << max(n - 1, 0).bit_length()
 
 
@@ -327,9 +334,10 @@ def fit_tile(
     k_rows: int, # keys of the largest group
     head_dim: int, # D
     dtype: torch.dtype, # of q, k, v
+    capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
 ) -> Fit:
     "Shrinks a tile to the group, packs small groups, and sees whether one tile holds all keys."
-    half = dtype in (torch.float16, torch.bfloat16)
+    half, interpreted = dtype in (torch.float16, torch.bfloat16), capability < (8, 0)
     smallest = 64 if half and not interpreted else 16
     limit = 32 if interpreted or not half else 128 if head_dim <= 128 else 64
     if not half and not interpreted: limit = min(limit, tile.block_n)
@@ -341,13 +349,17 @@ def fit_tile(
     warps = tile.num_warps if interpreted or not half else 4 if block_m * block_n * max(1, head_dim // 64) <= 64 * 128 else 8
     return Fit(replace(tile, block_m=block_m, block_n=block_n, num_warps=warps, overlap=False, tma=False), pack, True)
 
-# %% ../../nbs/03_triton_forward.ipynb #ea2e75f8
+# %% ../../nbs/03_triton_forward.ipynb #f91282b1
 _CANDIDATES = {
-    "forward": {64: [Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(128, 64, 4, 3, tma=True), Tile(128, 128, 4, 3, tma=True), Tile(128, 128, 8, 3, overlap=True, tma=True)],
-                128: [Tile(128, 128, 8, 2), Tile(128, 64, 8, 3), Tile(128, 64, 8, 3, overlap=True), Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 3, overlap=True, tma=True)],
-                256: [Tile(128, 32, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 2)]},
-    "dq": {64: [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3)], 128: [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 32, 8, 3)], 256: [Tile(64, 32, 8, 2), Tile(64, 64, 8, 1)]},
-    "dkv": {64: [Tile(64, 128, 8, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 2)], 128: [Tile(64, 64, 8, 3), Tile(32, 128, 8, 3), Tile(64, 128, 8, 2)], 256: [Tile(32, 64, 8, 2), Tile(32, 32, 4, 2)]},
+    ("forward", 64): [Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3, tma=True), Tile(128, 128, 4, 3, tma=True), Tile(128, 128, 8, 3, overlap=True, tma=True)],
+    ("forward", 128): [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3, overlap=True), Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 3, overlap=True, tma=True)],
+    ("forward", 256): [Tile(128, 32, 8, 2), Tile(128, 64, 8, 2)],
+    ("dq", 64): [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3)],
+    ("dq", 128): [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 32, 8, 3)],
+    ("dq", 256): [Tile(64, 32, 8, 2), Tile(128, 32, 8, 2)],
+    ("dkv", 64): [Tile(64, 128, 8, 3), Tile(64, 64, 4, 3), Tile(32, 128, 8, 3)],
+    ("dkv", 128): [Tile(32, 128, 8, 3), Tile(64, 64, 8, 3), Tile(32, 64, 8, 3)],
+    ("dkv", 256): [Tile(32, 32, 8, 2), Tile(16, 32, 4, 2)],
 }
 
 
@@ -357,7 +369,7 @@ def tile_cache_path() -> Path: # of a JSON file, which may not exist yet
     return Path(root) / "tiles.json"
 
 
-class _TileCache:
+class TileCache:
     "Tuned tiles, in memory and on disk. A file that can't be read or written is no error: tiles are then tuned again."
     def __init__(self): self.known = None
 
@@ -380,7 +392,7 @@ class _TileCache:
         except OSError: pass
 
 
-tile_cache = _TileCache()
+tile_cache = TileCache()
 
 
 def _time(run, repeats: int = 5) -> float:
@@ -405,14 +417,13 @@ def tuned_tile(
 ) -> Tile:
     "The fastest known tile: from the cache, or timed now if that is allowed."
     if not q.is_cuda or interpreted: return fallback
-    columns = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
     capability = torch.cuda.get_device_capability(q.device)
     key = f"{kernel} D{head_dim} keys{_pow2(k_rows)} {str(q.dtype)[6:]} sm{capability[0]}{capability[1]} triton{triton.__version__} {traits}{' tma' if allow_tma else ''}"
     if (tile := tile_cache.get(key)) is not None: return tile
     if (os.environ.get("HILBERT_ATTN_AUTOTUNE", "1") == "0" or q.dtype not in (torch.float16, torch.bfloat16)
             or torch.are_deterministic_algorithms_enabled() or torch.cuda.is_current_stream_capturing()): return fallback
     times = {}
-    for tile in dict.fromkeys([fallback, *_CANDIDATES[kernel][columns]]):
+    for tile in dict.fromkeys([fallback, *_row_of(_CANDIDATES, kernel, head_dim)]):
         if tile.tma and not allow_tma: continue
         try: times[tile] = _time(lambda: run(tile))
         except Exception: continue  # does not fit this GPU, or does not compile for it
@@ -420,7 +431,7 @@ def tuned_tile(
     tile_cache.put(key, best := min(times, key=times.get))
     return best
 
-# %% ../../nbs/03_triton_forward.ipynb #089be8f4
+# %% ../../nbs/03_triton_forward.ipynb #520bd6ec
 def check_triton(
     device: torch.device, # of the tensors
 ):
@@ -515,7 +526,7 @@ def attention_forward(
                and all(x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) for x in (k, v)))
 
     def run(tile):
-        fit = fit_tile(tile, groups.q_rows, groups.k_rows, D, q.dtype)
+        fit = fit_tile(tile, groups.q_rows, groups.k_rows, D, q.dtype, capability)
         t, tma = fit.tile, fit.tile.tma and (can_tma or interpreted)
         tiles, bundles = (-(-groups.q_rows // t.block_m), groups.q_groups) if fit.pack == 1 else (1, -(-groups.q_groups // fit.pack))
         descs = [_describe(x, r, (t.block_n, D)) if tma else None for x in (k, v)]
@@ -528,13 +539,13 @@ def attention_forward(
 
     with torch.cuda.device_of(q):
         if tile is None:
-            tile = default_tile("forward", D, q.dtype, capability)
-            if not fit_tile(tile, groups.q_rows, groups.k_rows, D, q.dtype).single:
+            tile = default_tile("forward", D, q.dtype, capability, dropout_p > 0)
+            if not fit_tile(tile, groups.q_rows, groups.k_rows, D, q.dtype, capability).single:
                 tile = tuned_tile("forward", tile, D, groups.k_rows, q, f"{'order' if order is not None else 'plain'}{' causal' if causal else ''}", run, can_tma)
         run(tile)
     return out, lse
 
-# %% ../../nbs/03_triton_forward.ipynb #cac1faba
+# %% ../../nbs/03_triton_forward.ipynb #200a018e
 def hilbert_attention_kernel(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)

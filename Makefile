@@ -1,0 +1,52 @@
+# `make` lists the targets. Each creates .venv and installs what it needs by itself.
+PYTHON ?= python3
+BIN := .venv/bin
+SETUP := settings.ini pyproject.toml setup.py constraints.txt
+# Triton's kernels run in its interpreter where there is no NVIDIA GPU.
+INTERPRET = $(if $(shell nvidia-smi -L 2>/dev/null),,TRITON_INTERPRET=1)
+
+help:
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+
+demo: $(BIN)/.demo  ## attention along five curves on a photo: a table, pictures and out/demo/report.html (PHOTO=path for yours)
+	$(BIN)/hilbert-attn demo $(PHOTO)
+
+test: $(BIN)/.all  ## run the tests (ARGS="-k curves -x" goes to pytest); those of the site need Chromium, and skip without
+	$(BIN)/python -m pytest $(ARGS)
+
+lab: $(BIN)/.all  ## open the notebooks in JupyterLab
+	$(INTERPRET) $(BIN)/jupyter lab --notebook-dir=nbs
+
+docs: $(BIN)/.all  ## build the site into _docs/
+	$(BIN)/python tools/build_site.py
+
+export: $(BIN)/.all  ## notebooks to package: nbdev_export, nbdev_clean, README.md
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+	$(BIN)/python tools/make_readme.py
+
+readme: $(BIN)/.all  ## write README.md from nbs/index.ipynb
+	$(BIN)/python tools/make_readme.py
+
+clean:  ## remove what was built, keep .venv
+	rm -rf _docs _proc _site build dist out *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml
+	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+distclean: clean  ## remove .venv too
+	rm -rf .venv
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"hilbert_attn needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: name another one with `make PYTHON=python3.12 ...`")'
+	$(PYTHON) -m venv .venv || (rm -rf .venv; exit 1)
+
+$(BIN)/.demo: $(SETUP) | $(BIN)/python
+	@echo "Installing hilbert_attn and what the demo needs into .venv: this takes a few minutes once."
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(BIN)/.all: $(SETUP) | $(BIN)/python
+	@echo "Installing hilbert_attn and everything that its notebooks, tests and site need into .venv: this takes a few minutes once."
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
+	@touch $(BIN)/.demo $@
+
+.PHONY: help demo test lab docs export readme clean distclean

@@ -1,0 +1,79 @@
+"""The program `hilbert-attn`: exit codes, messages, and that its commands do what the functions do."""
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hilbert_attn.bench import load_runs
+from hilbert_attn.cli import main
+
+
+def run(capsys, *argv):
+    "Exit code, stdout and stderr."
+    try: code = main(list(map(str, argv)))
+    except SystemExit as stop: code = stop.code
+    out = capsys.readouterr()
+    return code, out.out, out.err
+
+
+def test_help(capsys):
+    code, out, _ = run(capsys, "--help")
+    assert code == 0 and all(name in out for name in ("demo", "bench", "explain", "env"))
+    for command in ("demo", "bench", "explain", "env"):
+        code, out, _ = run(capsys, command, "--help")
+        assert code == 0 and f"hilbert-attn {command}" in out and max(map(len, out.splitlines())) <= 100
+
+
+@pytest.mark.parametrize("argv, message", [
+    ((), "COMMAND"),
+    (("benchmark",), "invalid choice: 'benchmark'"),
+    (("bench", "gpu"), "invalid choice: 'gpu'"),
+    (("demo", "no such photo.jpg"), "photo='no such photo.jpg': there is no such file"),
+    (("demo", "--patch", 80, 3), "patch=(80, 3): rows are 0 to 74 and columns 0 to 63"),
+    (("demo", "--patch", 80), "--patch"),
+    (("demo", "--segment-size", 5000), "segment_size=5000: must be at least 1 and at most the 4,800 patches"),
+    (("explain",), "--shape"),
+    (("explain", "--shape", 1, 12, "many", 64), "invalid int value: 'many'"),
+    (("explain", "--shape", 1, 0, 64, 64), "shape=(1, 0, 64, 64)"),
+    (("explain", "--shape", 1, 2, 64, 64, "--segment-size", 8, "--dilation-rate", 9), "dilation_rate=9: must not exceed segment_size=8"),
+    (("explain", "--shape", 1, 4, 64, 64, "--kv-heads", 3), "4 heads"),
+    (("explain", "--shape", 1, 2, 64, 64, "--backend", "cudnn"), "'cudnn'"),
+])
+def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, message):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, *argv)
+    assert code == 2 and not out
+    assert err.startswith("hilbert-attn") and message in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_explain(capsys):
+    code, out, _ = run(capsys, "explain", "--shape", 1, 12, 4096, 64, "--segment-size", 1024, "--dilation-rate", 4, "--device", "cpu")
+    assert code == 0 and out.startswith("sdpa: ") and "12,582,912 pairs (6.25% of dense)" in out and "not sdpa_mask:" in out
+
+
+def test_env(capsys):
+    code, out, _ = run(capsys, "env", "--json")
+    assert code == 0 and {"cpu", "torch", "backends"} <= set(json.loads(out))
+    assert run(capsys, "env")[1].startswith("cpu  ")
+
+
+def test_demo(capsys, tmp_path):
+    Image = pytest.importorskip("PIL.Image")
+    Image.linear_gradient("L").resize((90, 50)).save(tmp_path / "gradient.png")
+    code, out, _ = run(capsys, "demo", tmp_path / "gradient.png", "--out", tmp_path / "out", "--segment-size", 16, "--patch", 2, 3, "--seed", 5)
+    assert code == 0 and out.startswith("gradient.png: 6 x 11 = 66 patches") and "report.html" in out
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["attention.png", "curve.png", "report.html", "segments.png"]
+
+
+def test_bench(capsys, tmp_path):
+    code, out, err = run(capsys, "bench", "cpu", "--quick", "--json", "--out", tmp_path)
+    assert code == 0 and "appended to" in err
+    printed, (stored,) = json.loads(out), load_runs("cpu", tmp_path)
+    assert {name: printed[name] for name in stored} == stored and printed["ratios"]
+
+
+def test_as_a_program():
+    done = subprocess.run([sys.executable, "-c", "import sys; from hilbert_attn.cli import main; sys.exit(main(sys.argv[1:]))", "demo", "x.jpg"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "hilbert-attn: photo='x.jpg': there is no such file\n")

@@ -1,0 +1,423 @@
+"""The Triton kernels, in Triton's interpreter where there is no GPU: against the oracle, forward and backward, in everything that they claim."""
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+from hilbert_attn.autograd import HilbertAttentionFunction, HybridAttentionFunction, triton_attention, triton_backward, triton_forward
+from hilbert_attn.curves import curve_order
+from hilbert_attn.kernels import forward
+from hilbert_attn.kernels.backward import attention_backward
+from hilbert_attn.kernels.forward import Tile, TileCache, attention_forward, default_tile, fit_tile, hilbert_attention_kernel, split_head_dim, standard_attention_kernel
+from hilbert_attn.patterns import DILATION_MODES, SegmentPattern, attention_mask
+from hilbert_attn.reference import assert_matches_oracle, masked_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not forward.interpreted, reason="needs an NVIDIA GPU, or TRITON_INTERPRET=1 before Python starts")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_interpreter():
+    "The interpreter patches triton.language anew whenever a kernel calls a helper, a third of its time. Once per kernel is enough, and once for Triton's own library."
+    if not forward.interpreted: yield; return
+    from triton.runtime import interpreter
+    original, patched = interpreter.InterpretedFunction.__call__, set()
+
+    def call(self, *args, **kwargs):
+        module = self.fn.__module__
+        if not module.startswith("hilbert_attn") and module not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+    yield
+    interpreter.InterpretedFunction.__call__ = original
+
+
+@pytest.fixture
+def poisoned():
+    "Memory that nobody wrote is NaN."
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def randn(*shape, dtype=torch.float32, seed=0): return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+
+
+class Kernels(torch.autograd.Function):
+    "The kernels with given tiles, below the operators."
+    @staticmethod
+    def forward(ctx, q, k, v, pattern, options, tile):
+        ctx.rest = (pattern.segment_size, pattern.dilation_rate, pattern.mode, pattern.offsets), options, tile
+        out, lse = attention_forward(q, k, v, *ctx.rest[0], **options, tile=tile)
+        ctx.save_for_backward(q, k, v, out, lse)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        fields, options, tile = ctx.rest
+        tiles = tile and {"dq": Tile(tile.block_m, tile.block_n), "dkv": Tile(tile.block_n, tile.block_m)}
+        return *attention_backward(*ctx.saved_tensors, dout, dlse, *fields, **options, tiles=tiles), None, None, None
+
+
+@st.composite
+def cases(draw):
+    n = draw(st.integers(1, 50))
+    w = draw(st.integers(1, n))
+    r = draw(st.integers(1, min(w, 5)))
+    mode = draw(st.sampled_from(DILATION_MODES))
+    kv_heads, group, batch = draw(st.sampled_from([(1, 1, 1), (1, 2, 1), (2, 1, 1), (1, 1, 2), (2, 2, 1), (1, 3, 1)]))
+    heads = kv_heads * group
+    offsets = (0,) if mode == "residue" else draw(st.one_of(st.tuples(st.integers(0, r - 1)), st.tuples(*[st.integers(0, r - 1)] * heads)))
+    d = draw(st.sampled_from([16, 20, 24, 32, 40, 48, 64, 80]))
+    dtype = draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64]))
+    ordered = draw(st.booleans())
+    tile = draw(st.sampled_from([None, None, (16, 16), (32, 16), (16, 32)]))
+    descriptors = not ordered and n % r == 0 and w % r == 0 and d in (16, 32, 64)
+    if tile: tile = Tile(*tile, overlap=draw(st.booleans()), tma=descriptors and draw(st.booleans()))
+    return dict(pattern=SegmentPattern(n, w, r, mode, offsets), shape=(batch, heads, kv_heads, d), dtype=dtype, ordered=ordered, causal=draw(st.booleans()), masked=draw(st.booleans()),
+                layout=draw(st.sampled_from(["bhnd", "bnhd", "bhdn", "sliced"])), scale=draw(st.sampled_from([None, 0.3])), lse_grad=draw(st.booleans()), tile=tile, seed=draw(st.integers(0, 1000)))
+
+
+def laid_out(x, layout):
+    "The same values in another memory layout."
+    if layout == "bnhd": return x.transpose(1, 2).contiguous().transpose(1, 2)
+    if layout == "bhdn": return x.mT.contiguous().mT
+    if layout == "sliced": return torch.cat([x, x], -1)[..., :x.shape[-1]]
+    return x
+
+
+@settings(max_examples=160)
+@given(cases())
+def test_equals_the_oracle(case):
+    pattern, (batch, heads, kv_heads, d), n, seed = case["pattern"], case["shape"], case["pattern"].seq_len, case["seed"]
+    q, k, v = (laid_out(randn(batch, h, n, d, dtype=case["dtype"], seed=seed + i), case["layout"]) for i, h in enumerate((heads, kv_heads, kv_heads)))
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(n, generator=generator).to(DEVICE) if case["ordered"] else None
+    key_mask = (torch.rand(batch, n, generator=generator) < 0.7).to(DEVICE) if case["masked"] else None
+    mask = attention_mask(pattern, order=order, causal=case["causal"], key_mask=key_mask, device=DEVICE)
+    if case["tile"]:
+        options = dict(order=order, causal=case["causal"], key_mask=key_mask, scale=case["scale"])
+        attention = lambda *x: Kernels.apply(*x, pattern, options, case["tile"])
+    else: attention = lambda *x: triton_attention(*x, pattern, order=order, causal=case["causal"], key_mask=key_mask, scale=case["scale"])
+    torch.use_deterministic_algorithms(True)  # poisons fresh memory with NaN
+    try: assert_matches_oracle(attention, q, k, v, mask, scale=case["scale"], lse_grad=case["lse_grad"])
+    finally: torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("n, w, r, mode", [(1, 1, 1, "residue"), (63, 63, 2, "residue"), (65, 30, 7, "keys"), (65, 64, 3, "longnet"), (1000, 700, 7, "residue"), (1000, 1000, 3, "keys"), (1000, 333, 2, "longnet")])
+def test_odd_sizes(poisoned, n, w, r, mode):
+    pattern = SegmentPattern.for_heads(n, 2, w, r, mode)
+    q, k, v = (randn(1, h, n, 16, seed=h) for h in (2, 1, 1))
+    options = dict(order=torch.randperm(n, generator=torch.Generator().manual_seed(n)).to(DEVICE))
+    tile = Tile(128, 64) if n == 1000 else None
+    assert_matches_oracle(lambda *x: Kernels.apply(*x, pattern, options, tile), q, k, v, attention_mask(pattern, **options, device=DEVICE))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_odd_sizes_without_an_order(poisoned, causal):
+    pattern = SegmentPattern(1000, 700, 3)
+    q, k, v = (randn(1, 1, 1000, 16, seed=h) for h in range(3))
+    assert_matches_oracle(lambda *x: Kernels.apply(*x, pattern, dict(causal=causal), Tile(128, 64, overlap=True)), q, k, v, attention_mask(pattern, causal=causal, device=DEVICE))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("d", [16, 17, 48, 72, 80, 96, 100, 128, 160, 192, 256])
+def test_head_dims(poisoned, d, dtype):
+    pattern = SegmentPattern(40, 36, 2)
+    q, k, v = (randn(1, h, 40, d, dtype=dtype, seed=h) for h in (2, 1, 1))
+    options = dict(order=torch.randperm(40, generator=torch.Generator().manual_seed(d)).to(DEVICE))
+    for tile in (None, Tile(16, 16)):
+        assert_matches_oracle(lambda *x: Kernels.apply(*x, pattern, options, tile), q, k, v, attention_mask(pattern, **options, device=DEVICE))
+
+
+def test_columns_are_split_into_powers_of_two():
+    assert {d: split_head_dim(d) for d in (16, 20, 48, 64, 80, 96, 112, 160, 192, 256)} == {
+        16: (16, 0), 20: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 112: (128, 0), 160: (128, 32), 192: (128, 64), 256: (256, 0)}
+    for d in range(16, 257):
+        a, b = split_head_dim(d)
+        assert a + b >= d and math.log2(a).is_integer() and (b == 0 or math.log2(b).is_integer())
+
+
+@pytest.mark.parametrize("mode", DILATION_MODES)
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradcheck(mode, causal):
+    pattern = SegmentPattern(9, 7, 2, mode, (0,) if mode == "residue" else (1, 0))
+    q, k, v = (randn(1, h, 9, 2, dtype=torch.float64, seed=h).requires_grad_() for h in (2, 1, 1))
+    order, key_mask = torch.randperm(9, generator=torch.Generator().manual_seed(0)).to(DEVICE), torch.tensor([[True] * 6 + [False] + [True] * 2], device=DEVICE)
+
+    def attend(q, k, v):
+        out, lse = triton_attention(q, k, v, pattern, order=order, causal=causal, key_mask=key_mask)
+        return out, lse.masked_fill(lse == -torch.inf, 0)  # numerical differences of infinities are NaN
+
+    assert torch.autograd.gradcheck(attend, (q, k, v), fast_mode=mode != "residue" or causal)
+
+
+def test_scales_of_any_sign():
+    q, k, v = (randn(1, 1, 20, 16, seed=i) for i in range(3))
+    pattern = SegmentPattern(20, 20)
+    for scale in (-0.5, 0.0, 2.0): assert_matches_oracle(lambda *x: triton_attention(*x, pattern, scale=scale), q, k, v, attention_mask(pattern, device=DEVICE), scale=scale)
+
+
+@pytest.mark.parametrize("mode", DILATION_MODES)
+def test_what_lies_in_masked_tokens_does_not_matter(mode):
+    pattern = SegmentPattern.for_heads(40, 2, 40, 2, mode)
+    q, k, v = (randn(1, 2, 40, 16, seed=i) for i in range(3))
+    key_mask = torch.rand(1, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
+    dirty = [x.masked_fill(~key_mask[:, None, :, None], bad) for x, bad in ((k, torch.nan), (v, torch.inf))]
+    runs = []
+    for kv in ((k, v), dirty):
+        x = [q.clone().requires_grad_(), *(t.clone().requires_grad_() for t in kv)]
+        out, lse = triton_attention(*x, pattern, key_mask=key_mask)
+        runs.append([out, lse, *torch.autograd.grad(out, x, q)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs)) and runs[1][0].isfinite().all()
+
+
+def test_rows_without_keys_are_zero_and_pass_no_gradient(poisoned):
+    pattern = SegmentPattern(9, 4, 3, "keys", (2,))  # the last segment has one position: no key of residue 2
+    q, k, v = (randn(1, 1, 9, 16, seed=i).requires_grad_() for i in range(3))
+    out, lse = triton_attention(q, k, v, pattern)
+    assert (out[:, :, 8] == 0).all() and (lse[:, :, 8] == -torch.inf).all() and out.isfinite().all()
+    grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), torch.full_like(lse, torch.nan).where(lse == -torch.inf, 1.0)))
+    assert all(g.isfinite().all() for g in grads) and (grads[0][:, :, 8] == 0).all()
+
+
+def test_offsets_beyond_int32(monkeypatch):
+    "Three tokens, each 2^30 elements after the one before, in memory that is never touched."
+    if forward.interpreted:  # it would copy the storage onto itself
+        from triton.runtime.interpreter import GridExecutor
+        monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
+    step = 2 ** 30
+    storage = torch.empty(2 * step + 256, dtype=torch.float16, device=DEVICE)
+    q, k, v, do = (storage.as_strided((1, 1, 3, 32), (step, step, step, 1), 32 * i) for i in range(4))
+    small = [randn(1, 1, 3, 32, dtype=torch.float16, seed=i) for i in range(4)]
+    for x, y in zip((q, k, v, do), small): x.copy_(y)
+    for order in (None, torch.tensor([2, 0, 1], device=DEVICE)):
+        far, near = ([*attention_forward(*x[:3], 3, order=order)] for x in ((q, k, v), small))
+        far += attention_backward(q, k, v, *far, do, None, 3, order=order)
+        near += attention_backward(*small[:3], *near, small[3], None, 3, order=order)
+        assert all(torch.equal(a, b) for a, b in zip(far, near))
+        for tiles in (dict(dq=Tile(16, 16), dkv=Tile(16, 16)),):
+            assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(attention_backward(q, k, v, *near[:2], do, None, 3, mode="keys", order=order, tiles=tiles), near[2:]))
+
+
+@pytest.mark.parametrize("mode", DILATION_MODES)
+def test_bit_identical_repeats(mode):
+    pattern = SegmentPattern.for_heads(70, 4, 50, 2, mode)
+    x = [randn(2, h, 70, 16, dtype=torch.bfloat16, seed=h).requires_grad_() for h in (4, 2, 2)]
+    runs = []
+    for _ in range(2):
+        out, lse = triton_attention(*x, pattern, order=curve_order((7, 10), device=DEVICE))
+        runs.append([out, lse, *torch.autograd.grad((out, lse), x, (out, lse.nan_to_num(neginf=0)))])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+def test_layouts_are_kept():
+    q, k, v = (randn(2, 30, 3, 16, seed=i).transpose(1, 2).requires_grad_() for i in range(3))
+    out, _ = triton_attention(q, k, v, SegmentPattern(30, 10))
+    assert out.stride() == q.stride()
+    assert all(g.stride() == q.stride() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
+def test_historic_names():
+    q, k, v = (randn(1, 2, 24, 16, seed=i) for i in range(3))
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    for ours, theirs in ((hilbert_attention_kernel(q, k, v, order, 12, 2), triton_attention(q, k, v, SegmentPattern(24, 12, 2), order=order)),
+                         (standard_attention_kernel(q, k, v), triton_attention(q, k, v, SegmentPattern(24, 24)))):
+        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+# operators
+
+def operator_arguments(requires_grad=True, **changes):
+    x = [randn(1, h, 20, 16, dtype=torch.float64, seed=h).requires_grad_(requires_grad) for h in (2, 1, 1)]
+    settings = dict(order=torch.randperm(20, generator=torch.Generator().manual_seed(0)).to(DEVICE), key_mask=None, seed=None, segment_size=10, dilation_rate=2, mode="longnet", offsets=[0, 1], causal=True, scale=0.25, dropout_p=0.0)
+    return (*x, *(settings | changes).values())
+
+
+@pytest.mark.parametrize("changes", [{}, dict(order=None, causal=False, mode="residue", offsets=[0]), dict(seed=torch.tensor([3], device=DEVICE), dropout_p=0.5), dict(key_mask=torch.ones(1, 20, dtype=torch.bool, device=DEVICE))], ids=["order", "plain", "dropout", "mask"])
+def test_opcheck_forward(changes): torch.library.opcheck(triton_forward, operator_arguments(**changes))
+
+
+def test_opcheck_backward():
+    q, k, v, *settings = operator_arguments(False)
+    out, lse = triton_forward(q, k, v, *settings)
+    for dlse in (None, randn(1, 2, 20, dtype=torch.float64)):
+        torch.library.opcheck(triton_backward, (q, k, v, out, lse, randn(1, 2, 20, 16, dtype=torch.float64), dlse, *settings))
+
+
+def test_the_function_and_the_operator_are_one():
+    arguments = operator_arguments()
+    ours, theirs = (torch.autograd.grad(f(*arguments)[0].square().sum(), arguments[:3]) for f in (HilbertAttentionFunction.apply, triton_forward))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+
+
+def test_only_the_lse():
+    q, k, v, *settings = operator_arguments(order=None, causal=False, mode="residue", offsets=[0])
+    _, lse = triton_forward(q, k, v, *settings)
+    mask = SegmentPattern(20, 10, 2).mask().to(DEVICE)
+    expected = torch.autograd.grad(masked_attention(q, k, v, mask, 0.25)[1].sum(), (q, k))
+    torch.testing.assert_close(torch.autograd.grad(lse.sum(), (q, k)), expected)
+
+
+class Attend(torch.nn.Module):
+    def forward(self, q, k, v, order=None):
+        out, lse = triton_attention(q, k, v, SegmentPattern(q.shape[2], 8, 2), order=order, causal=True)
+        return out * 2 + lse[..., None].to(out.dtype)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_to_one_graph(backend, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(Attend(), fullgraph=True, dynamic=dynamic, backend=backend)
+    for n in (16, 27) if dynamic else (16,):
+        x = [randn(1, h, n, 16, seed=h).requires_grad_() for h in (2, 1, 1)]
+        for order in (None, torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(DEVICE)):
+            ours, theirs = ((out := f(*x, order), *torch.autograd.grad(out.square().sum(), x)) for f in (compiled, Attend()))
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_exports(dynamic):
+    x = [randn(1, h, 24, 16, seed=h) for h in (2, 1, 1)]
+    shapes = {**{name: {2: torch.export.Dim("tokens", min=8, max=1 << 20)} for name in "qkv"}, "order": None} if dynamic else None
+    program = torch.export.export(Attend(), (*x, None), dynamic_shapes=shapes)
+    y = [randn(1, h, 33 if dynamic else 24, 16, seed=h) for h in (2, 1, 1)]
+    torch.testing.assert_close(program.module()(*y, None), Attend()(*y))
+
+
+# dropout
+
+def dropped(p, seed, n=32, order=None, **options):
+    "The mask of kept weights, made visible by values that are the unit matrix."
+    q, k = (randn(1, 2, n, n, dtype=torch.float64, seed=i) for i in range(2))
+    eye = torch.eye(n, dtype=torch.float64, device=DEVICE).expand(1, 2, n, n)
+    return attention_forward(q, k, eye, n, order=order, dropout_p=p, seed=torch.tensor([seed], device=DEVICE), **options)[0] != 0
+
+
+def test_dropout_depends_on_seed_head_and_tokens_only():
+    kept = dropped(0.4, 1)
+    assert torch.equal(kept, dropped(0.4, 1, tile=Tile(16, 16))) and torch.equal(kept, dropped(0.4, 1, order=torch.randperm(32, generator=torch.Generator().manual_seed(0)).to(DEVICE)))
+    assert not torch.equal(kept, dropped(0.4, 2)) and not torch.equal(kept[:, 0], kept[:, 1])
+    assert torch.equal(dropped(0.4, 1, n=64)[:, 0, :32, :32], kept[:, 0])
+    shares = [dropped(p, 3, n=64).double().mean().item() for p in (0.1, 0.5, 0.9)]
+    assert all(abs(share - (1 - p)) < 4 * math.sqrt(p * (1 - p) / 2 / 64 ** 2) for share, p in zip(shares, (0.1, 0.5, 0.9)))
+
+
+@pytest.mark.parametrize("tile", [None, Tile(16, 16)])
+@pytest.mark.parametrize("mode", ["residue", "keys"])
+def test_dropout_backward_has_the_same_mask(mode, tile):
+    n, p = 32, 0.3
+    q, k, v = (randn(1, 2, n, n, dtype=torch.float64, seed=i).requires_grad_() for i in range(3))
+    options = dict(order=torch.randperm(n, generator=torch.Generator().manual_seed(1)).to(DEVICE), causal=True, dropout_p=p, seed=torch.tensor([5], device=DEVICE))
+    pattern = SegmentPattern(n, n, 2 if mode == "keys" else 1, mode, (1,) if mode == "keys" else (0,))
+    eye = torch.eye(n, dtype=torch.float64, device=DEVICE).expand(1, 2, n, n)
+    kept = Kernels.apply(q.detach(), k.detach(), eye, pattern, options, tile)[0] != 0
+    mask = attention_mask(pattern, order=options["order"], causal=True, device=DEVICE)
+
+    def plain(q, k, v):
+        scores = (q @ k.mT * n ** -0.5).masked_fill(~mask, -torch.inf)
+        lse = scores.masked_fill(~mask.any(-1, keepdim=True), 0).logsumexp(-1)
+        return ((scores - lse[..., None]).exp() * kept / (1 - p)) @ v, lse.masked_fill(~mask.any(-1), 0)
+
+    upstream = randn(1, 2, n, n, dtype=torch.float64, seed=9), randn(1, 2, n, dtype=torch.float64, seed=8)
+    ours = Kernels.apply(q, k, v, pattern, options, tile)
+    theirs = plain(q, k, v)
+    torch.testing.assert_close(ours[0], theirs[0])
+    torch.testing.assert_close(torch.autograd.grad(ours, (q, k, v), upstream), torch.autograd.grad(theirs, (q, k, v), (upstream[0], upstream[1] * mask.any(-1))))
+
+
+def test_dropout_keeps_the_mean_and_follows_torchs_generator():
+    q, k, v = (randn(1, 1, 16, 16, seed=i) for i in range(3))
+    pattern = SegmentPattern(16, 16)
+    exact, _ = triton_attention(q, k, v, pattern)
+    runs = torch.stack([triton_attention(q, k, v, pattern, dropout_p=0.2)[0] for _ in range(150)])
+    assert (runs.mean(0) - exact).abs().max() < 5 * (runs.std(0) / math.sqrt(150)).max()
+    torch.manual_seed(3); first = triton_attention(q, k, v, pattern, dropout_p=0.2)[0]
+    torch.manual_seed(3); assert torch.equal(first, triton_attention(q, k, v, pattern, dropout_p=0.2)[0])
+    assert (triton_attention(q, k, v, pattern, dropout_p=1.0)[0] == 0).all()
+
+
+# the hybrid, tiles, and where it can't run
+
+@pytest.mark.parametrize("ordered", [False, True])
+def test_hybrid(ordered):
+    order = curve_order((6, 8), device=DEVICE) if ordered else None
+    q, k, v = (randn(1, 2, 48, 16, seed=i) for i in range(3))
+    pattern = SegmentPattern(48, 24, 3)
+    assert_matches_oracle(lambda *x: HybridAttentionFunction.apply(*x, order, 24, 3, 0.25), q, k, v, attention_mask(pattern, order=order, device=DEVICE), scale=0.25, lse_grad=False)
+    with pytest.raises(ValueError, match="r to divide w"): HybridAttentionFunction.apply(q, k, v, order, 20, 3, 0.25)
+
+
+def test_tiles_fit_their_groups():
+    for capability in ((0, 0), (8, 0), (9, 0), (10, 0)):
+        for dtype in (torch.bfloat16, torch.float32, torch.float64):
+            for d in (16, 64, 80, 128, 256):
+                for q_rows, k_rows in ((1, 1), (5, 5), (16, 16), (33, 33), (64, 64), (100, 100), (128, 128), (1000, 1000), (64, 16), (4096, 20), (7, 3)):
+                    fit = fit_tile(default_tile("forward", d, dtype, capability), q_rows, k_rows, d, dtype, capability)
+                    m, n = fit.tile.block_m, fit.tile.block_n
+                    assert m >= 16 and n >= 16 and m % fit.pack == 0 and n % fit.pack == 0
+                    if fit.pack > 1: assert fit.single and m // fit.pack >= q_rows
+                    if fit.single: assert n // fit.pack >= k_rows
+
+
+def test_tuned_tiles_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setenv("HILBERT_ATTN_CACHE", str(tmp_path / "cache"))
+    one, other = TileCache(), TileCache()
+    assert one.get("a") is None and other.get("b") is None
+    one.put("a", Tile(64, 32, 4, 2, overlap=True)); other.put("b", Tile(128, 64))  # two processes that know nothing of each other
+    fresh = TileCache()
+    assert fresh.get("a") == Tile(64, 32, 4, 2, overlap=True) and fresh.get("b") == Tile(128, 64)
+    forward.tile_cache_path().write_text("{ not json")
+    assert TileCache().get("a") is None
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("HILBERT_ATTN_CACHE", str(blocked))
+    (cache := TileCache()).put("a", Tile(16, 16))
+    assert cache.get("a") == Tile(16, 16)  # in memory, where the disk refuses
+
+
+def run_python(code, **environment):
+    "A fresh process, without the interpreter unless asked for."
+    inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment, timeout=120)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    return ran.stdout
+
+
+ATTEMPT = """
+import torch
+from hilbert_attn.autograd import triton_attention
+from hilbert_attn.patterns import SegmentPattern
+x = torch.randn(1, 1, 8, 16)
+try: triton_attention(x, x, x, SegmentPattern(8, 8))
+except RuntimeError as e: print(e)
+"""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="is about CPUs")
+def test_says_why_it_cannot_run():
+    said = run_python(ATTEMPT)
+    assert "NVIDIA GPU" in said and "TRITON_INTERPRET=1" in said and "backend='sdpa'" in said
+
+
+def test_imports_where_triton_is_missing():
+    said = run_python("import torch, sys\nsys.modules['triton'] = None\nimport hilbert_attn, hilbert_attn.kernels.forward, hilbert_attn.kernels.backward\n" + ATTEMPT)
+    assert "package triton" in said and "backend='sdpa'" in said
+
+
+def test_tf32_only_where_torch_was_told_so():
+    assert forward._precision(torch.float32) == "ieee"
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try: assert forward._precision(torch.float32) == "tf32" and forward._precision(torch.float64) == "ieee"
+    finally: torch.backends.cuda.matmul.fp32_precision = "none"
