@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'PolicyRow', 'set_backend', 'hilbert_attention',
            'BackendChoice', 'explain_backend']
 
-# %% ../nbs/07_backends.ipynb #b945dcf2
+# %% ../nbs/07_backends.ipynb #d02e62cb
 import importlib.util
 import os
 import warnings
@@ -24,7 +24,7 @@ from .patterns import SegmentPattern
 from .reference import reference_attention
 from .sdpa import sdpa_attention, sdpa_mask_attention
 
-# %% ../nbs/07_backends.ipynb #59bb5d19
+# %% ../nbs/07_backends.ipynb #595c65cb
 _ARCHITECTURES = (  # (capability from, name, dtype to prefer, mixed precision, forward tiles (queries, keys))
     ((10, 0), "Blackwell", torch.bfloat16, True, (128, 128)),
     ((9, 0), "Hopper", torch.bfloat16, True, (128, 128)),
@@ -69,7 +69,7 @@ def detect_gpu_architecture(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _architecture(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, _interpreted())
 
-# %% ../nbs/07_backends.ipynb #8bc04270
+# %% ../nbs/07_backends.ipynb #ffcd2185
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -126,7 +126,7 @@ def _check_call(q, k, v, *, grid, curve, order, segment_size, dilation_rate, dil
         given = f"{key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}" if isinstance(key_mask, Tensor) else type(key_mask).__name__
         raise ValueError(f"key_mask is {given}: expected bool of shape (B, N) = {(q.shape[0], n)} on {q.device}, True = attend")
     if not 0 <= dropout_p < 1: raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and less than 1")
-    if scale is not None and not (isfinite(scale) and scale > 0): raise ValueError(f"scale={scale}: must be positive and finite, or None for 1 / sqrt(D)")
+    if scale is not None and not (isfinite(scale) and scale > 0): raise ValueError(f"scale={scale}: must be positive and finite, or None for 1 / sqrt(D); to turn the sign, negate q")
     pattern = SegmentPattern.for_heads(n, q.shape[1], segment_size, dilation_rate, dilation_mode, offsets)
     name = None if curve is None else _parse_curve(curve)[0]
     if order is not None: order = _check_order(order, n, q.device)
@@ -134,7 +134,7 @@ def _check_call(q, k, v, *, grid, curve, order, segment_size, dilation_rate, dil
     if pattern.segment_size >= n and pattern.dilation_rate == 1: order = None  # dense attention: the order of the tokens changes nothing
     return _Call(pattern, order, bool(causal), key_mask, float(dropout_p), scale)
 
-# %% ../nbs/07_backends.ipynb #3cbb0afb
+# %% ../nbs/07_backends.ipynb #e6fc7f8e
 @dataclass(frozen=True)
 class _Backend:
     name: str
@@ -179,7 +179,7 @@ POLICY = (
     PolicyRow("any", "sdpa", "dense kernels on the groups run on every device"),
 )
 
-# %% ../nbs/07_backends.ipynb #56116059
+# %% ../nbs/07_backends.ipynb #de6d840e
 _forced: list[str] = ["auto"]
 _warned: set[str] = set()
 
@@ -223,7 +223,7 @@ def _choose(backend: str, device: torch.device) -> tuple[str, str, dict[str, str
             warnings.warn(f"hilbert_attn: backend {row.backend!r} is preferred on {device} but {blocked[row.backend]}; using the next one that can run", stacklevel=3)
     raise RuntimeError(f"no backend can run on {device}: {blocked}")
 
-# %% ../nbs/07_backends.ipynb #e5d5307a
+# %% ../nbs/07_backends.ipynb #b0e1303d
 def _run(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | None]:
     "Runs a checked call on a backend."
     options = dict(order=call.order, causal=call.causal, key_mask=call.key_mask, dropout_p=call.dropout_p, scale=call.scale)
@@ -272,7 +272,7 @@ def hilbert_attention(
     out, lse = _run(call, q, k, v, _choose(backend, q.device)[0], return_lse)
     return (out, lse) if return_lse else out
 
-# %% ../nbs/07_backends.ipynb #4bc0eefb
+# %% ../nbs/07_backends.ipynb #0a3f72d9
 @dataclass(frozen=True)
 class BackendChoice:
     "The backend for a call, and why."

@@ -9,7 +9,7 @@ __all__ = ['FLOPS_PER_PAIR', 'CPU_CONFIG', 'CPU_QUICK', 'NAIVE', 'MASKED', 'MASK
            'bench_rows', 'bench_targets', 'format_table', 'describe_environment', 'format_run', 'results_folder',
            'save_run', 'load_runs', 'plot_run']
 
-# %% ../nbs/15_bench.ipynb #468f1db7
+# %% ../nbs/15_bench.ipynb #5a9f9508
 import gc
 import json
 import os
@@ -38,7 +38,7 @@ from .curves import curve_order, new_figure
 from .patterns import SegmentPattern, attention_mask
 from .reference import OracleReport, compare_to_oracle, default_scale, masked_attention
 
-# %% ../nbs/15_bench.ipynb #8aece113
+# %% ../nbs/15_bench.ipynb #1a5e4926
 @dataclass(frozen=True)
 class Timing:
     "Wall-clock time of one call, in seconds."
@@ -104,7 +104,7 @@ def measure(
         if enabled: gc.enable()
     return {name: Timing(*map(float, np.quantile(t, (0.5, 0.2, 0.8))), len(t)) for name, t in times.items()}
 
-# %% ../nbs/15_bench.ipynb #7162ace2
+# %% ../nbs/15_bench.ipynb #d2add77b
 FLOPS_PER_PAIR = {"forward": 4, "forward+backward": 14} # times D: 2 products forward, 5 backward, 2 D operations each
 
 
@@ -133,7 +133,7 @@ def machine_limits(
     return dict(matmul_flops_per_s=2 * prod(shape) / timing["matmul"].median, matmul_shape=list(shape),
                 copy_bytes_per_s=2 * source.nbytes / timing["copy"].median, copy_bytes=source.nbytes)
 
-# %% ../nbs/15_bench.ipynb #abb09c31
+# %% ../nbs/15_bench.ipynb #c5a464c7
 def _cpu_name() -> str:
     "The CPU's own name, without its decoration."
     name = ""
@@ -180,15 +180,15 @@ def machine_slug(
     "A name for the machine, fit for a folder."
     return re.sub(r"[^a-z0-9]+", "-", f"{env.get('gpu', env['cpu'])} {'' if 'gpu' in env else str(env['cores']) + ' cores'}".lower()).strip("-")
 
-# %% ../nbs/15_bench.ipynb #b7ec96ea
+# %% ../nbs/15_bench.ipynb #cbb8dd27
 @dataclass(frozen=True)
 class Candidate:
     "Something to time: a function, and what it claims to compute."
     name: str
-    attention: Callable # attention(q, k, v) -> out, or (out, lse) if `lse_grad`
+    attention: Callable # attention(q, k, v) -> out, or (out, lse)
     mask: Tensor | None # bool, broadcastable to (B, H, N, N), the same for all heads; None is dense attention
     pairs: int # attended pairs over all batches and heads
-    lse_grad: bool = False # the backward sends a gradient into the LSE too
+    lse_grad: bool = False # it returns an LSE, and the backward sends a gradient into that too
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Callable:
         "The forward alone, as a call without arguments."
@@ -200,7 +200,8 @@ class Candidate:
         x, upstream = [t.detach().requires_grad_() for t in (q, k, v)], (dout, dlse) if self.lse_grad else (dout,)
         def call():
             out = self.attention(*x)
-            return torch.autograd.grad(out if self.lse_grad else (out,), x, upstream)
+            if not self.lse_grad: out = out[:1] if isinstance(out, tuple) else (out,)
+            return torch.autograd.grad(out, x, upstream)
         return call
 
 
@@ -209,7 +210,7 @@ def check_exact(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H, N, D)
     v: Tensor, # values (B, H, N, D)
-    heads: Sequence[int] | None = None, # to look at; None: all. The oracle takes some 15 x 8 N^2 bytes for each
+    heads: Sequence[int] | None = None, # to look at; None: all. the oracle takes some 45 bytes per pair of tokens and head
 ) -> OracleReport: # the errors
     "Holds a candidate against the float64 oracle; a `RuntimeError` that refuses to time it where it is further away than the rule allows."
     heads = list(range(q.shape[1]) if heads is None else heads)
@@ -219,7 +220,7 @@ def check_exact(
         whole = [x.detach().clone() for x in (q, k, v)]
         for x, part in zip(whole, parts): x[:, heads] = part
         result = candidate.attention(*whole)
-        if candidate.lse_grad: return result[0][:, heads], result[1][:, heads]
+        if isinstance(result, tuple): return result[0][:, heads], result[1][:, heads]
         with torch.no_grad(): lse = masked_attention(*parts, mask)[1]  # the candidate has none to judge
         return result[:, heads], lse
 
@@ -228,7 +229,7 @@ def check_exact(
     if not report.ok: raise RuntimeError(f"refusing to time {candidate.name!r}: it is further from the float64 oracle than the rule allows\n{report}")
     return report
 
-# %% ../nbs/15_bench.ipynb #1e67a613
+# %% ../nbs/15_bench.ipynb #0bb72ccb
 def _resident(field: str = "VmRSS") -> int: # bytes
     "Resident memory of this process: now (VmRSS), or its high-water mark (VmHWM)."
     try: return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
@@ -264,7 +265,7 @@ def peak_memory(
     if done.returncode: raise RuntimeError(f"measuring the memory of {where} failed:\n{done.stderr[-2000:]}")
     return int(done.stdout)
 
-# %% ../nbs/15_bench.ipynb #fd46ddad
+# %% ../nbs/15_bench.ipynb #5c6ac39b
 CPU_CONFIG = dict(batch=1, heads=12, grid=[64, 64], head_dim=64, segment_size=1024, dilation_rate=4, dtype="float32", repeats=15, sweep_sides=[8, 16, 32, 64], memory_tokens=32_768)
 CPU_QUICK = CPU_CONFIG | dict(heads=2, grid=[16, 16], segment_size=64, repeats=3, sweep_sides=[8], memory_tokens=1024)
 NAIVE, MASKED, MASKED_HILBERT, DENSE, MATMUL = "naive PyTorch", "SDPA with a mask", "SDPA with a mask, Hilbert order", "dense SDPA", "one matmul of the same FLOPs"
@@ -369,7 +370,7 @@ def bench_cpu(
             memory.append(dict(**case, tokens=config["memory_tokens"], peak_extra_bytes=peak, qkv_bytes=inputs))
     return dict(suite="cpu", quick=quick, config=config, environment=environment(), limits=limits, checks=checks, rows=[row | dict(pairs=pairs[row["name"]]) for row in rows], sweep=sweep, memory=memory)
 
-# %% ../nbs/15_bench.ipynb #74ac6d95
+# %% ../nbs/15_bench.ipynb #dfeb6a9c
 def bench_rows(
     run: dict, # from `bench_cpu`, or read by `load_runs`
 ) -> list[dict]: # name, direction, ms, p20_ms, p80_ms, over_masked, over_naive, share_of_limit
@@ -443,7 +444,7 @@ def format_run(
     if not run["quick"]: parts.append(format_table(targets, dict(what="", measured=".2f", target="", met=""), dict(met="")))
     return "\n\n".join(parts)
 
-# %% ../nbs/15_bench.ipynb #72ee3a62
+# %% ../nbs/15_bench.ipynb #92dec2cb
 def results_folder() -> Path:
     "Where results live: `nbs/results` of the checkout that this package is part of, or `results` where there is none."
     nbs = Path(hilbert_attn.__file__).resolve().parent.parent / "nbs"

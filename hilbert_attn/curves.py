@@ -6,7 +6,7 @@
 __all__ = ['CURVES', 'hilbert_decode', 'hilbert_encode', 'as_grid', 'curve_order', 'inverse_order', 'create_hilbert_mapping',
            'new_figure', 'plot_curve', 'segment_map', 'Locality', 'locality']
 
-# %% ../nbs/00_curves.ipynb #c97d5299
+# %% ../nbs/00_curves.ipynb #5b9dcb4e
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/00_curves.ipynb #7be037c5
+# %% ../nbs/00_curves.ipynb #6b76e754
 def _check_bits(bits: int, ndim: int):
     if bits < 1 or ndim < 1 or bits * ndim > 62:
         raise ValueError(f"bits={bits} and ndim={ndim}: both must be at least 1, and bits * ndim at most 62 to fit int64")
@@ -71,7 +71,7 @@ def hilbert_encode(
             index = index | (((x[axis] ^ parity) >> level) & 1) << (level * ndim + ndim - 1 - axis)
     return index
 
-# %% ../nbs/00_curves.ipynb #3807673a
+# %% ../nbs/00_curves.ipynb #f707ea7c
 def _even_half(n: int) -> int:
     "About half of `n`, even where possible."
     half = n // 2
@@ -108,7 +108,7 @@ def _rectangle(w: int, h: int, memo: dict) -> np.ndarray:
     memo[w, h] = path
     return path
 
-# %% ../nbs/00_curves.ipynb #deeee21b
+# %% ../nbs/00_curves.ipynb #622c7f4f
 def _box(w: int, h: int, d: int, memo: dict) -> np.ndarray:
     "Path (3, w*h*d) over a `w` x `h` x `d` box from (0, 0, 0) to (w-1, 0, 0)."
     if (w, h, d) in memo: return memo[w, h, d]
@@ -143,7 +143,7 @@ def _box(w: int, h: int, d: int, memo: dict) -> np.ndarray:
     memo[w, h, d] = path
     return path
 
-# %% ../nbs/00_curves.ipynb #42b4ac55
+# %% ../nbs/00_curves.ipynb #0e63431d
 def _row_major(grid: tuple[int, ...]) -> np.ndarray:
     return np.arange(prod(grid))
 
@@ -186,7 +186,7 @@ def _hilbert(grid: tuple[int, ...]) -> np.ndarray:
 _CURVES = {"row_major": _row_major, "snake": _snake, "tile": _tile, "morton": _morton, "hilbert": _hilbert}
 CURVES = tuple(_CURVES)
 
-# %% ../nbs/00_curves.ipynb #a272f8c3
+# %% ../nbs/00_curves.ipynb #465ef398
 def as_grid(
     grid: int | Sequence[int], # N, (N,), (H, W) or (T, H, W)
 ) -> tuple[int, ...]: # the same as a tuple
@@ -285,7 +285,7 @@ def create_hilbert_mapping(
     "The Hilbert order of a plain sequence, folded to a near-square: `curve_order(seq_len)` as int32."
     return curve_order(seq_len).to(torch.int32)
 
-# %% ../nbs/00_curves.ipynb #e3af91e9
+# %% ../nbs/00_curves.ipynb #719055b4
 def _define_operator(
     name: str, # operator hilbert_attn::name
     schema: str, # its arguments and results
@@ -306,7 +306,7 @@ _library = _define_operator("curve_order", "(SymInt[] grid, str curve, Device de
 _library.impl("curve_order", _curve_order_op, "CompositeExplicitAutograd")
 torch.library.register_fake("hilbert_attn::curve_order", lambda grid, curve, device: torch.empty(prod(grid), dtype=torch.int64, device=device), lib=_library)
 
-# %% ../nbs/00_curves.ipynb #f933292b
+# %% ../nbs/00_curves.ipynb #d52a3ab4
 _PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 
 
@@ -354,7 +354,7 @@ def segment_map(
     "Which segment of `segment_size` consecutive positions each cell belongs to."
     return (inverse_order(curve_order(grid, curve)) // segment_size).view(as_grid(grid))
 
-# %% ../nbs/00_curves.ipynb #16e83938
+# %% ../nbs/00_curves.ipynb #e73b8e95
 @dataclass(frozen=True)
 class Locality:
     "What an order keeps together, in cells of the grid."

@@ -7,7 +7,7 @@ __all__ = ['PATCH', 'MASKED', 'NAIVE', 'Photo', 'load_photo', 'photo_tokens', 'p
            'patch_weights', 'weight_kept', 'draw_attention', 'demo_candidates', 'compare_orders', 'demo_table',
            'write_report', 'DemoResult', 'run_demo']
 
-# %% ../nbs/16_demo.ipynb #1b5a855a
+# %% ../nbs/16_demo.ipynb #35eb4700
 import base64
 import html
 import io
@@ -28,7 +28,7 @@ from .bench import Candidate, check_exact, describe_environment, environment, fo
 from .curves import CURVES, curve_order, locality, new_figure, plot_curve, segment_map
 from .patterns import SegmentPattern, attention_mask
 
-# %% ../nbs/16_demo.ipynb #e253f80d
+# %% ../nbs/16_demo.ipynb #20837b0e
 PATCH = 8 # side of a patch in pixels
 _GRACE_HOPPER, _CHEEK = "Grace Hopper", (26, 36)
 
@@ -86,7 +86,7 @@ def load_photo(
     pixels = np.asarray(image)[:image.height // PATCH * PATCH, :image.width // PATCH * PATCH]
     return Photo(name, pixels.copy(), note)
 
-# %% ../nbs/16_demo.ipynb #77ea8bfd
+# %% ../nbs/16_demo.ipynb #747abd73
 _SHARPNESS = 4.0 # beta
 
 
@@ -115,7 +115,7 @@ def project_tokens(
     qk = sqrt(_SHARPNESS * sqrt(head_dim)) * (tokens @ w_qk)[None]
     return [qk, qk.clone(), (tokens @ w_v)[None]]
 
-# %% ../nbs/16_demo.ipynb #0761376f
+# %% ../nbs/16_demo.ipynb #d6acdf39
 def _dimmed(photo: Photo) -> np.ndarray:
     "The photo, paler and darker, as a ground to draw on; float (height, width, 3), 0 to 1."
     x = photo.pixels / 255
@@ -158,7 +158,7 @@ def draw_curve(
     fig.set_layout_engine("none"), ax.set_position((0, 0, 1, 1))  # no margin
     return fig
 
-# %% ../nbs/16_demo.ipynb #85ada991
+# %% ../nbs/16_demo.ipynb #37f4e5b6
 def _region_colors(n: int) -> np.ndarray: # (n, 3)
     "Colours whose neighbours in the list differ: each is the golden angle further."
     return np.array([hls_to_rgb((i * 0.381966 + 0.58) % 1, 0.55, 0.75) for i in range(n)])
@@ -178,7 +178,7 @@ def draw_segments(
     "The segments of each order as coloured regions of the photo."
     return _panels(photo, {curve: _segments_picture(photo, segment_size, curve) for curve in CURVES}, len(CURVES))[0]
 
-# %% ../nbs/16_demo.ipynb #a7982e11
+# %% ../nbs/16_demo.ipynb #5a59455b
 def patch_weights(
     q: Tensor, # queries (1, H, N, D)
     k: Tensor, # keys (1, H, N, D)
@@ -236,7 +236,7 @@ def draw_attention(
     pictures["dense"] = _attention_picture(photo, q, k, None, query)
     return _panels(photo, pictures, 3)[0]
 
-# %% ../nbs/16_demo.ipynb #0e79e08c
+# %% ../nbs/16_demo.ipynb #c36812c8
 MASKED, NAIVE = "SDPA with a mask", "naive PyTorch"
 
 
@@ -250,9 +250,9 @@ def demo_candidates(
     pattern = SegmentPattern(n, segment_size)
     masks = {curve: attention_mask(pattern, order=curve_order(grid, curve)) for curve in CURVES}
     hidden, pairs = ~masks["hilbert"], pattern.pairs(heads)
-    def along(curve): return lambda q, k, v: hilbert_attention(q, k, v, grid=grid, curve=curve, segment_size=segment_size)
+    def along(curve): return lambda q, k, v: hilbert_attention(q, k, v, grid=grid, curve=curve, segment_size=segment_size, return_lse=True)
     return [*(Candidate(curve, along(curve), masks[curve], pairs) for curve in CURVES),
-            Candidate("dense", hilbert_attention, None, heads * n * n),
+            Candidate("dense", lambda q, k, v: hilbert_attention(q, k, v, return_lse=True), None, heads * n * n),
             Candidate(MASKED, lambda q, k, v: F.scaled_dot_product_attention(q, k, v, masks["hilbert"]), masks["hilbert"], pairs),
             Candidate(NAIVE, lambda q, k, v: naive_attention(q, k, v, hidden), masks["hilbert"], pairs)]
 
@@ -263,7 +263,7 @@ def compare_orders(
     segment_size: int, # patches per segment
     *,
     repeats: int = 5, # rounds of timing, at most
-    max_seconds: float = 12, # of timing, after three rounds
+    max_seconds: float = 9, # of timing, after three rounds
     tell=lambda text: None, # called before each step
 ) -> list[dict]: # one row per candidate
     "Checks each order against the oracle, then times all of them in turns; a `RuntimeError` where one does not match."
@@ -301,7 +301,7 @@ def demo_table(
                   both_ms="fwd+bwd ms", both_over_masked="x masked", both_over_naive="x naive")
     return "\n\n".join(format_table(part, formats, titles) for part, formats in (([row for row in rows if row["error"] is not None], keeps), (rows, takes)))
 
-# %% ../nbs/16_demo.ipynb #e92d0388
+# %% ../nbs/16_demo.ipynb #84ac4e34
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fbfaf7; --card: #ffffff; --ink: #22262d; --soft: #666e7a; --line: #e3e1da; --accent: #2f5fd0; --bar: #b9bec9; --tint: #eef2fb; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14161a; --card: #1c1f25; --ink: #e6e7ea; --soft: #9aa2ae; --line: #2e333c; --accent: #8fb0ff; --bar: #4a5160; --tint: #20283a; } }
@@ -500,7 +500,7 @@ _PAGE = """<!DOCTYPE html>
 </html>
 """
 
-# %% ../nbs/16_demo.ipynb #2d93d029
+# %% ../nbs/16_demo.ipynb #ee55d491
 _ABOUT = {"row_major": "as in memory, row after row", "snake": "every other row backwards", "tile": "tiles of 8 x 8, row by row", "morton": "interleaved bits, a Z in a Z",
           "hilbert": "each step to a neighbour", "dense": "everything in reach"}
 
@@ -556,7 +556,7 @@ _TIMES = dict(name=("order", ""), forward_ms=("ms", ",.1f"), forward_over_masked
               both_ms=("ms", ",.1f"), both_over_masked=("&times; masked", ".1f"), both_over_naive=("&times; naive", ".1f"))
 _CHECKS = dict(name=("order", ""), pairs=("pairs per head", ","), share=("of dense", ".1%"), kept=("neighbours kept", ".1%"), reach=("weight kept", ".1%"), error=("max. error", ".1e"), allowed=("allowed", ".1e"))
 
-# %% ../nbs/16_demo.ipynb #218378e4
+# %% ../nbs/16_demo.ipynb #8b343c2f
 def write_report(
     path: str | Path, # of the HTML file
     photo: Photo,
@@ -645,7 +645,7 @@ Attention shown on this page is computed by the page{" from the keys in 8 bits" 
     Path(path).write_text(page, encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/16_demo.ipynb #e2508c28
+# %% ../nbs/16_demo.ipynb #867b5eeb
 @dataclass(frozen=True)
 class DemoResult:
     "What a run of the demo found, and the files that it wrote."

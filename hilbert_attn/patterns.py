@@ -6,7 +6,7 @@
 __all__ = ['DILATION_MODES', 'Progression', 'Group', 'SegmentPattern', 'plot_mask', 'create_dilated_mask', 'attention_mask',
            'plot_keys', 'WindowPattern', 'NeighborhoodPattern', 'SlidePattern', 'TilesSharedPattern']
 
-# %% ../nbs/01_patterns.ipynb #0fbd27c8
+# %% ../nbs/01_patterns.ipynb #06cc3f6b
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .curves import as_grid, curve_order, inverse_order, new_figure
 
-# %% ../nbs/01_patterns.ipynb #3d43e142
+# %% ../nbs/01_patterns.ipynb #fe1c28fb
 DILATION_MODES = ("residue", "keys", "longnet")
 
 
@@ -138,7 +138,7 @@ class SegmentPattern:
         mask = same_segment & chosen[:, None, :]
         return mask & chosen[:, :, None] if self.mode == "longnet" else mask
 
-# %% ../nbs/01_patterns.ipynb #4444f0f5
+# %% ../nbs/01_patterns.ipynb #86a797e8
 def plot_mask(
     ax, # matplotlib axes
     mask: Tensor, # bool (N, N)
@@ -149,7 +149,7 @@ def plot_mask(
     ax.imshow(mask.cpu(), cmap=ListedColormap(["#eef0f4", color]), vmin=0, vmax=1, interpolation="nearest")
     ax.set(xlabel="key", ylabel="query")
 
-# %% ../nbs/01_patterns.ipynb #28fa6207
+# %% ../nbs/01_patterns.ipynb #17907e57
 def create_dilated_mask(
     seq_len: int, # N
     segment_length: int, # w
@@ -175,7 +175,7 @@ def attention_mask(
     mask = mask[None]
     return mask if key_mask is None else mask & key_mask[:, None, None, :]
 
-# %% ../nbs/01_patterns.ipynb #e41f005d
+# %% ../nbs/01_patterns.ipynb #cc1b46c5
 def plot_keys(
     ax, # matplotlib axes
     keys: Tensor, # bool (N,): the keys that a query attends, in token order
@@ -188,7 +188,7 @@ def plot_keys(
     ax.plot(query % grid[1], query // grid[1], "s", color="#e03131", markersize=4)
     ax.set_xticks([]), ax.set_yticks([])
 
-# %% ../nbs/01_patterns.ipynb #1107ad58
+# %% ../nbs/01_patterns.ipynb #0f76422a
 def _per_axis(value, ndim: int, name: str) -> tuple:
     values = (value,) * ndim if isinstance(value, (int, bool)) else tuple(value)
     if len(values) != ndim: raise ValueError(f"{name}={value!r}: expected one value, or one per axis of the {ndim}-D grid")

@@ -6,7 +6,7 @@
 __all__ = ['default_scale', 'masked_attention', 'reference_attention', 'merge_attention', 'OracleReport', 'compare_to_oracle',
            'assert_matches_oracle']
 
-# %% ../nbs/02_reference.ipynb #f0550db1
+# %% ../nbs/02_reference.ipynb #a98759f8
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .curves import curve_order
 from .patterns import SegmentPattern, attention_mask
 
-# %% ../nbs/02_reference.ipynb #8cbe82ff
+# %% ../nbs/02_reference.ipynb #486a7b9b
 def default_scale(q: Tensor) -> float:
     "The scale where none is given: 1 / sqrt(D)."
     return q.shape[-1] ** -0.5
@@ -59,7 +59,7 @@ def reference_attention(
     mask = attention_mask(pattern, order=order, causal=causal, key_mask=key_mask, device=q.device)
     return masked_attention(q.double(), k.double(), v.double(), mask, scale, dropout_p)
 
-# %% ../nbs/02_reference.ipynb #d1a81da7
+# %% ../nbs/02_reference.ipynb #591e7852
 def merge_attention(
     outs: Sequence[Tensor] | Tensor, # parts, each (..., N, D); or stacked along a first dimension
     lses: Sequence[Tensor] | Tensor, # their log-sum-exps, each (..., N)
@@ -80,7 +80,7 @@ def merge_attention(
         merged = merged + weight * torch.where(weight > 0, out.to(lses.dtype), 0)
     return merged.to(outs[0].dtype), (top + total.log()).masked_fill(empty, -torch.inf)
 
-# %% ../nbs/02_reference.ipynb #81514d97
+# %% ../nbs/02_reference.ipynb #c3d7a1c5
 @dataclass(frozen=True)
 class OracleReport:
     "Maximum errors against the oracle, with what the rule allows."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sdpa_mask_attention', 'sdpa_attention']
 
-# %% ../nbs/06_sdpa.ipynb #3dabba6c
+# %% ../nbs/06_sdpa.ipynb #23162e5a
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ from .curves import _define_operator
 from .patterns import SegmentPattern, attention_mask, _members
 from .reference import default_scale, masked_attention
 
-# %% ../nbs/06_sdpa.ipynb #8d4a3ca6
+# %% ../nbs/06_sdpa.ipynb #2c01ba6e
 def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout_p: float = 0.0) -> Tensor:
     "SDPA with a bool mask; rows without keys give 0."
     empty = ~mask.any(-1, keepdim=True)
@@ -46,7 +46,7 @@ def sdpa_mask_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
 
-# %% ../nbs/06_sdpa.ipynb #2caba612
+# %% ../nbs/06_sdpa.ipynb #b8588133
 @dataclass(frozen=True)
 class _Block:
     "Equal dense groups: `segments` x `residues` of them. Group (s, c) starts at `start + s * stride + c`."
@@ -95,7 +95,7 @@ def _covers(block: _Block, pattern: SegmentPattern, side: str) -> bool:
     start, _, count = getattr(block, side)
     return start == 0 and block.segments * count * (1 if side == "k" and block.shared_keys else block.residues) == pattern.seq_len
 
-# %% ../nbs/06_sdpa.ipynb #afb4ab39
+# %% ../nbs/06_sdpa.ipynb #e7a04040
 def _view(x: Tensor, block: _Block, side: str) -> Tensor:
     "The block of `x` (B, H, N, ...) as a strided view (B, H, segments, residues, places, ...)."
     (start, step, count), (b, h, n, *rest) = getattr(block, side), x.stride()
@@ -136,7 +136,7 @@ def _split(x: Tensor, layout, sizes: tuple[int, int, int, int]) -> Tensor:
     x = x.unflatten(1, [sizes[axis] for axis in layout[1]]).unflatten(0, [sizes[axis] for axis in layout[0]])
     return x.permute(*(axes.index(axis) for axis in range(4)), *range(4, x.ndim))
 
-# %% ../nbs/06_sdpa.ipynb #503e8028
+# %% ../nbs/06_sdpa.ipynb #ea739e99
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -165,7 +165,7 @@ def _dense_backward(
     grads = _flash_backward(_append_column(dout, 1), q, k, v, _append_column(out, -dlse), lse, 0.0, triangular, attn_mask=bias, scale=scale)
     return [g[..., :-1] for g in grads]
 
-# %% ../nbs/06_sdpa.ipynb #3045eb71
+# %% ../nbs/06_sdpa.ipynb #6c985568
 _CHUNK = 1 << 22  # elements per gathered tensor: 16 MiB of float32
 
 
@@ -308,7 +308,7 @@ def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v
         ops.write(grads[2], part[2], "k", add=True)
     return tuple(torch.zeros_like(x) if grads is None else _like(grad, x) for grad, x in zip(grads or (q, k, v), (q, k, v)))
 
-# %% ../nbs/06_sdpa.ipynb #bcc68702
+# %% ../nbs/06_sdpa.ipynb #3528f6fb
 _OPTIONS = "Tensor? order, Tensor? key_mask, SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, float scale"
 _forward_library = _define_operator("sdpa_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)")
 _backward_library = _define_operator("sdpa_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)")
@@ -348,7 +348,7 @@ torch.library.register_fake("hilbert_attn::sdpa_forward", _sdpa_forward_fake, li
 torch.library.register_fake("hilbert_attn::sdpa_backward", _sdpa_backward_fake, lib=_backward_library)
 torch.library.register_autograd("hilbert_attn::sdpa_forward", _backward, setup_context=_setup_context, lib=_forward_library)
 
-# %% ../nbs/06_sdpa.ipynb #e5c125c5
+# %% ../nbs/06_sdpa.ipynb #f0e6be82
 def _grouped_expression(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, order: Tensor | None, causal: bool, key_mask: Tensor | None, dropout_p: float,
                         scale: float | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     "The blocks as plain differentiable PyTorch, on any device."

@@ -1,5 +1,6 @@
 """Kernels compiled ahead of time for GPUs that are not here: they compile, nothing spills, they fit shared memory, and the matrix units are used."""
 import json
+import math
 import os
 import subprocess
 import sys
@@ -46,7 +47,7 @@ class Case:
         arg_names = getattr(import_module(f"hilbert_attn.kernels.{module}"), name).arg_names
         block_d, block_e = split_head_dim(self.head_dim)
         flags = dict(HEAD_GROUP=1, MODE="residue", HAS_ORDER=self.order, CAUSAL=False, HAS_KEY_MASK=False, HAS_DROPOUT=False, HAS_DLSE=False, OVERLAP=False, TMA=False, EVEN=True, SINGLE=False, PACK=1,
-                     HEAD_DIM=self.head_dim, BLOCK_D=block_d, BLOCK_E=block_e, PRECISION="ieee", ALIGN=16) | {t: True for t in self.traits}
+                     HEAD_DIM=self.head_dim, BLOCK_D=block_d, BLOCK_E=block_e, PRECISION="ieee", ALIGN=math.gcd(16, self.head_dim)) | {t: True for t in self.traits}
         if self.kernel == "small":
             fit = backward.fit_small(default_tile("dq", self.head_dim, dtype, capability), self.rows, self.head_dim, dtype, capability)
             tile = fit.tile
@@ -68,7 +69,7 @@ class Case:
         else: flags |= dict(k_desc=None, v_desc=None)
         constants = {n: x for n, x in flags.items() if n in arg_names}
         return dict(module=f"hilbert_attn.kernels.{module}", kernel=name, arch=self.arch, num_warps=tile.num_warps, num_stages=tile.num_stages, constants=constants,
-                    types={n: t for n, t in types.items() if n not in constants}, aligned=[n for n in arg_names if n.endswith("_strides")])
+                    types={n: t for n, t in types.items() if n not in constants}, aligned=[n for n in arg_names if n.endswith("_strides")] if self.head_dim % 16 == 0 else [])
 
 
 def matrix() -> list[Case]:
@@ -76,6 +77,7 @@ def matrix() -> list[Case]:
     cases = [Case(kernel, arch, head_dim=d, order=order) for kernel in ("forward", "dq", "dkv") for arch in (80, 90, 100) for d in (32, 64, 80, 128, 256) for order in (False, True)]
     cases += [Case(kernel, arch, dtype, d, order=d == 64) for kernel in ("forward", "dq", "dkv") for arch, dtype in ((90, "fp16"), (80, "fp32"), (90, "fp32"), (100, "fp32")) for d in (64, 128)]
     cases += [Case(kernel, 90, "fp32", d) for kernel in ("forward", "dq", "dkv") for d in (80, 256)]
+    cases += [Case(kernel, 90, head_dim=40) for kernel in ("forward", "dq", "dkv")]  # strides that are multiples of 8 only
     cases += [Case(kernel, arch, "fp64") for kernel in ("forward", "dq", "dkv") for arch in (80, 90)]
     cases += [Case(kernel, 90, head_dim=d, rows=rows, order=rows == 32) for kernel in ("forward", "small") for d in (64, 128) for rows in (16, 32, 64)]
     cases += [Case("forward", 80, rows=64), Case("small", 80, rows=64), Case("forward", 90, rows=128), Case("forward", 90, head_dim=128, rows=128), Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]

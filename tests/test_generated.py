@@ -58,6 +58,13 @@ def test_notebook_is_clean(notebook):
         assert all(output["output_type"] != "error" for output in cell.get("outputs", [])), "".join(cell["source"])
 
 
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_title_stands_alone(notebook):
+    "nbdev takes the first cell as title and description, and drops whatever else stands in it."
+    title = "".join(json.loads(notebook.read_text())["cells"][0]["source"])
+    assert re.fullmatch(r"# [^\n]+\n\n> [^\n]+\n?", title), title
+
+
 def test_number_order_is_dependency_order():
     "Exported cells import only from modules of lower numbers, and names straight from where they live."
     exports, imports = {}, []  # module -> number, (number, module or module.name)

@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['fit_small', 'attention_backward']
 
-# %% ../../nbs/04_triton_backward.ipynb #884eb534
+# %% ../../nbs/04_triton_backward.ipynb #3f3efd03
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .forward import (
-    LOG2E, Fit, Groups, Tile, _alignment, _capability, _dot, _head_pointer, _kept, _key_range, _launch, _load_tile, _locate,
+    _SIZES, LOG2E, Fit, Groups, Tile, _alignment, _capability, _dot, _head_pointer, _kept, _key_range, _launch, _load_tile, _locate,
     _offset_table, _pow2, _precision, _progression, _row_pointers, _rows_contiguous, _store_tile, _tokens, attention_forward, check_triton,
     default_tile, fit_tile, split_head_dim, tl, triton, tuned_tile)
 
-# %% ../../nbs/04_triton_backward.ipynb #d8c35be0
+# %% ../../nbs/04_triton_backward.ipynb #87fdb236
 @triton.jit
 def _dq_tiles(
     dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, order_ptr, mask_ptr, seed, dropout_head,
@@ -54,7 +54,7 @@ def _dq_tiles(
     return dq, dq_e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _dq_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr,
     q_strides, k_strides, v_strides, out_strides, do_strides, dq_strides, stride_mask,
@@ -132,7 +132,7 @@ def _dq_kernel(
     _store_tile(dq_rows, q_valid, dq * scale, 0, BLOCK_D, HEAD_DIM)
     if BLOCK_E > 0: _store_tile(dq_rows, q_valid, dq_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #812507f5
+# %% ../../nbs/04_triton_backward.ipynb #9021d067
 @triton.jit
 def _dkv_tiles(
     dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_ptr, do_ptr, lse2_ptr, delta_ptr, order_ptr, seed, dropout_head,
@@ -175,11 +175,11 @@ def _dkv_tiles(
     return dk, dk_e, dv, dv_e
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_SIZES)
 def _dkv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, stride_mask,
-    n_heads, n_tokens, segment_size, rate, tiles, groups, scale: "fp64", keep_scale: "fp64", threshold,
+    n_heads, n_tokens, segment_size, rate, tiles, bundles, scale: "fp64", keep_scale: "fp64", threshold,
     HEAD_GROUP: tl.constexpr, MODE: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
     EVEN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, ALIGN: tl.constexpr,
@@ -187,8 +187,8 @@ def _dkv_kernel(
     "dk and dv of one tile of keys, summed over the query heads that share it."
     ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
     tile = tl.program_id(0) % tiles
-    group = tl.program_id(0) // tiles % groups
-    batch_head = tl.program_id(0) // tiles // groups
+    group = tl.program_id(0) // tiles % bundles                                  # a bundle is one group here
+    batch_head = tl.program_id(0) // tiles // bundles
     kv_heads = n_heads // HEAD_GROUP
     batch = batch_head // kv_heads
     kv_head = batch_head % kv_heads
@@ -268,8 +268,8 @@ def _dkv_kernel(
         _store_tile(dk_rows, stored, tl.where(valid[:, None], dk_e * scale, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
         _store_tile(dv_rows, stored, tl.where(valid[:, None], dv_e, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #b71dd7ba
-@triton.jit
+# %% ../../nbs/04_triton_backward.ipynb #653e384e
+@triton.jit(do_not_specialize=[n for n in _SIZES if n != "tiles"])
 def _small_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, lse_ptr, dlse_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr,
     q_strides, k_strides, v_strides, out_strides, do_strides, dq_strides, dk_strides, dv_strides, stride_mask,
@@ -361,7 +361,7 @@ def _small_kernel(
         _store_tile(dk_rows, stored, dk_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
         _store_tile(dv_rows, stored, dv_e, BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #d1298ecc
+# %% ../../nbs/04_triton_backward.ipynb #e68115f1
 def fit_small(
     tile: Tile, # of the dq kernel
     rows: int, # of the largest group
