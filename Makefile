@@ -6,16 +6,16 @@ SETUP := settings.ini pyproject.toml setup.py constraints.txt
 INTERPRET = $(if $(shell nvidia-smi -L 2>/dev/null),,TRITON_INTERPRET=1)
 
 help:
-	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
 demo: $(BIN)/.demo  ## attention along five curves on a photo: a table, pictures and out/demo/report.html (PHOTO=path for yours)
-	$(BIN)/hilbert-attn demo $(PHOTO)
+	$(BIN)/hilbert-attn demo $(if $(PHOTO),"$(PHOTO)")
 
 test: $(BIN)/.all  ## run the tests (ARGS="-k curves -x" goes to pytest); those of the site need Chromium, and skip without
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lab: $(BIN)/.all  ## open the notebooks in JupyterLab
-	$(INTERPRET) $(BIN)/jupyter lab --notebook-dir=nbs
+	$(INTERPRET) $(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
 docs: $(BIN)/.all  ## build the site into _docs/
 	$(BIN)/python tools/build_site.py

@@ -9,7 +9,7 @@ __all__ = ['FLOPS_PER_PAIR', 'CPU_CONFIG', 'CPU_QUICK', 'NAIVE', 'MASKED', 'MASK
            'bench_rows', 'bench_targets', 'format_table', 'describe_environment', 'format_run', 'results_folder',
            'save_run', 'load_runs', 'plot_run']
 
-# %% ../nbs/15_bench.ipynb #5a9f9508
+# %% ../nbs/15_bench.ipynb #119b2b2a
 import gc
 import json
 import os
@@ -38,7 +38,7 @@ from .curves import curve_order, new_figure
 from .patterns import SegmentPattern, attention_mask
 from .reference import OracleReport, compare_to_oracle, default_scale, masked_attention
 
-# %% ../nbs/15_bench.ipynb #1a5e4926
+# %% ../nbs/15_bench.ipynb #871d2c7f
 @dataclass(frozen=True)
 class Timing:
     "Wall-clock time of one call, in seconds."
@@ -104,7 +104,7 @@ def measure(
         if enabled: gc.enable()
     return {name: Timing(*map(float, np.quantile(t, (0.5, 0.2, 0.8))), len(t)) for name, t in times.items()}
 
-# %% ../nbs/15_bench.ipynb #d2add77b
+# %% ../nbs/15_bench.ipynb #c9eb8181
 FLOPS_PER_PAIR = {"forward": 4, "forward+backward": 14} # times D: 2 products forward, 5 backward, 2 D operations each
 
 
@@ -133,7 +133,7 @@ def machine_limits(
     return dict(matmul_flops_per_s=2 * prod(shape) / timing["matmul"].median, matmul_shape=list(shape),
                 copy_bytes_per_s=2 * source.nbytes / timing["copy"].median, copy_bytes=source.nbytes)
 
-# %% ../nbs/15_bench.ipynb #c5a464c7
+# %% ../nbs/15_bench.ipynb #d2ecca00
 def _cpu_name() -> str:
     "The CPU's own name, without its decoration."
     name = ""
@@ -180,7 +180,7 @@ def machine_slug(
     "A name for the machine, fit for a folder."
     return re.sub(r"[^a-z0-9]+", "-", f"{env.get('gpu', env['cpu'])} {'' if 'gpu' in env else str(env['cores']) + ' cores'}".lower()).strip("-")
 
-# %% ../nbs/15_bench.ipynb #cbb8dd27
+# %% ../nbs/15_bench.ipynb #bdba05de
 @dataclass(frozen=True)
 class Candidate:
     "Something to time: a function, and what it claims to compute."
@@ -229,7 +229,7 @@ def check_exact(
     if not report.ok: raise RuntimeError(f"refusing to time {candidate.name!r}: it is further from the float64 oracle than the rule allows\n{report}")
     return report
 
-# %% ../nbs/15_bench.ipynb #0bb72ccb
+# %% ../nbs/15_bench.ipynb #b715c44a
 def _resident(field: str = "VmRSS") -> int: # bytes
     "Resident memory of this process: now (VmRSS), or its high-water mark (VmHWM)."
     try: return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
@@ -265,7 +265,7 @@ def peak_memory(
     if done.returncode: raise RuntimeError(f"measuring the memory of {where} failed:\n{done.stderr[-2000:]}")
     return int(done.stdout)
 
-# %% ../nbs/15_bench.ipynb #5c6ac39b
+# %% ../nbs/15_bench.ipynb #bc7fcfe8
 CPU_CONFIG = dict(batch=1, heads=12, grid=[64, 64], head_dim=64, segment_size=1024, dilation_rate=4, dtype="float32", repeats=15, sweep_sides=[8, 16, 32, 64], memory_tokens=32_768)
 CPU_QUICK = CPU_CONFIG | dict(heads=2, grid=[16, 16], segment_size=64, repeats=3, sweep_sides=[8], memory_tokens=1024)
 NAIVE, MASKED, MASKED_HILBERT, DENSE, MATMUL = "naive PyTorch", "SDPA with a mask", "SDPA with a mask, Hilbert order", "dense SDPA", "one matmul of the same FLOPs"
@@ -276,7 +276,7 @@ def naive_attention(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H, N, D)
     v: Tensor, # values (B, H, N, D)
-    hidden: Tensor, # bool, broadcastable to (B, H, N, N): True = *not* attended
+    hidden: Tensor, # bool, broadcastable to (B, H, N, N): True = hidden from the query
 ) -> Tensor: # (B, H, N, D)
     "What one writes first: the baseline `naive PyTorch`."
     return (q @ k.transpose(-2, -1) * default_scale(q)).masked_fill(hidden, -torch.inf).softmax(-1) @ v
@@ -370,7 +370,7 @@ def bench_cpu(
             memory.append(dict(**case, tokens=config["memory_tokens"], peak_extra_bytes=peak, qkv_bytes=inputs))
     return dict(suite="cpu", quick=quick, config=config, environment=environment(), limits=limits, checks=checks, rows=[row | dict(pairs=pairs[row["name"]]) for row in rows], sweep=sweep, memory=memory)
 
-# %% ../nbs/15_bench.ipynb #dfeb6a9c
+# %% ../nbs/15_bench.ipynb #6256a93f
 def bench_rows(
     run: dict, # from `bench_cpu`, or read by `load_runs`
 ) -> list[dict]: # name, direction, ms, p20_ms, p80_ms, over_masked, over_naive, share_of_limit
@@ -444,7 +444,7 @@ def format_run(
     if not run["quick"]: parts.append(format_table(targets, dict(what="", measured=".2f", target="", met=""), dict(met="")))
     return "\n\n".join(parts)
 
-# %% ../nbs/15_bench.ipynb #92dec2cb
+# %% ../nbs/15_bench.ipynb #e3080cc1
 def results_folder() -> Path:
     "Where results live: `nbs/results` of the checkout that this package is part of, or `results` where there is none."
     nbs = Path(hilbert_attn.__file__).resolve().parent.parent / "nbs"
@@ -454,7 +454,7 @@ def results_folder() -> Path:
 def save_run(
     run: dict, # from a suite
     folder: str | Path | None = None, # None: `results_folder()`
-) -> Path: # the file, <folder>/<machine>/<suite>.json
+) -> Path: # the file, `<folder>/<machine>/<suite>.json`
     "Appends a run to the file of its machine and suite; the file is replaced in one step."
     path = Path(folder or results_folder()) / machine_slug(run["environment"]) / f"{run['suite']}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -477,16 +477,15 @@ def load_runs(
 def plot_run(
     run: dict, # of the suite `cpu`
 ):
-    "Draws the times of a run, forward and forward+backward, with their spread and the machine's limit."
-    fig, axes = new_figure(1, 2, panel=(4.6, 3.0), titles=list(FLOPS_PER_PAIR))
+    "Draws the times of a run, forward and forward+backward: medians, 20th to 80th percentile, and the machine's limit."
+    fig, axes = new_figure(1, 2, panel=(4.6, 2.9), titles=list(FLOPS_PER_PAIR))
     for ax, direction in zip(axes, FLOPS_PER_PAIR):
-        rows = [row for row in bench_rows(run) if row["direction"] == direction and row["name"] != MATMUL][::-1]
-        limit = next(row["ms"] for row in bench_rows(run) if row["direction"] == direction and row["name"] == MATMUL)
+        rows = [row for row in bench_rows(run) if row["direction"] == direction][::-1]
         for y, row in enumerate(rows):
-            ax.barh(y, row["ms"], color="#4269d0" if row["name"].startswith(OURS) else "#b9bec9", height=0.7,
-                    xerr=[[row["ms"] - row["p20_ms"]], [row["p80_ms"] - row["ms"]]], error_kw=dict(lw=1, ecolor="#495057"))
-            ax.text(row["p80_ms"] * 1.1, y, f"{row['ms']:.3g}", va="center", fontsize=8)
-        ax.axvline(limit, color="#e03131", lw=1, ls="--")
-        ax.text(limit, len(rows) - 0.4, " matmul limit", color="#e03131", fontsize=8, va="bottom", ha="center")
-        ax.set(xscale="log", xlabel="time (ms, logarithmic)", xlim=(limit / 2, max(row["p80_ms"] for row in rows) * 3), yticks=range(len(rows)),
-               yticklabels=[row["name"] for row in rows])
+            color = "#e03131" if row["name"] == MATMUL else "#4269d0" if row["name"].startswith(OURS) else "#868e96"
+            ax.plot((row["p20_ms"], row["p80_ms"]), (y, y), color=color, lw=5, alpha=0.3, solid_capstyle="round")
+            ax.plot(row["ms"], y, "o", color=color, ms=6)
+            ax.annotate(f"{row['ms']:,.0f}" if row["ms"] >= 99.5 else f"{row['ms']:.3g}", (max(row["ms"], row["p80_ms"]), y), (7, 0), textcoords="offset points", va="center", fontsize=8, color=color)
+            if row["name"] == MATMUL: ax.axvline(row["ms"], color=color, lw=1, ls=":")
+        ax.set(xscale="log", xlabel="time (ms, logarithmic)", xlim=(min(row["p20_ms"] for row in rows) / 1.6, max(row["p80_ms"] for row in rows) * 3))
+        ax.set_yticks(range(len(rows)), [row["name"] for row in rows], fontsize=8)

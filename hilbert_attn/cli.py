@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/17_cli.ipynb #13fe5d29
+# %% ../nbs/17_cli.ipynb #ba527cfb
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 
-# %% ../nbs/17_cli.ipynb #b16c5afd
+# %% ../nbs/17_cli.ipynb #ab7d3697
 def _demo(args):
     from hilbert_attn.demo import run_demo
     result = run_demo(args.photo, args.out, args.segment_size, args.patch, seed=args.seed)
@@ -49,7 +49,7 @@ def _env(args):
     if args.json: return print(json.dumps(found, indent=1))
     for name, value in found.items(): print(f"{name:16} {', '.join(value) if isinstance(value, list) else value}")
 
-# %% ../nbs/17_cli.ipynb #ba75553a
+# %% ../nbs/17_cli.ipynb #ea837325
 class _Parser(argparse.ArgumentParser):
     "Answers a mistake with one line that says where to read on."
     def error(self, message):

@@ -7,12 +7,13 @@ __all__ = ['PATCH', 'MASKED', 'NAIVE', 'Photo', 'load_photo', 'photo_tokens', 'p
            'patch_weights', 'weight_kept', 'draw_attention', 'demo_candidates', 'compare_orders', 'demo_table',
            'write_report', 'DemoResult', 'run_demo']
 
-# %% ../nbs/16_demo.ipynb #35eb4700
+# %% ../nbs/16_demo.ipynb #c50c7834
 import base64
 import html
 import io
 import json
 import time
+from collections.abc import Callable
 from colorsys import hls_to_rgb
 from dataclasses import dataclass
 from math import ceil, sqrt
@@ -28,7 +29,7 @@ from .bench import Candidate, check_exact, describe_environment, environment, fo
 from .curves import CURVES, curve_order, locality, new_figure, plot_curve, segment_map
 from .patterns import SegmentPattern, attention_mask
 
-# %% ../nbs/16_demo.ipynb #20837b0e
+# %% ../nbs/16_demo.ipynb #bbacc6d2
 PATCH = 8 # side of a patch in pixels
 _GRACE_HOPPER, _CHEEK = "Grace Hopper", (26, 36)
 
@@ -86,7 +87,7 @@ def load_photo(
     pixels = np.asarray(image)[:image.height // PATCH * PATCH, :image.width // PATCH * PATCH]
     return Photo(name, pixels.copy(), note)
 
-# %% ../nbs/16_demo.ipynb #747abd73
+# %% ../nbs/16_demo.ipynb #59fcc9b9
 _SHARPNESS = 4.0 # beta
 
 
@@ -115,7 +116,7 @@ def project_tokens(
     qk = sqrt(_SHARPNESS * sqrt(head_dim)) * (tokens @ w_qk)[None]
     return [qk, qk.clone(), (tokens @ w_v)[None]]
 
-# %% ../nbs/16_demo.ipynb #d6acdf39
+# %% ../nbs/16_demo.ipynb #d836e4d3
 def _dimmed(photo: Photo) -> np.ndarray:
     "The photo, paler and darker, as a ground to draw on; float (height, width, 3), 0 to 1."
     x = photo.pixels / 255
@@ -158,7 +159,7 @@ def draw_curve(
     fig.set_layout_engine("none"), ax.set_position((0, 0, 1, 1))  # no margin
     return fig
 
-# %% ../nbs/16_demo.ipynb #37f4e5b6
+# %% ../nbs/16_demo.ipynb #0d07929c
 def _region_colors(n: int) -> np.ndarray: # (n, 3)
     "Colours whose neighbours in the list differ: each is the golden angle further."
     return np.array([hls_to_rgb((i * 0.381966 + 0.58) % 1, 0.55, 0.75) for i in range(n)])
@@ -178,7 +179,7 @@ def draw_segments(
     "The segments of each order as coloured regions of the photo."
     return _panels(photo, {curve: _segments_picture(photo, segment_size, curve) for curve in CURVES}, len(CURVES))[0]
 
-# %% ../nbs/16_demo.ipynb #5a59455b
+# %% ../nbs/16_demo.ipynb #25e5fb88
 def patch_weights(
     q: Tensor, # queries (1, H, N, D)
     k: Tensor, # keys (1, H, N, D)
@@ -236,7 +237,7 @@ def draw_attention(
     pictures["dense"] = _attention_picture(photo, q, k, None, query)
     return _panels(photo, pictures, 3)[0]
 
-# %% ../nbs/16_demo.ipynb #c36812c8
+# %% ../nbs/16_demo.ipynb #b4500fad
 MASKED, NAIVE = "SDPA with a mask", "naive PyTorch"
 
 
@@ -264,10 +265,10 @@ def compare_orders(
     *,
     repeats: int = 5, # rounds of timing, at most
     max_seconds: float = 9, # of timing, after three rounds
-    tell=lambda text: None, # called before each step
+    tell: Callable[[str], None] | None = None, # told what comes next, before each step
 ) -> list[dict]: # one row per candidate
     "Checks each order against the oracle, then times all of them in turns; a `RuntimeError` where one does not match."
-    heads, n = qkv[0].shape[1], qkv[0].shape[2]
+    heads, n, tell = qkv[0].shape[1], qkv[0].shape[2], tell or (lambda text: None)
     candidates = demo_candidates(grid, heads, segment_size)
     checked = list(range(heads)) if heads * n * n <= 60e6 else [0]  # the oracle needs some 50 bytes per head and pair of patches
     reports = {}
@@ -301,7 +302,7 @@ def demo_table(
                   both_ms="fwd+bwd ms", both_over_masked="x masked", both_over_naive="x naive")
     return "\n\n".join(format_table(part, formats, titles) for part, formats in (([row for row in rows if row["error"] is not None], keeps), (rows, takes)))
 
-# %% ../nbs/16_demo.ipynb #84ac4e34
+# %% ../nbs/16_demo.ipynb #041709e5
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fbfaf7; --card: #ffffff; --ink: #22262d; --soft: #666e7a; --line: #e3e1da; --accent: #2f5fd0; --bar: #b9bec9; --tint: #eef2fb; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14161a; --card: #1c1f25; --ink: #e6e7ea; --soft: #9aa2ae; --line: #2e333c; --accent: #8fb0ff; --bar: #4a5160; --tint: #20283a; } }
@@ -500,7 +501,7 @@ _PAGE = """<!DOCTYPE html>
 </html>
 """
 
-# %% ../nbs/16_demo.ipynb #ee55d491
+# %% ../nbs/16_demo.ipynb #ccac0e2e
 _ABOUT = {"row_major": "as in memory, row after row", "snake": "every other row backwards", "tile": "tiles of 8 x 8, row by row", "morton": "interleaved bits, a Z in a Z",
           "hilbert": "each step to a neighbour", "dense": "everything in reach"}
 
@@ -556,7 +557,7 @@ _TIMES = dict(name=("order", ""), forward_ms=("ms", ",.1f"), forward_over_masked
               both_ms=("ms", ",.1f"), both_over_masked=("&times; masked", ".1f"), both_over_naive=("&times; naive", ".1f"))
 _CHECKS = dict(name=("order", ""), pairs=("pairs per head", ","), share=("of dense", ".1%"), kept=("neighbours kept", ".1%"), reach=("weight kept", ".1%"), error=("max. error", ".1e"), allowed=("allowed", ".1e"))
 
-# %% ../nbs/16_demo.ipynb #8b343c2f
+# %% ../nbs/16_demo.ipynb #dc2cdd39
 def write_report(
     path: str | Path, # of the HTML file
     photo: Photo,
@@ -645,7 +646,7 @@ Attention shown on this page is computed by the page{" from the keys in 8 bits" 
     Path(path).write_text(page, encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/16_demo.ipynb #867b5eeb
+# %% ../nbs/16_demo.ipynb #46256192
 @dataclass(frozen=True)
 class DemoResult:
     "What a run of the demo found, and the files that it wrote."

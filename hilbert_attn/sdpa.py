@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sdpa_mask_attention', 'sdpa_attention']
 
-# %% ../nbs/06_sdpa.ipynb #23162e5a
+# %% ../nbs/06_sdpa.ipynb #27cdf5ad
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ from .curves import _define_operator
 from .patterns import SegmentPattern, attention_mask, _members
 from .reference import default_scale, masked_attention
 
-# %% ../nbs/06_sdpa.ipynb #2c01ba6e
+# %% ../nbs/06_sdpa.ipynb #b5c387b0
 def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout_p: float = 0.0) -> Tensor:
     "SDPA with a bool mask; rows without keys give 0."
     empty = ~mask.any(-1, keepdim=True)
@@ -46,7 +46,7 @@ def sdpa_mask_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
 
-# %% ../nbs/06_sdpa.ipynb #b8588133
+# %% ../nbs/06_sdpa.ipynb #23ffcad7
 @dataclass(frozen=True)
 class _Block:
     "Equal dense groups: `segments` x `residues` of them. Group (s, c) starts at `start + s * stride + c`."
@@ -95,7 +95,7 @@ def _covers(block: _Block, pattern: SegmentPattern, side: str) -> bool:
     start, _, count = getattr(block, side)
     return start == 0 and block.segments * count * (1 if side == "k" and block.shared_keys else block.residues) == pattern.seq_len
 
-# %% ../nbs/06_sdpa.ipynb #e7a04040
+# %% ../nbs/06_sdpa.ipynb #e390b295
 def _view(x: Tensor, block: _Block, side: str) -> Tensor:
     "The block of `x` (B, H, N, ...) as a strided view (B, H, segments, residues, places, ...)."
     (start, step, count), (b, h, n, *rest) = getattr(block, side), x.stride()
@@ -136,9 +136,12 @@ def _split(x: Tensor, layout, sizes: tuple[int, int, int, int]) -> Tensor:
     x = x.unflatten(1, [sizes[axis] for axis in layout[1]]).unflatten(0, [sizes[axis] for axis in layout[0]])
     return x.permute(*(axes.index(axis) for axis in range(4)), *range(4, x.ndim))
 
-# %% ../nbs/06_sdpa.ipynb #ea739e99
+# %% ../nbs/06_sdpa.ipynb #a73c902e
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+_COLUMN_CHUNK = 1 << 19  # elements of q that get a column at a time: 2 MiB of float32
 
 
 def _append_column(x: Tensor, value: float | Tensor) -> Tensor:
@@ -161,20 +164,26 @@ def _dense_backward(
 ) -> list[Tensor]: # dq, dk, dv
     "Gradients of dense attention, from the gradients of output and LSE."
     if dlse is None: return list(_flash_backward(dout, q, k, v, out, lse, 0.0, triangular, attn_mask=bias, scale=scale))
-    q, k, v = (_append_column(x, 0) for x in (q, k, v))
-    grads = _flash_backward(_append_column(dout, 1), q, k, v, _append_column(out, -dlse), lse, 0.0, triangular, attn_mask=bias, scale=scale)
-    return [g[..., :-1] for g in grads]
+    grads = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
+    step = max(1, _COLUMN_CHUNK // q[0].numel())
+    for i in range(0, len(q), step):
+        part = [x[i:i + step] for x in (q, k, v, dout, out, lse, dlse)] + [None if bias is None else bias[i:i + step]]
+        wider = [_append_column(x, value) for x, value in zip(part[:5], (0, 0, 0, 1, -part[6]))]
+        done = _flash_backward(wider[3], *wider[:3], wider[4], part[5], 0.0, triangular, attn_mask=part[7], scale=scale)
+        for grad, x in zip(grads, done): grad[i:i + step] = x[..., :-1]
+    return grads
 
-# %% ../nbs/06_sdpa.ipynb #6c985568
+# %% ../nbs/06_sdpa.ipynb #f1d6b0b9
 _CHUNK = 1 << 22  # elements per gathered tensor: 16 MiB of float32
 
 
 @dataclass(frozen=True)
 class _Unit:
     "Attention of some query heads to as many key/value heads over one block."
-    q_heads: slice | Tensor
-    kv_heads: slice | Tensor
+    q_heads: slice | list[int]
+    kv_heads: slice | list[int]
     block: _Block
+    adds: bool # other units may have written gradients of the same keys
 
 
 def _as_slice(heads: list[int]) -> slice | list[int]:
@@ -195,7 +204,7 @@ def _units(q: Tensor, k: Tensor, pattern: SegmentPattern, causal: bool, ordered:
             for kv in range(start, min(start + chunk, kv_heads)): by_offset.setdefault(offsets[kv * group + member], []).append(kv)
             for offset, kvs in by_offset.items():
                 for block in _blocks(pattern, offset, causal, ordered):
-                    yield _Unit(_as_slice([kv * group + member for kv in kvs]), _as_slice(kvs), block)
+                    yield _Unit(_as_slice([kv * group + member for kv in kvs]), _as_slice(kvs), block, member > 0 or (block.shared_keys and block.triangular))
 
 
 class _Operands:
@@ -302,13 +311,15 @@ def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v
         part = [_split(x, layout, sizes) for x in part]
         if order is None and sizes[1] == q.shape[1] and all(_covers(unit.block, pattern, side) for side in "qk"):
             return tuple(_like(x.transpose(3, 4).reshape(q.shape), model) for x, model in zip(part, (q, k, v)))
-        if grads is None: grads = [torch.zeros_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))]  # keys may be added to: by several query heads, or residues
+        if grads is None:
+            new = torch.empty_like if pattern.mode == "residue" else torch.zeros_like  # by residues, every row is written
+            grads = [new(q), *(new(x, dtype=wide) for x in (k, v))]
         ops.write(grads[0], part[0], "q")
-        ops.write(grads[1], part[1], "k", add=True)
-        ops.write(grads[2], part[2], "k", add=True)
+        ops.write(grads[1], part[1], "k", add=unit.adds)
+        ops.write(grads[2], part[2], "k", add=unit.adds)
     return tuple(torch.zeros_like(x) if grads is None else _like(grad, x) for grad, x in zip(grads or (q, k, v), (q, k, v)))
 
-# %% ../nbs/06_sdpa.ipynb #3528f6fb
+# %% ../nbs/06_sdpa.ipynb #7cffa13b
 _OPTIONS = "Tensor? order, Tensor? key_mask, SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, float scale"
 _forward_library = _define_operator("sdpa_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)")
 _backward_library = _define_operator("sdpa_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)")
@@ -348,7 +359,7 @@ torch.library.register_fake("hilbert_attn::sdpa_forward", _sdpa_forward_fake, li
 torch.library.register_fake("hilbert_attn::sdpa_backward", _sdpa_backward_fake, lib=_backward_library)
 torch.library.register_autograd("hilbert_attn::sdpa_forward", _backward, setup_context=_setup_context, lib=_forward_library)
 
-# %% ../nbs/06_sdpa.ipynb #f0e6be82
+# %% ../nbs/06_sdpa.ipynb #60eaab0e
 def _grouped_expression(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, order: Tensor | None, causal: bool, key_mask: Tensor | None, dropout_p: float,
                         scale: float | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     "The blocks as plain differentiable PyTorch, on any device."

@@ -64,24 +64,26 @@ class Case:
         wide = "fp64" if self.dtype == "fp64" else "fp32"
         pointers = dict(lse=wide, dlse=wide, lse2=wide, delta=wide, order="i64", mask="u1", offset="i32", seed="i64")
         types = {n: f"*{pointers.get(n[:-4], self.dtype)}" if n.endswith("_ptr") else ["i32"] * 3 if n.endswith("_strides") else "fp64" if n.endswith("scale") else "i32" for n in arg_names}
-        box = f"tensordesc<{self.dtype}[1,1,1,{tile.block_n},{self.head_dim}]>"
-        if tile.tma: types |= dict(k_desc=box, v_desc=box)
-        else: flags |= dict(k_desc=None, v_desc=None)
+        for desc in ("k_desc", "v_desc", "q_desc", "do_desc"):
+            if tile.tma: types[desc] = f"tensordesc<{self.dtype}[1,1,1,{tile.block_m if self.kernel == 'dkv' else tile.block_n},{self.head_dim}]>"
+            else: flags[desc] = None
         constants = {n: x for n, x in flags.items() if n in arg_names}
         return dict(module=f"hilbert_attn.kernels.{module}", kernel=name, arch=self.arch, num_warps=tile.num_warps, num_stages=tile.num_stages, constants=constants,
                     types={n: t for n, t in types.items() if n not in constants}, aligned=[n for n in arg_names if n.endswith("_strides")] if self.head_dim % 16 == 0 else [])
 
 
 def matrix() -> list[Case]:
-    "The matrix, thinned: bf16 in full, fp16 and fp32 where they could differ, and every specialisation once."
-    cases = [Case(kernel, arch, head_dim=d, order=order) for kernel in ("forward", "dq", "dkv") for arch in (80, 90, 100) for d in (32, 64, 80, 128, 256) for order in (False, True)]
-    cases += [Case(kernel, arch, dtype, d, order=d == 64) for kernel in ("forward", "dq", "dkv") for arch, dtype in ((90, "fp16"), (80, "fp32"), (90, "fp32"), (100, "fp32")) for d in (64, 128)]
-    cases += [Case(kernel, 90, "fp32", d) for kernel in ("forward", "dq", "dkv") for d in (80, 256)]
-    cases += [Case(kernel, 90, head_dim=40) for kernel in ("forward", "dq", "dkv")]  # strides that are multiples of 8 only
-    cases += [Case(kernel, arch, "fp64") for kernel in ("forward", "dq", "dkv") for arch in (80, 90)]
+    "The matrix, thinned: bf16 in full on sm_90 and with an order for every other head dim elsewhere, fp16 and fp32 where they could differ, and every specialisation and every tile of the tuner once."
+    loops, dims = ("forward", "dq", "dkv"), (32, 64, 80, 128, 256)
+    cases = [Case(kernel, 90, head_dim=d, order=order) for kernel in loops for d in dims for order in (False, True)]
+    cases += [Case(kernel, arch, head_dim=d, order=(i + arch // 20) % 2 == 0) for kernel in loops for arch in (80, 100) for i, d in enumerate(dims)]
+    cases += [Case(kernel, arch, dtype, d, order=d == 64) for kernel in loops for arch, dtype, d in ((90, "fp16", 64), (90, "fp16", 128), (90, "fp32", 64), (90, "fp32", 128), (80, "fp32", 64), (100, "fp32", 128))]
+    cases += [Case(kernel, 90, "fp32", d) for kernel in loops for d in (80, 256)]
+    cases += [Case(kernel, 90, head_dim=40) for kernel in loops]  # strides that are multiples of 8 only
+    cases += [Case(kernel, 90, "fp64") for kernel in loops]
     cases += [Case(kernel, 90, head_dim=d, rows=rows, order=rows == 32) for kernel in ("forward", "small") for d in (64, 128) for rows in (16, 32, 64)]
     cases += [Case("forward", 80, rows=64), Case("small", 80, rows=64), Case("forward", 90, rows=128), Case("forward", 90, head_dim=128, rows=128), Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]
-    cases += [Case(kernel, 90, head_dim=d, traits=traits) for kernel in ("forward", "dq", "dkv") for d in (64, 128) for traits in (("CAUSAL",), ("HAS_KEY_MASK",), ("HAS_DROPOUT",))]
+    cases += [Case(kernel, 90, head_dim=d, traits=traits) for kernel in loops for d in (64, 128) for traits in (("CAUSAL",), ("HAS_KEY_MASK",), ("HAS_DROPOUT",))]
     cases += [Case(kernel, 90, head_dim=d, tile=tile) for (kernel, d), tiles in _CANDIDATES.items() for tile in tiles]
     return list(dict.fromkeys(cases))
 
@@ -89,13 +91,26 @@ def matrix() -> list[Case]:
 CASES = matrix()
 
 
+def worker(*command, given=""):
+    "A script beside this one, in a process without the interpreter; what it prints, read as JSON."
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+    ran = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], input=given, capture_output=True, text=True, env=environment)
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    return json.loads(ran.stdout)
+
+
 @pytest.fixture(scope="module")
 def compiled() -> dict:
     "The whole matrix, compiled by two processes beside this one."
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-    ran = subprocess.run([sys.executable, str(HERE / "compile_worker.py"), "2"], input=json.dumps([case.spec() for case in CASES]), capture_output=True, text=True, env=environment)
-    assert ran.returncode == 0, ran.stderr[-4000:]
-    return dict(zip(CASES, json.loads(ran.stdout)))
+    return dict(zip(CASES, worker("compile_worker.py", "2", given=json.dumps([case.spec() for case in CASES]))))
+
+
+@pytest.mark.timeout(600)
+def test_what_the_launcher_passes_compiles():
+    launched = worker("launch_worker.py")
+    assert {entry["kernel"] for entry in launched} == {"_forward_kernel", "_dq_kernel", "_dkv_kernel", "_small_kernel"}
+    assert all(entry["wgmma"] > 0 and entry["programs"] > 0 and entry["shared"] <= SHARED_LIMIT[90] for entry in launched)
+    assert all(entry["tma"] > 0 for entry in launched[-3:]) and not any(entry["tma"] for entry in launched[:-3])
 
 
 @pytest.mark.timeout(600)

@@ -86,7 +86,7 @@ class Kernels(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         fields, options, tile = ctx.rest
-        tiles = tile and {"dq": Tile(tile.block_m, tile.block_n), "dkv": Tile(tile.block_n, tile.block_m)}
+        tiles = tile and {"dq": Tile(tile.block_m, tile.block_n, tma=tile.tma), "dkv": Tile(tile.block_n, tile.block_m, tma=tile.tma)}
         return *attention_backward(*ctx.saved_tensors, dout, dlse, *fields, **options, tiles=tiles), None, None, None
 
 
@@ -105,8 +105,7 @@ def tiles(draw):
     mode = draw(st.sampled_from(DILATION_MODES))
     pattern = SegmentPattern(n, w, r, mode, (0,) if mode == "residue" else draw(st.tuples(*[st.integers(0, r - 1)] * heads)))
     d, ordered = draw(st.sampled_from([16, 32, 48])), draw(st.booleans())
-    descriptors = not ordered and n % r == 0 and w % r == 0 and d != 48  # what tensor descriptors need
-    tile = Tile(*draw(st.sampled_from([(16, 16), (32, 16), (16, 32)])), overlap=draw(st.booleans()), tma=descriptors and draw(st.booleans()))
+    tile = Tile(*draw(st.sampled_from([(16, 16), (32, 16), (16, 32)])), overlap=draw(st.booleans()), tma=draw(st.booleans()))  # tma where descriptors are possible
     return pattern, tile, (heads, kv_heads, d), ordered, draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])), draw(st.integers(0, 999))
 
 

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['fit_small', 'attention_backward']
 
-# %% ../../nbs/04_triton_backward.ipynb #3f3efd03
+# %% ../../nbs/04_triton_backward.ipynb #60b472e0
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .forward import (
-    _SIZES, LOG2E, Fit, Groups, Tile, _alignment, _capability, _dot, _head_pointer, _kept, _key_range, _launch, _load_tile, _locate,
+    _SIZES, LOG2E, Fit, Groups, Tile, _alignment, _capability, _dot, _head_pointer, _can_describe, _describe, _kept, _key_range, _launch, _load_box, _load_tile, _locate,
     _offset_table, _pow2, _precision, _progression, _row_pointers, _rows_contiguous, _store_tile, _tokens, attention_forward, check_triton,
     default_tile, fit_tile, split_head_dim, tl, triton, tuned_tile)
 
-# %% ../../nbs/04_triton_backward.ipynb #87fdb236
+# %% ../../nbs/04_triton_backward.ipynb #de736375
 @triton.jit
 def _dq_tiles(
-    dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, order_ptr, mask_ptr, seed, dropout_head,
+    dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, kv_head, segment_size, order_ptr, mask_ptr, seed, dropout_head,
     k_first, k_step, k_slot, k_group, n_keys, lo, hi, stride_kn, stride_vn, qk_scale, keep_scale, threshold,
-    MASKED: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr, PACK: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
+    PACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):
     "dq of a query tile: the sum of dS K over the key tiles that start at lo, lo + BLOCK_N, ... below hi."
     for j in tl.range(lo, hi, BLOCK_N):
@@ -31,8 +31,12 @@ def _dq_tiles(
         if HAS_KEY_MASK: valid &= tl.load(mask_ptr + k_token, mask=valid, other=0) != 0
         k_rows = _row_pointers(k_ptr, k_token, stride_kn, ALIGN)
         v_rows = _row_pointers(v_ptr, k_token, stride_vn, ALIGN)
-        k = _load_tile(k_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)              # [BN, BD]
-        v = _load_tile(v_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)              # [BN, BD]
+        if TMA:
+            k = _load_box(k_desc, batch, kv_head, k_first, j, segment_size, k_step, BLOCK_N, BLOCK_D)
+            v = _load_box(v_desc, batch, kv_head, k_first, j, segment_size, k_step, BLOCK_N, BLOCK_D)
+        else:
+            k = _load_tile(k_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)          # [BN, BD]
+            v = _load_tile(v_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)          # [BN, BD]
         s = _dot(q, tl.trans(k), None, PRECISION)                                # [BM, BN]
         dp = _dot(do, tl.trans(v), None, PRECISION)                              # [BM, BN]
         if BLOCK_E > 0:
@@ -56,11 +60,11 @@ def _dq_tiles(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr, k_desc, v_desc,
     q_strides, k_strides, v_strides, out_strides, do_strides, dq_strides, stride_mask,
     n_heads, n_tokens, segment_size, rate, tiles, bundles, scale: "fp64", keep_scale: "fp64", threshold,
     HEAD_GROUP: tl.constexpr, MODE: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    HAS_DLSE: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_DLSE: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, TMA: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):
     "dq of one tile of queries, and for the next kernel their delta and base-2 LSE."
@@ -120,24 +124,24 @@ def _dq_kernel(
     if ALL_MASKED: full = 0
     if not ALL_MASKED:
         dq, dq_e = _dq_tiles(
-            dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, order_ptr, mask_ptr, seed, batch_head,
+            dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, head // HEAD_GROUP, segment_size, order_ptr, mask_ptr, seed, batch_head,
             k_first, rate, k_slot, k_group, n_keys, 0, full, k_strides[2], v_strides[2], qk_scale, keep_scale, threshold,
-            False, HAS_ORDER, CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, PACK, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_N, PRECISION, ALIGN)
+            False, TMA, HAS_ORDER, CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, PACK, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_N, PRECISION, ALIGN)
     if ALL_MASKED or CAUSAL or not EVEN:
         dq, dq_e = _dq_tiles(
-            dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, order_ptr, mask_ptr, seed, batch_head,
+            dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, head // HEAD_GROUP, segment_size, order_ptr, mask_ptr, seed, batch_head,
             k_first, rate, k_slot, k_group, n_keys, full, end, k_strides[2], v_strides[2], qk_scale, keep_scale, threshold,
-            True, HAS_ORDER, CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, PACK, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_N, PRECISION, ALIGN)
+            True, False, HAS_ORDER, CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, PACK, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_N, PRECISION, ALIGN)
     dq_rows = _row_pointers(dq_ptr, q_token, dq_strides[2], ALIGN)
     _store_tile(dq_rows, q_valid, dq * scale, 0, BLOCK_D, HEAD_DIM)
     if BLOCK_E > 0: _store_tile(dq_rows, q_valid, dq_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #9021d067
+# %% ../../nbs/04_triton_backward.ipynb #9d54afe6
 @triton.jit
 def _dkv_tiles(
-    dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_ptr, do_ptr, lse2_ptr, delta_ptr, order_ptr, seed, dropout_head,
+    dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_ptr, do_ptr, q_desc, do_desc, batch, head, segment_size, lse2_ptr, delta_ptr, order_ptr, seed, dropout_head,
     q_first, q_step, q_slot, n_queries, lo, hi, stride_qn, stride_don, qk_scale, keep_scale, threshold,
-    MASKED: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):
     "dk and dv of a key tile: the sums of dS^T Q and P^T dO over the query tiles that start at lo, lo + BLOCK_M, ... below hi."
@@ -146,8 +150,12 @@ def _dkv_tiles(
         q_token = _tokens(q_first + q_step * (i + q_slot), valid, order_ptr, HAS_ORDER)
         q_rows = _row_pointers(q_ptr, q_token, stride_qn, ALIGN)
         do_rows = _row_pointers(do_ptr, q_token, stride_don, ALIGN)
-        q = _load_tile(q_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)              # [BM, BD]
-        do = _load_tile(do_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)            # [BM, BD]
+        if TMA:
+            q = _load_box(q_desc, batch, head, q_first, i, segment_size, q_step, BLOCK_M, BLOCK_D)
+            do = _load_box(do_desc, batch, head, q_first, i, segment_size, q_step, BLOCK_M, BLOCK_D)
+        else:
+            q = _load_tile(q_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)          # [BM, BD]
+            do = _load_tile(do_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)        # [BM, BD]
         if MASKED: lse2 = tl.load(lse2_ptr + q_token, mask=valid, other=float("inf"))   # exp2(s - inf) = 0
         else: lse2 = tl.load(lse2_ptr + q_token)
         s = _dot(k, tl.trans(q), None, PRECISION)                                # [BN, BM]
@@ -177,11 +185,11 @@ def _dkv_tiles(
 
 @triton.jit(do_not_specialize=_SIZES)
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr, q_desc, do_desc,
     q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, stride_mask,
     n_heads, n_tokens, segment_size, rate, tiles, bundles, scale: "fp64", keep_scale: "fp64", threshold,
     HEAD_GROUP: tl.constexpr, MODE: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    EVEN: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    EVEN: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr, ALIGN: tl.constexpr,
 ):
     "dk and dv of one tile of keys, summed over the query heads that share it."
@@ -246,19 +254,19 @@ def _dkv_kernel(
                 first = tl.maximum(near - q_first + q_step - 1, 0) // q_step // BLOCK_M * BLOCK_M
                 start = tl.cdiv(tl.maximum(far - q_first + q_step - 1, 0) // q_step, BLOCK_M) * BLOCK_M
                 dk, dk_e, dv, dv_e = _dkv_tiles(
-                    dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_head, do_head, lse2_head, delta_head, order_ptr, seed, dropout_head,
+                    dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_head, do_head, q_desc, do_desc, batch, head, segment_size, lse2_head, delta_head, order_ptr, seed, dropout_head,
                     q_first, q_step, q_slot, end, first, tl.minimum(start, end), q_strides[2], do_strides[2], qk_scale, keep_scale, threshold,
-                    True, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, PRECISION, ALIGN)
+                    True, False, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, PRECISION, ALIGN)
             dk, dk_e, dv, dv_e = _dkv_tiles(
-                dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_head, do_head, lse2_head, delta_head, order_ptr, seed, dropout_head,
+                dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_head, do_head, q_desc, do_desc, batch, head, segment_size, lse2_head, delta_head, order_ptr, seed, dropout_head,
                 q_first, q_step, q_slot, end, start, full, q_strides[2], do_strides[2], qk_scale, keep_scale, threshold,
-                False, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, PRECISION, ALIGN)
+                False, TMA, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, PRECISION, ALIGN)
             full = tl.maximum(start, full)
         if (CAUSAL and HAS_ORDER) or not EVEN:
             dk, dk_e, dv, dv_e = _dkv_tiles(
-                dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_head, do_head, lse2_head, delta_head, order_ptr, seed, dropout_head,
+                dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_head, do_head, q_desc, do_desc, batch, head, segment_size, lse2_head, delta_head, order_ptr, seed, dropout_head,
                 q_first, q_step, q_slot, end, full, end, q_strides[2], do_strides[2], qk_scale, keep_scale, threshold,
-                True, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, PRECISION, ALIGN)
+                True, False, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, PRECISION, ALIGN)
 
     dk_rows = _row_pointers(_head_pointer(dk_ptr, dk_strides, batch, kv_head, ALIGN), k_token, dk_strides[2], ALIGN)
     dv_rows = _row_pointers(_head_pointer(dv_ptr, dv_strides, batch, kv_head, ALIGN), k_token, dv_strides[2], ALIGN)
@@ -268,7 +276,7 @@ def _dkv_kernel(
         _store_tile(dk_rows, stored, tl.where(valid[:, None], dk_e * scale, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
         _store_tile(dv_rows, stored, tl.where(valid[:, None], dv_e, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #653e384e
+# %% ../../nbs/04_triton_backward.ipynb #c281c205
 @triton.jit(do_not_specialize=[n for n in _SIZES if n != "tiles"])
 def _small_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, lse_ptr, dlse_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr,
@@ -361,7 +369,7 @@ def _small_kernel(
         _store_tile(dk_rows, stored, dk_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
         _store_tile(dv_rows, stored, dv_e, BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #e68115f1
+# %% ../../nbs/04_triton_backward.ipynb #4908c938
 def fit_small(
     tile: Tile, # of the dq kernel
     rows: int, # of the largest group
@@ -413,6 +421,8 @@ def attention_backward(
     stride_mask = 0 if key_mask is None else key_mask.stride(0)
     flags = dict(HEAD_GROUP=H // H_kv, MODE=mode, HAS_ORDER=order is not None, CAUSAL=causal, HAS_KEY_MASK=key_mask is not None, HAS_DROPOUT=dropout_p > 0,
                  HEAD_DIM=D, BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=_precision(q.dtype), ALIGN=_alignment(q, k, v, out, dout, dq, dk, dv))
+    can = dict(rate=r, segment_size=w, order=order, capability=capability)
+    describe = {"dq": _can_describe(k, v, **can), "dkv": (mode != "keys" or r == 1) and _can_describe(q, dout, **can)}
     wanted = {name: (tiles or {}).get(name) or default_tile(name, D, q.dtype, capability, dropout_p > 0) for name in ("dq", "dkv")}
 
     def run_small(fit):
@@ -425,17 +435,20 @@ def attention_backward(
         fit = fit_tile(tile, groups.q_rows, groups.k_rows, D, q.dtype, capability)
         t = fit.tile
         tiles, bundles = (-(-groups.q_rows // t.block_m), groups.q_groups) if fit.pack == 1 else (1, -(-groups.q_groups // fit.pack))
+        tma = t.tma and describe["dq"]
         _launch(_dq_kernel, tiles * bundles * B * H, t, q, k, v, out, dout, dq, lse, dlse, lse2, delta, order, key_mask, table, seed,
+                *(_describe(x, r, (t.block_n, D)) if tma else None for x in (k, v)),
                 *(x.stride()[:3] for x in (q, k, v, out, dout, dq)), stride_mask, H, N, w, r, tiles, bundles, *scalars,
-                HAS_DLSE=dlse is not None, EVEN=groups.even and groups.k_rows % t.block_n == 0, SINGLE=fit.single, PACK=fit.pack, BLOCK_M=t.block_m, BLOCK_N=t.block_n, **flags)
+                HAS_DLSE=dlse is not None, EVEN=groups.even and groups.k_rows % t.block_n == 0, SINGLE=fit.single, TMA=tma, PACK=fit.pack, BLOCK_M=t.block_m, BLOCK_N=t.block_n, **flags)
 
     def run_dkv(tile):
         smallest = 16 if capability == (0, 0) else min(64, tile.block_n)
         block_n = min(tile.block_n, max(smallest, _pow2(groups.k_rows)))
-        tiles = -(-groups.k_rows // block_n)
+        tiles, tma = -(-groups.k_rows // block_n), tile.tma and describe["dkv"]
         _launch(_dkv_kernel, tiles * groups.k_groups * B * H_kv, replace(tile, block_n=block_n), q, k, v, dout, dk, dv, lse2, delta, order, key_mask, table, seed,
+                *(_describe(x, r, (tile.block_m, D)) if tma else None for x in (q, dout)),
                 *(x.stride()[:3] for x in (q, k, v, dout, dk, dv)), stride_mask, H, N, w, r, tiles, groups.k_groups, *scalars,
-                EVEN=groups.even and groups.q_rows % tile.block_m == 0, BLOCK_M=tile.block_m, BLOCK_N=block_n, **flags)
+                EVEN=groups.even and groups.q_rows % tile.block_m == 0, TMA=tma, BLOCK_M=tile.block_m, BLOCK_N=block_n, **flags)
 
     with torch.cuda.device_of(q):
         if mode != "keys" and (fit := fit_small(wanted["dq"], groups.k_rows, D, q.dtype, capability)) is not None:
@@ -444,6 +457,6 @@ def attention_backward(
         lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
         for name, run in (("dq", run_dq), ("dkv", run_dkv)):
             tile = wanted[name]
-            if tiles is None: tile = tuned_tile(name, tile, D, groups.k_rows, q, f"{mode} {'order' if order is not None else 'plain'}{' causal' if causal else ''}", run)
+            if tiles is None: tile = tuned_tile(name, tile, D, groups.k_rows, q, f"{mode} {'order' if order is not None else 'plain'}{' causal' if causal else ''}", run, describe[name])
             run(tile)
     return dq, dk, dv

@@ -7,7 +7,7 @@ __all__ = ['interpreted', 'LOG2E', 'LN2', 'INTERPRETED', 'tile_cache', 'tile_tim
            'Fit', 'fit_tile', 'tile_cache_path', 'TileCache', 'tuned_tile', 'check_triton', 'Groups',
            'attention_forward', 'hilbert_attention_kernel', 'standard_attention_kernel']
 
-# %% ../../nbs/03_triton_forward.ipynb #7b79bbc1
+# %% ../../nbs/03_triton_forward.ipynb #2a2bb3fc
 import json
 import math
 import os
@@ -33,7 +33,7 @@ except ImportError:  # the module must import everywhere; `check_triton` says wh
 
 interpreted = HAS_TRITON and bool(triton.knobs.runtime.interpret)  # read once: kernels are decorated one way or the other
 
-# %% ../../nbs/03_triton_forward.ipynb #cb28d8f9
+# %% ../../nbs/03_triton_forward.ipynb #e5b0a93a
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(interpreted)
@@ -54,7 +54,7 @@ def _head_pointer(ptr, strides, batch, head, ALIGN: tl.constexpr):
     "Where a head begins; strides are those of (B, H, N)."
     return ptr + tl.multiple_of(batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], ALIGN)
 
-# %% ../../nbs/03_triton_forward.ipynb #7d917a3e
+# %% ../../nbs/03_triton_forward.ipynb #beeabef3
 @triton.jit
 def _progression(segment, residue, step, n_tokens, segment_size):
     "First position and length of the progression residue, residue + step, ... inside a segment."
@@ -62,7 +62,7 @@ def _progression(segment, residue, step, n_tokens, segment_size):
     length = tl.minimum(segment_size, n_tokens - start)
     return start + residue, tl.maximum(length - residue + step - 1, 0) // step
 
-# %% ../../nbs/03_triton_forward.ipynb #85e99202
+# %% ../../nbs/03_triton_forward.ipynb #d57d65f5
 @triton.jit
 def _locate(bundle, head, offset_ptr, n_tokens, segment_size, rate, MODE: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     "The groups of a program. Of its queries and of its keys: slot in the group, group, first position, step, count."
@@ -86,7 +86,7 @@ def _locate(bundle, head, offset_ptr, n_tokens, segment_size, rate, MODE: tl.con
         if MODE == "longnet": n_keys = tl.where(k_group % rate == tl.load(offset_ptr + head), n_keys, 0)
     return q_slot, q_group, q_first, q_step, n_queries, k_slot, k_group, k_first, n_keys
 
-# %% ../../nbs/03_triton_forward.ipynb #d864632b
+# %% ../../nbs/03_triton_forward.ipynb #727d03f3
 @triton.jit
 def _key_range(tile, q_first, q_step, n_queries, k_first, k_step, n_keys, BY_POSITION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     "How many keys every query of the tile sees, in whole tiles of keys, and how many any of them sees."
@@ -99,7 +99,7 @@ def _key_range(tile, q_first, q_step, n_queries, k_first, k_step, n_keys, BY_POS
         end = tl.minimum((last - k_first + k_step) // k_step, n_keys)
     return full // BLOCK_N * BLOCK_N, end
 
-# %% ../../nbs/03_triton_forward.ipynb #e71c10d0
+# %% ../../nbs/03_triton_forward.ipynb #c62f57fc
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     "acc + a b, accumulated in float32, or float64 for float64; acc None is 0."
@@ -128,15 +128,22 @@ def _store_tile(rows, valid, tile, START: tl.constexpr, BLOCK: tl.constexpr, HEA
     tl.store(rows[:, None] + d[None, :], tile.to(rows.dtype.element_ty), mask=valid[:, None] & (d < HEAD_DIM)[None, :])
 
 @triton.jit
+def _load_box(desc, batch, head, first, row, segment_size, rate, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    "ROWS rows of a group from `row` on, through a descriptor of (B, H, r, N / r, D): [ROWS, COLUMNS]. All of them must exist."
+    residue = first % segment_size % rate
+    row = first // segment_size * (segment_size // rate) + row
+    return desc.load([batch, head, residue, row, 0]).reshape(ROWS, COLUMNS)
+
+@triton.jit
 def _kept(seed, head, q_token, k_token, threshold):
     "Which weights survive dropout: a function of seed, head (of all batches) and the two tokens, and of nothing else."
     bits, _, _, _ = tl.philox(seed, q_token, k_token, head, head, n_rounds=7)
     return (bits >> 1).to(tl.int32) >= threshold
 
-# %% ../../nbs/03_triton_forward.ipynb #36e32752
+# %% ../../nbs/03_triton_forward.ipynb #08d7c393
 @triton.jit
 def _attend(
-    acc, acc_e, m, l, q, q_e, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, desc_at, order_ptr, mask_ptr, seed, dropout_head,
+    acc, acc_e, m, l, q, q_e, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, kv_head, segment_size, order_ptr, mask_ptr, seed, dropout_head,
     k_first, k_step, k_slot, k_group, n_keys, lo, hi, stride_kn, stride_vn, qk_scale, threshold,
     MASKED: tl.constexpr, OVERLAP: tl.constexpr, TMA: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr,
     HAS_DROPOUT: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -157,8 +164,8 @@ def _attend(
         k_rows = _row_pointers(k_ptr, k_token, stride_kn, ALIGN)
         v_rows = _row_pointers(v_ptr, v_token, stride_vn, ALIGN)
         if TMA:
-            k = k_desc.load([desc_at[0], desc_at[1], desc_at[2], desc_at[3] + j, 0]).reshape(BLOCK_N, BLOCK_D)
-            v = v_desc.load([desc_at[0], desc_at[1], desc_at[2], desc_at[3] + j_v, 0]).reshape(BLOCK_N, BLOCK_D)
+            k = _load_box(k_desc, batch, kv_head, k_first, j, segment_size, k_step, BLOCK_N, BLOCK_D)
+            v = _load_box(v_desc, batch, kv_head, k_first, j_v, segment_size, k_step, BLOCK_N, BLOCK_D)
         else:
             k = _load_tile(k_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)          # [BN, BD]
             v = _load_tile(v_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)          # [BN, BD]
@@ -197,7 +204,7 @@ def _attend(
             acc_e = _dot(p.to(v.dtype), v_e, acc_e * alpha[:, None], PRECISION)
     return acc, acc_e, m, l
 
-# %% ../../nbs/03_triton_forward.ipynb #38cec910
+# %% ../../nbs/03_triton_forward.ipynb #9c93aff9
 _SIZES = ("stride_mask", "n_heads", "n_tokens", "segment_size", "rate", "tiles", "bundles", "threshold")  # one compiled kernel for all their values
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -229,7 +236,6 @@ def _forward_kernel(
 
     q_slot, q_group, q_first, q_step, n_queries, k_slot, k_group, k_first, n_keys = _locate(
         bundle, head, offset_ptr, n_tokens, segment_size, rate, MODE, PACK, BLOCK_M, BLOCK_N)
-    desc_at = (batch, head // HEAD_GROUP, k_first % segment_size % rate, k_first // segment_size * (segment_size // rate))  # see the launch
     row = tile * BLOCK_M + q_slot
     q_valid = row < n_queries
     q_token = _tokens(q_first + q_step * row, q_valid, order_ptr, HAS_ORDER)     # [BM]
@@ -249,12 +255,12 @@ def _forward_kernel(
     if ALL_MASKED: full = 0
     if not ALL_MASKED:
         acc, acc_e, m, l = _attend(
-            acc, acc_e, m, l, q, q_e, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, desc_at, order_ptr, mask_ptr, seed, batch_head,
+            acc, acc_e, m, l, q, q_e, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, head // HEAD_GROUP, segment_size, order_ptr, mask_ptr, seed, batch_head,
             k_first, rate, k_slot, k_group, n_keys, 0, full, k_strides[2], v_strides[2], qk_scale, threshold,
             False, OVERLAP, TMA, HAS_ORDER, CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, PACK, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, PRECISION, ALIGN)
     if ALL_MASKED or CAUSAL or not EVEN:
         acc, acc_e, m, l = _attend(
-            acc, acc_e, m, l, q, q_e, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, desc_at, order_ptr, mask_ptr, seed, batch_head,
+            acc, acc_e, m, l, q, q_e, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, head // HEAD_GROUP, segment_size, order_ptr, mask_ptr, seed, batch_head,
             k_first, rate, k_slot, k_group, n_keys, full, end, k_strides[2], v_strides[2], qk_scale, threshold,
             True, False, False, HAS_ORDER, CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, PACK, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, BLOCK_N, PRECISION, ALIGN)
 
@@ -265,7 +271,7 @@ def _forward_kernel(
     _store_tile(out_rows, q_valid, acc * norm[:, None], 0, BLOCK_D, HEAD_DIM)
     if BLOCK_E > 0: _store_tile(out_rows, q_valid, acc_e * norm[:, None], BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/03_triton_forward.ipynb #d9acf6a7
+# %% ../../nbs/03_triton_forward.ipynb #2df605df
 @dataclass(frozen=True)
 class Tile:
     "How a kernel is cut into programs."
@@ -274,7 +280,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3 # tiles in flight
     overlap: bool = False # weigh the values of a tile during the next tile's softmax; forward only
-    tma: bool = False # tensor descriptors for keys and values; forward without an order, compute capability 9.0 and up
+    tma: bool = False # load through tensor descriptors; without an order, compute capability 9.0 and up
 
 
 # (kernel, for head dims up to) -> tile, for half precision
@@ -308,7 +314,7 @@ def default_tile(
     if dropout and kernel == "forward" and capability < (9, 0): return Tile(64, 32, 4, 2)
     return _row_of(_DEFAULT_TILES["sm100" if capability >= (10, 0) else "sm90" if capability >= (9, 0) else "sm80"], kernel, head_dim)
 
-# %% ../../nbs/03_triton_forward.ipynb #3876e15c
+# %% ../../nbs/03_triton_forward.ipynb #bd11f303
 def _pow2(n: int) -> int: return 1 << max(n - 1, 0).bit_length()
 
 
@@ -340,7 +346,7 @@ def fit_tile(
 ) -> Fit:
     "Shrinks a tile to the group, packs small groups, and sees whether one tile holds all keys."
     half, interpreted = dtype in (torch.float16, torch.bfloat16), capability < (8, 0)
-    smallest = 64 if half and not interpreted else 16
+    smallest = 16 if interpreted else 64 if half else min(32, tile.block_m)
     limit = 32 if interpreted or not half else 128 if head_dim <= 128 else 64
     if not half and not interpreted: limit = min(limit, tile.block_n)
     block_m = min(tile.block_m, max(smallest, _pow2(q_rows)))
@@ -348,19 +354,19 @@ def fit_tile(
     single = k_rows <= limit and pack * _pow2(k_rows) <= max(limit, block_m)
     if not single: return Fit(replace(tile, block_m=block_m), 1, False)
     block_n = max(16, pack * _pow2(k_rows))
-    warps = tile.num_warps if interpreted or not half else 4 if block_m * block_n * max(1, head_dim // 64) <= 64 * 128 else 8
+    warps = 4 if block_m * block_n * max(1, head_dim // 64) <= (64 * 128 if half else 32 * 64) else 8
     return Fit(replace(tile, block_m=block_m, block_n=block_n, num_warps=warps, overlap=False, tma=False), pack, True)
 
-# %% ../../nbs/03_triton_forward.ipynb #8c39ba2d
+# %% ../../nbs/03_triton_forward.ipynb #19519623
 _CANDIDATES = {
     ("forward", 64): [Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3, tma=True), Tile(128, 128, 4, 3, tma=True), Tile(128, 128, 8, 3, overlap=True, tma=True)],
     ("forward", 128): [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3, overlap=True), Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 3, overlap=True, tma=True)],
     ("forward", 256): [Tile(128, 32, 8, 2), Tile(128, 64, 8, 2)],
-    ("dq", 64): [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3)],
-    ("dq", 128): [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 32, 8, 3)],
+    ("dq", 64): [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3, tma=True), Tile(128, 128, 8, 2, tma=True)],
+    ("dq", 128): [Tile(128, 64, 8, 2), Tile(64, 64, 4, 2), Tile(128, 64, 8, 3, tma=True), Tile(128, 128, 8, 2, tma=True)],
     ("dq", 256): [Tile(64, 32, 8, 2), Tile(128, 32, 8, 2)],
-    ("dkv", 64): [Tile(64, 128, 8, 3), Tile(64, 64, 4, 3), Tile(32, 128, 8, 3)],
-    ("dkv", 128): [Tile(32, 128, 8, 3), Tile(64, 64, 8, 3), Tile(32, 64, 8, 3)],
+    ("dkv", 64): [Tile(64, 128, 8, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 3, tma=True)],
+    ("dkv", 128): [Tile(32, 128, 8, 3), Tile(64, 64, 8, 3), Tile(32, 128, 8, 3, tma=True), Tile(64, 128, 8, 2, tma=True)],
     ("dkv", 256): [Tile(16, 64, 8, 2), Tile(32, 64, 8, 2)],
 }
 
@@ -435,7 +441,7 @@ def tuned_tile(
     tile_cache.put(key, best := min(times, key=times.get))
     return best
 
-# %% ../../nbs/03_triton_forward.ipynb #66c5adfd
+# %% ../../nbs/03_triton_forward.ipynb #e9eb3564
 def check_triton(
     device: torch.device, # of the tensors
 ):
@@ -494,6 +500,13 @@ def _launch(kernel, programs: int, tile: Tile, *args, **constants):
             if stages == 1: raise
 
 
+def _can_describe(*tensors: Tensor, rate: int, segment_size: int, order: Tensor | None, capability: tuple[int, int]) -> bool:
+    "Whether tensor descriptors can stand for rows of these tensors' groups."
+    N, D = tensors[0].shape[2:]
+    return (order is None and (capability >= (9, 0) or interpreted) and N % rate == 0 and segment_size % rate == 0 and split_head_dim(D) == (D, 0)
+            and all(x.data_ptr() % 16 == 0 and all(s > 0 and s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) for x in tensors))
+
+
 def _describe(x: Tensor, rate: int, block: tuple[int, int]):
     "A tensor descriptor of (B, H, N, D) seen as (B, H, r, N / r, D)."
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -526,12 +539,11 @@ def attention_forward(
     if not q.numel(): return out, lse
     groups, (block_d, block_e), capability = Groups.of(N, w, r, mode), split_head_dim(D), _capability(q.device)
     table = None if mode == "residue" else _offset_table(tuple(offsets), H, q.device)
-    can_tma = (order is None and not causal and key_mask is None and capability >= (9, 0) and block_e == 0 and block_d == D and N % r == 0 and w % r == 0
-               and all(x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s in x.stride()[:-1]) for x in (k, v)))
+    can_tma = _can_describe(k, v, rate=r, segment_size=w, order=order, capability=capability)
 
     def run(tile):
         fit = fit_tile(tile, groups.q_rows, groups.k_rows, D, q.dtype, capability)
-        t, tma = fit.tile, fit.tile.tma and (can_tma or interpreted)
+        t, tma = fit.tile, fit.tile.tma and can_tma
         tiles, bundles = (-(-groups.q_rows // t.block_m), groups.q_groups) if fit.pack == 1 else (1, -(-groups.q_groups // fit.pack))
         descs = [_describe(x, r, (t.block_n, D)) if tma else None for x in (k, v)]
         _launch(_forward_kernel, tiles * bundles * B * H, t,
@@ -549,7 +561,7 @@ def attention_forward(
         run(tile)
     return out, lse
 
-# %% ../../nbs/03_triton_forward.ipynb #f076f704
+# %% ../../nbs/03_triton_forward.ipynb #cb2f890c
 def hilbert_attention_kernel(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)
