@@ -28,6 +28,9 @@ export: $(BIN)/.all  ## notebooks to package: nbdev_export, nbdev_clean, README.
 readme: $(BIN)/.all  ## write README.md from nbs/index.ipynb
 	$(BIN)/python tools/make_readme.py
 
+gpu:  ## correctness, then speed, on an NVIDIA GPU, into nbs/results/ (needs only a python3 with torch and triton)
+	$(PYTHON) tools/gpu_run.py $(ARGS)
+
 clean:  ## remove what was built, keep .venv
 	rm -rf _docs _proc _site build dist out *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
@@ -49,4 +52,4 @@ $(BIN)/.all: $(SETUP) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
 	@touch $(BIN)/.demo $@
 
-.PHONY: help demo test lab docs export readme clean distclean
+.PHONY: help demo test lab docs export readme gpu clean distclean

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/17_cli.ipynb #ba527cfb
+# %% ../nbs/17_cli.ipynb #b9c54c4c
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 
-# %% ../nbs/17_cli.ipynb #ab7d3697
+# %% ../nbs/17_cli.ipynb #41b6399e
 def _demo(args):
     from hilbert_attn.demo import run_demo
     result = run_demo(args.photo, args.out, args.segment_size, args.patch, seed=args.seed)
@@ -49,7 +50,7 @@ def _env(args):
     if args.json: return print(json.dumps(found, indent=1))
     for name, value in found.items(): print(f"{name:16} {', '.join(value) if isinstance(value, list) else value}")
 
-# %% ../nbs/17_cli.ipynb #ea837325
+# %% ../nbs/17_cli.ipynb #440248af
 class _Parser(argparse.ArgumentParser):
     "Answers a mistake with one line that says where to read on."
     def error(self, message):
@@ -101,6 +102,9 @@ def main(
     try:
         args = _parser().parse_args(argv)
         args.run(args)
+    except BrokenPipeError:  # the reader of a pipe has gone, as with `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, RuntimeError, OSError) as error:
         print(f"hilbert-attn: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ __all__ = ['PATCH', 'MASKED', 'NAIVE', 'Photo', 'load_photo', 'photo_tokens', 'p
            'patch_weights', 'weight_kept', 'draw_attention', 'demo_candidates', 'compare_orders', 'demo_table',
            'write_report', 'DemoResult', 'run_demo']
 
-# %% ../nbs/16_demo.ipynb #c50c7834
+# %% ../nbs/16_demo.ipynb #4fa33df3
 import base64
 import html
 import io
@@ -29,7 +29,7 @@ from .bench import Candidate, check_exact, describe_environment, environment, fo
 from .curves import CURVES, curve_order, locality, new_figure, plot_curve, segment_map
 from .patterns import SegmentPattern, attention_mask
 
-# %% ../nbs/16_demo.ipynb #bbacc6d2
+# %% ../nbs/16_demo.ipynb #1630ea66
 PATCH = 8 # side of a patch in pixels
 _GRACE_HOPPER, _CHEEK = "Grace Hopper", (26, 36)
 
@@ -87,7 +87,7 @@ def load_photo(
     pixels = np.asarray(image)[:image.height // PATCH * PATCH, :image.width // PATCH * PATCH]
     return Photo(name, pixels.copy(), note)
 
-# %% ../nbs/16_demo.ipynb #59fcc9b9
+# %% ../nbs/16_demo.ipynb #9c092257
 _SHARPNESS = 4.0 # beta
 
 
@@ -116,7 +116,7 @@ def project_tokens(
     qk = sqrt(_SHARPNESS * sqrt(head_dim)) * (tokens @ w_qk)[None]
     return [qk, qk.clone(), (tokens @ w_v)[None]]
 
-# %% ../nbs/16_demo.ipynb #d836e4d3
+# %% ../nbs/16_demo.ipynb #7a01faef
 def _dimmed(photo: Photo) -> np.ndarray:
     "The photo, paler and darker, as a ground to draw on; float (height, width, 3), 0 to 1."
     x = photo.pixels / 255
@@ -152,14 +152,15 @@ def draw_curve(
 ): # matplotlib figure
     "The curve over the photo."
     rows, cols = photo.grid
-    fig, (ax,) = new_figure(panel=(6.4, min(16.0, max(1.0, 6.4 * rows / cols))), pictures=True)
+    width = min(6.4, 12 * cols / rows)
+    fig, (ax,) = new_figure(panel=(width, width * rows / cols), pictures=True)
     ax.imshow(_dimmed(photo), extent=(0, cols, rows, 0))
     plot_curve(ax, photo.grid, curve, linewidths=1.3 * min(1.6, max(0.3, 64 / max(photo.grid))))
     ax.collections[0].set_clim(-0.12 * rows * cols, 1.06 * rows * cols)  # without the darkest colours
     fig.set_layout_engine("none"), ax.set_position((0, 0, 1, 1))  # no margin
     return fig
 
-# %% ../nbs/16_demo.ipynb #0d07929c
+# %% ../nbs/16_demo.ipynb #0aae3224
 def _region_colors(n: int) -> np.ndarray: # (n, 3)
     "Colours whose neighbours in the list differ: each is the golden angle further."
     return np.array([hls_to_rgb((i * 0.381966 + 0.58) % 1, 0.55, 0.75) for i in range(n)])
@@ -179,7 +180,7 @@ def draw_segments(
     "The segments of each order as coloured regions of the photo."
     return _panels(photo, {curve: _segments_picture(photo, segment_size, curve) for curve in CURVES}, len(CURVES))[0]
 
-# %% ../nbs/16_demo.ipynb #25e5fb88
+# %% ../nbs/16_demo.ipynb #613d095c
 def patch_weights(
     q: Tensor, # queries (1, H, N, D)
     k: Tensor, # keys (1, H, N, D)
@@ -237,7 +238,7 @@ def draw_attention(
     pictures["dense"] = _attention_picture(photo, q, k, None, query)
     return _panels(photo, pictures, 3)[0]
 
-# %% ../nbs/16_demo.ipynb #b4500fad
+# %% ../nbs/16_demo.ipynb #a3e907e2
 MASKED, NAIVE = "SDPA with a mask", "naive PyTorch"
 
 
@@ -302,7 +303,7 @@ def demo_table(
                   both_ms="fwd+bwd ms", both_over_masked="x masked", both_over_naive="x naive")
     return "\n\n".join(format_table(part, formats, titles) for part, formats in (([row for row in rows if row["error"] is not None], keeps), (rows, takes)))
 
-# %% ../nbs/16_demo.ipynb #041709e5
+# %% ../nbs/16_demo.ipynb #dca14c94
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fbfaf7; --card: #ffffff; --ink: #22262d; --soft: #666e7a; --line: #e3e1da; --accent: #2f5fd0; --bar: #b9bec9; --tint: #eef2fb; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14161a; --card: #1c1f25; --ink: #e6e7ea; --soft: #9aa2ae; --line: #2e333c; --accent: #8fb0ff; --bar: #4a5160; --tint: #20283a; } }
@@ -325,7 +326,7 @@ p { max-width: 68ch; margin: 0 0 16px; }
 .panels.five { grid-template-columns: repeat(5, minmax(0, 1fr)); }
 .panels.three { grid-template-columns: repeat(3, minmax(0, 1fr)); }
 figure { margin: 0; }
-canvas { width: 100%; height: auto; display: block; border-radius: 6px; background: #000; }
+canvas { max-width: 100%; max-height: 86vh; display: block; border-radius: 6px; background: #000; }
 .three canvas { cursor: crosshair; touch-action: manipulation; }
 canvas:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 figcaption { font-size: 14px; line-height: 1.4; padding: 7px 2px 0; color: var(--soft); font-variant-numeric: tabular-nums; }
@@ -363,7 +364,7 @@ footer p { max-width: none; margin-bottom: 8px; }
 _SCRIPT = """
 const data = JSON.parse(document.getElementById('data').textContent), photo = document.getElementById('photo');
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer;
-const {rows, cols, side} = data, count = rows * cols, orders = {}, segments = {dense: new Uint16Array(count)};
+const {rows, cols} = data, side = Math.max(8, Math.ceil(480 / cols)), count = rows * cols, orders = {}, segments = {dense: new Uint16Array(count)};
 for (const [name, text] of Object.entries(data.orders)) {
   orders[name] = new Uint16Array(bytes(text));
   segments[name] = new Uint16Array(count);
@@ -501,7 +502,7 @@ _PAGE = """<!DOCTYPE html>
 </html>
 """
 
-# %% ../nbs/16_demo.ipynb #ccac0e2e
+# %% ../nbs/16_demo.ipynb #5d647633
 _ABOUT = {"row_major": "as in memory, row after row", "snake": "every other row backwards", "tile": "tiles of 8 x 8, row by row", "morton": "interleaved bits, a Z in a Z",
           "hilbert": "each step to a neighbour", "dense": "everything in reach"}
 
@@ -530,7 +531,7 @@ def _page_data(photo: Photo, q: Tensor, segment_size: int, patch: tuple[int, int
     step = float(q.abs().max()) / 127
     keys = (q[0] / step).round().to(torch.int8).numpy()
     orders = {curve: _text(curve_order(photo.grid, curve).numpy().astype("<u2")) for curve in CURVES}
-    return dict(rows=rows, cols=cols, side=PATCH, segment=segment_size, start=patch[0] * cols + patch[1], heads=q.shape[1], dim=q.shape[3], scale=step ** 2 / sqrt(q.shape[3]),
+    return dict(rows=rows, cols=cols, segment=segment_size, start=patch[0] * cols + patch[1], heads=q.shape[1], dim=q.shape[3], scale=step ** 2 / sqrt(q.shape[3]),
                 orders=orders, keys=_text(keys) if keys.size * 4 / 3 <= limit else None)
 
 
@@ -551,13 +552,13 @@ def _table_html(rows: list[dict], columns: dict[str, tuple[str, str]], over: str
 
 def _bars_html(rows: list[dict]) -> str:
     longest = max(row["both_ms"] for row in rows)
-    return "\n".join(f'<span>{row["name"]}</span><span{"" if row["name"] in (MASKED, NAIVE) else " class=ours"}><i style="width:{100 * row["both_ms"] / longest:.2f}%"></i>{row["both_ms"]:,.0f} ms</span>' for row in rows)
+    return "\n".join(f'<span>{row["name"]}</span><span{"" if row["name"] in (MASKED, NAIVE) else " class=ours"}><i style="width:{100 * row["both_ms"] / longest:.2f}%"></i>{row["both_ms"]:,.{0 if row["both_ms"] >= 10 else 1}f} ms</span>' for row in rows)
 
 _TIMES = dict(name=("order", ""), forward_ms=("ms", ",.1f"), forward_over_masked=("&times; masked", ".1f"), forward_over_naive=("&times; naive", ".1f"),
               both_ms=("ms", ",.1f"), both_over_masked=("&times; masked", ".1f"), both_over_naive=("&times; naive", ".1f"))
 _CHECKS = dict(name=("order", ""), pairs=("pairs per head", ","), share=("of dense", ".1%"), kept=("neighbours kept", ".1%"), reach=("weight kept", ".1%"), error=("max. error", ".1e"), allowed=("allowed", ".1e"))
 
-# %% ../nbs/16_demo.ipynb #dc2cdd39
+# %% ../nbs/16_demo.ipynb #41a2a5ef
 def write_report(
     path: str | Path, # of the HTML file
     photo: Photo,
@@ -607,7 +608,7 @@ neighbours on the line is given in patches.</p>
 
 <h2>The cut</h2>
 <p>Every {segment_size} patches on the line are one segment, {segments} in all, and attention happens inside segments. A good order cuts the photo into compact regions, so that a patch keeps its neighbours. The share of neighbouring
-patches that stay together is highest for {best} here, {measures[best].neighbors_kept:.1%}, and {measures["row_major"].neighbors_kept:.1%} for plain rows.
+patches that stay together is highest for {best} here: {measures[best].neighbors_kept:.1%}{f"; plain rows keep {measures['row_major'].neighbors_kept:.1%}" if best != "row_major" else ""}.
 {twins}{"Tiles and Morton shine where the grid fits their blocks; Hilbert's segments stay in one piece at any size." if best in ("tile", "morton") else ""}</p>
 {grid_of("cut", "five", CURVES, lambda c: f"{measures[c].neighbors_kept:.1%} of neighbours kept")}{fallback("segments", "The segments of the five orders")}
 
@@ -646,7 +647,7 @@ Attention shown on this page is computed by the page{" from the keys in 8 bits" 
     Path(path).write_text(page, encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/16_demo.ipynb #46256192
+# %% ../nbs/16_demo.ipynb #fd1e68a0
 @dataclass(frozen=True)
 class DemoResult:
     "What a run of the demo found, and the files that it wrote."
@@ -693,7 +694,7 @@ def run_demo(
     repeats = 5
     with progress_bar(6 + 2 * 8 * (repeats + 1) + 4, "attention", progress) as bar:
         def tell(text):
-            bar.set_description(f"{text:26}")
+            bar.set_description_str(f"{text:26}")
             bar.update()
 
         table = compare_orders(picture.grid, [q, k, v], segment_size, repeats=repeats, tell=tell)

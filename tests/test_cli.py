@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from hilbert_attn.bench import load_runs
+from hilbert_attn import bench
 from hilbert_attn.cli import main
 
 
@@ -67,11 +67,21 @@ def test_demo(capsys, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["attention.png", "curve.png", "report.html", "segments.png"]
 
 
-def test_bench(capsys, tmp_path):
-    code, out, err = run(capsys, "bench", "cpu", "--quick", "--json", "--out", tmp_path)
+def test_bench(capsys, tmp_path, monkeypatch):
+    def instead(quick=False):  # the suite itself is run in test_bench
+        names = (bench.NAIVE, bench.MASKED, bench.MASKED_HILBERT, bench.DENSE, bench.OURS, bench.OURS_HILBERT, bench.OURS_LSE, bench.OURS_HILBERT_LSE, bench.MATMUL)
+        rows = [dict(name=name, direction=direction, median=0.5, p20=0.25, p80=1.0, repeats=3, pairs=8) for name in names for direction in bench.FLOPS_PER_PAIR]
+        return dict(suite="cpu", quick=quick, config=bench.CPU_CONFIG, environment=bench.environment(), rows=rows, memory=[])
+    monkeypatch.setattr(bench, "bench_cpu", instead)
+    monkeypatch.setattr(bench, "results_folder", lambda: tmp_path / "default")
+    code, out, err = run(capsys, "bench", "cpu", "--json", "--out", tmp_path)
     assert code == 0 and "appended to" in err
-    printed, (stored,) = json.loads(out), load_runs("cpu", tmp_path)
-    assert {name: printed[name] for name in stored} == stored and printed["ratios"]
+    printed, (stored,) = json.loads(out), bench.load_runs("cpu", tmp_path)
+    assert {name: printed[name] for name in stored} == stored and len(printed["ratios"]) == 18 and printed["targets"]
+    code, out, err = run(capsys, "bench", "cpu", "--quick")
+    assert code == 0 and "a toy size" in out and "500.00" in out and not err  # not stored
+    run(capsys, "bench", "cpu")
+    assert len(bench.load_runs("cpu")) == 1
 
 
 def test_as_a_program():

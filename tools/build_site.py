@@ -24,19 +24,15 @@ from notebook import NBS, ROOT, callouts, cells, front_matter, local_links, outs
 SITE = ROOT / "_docs"
 THEME = {f"{mode}_css_variables": {"color-brand-primary": color, "color-brand-content": color}
          for mode, color in {"light": "#1c62b9", "dark": "#6aa9f4"}.items()}
+Anchors = dict[str, tuple[set[str], set[str]]]  # of each page: its headings, and private functions whose code it shows
 MYST = "amsmath attrs_block attrs_inline colon_fence deflist dollarmath tasklist".split()
 
-
-# --- Quarto -------------------------------------------------------------------------------------------------------------
 
 def quarto(processed: Path) -> None:
     run = subprocess.run(["quarto", "render", "--no-cache"], cwd=processed, stderr=subprocess.PIPE, text=True)
     sys.stderr.write(run.stderr)
     if run.returncode or "WARN" in run.stderr: sys.exit("quarto render failed or warned: see above")
-    shutil.move(processed / SITE.name, SITE)
 
-
-# --- Sphinx -------------------------------------------------------------------------------------------------------------
 
 def slug(title: str) -> str:
     "The anchor of a heading, as Quarto and nbdev name it."
@@ -61,13 +57,13 @@ def private(cell, given: dict) -> list[str]:
 
 
 def anchors(path: Path) -> tuple[set[str], set[str]]:
-    "The anchors of a page: of its headings, and of private functions."
+    "The `Anchors` of one page."
     shown = list(cells(path))
     headings = re.findall(r"^#+ +(.+)", "\n".join(re.sub(r"```.*?```", "", prose(*cell) or "", flags=re.S) for cell in shown), re.M)
     return {slug(heading) for heading in headings}, {name for cell in shown for name in private(*cell)}
 
 
-def myst(text: str, docs: dict[str, str], known: dict[str, tuple[set[str], set[str]]]) -> str:
+def myst(text: str, docs: dict[str, str], known: Anchors) -> str:
     "A Markdown cell in Quarto's dialect, in MyST's."
     def convert(part):
         part = re.sub(r"^\$\$ *\{#(eq-[\w-]+)\}", r"$$ (\1)", part, flags=re.M)
@@ -99,7 +95,7 @@ def code(cell, given: dict, title: str):
     return new_code_cell(cell.source, outputs=cell.outputs, metadata={"tags": [tag for tag in tags if tags[tag]], "mystnb": look})
 
 
-def page(path: Path, docs: dict[str, str], known: dict[str, tuple[set[str], set[str]]]) -> list:
+def page(path: Path, docs: dict[str, str], known: Anchors) -> list:
     "The cells of a processed notebook, ready for MyST-NB."
     front = front_matter(nbformat.read(path, as_version=4))
     shown = [new_markdown_cell(f"# {front['title']}\n\n{{.subtitle}}\n{front.get('description', '')}")]
@@ -108,6 +104,8 @@ def page(path: Path, docs: dict[str, str], known: dict[str, tuple[set[str], set[
         if text is not None: shown.append(new_markdown_cell(myst(text, docs, known)))
         elif cell.cell_type == "code":
             if names := private(cell, given): shown.append(new_markdown_cell("".join(f'<span id="{name}"></span>' for name in names)))
+            for data in (out.data for out in cell.outputs if "text/markdown" in out.get("data", {})):
+                data["text/markdown"] = myst(data["text/markdown"], docs, known)
             shown.append(code(cell, given, front["title"]))
     return shown
 
@@ -125,6 +123,7 @@ def contents(fronts: dict[str, dict], docs: dict[str, str]) -> list:
 
 
 def sphinx(processed: Path) -> None:
+    "Both renderers leave the site in `processed`, under the name of `SITE`."
     source = processed / "_sphinx"
     source.mkdir()
     notebooks = sorted(processed.glob("*.ipynb"))
@@ -138,28 +137,33 @@ def sphinx(processed: Path) -> None:
         nbformat.write(new_notebook(cells=shown, metadata=language), source / f"{docs[path.name]}.ipynb")
     for path in processed.rglob("*"):  # pictures that the prose shows
         if path.suffix in {".png", ".svg", ".jpg", ".gif"} and source not in path.parents:
-            shutil.copy(path, source / path.relative_to(processed))
+            (copy := source / path.relative_to(processed)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy)
     static = source / "_static"
     static.mkdir()
     for name in ("styles.css", "logo.svg"): shutil.copy(NBS / name, static)
     config = get_config()
-    app = Sphinx(source, None, SITE, processed / "_doctrees", "html", freshenv=True, warningiserror=True, status=None, confoverrides={
-        "project": config.title, "copyright": config.copyright, "release": config.version, "language": "en",
-        "extensions": ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"], "exclude_patterns": [], "numfig": True,
-        "numfig_format": {"figure": "Figure %s"}, "nb_execution_mode": "off", "nb_merge_streams": True,
+    built = processed / SITE.name
+    app = Sphinx(source, None, built, processed / "_doctrees", "html", freshenv=True, warningiserror=True, status=None, confoverrides={
+        "project": config.title, "copyright": config.copyright, "release": config.version, "language": "en", "exclude_patterns": [],
+        "extensions": ["myst_nb", "sphinx.ext.mathjax", "sphinx-mathjax-offline"],
+        "nb_execution_mode": "off", "nb_render_markdown_format": "myst", "nb_merge_streams": True,
         "myst_enable_extensions": MYST, "myst_heading_anchors": 4, "myst_heading_slug_func": "build_site.slug",
-        "myst_dmath_double_inline": True, "html_theme": "furo", "html_theme_options": THEME, "html_title": config.title, "html_static_path": ["_static"], "html_css_files": ["styles.css"],
-        "html_logo": "_static/logo.svg", "html_favicon": "_static/logo.svg", "html_copy_source": False, "html_use_index": False, "html_show_sourcelink": False})
+        "myst_dmath_double_inline": True, "numfig": True, "numfig_format": {"figure": "Figure %s"},
+        "html_theme": "furo", "html_theme_options": THEME, "html_title": config.title, "html_logo": "_static/logo.svg",
+        "html_favicon": "_static/logo.svg", "html_static_path": ["_static"], "html_css_files": ["styles.css"],
+        "html_copy_source": False, "html_show_sourcelink": False, "html_use_index": False})
     app.build()
     if app.statuscode: sys.exit("Sphinx warned: see above")
 
 
 def main() -> None:
     prepare()
-    shutil.rmtree(SITE, ignore_errors=True)
     refresh_quarto_yml()
     render = quarto if shutil.which("quarto") else sphinx
-    render(proc_nbs(force=True))
+    render(processed := proc_nbs(force=True))
+    shutil.rmtree(SITE, ignore_errors=True)
+    shutil.move(processed / SITE.name, SITE)
     print(f"The site is in {SITE.name}/, built by {render.__name__}: open {SITE.name}/index.html")
 
 

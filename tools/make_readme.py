@@ -44,6 +44,7 @@ def readme() -> dict[str, bytes]:
         if options.get("echo") is False: cell.metadata.tags = ["hide-input"]
         for output in cell.get("outputs", []):
             data = output.get("data", {})
+            if "text/markdown" in data: data["text/markdown"] = markdown(data["text/markdown"])
             if "text/html" in data: data["text/html"] = re.sub(r"<style.*?</style>\n?", "", data["text/html"], flags=re.S)
             if "image/png" in data: alts.append(options.get("fig-alt") or options.get("fig-cap") or page["title"])
     exporter = MarkdownExporter(config=Config(TagRemovePreprocessor={"enabled": True, "remove_input_tags": {"hide-input"}}))

@@ -7,7 +7,7 @@ __all__ = ['interpreted', 'LOG2E', 'LN2', 'INTERPRETED', 'tile_cache', 'tile_tim
            'Fit', 'fit_tile', 'tile_cache_path', 'TileCache', 'tuned_tile', 'check_triton', 'Groups',
            'attention_forward', 'hilbert_attention_kernel', 'standard_attention_kernel']
 
-# %% ../../nbs/03_triton_forward.ipynb #2a2bb3fc
+# %% ../../nbs/03_triton_forward.ipynb #d5a12914
 import json
 import math
 import os
@@ -33,7 +33,7 @@ except ImportError:  # the module must import everywhere; `check_triton` says wh
 
 interpreted = HAS_TRITON and bool(triton.knobs.runtime.interpret)  # read once: kernels are decorated one way or the other
 
-# %% ../../nbs/03_triton_forward.ipynb #e5b0a93a
+# %% ../../nbs/03_triton_forward.ipynb #731bc013
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(interpreted)
@@ -54,7 +54,7 @@ def _head_pointer(ptr, strides, batch, head, ALIGN: tl.constexpr):
     "Where a head begins; strides are those of (B, H, N)."
     return ptr + tl.multiple_of(batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[1], ALIGN)
 
-# %% ../../nbs/03_triton_forward.ipynb #beeabef3
+# %% ../../nbs/03_triton_forward.ipynb #5bdc8a08
 @triton.jit
 def _progression(segment, residue, step, n_tokens, segment_size):
     "First position and length of the progression residue, residue + step, ... inside a segment."
@@ -62,7 +62,7 @@ def _progression(segment, residue, step, n_tokens, segment_size):
     length = tl.minimum(segment_size, n_tokens - start)
     return start + residue, tl.maximum(length - residue + step - 1, 0) // step
 
-# %% ../../nbs/03_triton_forward.ipynb #d57d65f5
+# %% ../../nbs/03_triton_forward.ipynb #0536c9c3
 @triton.jit
 def _locate(bundle, head, offset_ptr, n_tokens, segment_size, rate, MODE: tl.constexpr, PACK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     "The groups of a program. Of its queries and of its keys: slot in the group, group, first position, step, count."
@@ -86,7 +86,7 @@ def _locate(bundle, head, offset_ptr, n_tokens, segment_size, rate, MODE: tl.con
         if MODE == "longnet": n_keys = tl.where(k_group % rate == tl.load(offset_ptr + head), n_keys, 0)
     return q_slot, q_group, q_first, q_step, n_queries, k_slot, k_group, k_first, n_keys
 
-# %% ../../nbs/03_triton_forward.ipynb #727d03f3
+# %% ../../nbs/03_triton_forward.ipynb #0fc9933d
 @triton.jit
 def _key_range(tile, q_first, q_step, n_queries, k_first, k_step, n_keys, BY_POSITION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     "How many keys every query of the tile sees, in whole tiles of keys, and how many any of them sees."
@@ -99,7 +99,7 @@ def _key_range(tile, q_first, q_step, n_queries, k_first, k_step, n_keys, BY_POS
         end = tl.minimum((last - k_first + k_step) // k_step, n_keys)
     return full // BLOCK_N * BLOCK_N, end
 
-# %% ../../nbs/03_triton_forward.ipynb #c62f57fc
+# %% ../../nbs/03_triton_forward.ipynb #f10050a7
 @triton.jit
 def _dot(a, b, acc, PRECISION: tl.constexpr):
     "acc + a b, accumulated in float32, or float64 for float64; acc None is 0."
@@ -140,7 +140,7 @@ def _kept(seed, head, q_token, k_token, threshold):
     bits, _, _, _ = tl.philox(seed, q_token, k_token, head, head, n_rounds=7)
     return (bits >> 1).to(tl.int32) >= threshold
 
-# %% ../../nbs/03_triton_forward.ipynb #08d7c393
+# %% ../../nbs/03_triton_forward.ipynb #f69c4dc4
 @triton.jit
 def _attend(
     acc, acc_e, m, l, q, q_e, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, kv_head, segment_size, order_ptr, mask_ptr, seed, dropout_head,
@@ -204,7 +204,7 @@ def _attend(
             acc_e = _dot(p.to(v.dtype), v_e, acc_e * alpha[:, None], PRECISION)
     return acc, acc_e, m, l
 
-# %% ../../nbs/03_triton_forward.ipynb #9c93aff9
+# %% ../../nbs/03_triton_forward.ipynb #d81a94d2
 _SIZES = ("stride_mask", "n_heads", "n_tokens", "segment_size", "rate", "tiles", "bundles", "threshold")  # one compiled kernel for all their values
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -271,7 +271,7 @@ def _forward_kernel(
     _store_tile(out_rows, q_valid, acc * norm[:, None], 0, BLOCK_D, HEAD_DIM)
     if BLOCK_E > 0: _store_tile(out_rows, q_valid, acc_e * norm[:, None], BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/03_triton_forward.ipynb #2df605df
+# %% ../../nbs/03_triton_forward.ipynb #14a36ab3
 @dataclass(frozen=True)
 class Tile:
     "How a kernel is cut into programs."
@@ -314,7 +314,7 @@ def default_tile(
     if dropout and kernel == "forward" and capability < (9, 0): return Tile(64, 32, 4, 2)
     return _row_of(_DEFAULT_TILES["sm100" if capability >= (10, 0) else "sm90" if capability >= (9, 0) else "sm80"], kernel, head_dim)
 
-# %% ../../nbs/03_triton_forward.ipynb #bd11f303
+# %% ../../nbs/03_triton_forward.ipynb #d276f447
 def _pow2(n: int) -> int: return 1 << max(n - 1, 0).bit_length()
 
 
@@ -357,7 +357,7 @@ def fit_tile(
     warps = 4 if block_m * block_n * max(1, head_dim // 64) <= (64 * 128 if half else 32 * 64) else 8
     return Fit(replace(tile, block_m=block_m, block_n=block_n, num_warps=warps, overlap=False, tma=False), pack, True)
 
-# %% ../../nbs/03_triton_forward.ipynb #19519623
+# %% ../../nbs/03_triton_forward.ipynb #edc0b2e6
 _CANDIDATES = {
     ("forward", 64): [Tile(128, 64, 8, 3), Tile(128, 64, 4, 3), Tile(128, 128, 8, 3), Tile(128, 64, 8, 3, tma=True), Tile(128, 128, 4, 3, tma=True), Tile(128, 128, 8, 3, overlap=True, tma=True)],
     ("forward", 128): [Tile(128, 64, 8, 3), Tile(128, 128, 8, 2), Tile(128, 64, 8, 3, overlap=True), Tile(128, 128, 8, 2, tma=True), Tile(128, 64, 8, 3, overlap=True, tma=True)],
@@ -441,7 +441,7 @@ def tuned_tile(
     tile_cache.put(key, best := min(times, key=times.get))
     return best
 
-# %% ../../nbs/03_triton_forward.ipynb #e9eb3564
+# %% ../../nbs/03_triton_forward.ipynb #2d82695a
 def check_triton(
     device: torch.device, # of the tensors
 ):
@@ -561,7 +561,7 @@ def attention_forward(
         run(tile)
     return out, lse
 
-# %% ../../nbs/03_triton_forward.ipynb #cb2f890c
+# %% ../../nbs/03_triton_forward.ipynb #6bd59ea6
 def hilbert_attention_kernel(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)
