@@ -12,7 +12,7 @@ demo: $(BIN)/.demo  ## attention along five curves on a photo: a table, pictures
 	$(BIN)/hilbert-attn demo $(if $(PHOTO),"$(PHOTO)")
 
 test: $(BIN)/.all  ## run the tests (ARGS="-k curves -x" goes to pytest); those of the site need Chromium, and skip without
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 lab: $(BIN)/.all  ## open the notebooks in JupyterLab
 	$(INTERPRET) $(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)

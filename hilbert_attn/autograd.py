@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['triton_forward', 'triton_backward', 'HilbertAttentionFunction', 'triton_attention', 'HybridAttentionFunction']
 
-# %% ../nbs/05_autograd.ipynb #d1728b49
+# %% ../nbs/05_autograd.ipynb #06b8ddc2
 from collections.abc import Sequence
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from .patterns import SegmentPattern
 from .reference import default_scale
 
-# %% ../nbs/05_autograd.ipynb #94debfc6
+# %% ../nbs/05_autograd.ipynb #7ecf737a
 @torch.library.custom_op("hilbert_attn::triton_forward", mutates_args=())
 def triton_forward(
     q: Tensor, # queries (B, H, N, D)
@@ -60,7 +60,7 @@ def triton_backward(
     from hilbert_attn.kernels.backward import attention_backward
     return attention_backward(q, k, v, out, lse, dout, dlse, segment_size, dilation_rate, mode, tuple(offsets), order=order, key_mask=key_mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
-# %% ../nbs/05_autograd.ipynb #a88c16ba
+# %% ../nbs/05_autograd.ipynb #4c078954
 def _empty_like_rows(x: Tensor) -> Tensor: return torch.empty_like(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous())
 
 
@@ -71,7 +71,7 @@ def _(q, k, v, *args): return _empty_like_rows(q), q.new_empty(q.shape[:-1], dty
 @triton_backward.register_fake
 def _(q, k, v, *args): return tuple(map(_empty_like_rows, (q, k, v)))
 
-# %% ../nbs/05_autograd.ipynb #49a079e8
+# %% ../nbs/05_autograd.ipynb #3c4d32d3
 class HilbertAttentionFunction(torch.autograd.Function):
     "Attention on Triton kernels: saves q, k, v, out and LSE, recomputes the weights."
     @staticmethod
@@ -94,7 +94,7 @@ class HilbertAttentionFunction(torch.autograd.Function):
 
 triton_forward.register_autograd(HilbertAttentionFunction.backward, setup_context=HilbertAttentionFunction.setup_context)
 
-# %% ../nbs/05_autograd.ipynb #06f14ad5
+# %% ../nbs/05_autograd.ipynb #23a4540b
 def triton_attention(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)
@@ -115,7 +115,7 @@ def triton_attention(
     seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p else None
     return triton_forward(q, k, v, order, key_mask, seed, pattern.segment_size, pattern.dilation_rate, pattern.mode, list(pattern.offsets), causal, scale, float(dropout_p))
 
-# %% ../nbs/05_autograd.ipynb #408fdcb3
+# %% ../nbs/05_autograd.ipynb #ad694563
 class HybridAttentionFunction(torch.autograd.Function):
     "Triton forward, PyTorch backward on pre-ordered tensors; for comparison. Residue mode, equal groups, no masks, no GQA."
     @staticmethod

@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'PolicyRow', 'set_backend', 'hilbert_attention',
            'BackendChoice', 'explain_backend']
 
-# %% ../nbs/07_backends.ipynb #d02e62cb
+# %% ../nbs/07_backends.ipynb #f5c026ad
 import importlib.util
 import os
 import warnings
@@ -24,7 +24,7 @@ from .patterns import SegmentPattern
 from .reference import reference_attention
 from .sdpa import sdpa_attention, sdpa_mask_attention
 
-# %% ../nbs/07_backends.ipynb #595c65cb
+# %% ../nbs/07_backends.ipynb #f261d16f
 _ARCHITECTURES = (  # (capability from, name, dtype to prefer, mixed precision, forward tiles (queries, keys))
     ((10, 0), "Blackwell", torch.bfloat16, True, (128, 128)),
     ((9, 0), "Hopper", torch.bfloat16, True, (128, 128)),
@@ -62,14 +62,21 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def _interpreted() -> bool: return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    "Compute capability of a CUDA device, None for other devices; a `RuntimeError` where there is no such GPU."
+    if device.type != "cuda": return None
+    if not torch.cuda.is_available(): raise RuntimeError(f"device {str(device)!r} was asked for, and torch finds no CUDA GPU here: use device='cpu'")
+    return torch.cuda.get_device_capability(device)
+
+
 def detect_gpu_architecture(
     device: torch.device | str | None = None, # None: the current GPU if there is one, else the CPU
 ) -> GPUArchitecture: # name, capability, dtype to prefer, mixed precision or not, tile sizes, backends that run
     "What kind of device this is, and what runs well on it."
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return _architecture(torch.cuda.get_device_capability(device) if device.type == "cuda" else None, _interpreted())
+    return _architecture(_capability(device), _interpreted())
 
-# %% ../nbs/07_backends.ipynb #ffcd2185
+# %% ../nbs/07_backends.ipynb #5e815833
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -134,7 +141,7 @@ def _check_call(q, k, v, *, grid, curve, order, segment_size, dilation_rate, dil
     if pattern.segment_size >= n and pattern.dilation_rate == 1: order = None  # dense attention: the order of the tokens changes nothing
     return _Call(pattern, order, bool(causal), key_mask, float(dropout_p), scale)
 
-# %% ../nbs/07_backends.ipynb #e6fc7f8e
+# %% ../nbs/07_backends.ipynb #e31f3fcb
 @dataclass(frozen=True)
 class _Backend:
     name: str
@@ -179,7 +186,7 @@ POLICY = (
     PolicyRow("any", "sdpa", "dense kernels on the groups run on every device"),
 )
 
-# %% ../nbs/07_backends.ipynb #de6d840e
+# %% ../nbs/07_backends.ipynb #ba7e30b8
 _forced: list[str] = ["auto"]
 _warned: set[str] = set()
 
@@ -203,7 +210,7 @@ class set_backend:
 
 def _choose(backend: str, device: torch.device) -> tuple[str, str, dict[str, str]]:
     "Name of the backend to use, the reason in words, and why each other one was rejected."
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    capability = _capability(device)
     reasons = {name: b.why_not(device, capability) for name, b in _BACKENDS.items()}
     blocked = {name: reason for name, reason in reasons.items() if reason}
     name, source = _check_backend_name(backend), "the argument backend"
@@ -223,7 +230,7 @@ def _choose(backend: str, device: torch.device) -> tuple[str, str, dict[str, str
             warnings.warn(f"hilbert_attn: backend {row.backend!r} is preferred on {device} but {blocked[row.backend]}; using the next one that can run", stacklevel=3)
     raise RuntimeError(f"no backend can run on {device}: {blocked}")
 
-# %% ../nbs/07_backends.ipynb #b0e1303d
+# %% ../nbs/07_backends.ipynb #6cf0f03e
 def _run(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | None]:
     "Runs a checked call on a backend."
     options = dict(order=call.order, causal=call.causal, key_mask=call.key_mask, dropout_p=call.dropout_p, scale=call.scale)
@@ -272,7 +279,7 @@ def hilbert_attention(
     out, lse = _run(call, q, k, v, _choose(backend, q.device)[0], return_lse)
     return (out, lse) if return_lse else out
 
-# %% ../nbs/07_backends.ipynb #0a3f72d9
+# %% ../nbs/07_backends.ipynb #53c6a3d5
 @dataclass(frozen=True)
 class BackendChoice:
     "The backend for a call, and why."

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/17_cli.ipynb #b9c54c4c
+# %% ../nbs/17_cli.ipynb #1a8f260e
 import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
 
-# %% ../nbs/17_cli.ipynb #41b6399e
+# %% ../nbs/17_cli.ipynb #04faa793
 def _demo(args):
     from hilbert_attn.demo import run_demo
     result = run_demo(args.photo, args.out, args.segment_size, args.patch, seed=args.seed)
@@ -50,7 +50,7 @@ def _env(args):
     if args.json: return print(json.dumps(found, indent=1))
     for name, value in found.items(): print(f"{name:16} {', '.join(value) if isinstance(value, list) else value}")
 
-# %% ../nbs/17_cli.ipynb #440248af
+# %% ../nbs/17_cli.ipynb #0be2cce3
 class _Parser(argparse.ArgumentParser):
     "Answers a mistake with one line that says where to read on."
     def error(self, message):

@@ -7,7 +7,7 @@ __all__ = ['PATCH', 'MASKED', 'NAIVE', 'Photo', 'load_photo', 'photo_tokens', 'p
            'patch_weights', 'weight_kept', 'draw_attention', 'demo_candidates', 'compare_orders', 'demo_table',
            'write_report', 'DemoResult', 'run_demo']
 
-# %% ../nbs/16_demo.ipynb #4fa33df3
+# %% ../nbs/16_demo.ipynb #e73a3a76
 import base64
 import html
 import io
@@ -29,7 +29,7 @@ from .bench import Candidate, check_exact, describe_environment, environment, fo
 from .curves import CURVES, curve_order, locality, new_figure, plot_curve, segment_map
 from .patterns import SegmentPattern, attention_mask
 
-# %% ../nbs/16_demo.ipynb #1630ea66
+# %% ../nbs/16_demo.ipynb #54e71533
 PATCH = 8 # side of a patch in pixels
 _GRACE_HOPPER, _CHEEK = "Grace Hopper", (26, 36)
 
@@ -87,7 +87,7 @@ def load_photo(
     pixels = np.asarray(image)[:image.height // PATCH * PATCH, :image.width // PATCH * PATCH]
     return Photo(name, pixels.copy(), note)
 
-# %% ../nbs/16_demo.ipynb #9c092257
+# %% ../nbs/16_demo.ipynb #22af90fd
 _SHARPNESS = 4.0 # beta
 
 
@@ -116,7 +116,7 @@ def project_tokens(
     qk = sqrt(_SHARPNESS * sqrt(head_dim)) * (tokens @ w_qk)[None]
     return [qk, qk.clone(), (tokens @ w_v)[None]]
 
-# %% ../nbs/16_demo.ipynb #7a01faef
+# %% ../nbs/16_demo.ipynb #7e120219
 def _dimmed(photo: Photo) -> np.ndarray:
     "The photo, paler and darker, as a ground to draw on; float (height, width, 3), 0 to 1."
     x = photo.pixels / 255
@@ -160,7 +160,7 @@ def draw_curve(
     fig.set_layout_engine("none"), ax.set_position((0, 0, 1, 1))  # no margin
     return fig
 
-# %% ../nbs/16_demo.ipynb #0aae3224
+# %% ../nbs/16_demo.ipynb #5c47f418
 def _region_colors(n: int) -> np.ndarray: # (n, 3)
     "Colours whose neighbours in the list differ: each is the golden angle further."
     return np.array([hls_to_rgb((i * 0.381966 + 0.58) % 1, 0.55, 0.75) for i in range(n)])
@@ -180,7 +180,7 @@ def draw_segments(
     "The segments of each order as coloured regions of the photo."
     return _panels(photo, {curve: _segments_picture(photo, segment_size, curve) for curve in CURVES}, len(CURVES))[0]
 
-# %% ../nbs/16_demo.ipynb #613d095c
+# %% ../nbs/16_demo.ipynb #56965192
 def patch_weights(
     q: Tensor, # queries (1, H, N, D)
     k: Tensor, # keys (1, H, N, D)
@@ -238,7 +238,7 @@ def draw_attention(
     pictures["dense"] = _attention_picture(photo, q, k, None, query)
     return _panels(photo, pictures, 3)[0]
 
-# %% ../nbs/16_demo.ipynb #a3e907e2
+# %% ../nbs/16_demo.ipynb #29688734
 MASKED, NAIVE = "SDPA with a mask", "naive PyTorch"
 
 
@@ -303,7 +303,7 @@ def demo_table(
                   both_ms="fwd+bwd ms", both_over_masked="x masked", both_over_naive="x naive")
     return "\n\n".join(format_table(part, formats, titles) for part, formats in (([row for row in rows if row["error"] is not None], keeps), (rows, takes)))
 
-# %% ../nbs/16_demo.ipynb #dca14c94
+# %% ../nbs/16_demo.ipynb #8197171b
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fbfaf7; --card: #ffffff; --ink: #22262d; --soft: #666e7a; --line: #e3e1da; --accent: #2f5fd0; --bar: #b9bec9; --tint: #eef2fb; }
 @media (prefers-color-scheme: dark) { :root { --ground: #14161a; --card: #1c1f25; --ink: #e6e7ea; --soft: #9aa2ae; --line: #2e333c; --accent: #8fb0ff; --bar: #4a5160; --tint: #20283a; } }
@@ -502,7 +502,7 @@ _PAGE = """<!DOCTYPE html>
 </html>
 """
 
-# %% ../nbs/16_demo.ipynb #5d647633
+# %% ../nbs/16_demo.ipynb #b214f49a
 _ABOUT = {"row_major": "as in memory, row after row", "snake": "every other row backwards", "tile": "tiles of 8 x 8, row by row", "morton": "interleaved bits, a Z in a Z",
           "hilbert": "each step to a neighbour", "dense": "everything in reach"}
 
@@ -558,7 +558,7 @@ _TIMES = dict(name=("order", ""), forward_ms=("ms", ",.1f"), forward_over_masked
               both_ms=("ms", ",.1f"), both_over_masked=("&times; masked", ".1f"), both_over_naive=("&times; naive", ".1f"))
 _CHECKS = dict(name=("order", ""), pairs=("pairs per head", ","), share=("of dense", ".1%"), kept=("neighbours kept", ".1%"), reach=("weight kept", ".1%"), error=("max. error", ".1e"), allowed=("allowed", ".1e"))
 
-# %% ../nbs/16_demo.ipynb #41a2a5ef
+# %% ../nbs/16_demo.ipynb #e48530e5
 def write_report(
     path: str | Path, # of the HTML file
     photo: Photo,
@@ -647,7 +647,7 @@ Attention shown on this page is computed by the page{" from the keys in 8 bits" 
     Path(path).write_text(page, encoding="utf-8")
     return Path(path)
 
-# %% ../nbs/16_demo.ipynb #fd1e68a0
+# %% ../nbs/16_demo.ipynb #397b41b1
 @dataclass(frozen=True)
 class DemoResult:
     "What a run of the demo found, and the files that it wrote."

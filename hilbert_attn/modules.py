@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['HilbertAttentionCore']
 
-# %% ../nbs/12_modules.ipynb #813108b6
+# %% ../nbs/12_modules.ipynb #455760a8
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +17,7 @@ from .backends import _autocast, _check_backend_name, _check_call, _choose, _run
 from .curves import _parse_curve, as_grid
 from .patterns import SegmentPattern
 
-# %% ../nbs/12_modules.ipynb #05df661f
+# %% ../nbs/12_modules.ipynb #32b9f0be
 def _one_of(canonical: str, value, **aliases):
     "The value of an argument that may be given under several names."
     given = {name: v for name, v in {canonical: value, **aliases}.items() if v is not None}
@@ -26,7 +26,7 @@ def _one_of(canonical: str, value, **aliases):
         raise ValueError(f"{' and '.join(f'{name}={v}' for name, v in given.items())} disagree: they are names of one argument, {canonical}")
     return next(iter(given.values()))
 
-# %% ../nbs/12_modules.ipynb #f463c038
+# %% ../nbs/12_modules.ipynb #44853083
 class HilbertAttentionCore(nn.Module):
     "Self-attention in segments of a space-filling curve: projections around `hilbert_attention`. Tokens (B, N, E) to tokens (B, N, E)."
 

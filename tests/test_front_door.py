@@ -158,6 +158,7 @@ def test_forcing_a_backend(monkeypatch):
 
 
 def test_a_fallback_warns_once_and_says_why(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(UserWarning, match="'triton' is preferred on cuda but"): assert _choose("auto", torch.device("cuda"))[0] == "sdpa"
@@ -176,6 +177,12 @@ def test_architectures(capability, name, dtype, mixed, triton, monkeypatch):
     a = _architecture(capability)
     assert (a.name, a.capability, a.dtype, a.mixed_precision) == (name, capability, dtype, mixed)
     assert ("triton" in a.backends) == triton and {"sdpa", "sdpa_mask", "reference"} <= set(a.backends)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
+def test_a_gpu_that_is_not_there():
+    for ask in (detect_gpu_architecture, lambda device: explain_backend((1, 1, 8, 8), device=device)):
+        with pytest.raises(RuntimeError, match="torch finds no CUDA GPU here"): ask("cuda")
 
 
 def test_detect_here(): assert detect_gpu_architecture("cpu").name == "CPU"

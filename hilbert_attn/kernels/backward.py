@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fit_small', 'attention_backward']
 
-# %% ../../nbs/04_triton_backward.ipynb #60b472e0
+# %% ../../nbs/04_triton_backward.ipynb #70722f42
 from dataclasses import replace
 
 import torch
@@ -16,7 +16,7 @@ from .forward import (
     _offset_table, _pow2, _precision, _progression, _row_pointers, _rows_contiguous, _store_tile, _tokens, attention_forward, check_triton,
     default_tile, fit_tile, split_head_dim, tl, triton, tuned_tile)
 
-# %% ../../nbs/04_triton_backward.ipynb #de736375
+# %% ../../nbs/04_triton_backward.ipynb #2bce10cd
 @triton.jit
 def _dq_tiles(
     dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, kv_head, segment_size, order_ptr, mask_ptr, seed, dropout_head,
@@ -136,7 +136,7 @@ def _dq_kernel(
     _store_tile(dq_rows, q_valid, dq * scale, 0, BLOCK_D, HEAD_DIM)
     if BLOCK_E > 0: _store_tile(dq_rows, q_valid, dq_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #9d54afe6
+# %% ../../nbs/04_triton_backward.ipynb #18743ebb
 @triton.jit
 def _dkv_tiles(
     dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_ptr, do_ptr, q_desc, do_desc, batch, head, segment_size, lse2_ptr, delta_ptr, order_ptr, seed, dropout_head,
@@ -276,7 +276,7 @@ def _dkv_kernel(
         _store_tile(dk_rows, stored, tl.where(valid[:, None], dk_e * scale, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
         _store_tile(dv_rows, stored, tl.where(valid[:, None], dv_e, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #c281c205
+# %% ../../nbs/04_triton_backward.ipynb #9a164ddb
 @triton.jit(do_not_specialize=[n for n in _SIZES if n != "tiles"])
 def _small_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, lse_ptr, dlse_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr,
@@ -369,7 +369,7 @@ def _small_kernel(
         _store_tile(dk_rows, stored, dk_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
         _store_tile(dv_rows, stored, dv_e, BLOCK_D, BLOCK_E, HEAD_DIM)
 
-# %% ../../nbs/04_triton_backward.ipynb #4908c938
+# %% ../../nbs/04_triton_backward.ipynb #c566217e
 def fit_small(
     tile: Tile, # of the dq kernel
     rows: int, # of the largest group

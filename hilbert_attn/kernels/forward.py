@@ -441,7 +441,7 @@ def tuned_tile(
     tile_cache.put(key, best := min(times, key=times.get))
     return best
 
-# %% ../../nbs/03_triton_forward.ipynb #2d82695a
+# %% ../../nbs/03_triton_forward.ipynb #37a89a71
 def check_triton(
     device: torch.device, # of the tensors
 ):
@@ -491,13 +491,19 @@ class Groups:
 def _capability(device: torch.device) -> tuple[int, int]: return (0, 0) if interpreted or device.type != "cuda" else torch.cuda.get_device_capability(device)
 
 
+_fewer_stages: dict[tuple, int] = {}  # where shared memory was too small for the stages that a tile asks for
+
+
 def _launch(kernel, programs: int, tile: Tile, *args, **constants):
     "Launches with as many pipeline stages as the GPU's shared memory holds."
     if interpreted: return kernel[(programs,)](*args, **constants)
-    for stages in range(tile.num_stages, 0, -1):
+    key = kernel, tile, args[0].dtype, args[0].device, constants["HEAD_DIM"], constants["HAS_ORDER"]
+    stages = _fewer_stages.get(key, tile.num_stages)
+    while True:
         try: return kernel[(programs,)](*args, **constants, num_warps=tile.num_warps, num_stages=stages, enable_fp_fusion=True)
         except triton.runtime.errors.OutOfResources:
             if stages == 1: raise
+            _fewer_stages[key] = stages = stages - 1
 
 
 def _can_describe(*tensors: Tensor, rate: int, segment_size: int, order: Tensor | None, capability: tuple[int, int]) -> bool:
