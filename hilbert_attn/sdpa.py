@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sdpa_mask_attention', 'sdpa_attention']
 
-# %% ../nbs/06_sdpa.ipynb #de307e45
+# %% ../nbs/06_sdpa.ipynb #fe4193b4
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,7 +19,7 @@ from .curves import _define_operator
 from .patterns import SegmentPattern, attention_mask, _members
 from .reference import default_scale, masked_attention
 
-# %% ../nbs/06_sdpa.ipynb #4fe81fe3
+# %% ../nbs/06_sdpa.ipynb #cc852061
 def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout_p: float = 0.0) -> Tensor:
     "SDPA with a bool mask; rows without keys give 0."
     empty = ~mask.any(-1, keepdim=True)
@@ -46,7 +46,7 @@ def sdpa_mask_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
 
-# %% ../nbs/06_sdpa.ipynb #cca1ff4a
+# %% ../nbs/06_sdpa.ipynb #419e1616
 @dataclass(frozen=True)
 class _Block:
     "Equal dense groups: `segments` x `residues` of them. Group (s, c) starts at `start + s * stride + c`."
@@ -95,7 +95,7 @@ def _covers(block: _Block, pattern: SegmentPattern, side: str) -> bool:
     start, _, count = getattr(block, side)
     return start == 0 and block.segments * count * (1 if side == "k" and block.shared_keys else block.residues) == pattern.seq_len
 
-# %% ../nbs/06_sdpa.ipynb #2b59b0ef
+# %% ../nbs/06_sdpa.ipynb #9eb2fb51
 def _view(x: Tensor, block: _Block, side: str) -> Tensor:
     "The block of `x` (B, H, N, ...) as a strided view (B, H, segments, residues, places, ...)."
     (start, step, count), (b, h, n, *rest) = getattr(block, side), x.stride()
@@ -136,7 +136,7 @@ def _split(x: Tensor, layout, sizes: tuple[int, int, int, int]) -> Tensor:
     x = x.unflatten(1, [sizes[axis] for axis in layout[1]]).unflatten(0, [sizes[axis] for axis in layout[0]])
     return x.permute(*(axes.index(axis) for axis in range(4)), *range(4, x.ndim))
 
-# %% ../nbs/06_sdpa.ipynb #16a096ce
+# %% ../nbs/06_sdpa.ipynb #74ffa0aa
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -173,7 +173,7 @@ def _dense_backward(
         for grad, x in zip(grads, done): grad[i:i + step] = x[..., :-1]
     return grads
 
-# %% ../nbs/06_sdpa.ipynb #0a1b192f
+# %% ../nbs/06_sdpa.ipynb #8154076e
 _CHUNK = 1 << 21  # elements per gathered tensor: 8 MiB of float32
 
 
@@ -319,7 +319,7 @@ def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v
         ops.write(grads[2], part[2], "k", add=unit.adds)
     return tuple(torch.zeros_like(x) if grads is None else _like(grad, x) for grad, x in zip(grads or (q, k, v), (q, k, v)))
 
-# %% ../nbs/06_sdpa.ipynb #67021d88
+# %% ../nbs/06_sdpa.ipynb #5936f625
 _OPTIONS = "Tensor? order, Tensor? key_mask, SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, float scale"
 _forward_library = _define_operator("sdpa_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)")
 _backward_library = _define_operator("sdpa_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)")
@@ -359,7 +359,7 @@ torch.library.register_fake("hilbert_attn::sdpa_forward", _sdpa_forward_fake, li
 torch.library.register_fake("hilbert_attn::sdpa_backward", _sdpa_backward_fake, lib=_backward_library)
 torch.library.register_autograd("hilbert_attn::sdpa_forward", _backward, setup_context=_setup_context, lib=_forward_library)
 
-# %% ../nbs/06_sdpa.ipynb #595e15b1
+# %% ../nbs/06_sdpa.ipynb #4d30c1c0
 def _grouped_expression(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, order: Tensor | None, causal: bool, key_mask: Tensor | None, dropout_p: float,
                         scale: float | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     "The blocks as plain differentiable PyTorch, on any device."
