@@ -9,7 +9,7 @@ __all__ = ['FLOPS_PER_PAIR', 'CPU_CONFIG', 'CPU_QUICK', 'NAIVE', 'MASKED', 'MASK
            'bench_rows', 'bench_targets', 'format_table', 'describe_environment', 'format_run', 'results_folder',
            'save_run', 'load_runs', 'plot_run']
 
-# %% ../nbs/15_bench.ipynb #35fcf269
+# %% ../nbs/15_bench.ipynb #2bc9c1df
 import gc
 import json
 import os
@@ -38,7 +38,7 @@ from .curves import curve_order, new_figure
 from .patterns import SegmentPattern, attention_mask
 from .reference import OracleReport, compare_to_oracle, default_scale, masked_attention
 
-# %% ../nbs/15_bench.ipynb #8238e824
+# %% ../nbs/15_bench.ipynb #2f18d9db
 @dataclass(frozen=True)
 class Timing:
     "Wall-clock time of one call, in seconds."
@@ -104,7 +104,7 @@ def measure(
         if enabled: gc.enable()
     return {name: Timing(*map(float, np.quantile(t, (0.5, 0.2, 0.8))), len(t)) for name, t in times.items()}
 
-# %% ../nbs/15_bench.ipynb #555a1659
+# %% ../nbs/15_bench.ipynb #a8da13df
 FLOPS_PER_PAIR = {"forward": 4, "forward+backward": 14} # times D: 2 products forward, 5 backward, 2 D operations each
 
 
@@ -133,7 +133,7 @@ def machine_limits(
     return dict(matmul_flops_per_s=2 * prod(shape) / timing["matmul"].median, matmul_shape=list(shape),
                 copy_bytes_per_s=2 * source.nbytes / timing["copy"].median, copy_bytes=source.nbytes)
 
-# %% ../nbs/15_bench.ipynb #01ba446a
+# %% ../nbs/15_bench.ipynb #9a71c329
 def _cpu_name() -> str:
     "The CPU's own name, without its decoration."
     name = ""
@@ -180,7 +180,7 @@ def machine_slug(
     "A name for the machine, fit for a folder."
     return re.sub(r"[^a-z0-9]+", "-", f"{env.get('gpu', env['cpu'])} {'' if 'gpu' in env else str(env['cores']) + ' cores'}".lower()).strip("-")
 
-# %% ../nbs/15_bench.ipynb #d755f7de
+# %% ../nbs/15_bench.ipynb #d7ad19b8
 @dataclass(frozen=True)
 class Candidate:
     "Something to time: a function, and what it claims to compute."
@@ -229,7 +229,7 @@ def check_exact(
     if not report.ok: raise RuntimeError(f"refusing to time {candidate.name!r}: it is further from the float64 oracle than the rule allows\n{report}")
     return report
 
-# %% ../nbs/15_bench.ipynb #a32b4a76
+# %% ../nbs/15_bench.ipynb #6778f195
 def _resident(field: str = "VmRSS") -> int: # bytes
     "Resident memory of this process: now (VmRSS), or its high-water mark (VmHWM)."
     try: return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
@@ -265,7 +265,7 @@ def peak_memory(
     if done.returncode: raise RuntimeError(f"measuring the memory of {where} failed:\n{done.stderr[-2000:]}")
     return int(done.stdout)
 
-# %% ../nbs/15_bench.ipynb #f7673786
+# %% ../nbs/15_bench.ipynb #6c27b2ca
 CPU_CONFIG = dict(batch=1, heads=12, grid=[64, 64], head_dim=64, segment_size=1024, dilation_rate=4, dtype="float32", repeats=15, sweep_sides=[8, 16, 32, 64], memory_tokens=32_768)
 CPU_QUICK = CPU_CONFIG | dict(heads=2, grid=[16, 16], segment_size=64, repeats=3, sweep_sides=[8], memory_tokens=1024)
 NAIVE, MASKED, MASKED_HILBERT, DENSE, MATMUL = "naive PyTorch", "SDPA with a mask", "SDPA with a mask, Hilbert order", "dense SDPA", "one matmul of the same FLOPs"
@@ -370,7 +370,7 @@ def bench_cpu(
             memory.append(dict(**case, tokens=config["memory_tokens"], peak_extra_bytes=peak, qkv_bytes=inputs))
     return dict(suite="cpu", quick=quick, config=config, environment=environment(), limits=limits, checks=checks, rows=[row | dict(pairs=pairs[row["name"]]) for row in rows], sweep=sweep, memory=memory)
 
-# %% ../nbs/15_bench.ipynb #458c706c
+# %% ../nbs/15_bench.ipynb #015be7c2
 def bench_rows(
     run: dict, # from `bench_cpu`, or read by `load_runs`
 ) -> list[dict]: # name, direction, ms, p20_ms, p80_ms, over_masked, over_naive, share_of_limit
@@ -444,7 +444,7 @@ def format_run(
     if not run["quick"]: parts.append(format_table(targets, dict(what="", measured=".2f", target="", met=""), dict(met="")))
     return "\n\n".join(parts)
 
-# %% ../nbs/15_bench.ipynb #2c65bc70
+# %% ../nbs/15_bench.ipynb #acd3258f
 def results_folder() -> Path:
     "Where results live: `nbs/results` of the checkout that this package is part of, or `results` where there is none."
     nbs = Path(hilbert_attn.__file__).resolve().parent.parent / "nbs"
