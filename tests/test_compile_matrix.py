@@ -17,6 +17,7 @@ from hilbert_attn.kernels import backward, forward
 from hilbert_attn.kernels.forward import _CANDIDATES, Tile, default_tile, fit_tile, split_head_dim
 
 HERE = Path(__file__).parent
+BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 KERNELS = {"forward": ("forward", "_forward_kernel"), "dq": ("backward", "_dq_kernel"), "dkv": ("backward", "_dkv_kernel"), "small": ("backward", "_small_kernel")}
@@ -128,8 +129,8 @@ def test_compiles(compiled, case):
     assert "error" not in result, result.get("error")
     assert result["shared"] <= SHARED_LIMIT[case.arch], f"{result['shared']} bytes of shared memory"
     if case.half:
-        if case.head_dim <= 128:  # a tile that the tuner only tries may lose a few registers with one compiler or another
-            assert result["stack"] <= (64 if case.tile else 0), f"{result['stack']} bytes spilled per thread, at {result['registers']} registers"
+        if case.head_dim <= 128:  # one tile that the tuner only tries loses a few registers with Triton before 3.9
+            assert result["stack"] <= (64 if case.tile and BEFORE_3_9 else 0), f"{result['stack']} bytes spilled per thread, at {result['registers']} registers"
         assert result["mma"] + result["wgmma"] + result["tcgen05"] > 0, "no matrix unit"
         if case.arch == 80: assert result["mma"] > 0
         if case.arch == 90: assert result["wgmma"] > 0
