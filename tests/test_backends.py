@@ -13,9 +13,12 @@ from hilbert_attn.sdpa import _grouped_expression, sdpa_attention, sdpa_mask_att
 
 ONE_KEY_FOR_TWO_RESIDUES = Case(1, 1, 1, 2, 16, 2, 2, "keys", None, "none", True, False, torch.float32, "BHND", None, False, 0)
 
+ITSELF_ALONE = Case(1, 1, 1, 1, 64, 1, 1, "residue", None, "none", False, False, torch.float16, "BHND", 0.3, False, 1)  # dq = 0 exactly
+
 
 @given(cases())
 @example(ONE_KEY_FOR_TWO_RESIDUES)
+@example(ITSELF_ALONE)
 def test_fuzz_sdpa(case: Case): case.check(sdpa_attention)
 
 
