@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'PolicyRow', 'set_backend', 'hilbert_attention',
            'BackendChoice', 'explain_backend']
 
-# %% ../nbs/07_backends.ipynb #f5c026ad
+# %% ../nbs/07_backends.ipynb #8dcb2cc9
 import importlib.util
 import os
 import warnings
@@ -24,7 +24,7 @@ from .patterns import SegmentPattern
 from .reference import reference_attention
 from .sdpa import sdpa_attention, sdpa_mask_attention
 
-# %% ../nbs/07_backends.ipynb #f261d16f
+# %% ../nbs/07_backends.ipynb #461f4ba9
 _ARCHITECTURES = (  # (capability from, name, dtype to prefer, mixed precision, forward tiles (queries, keys))
     ((10, 0), "Blackwell", torch.bfloat16, True, (128, 128)),
     ((9, 0), "Hopper", torch.bfloat16, True, (128, 128)),
@@ -76,7 +76,7 @@ def detect_gpu_architecture(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _architecture(_capability(device), _interpreted())
 
-# %% ../nbs/07_backends.ipynb #5e815833
+# %% ../nbs/07_backends.ipynb #cb7de3a9
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -124,8 +124,8 @@ def _check_order(order: Tensor, n: int, device: torch.device) -> Tensor:
     return order.long()
 
 
-def _check_call(q, k, v, *, grid, curve, order, segment_size, dilation_rate, dilation_mode, offsets, causal, key_mask, dropout_p, scale) -> _Call:
-    "Checks everything and resolves the order; raises `ValueError`."
+def _check_inputs(q, k, v, *, grid, key_mask, dropout_p, scale):
+    "Checks what all patterns have in common; raises `ValueError`."
     _check_tensors(q, k, v)
     n = q.shape[2]
     if grid is not None and prod(as_grid(grid)) != n: raise ValueError(f"grid={grid!r} has {prod(as_grid(grid))} cells and q has N={n} tokens: they must agree")
@@ -134,14 +134,24 @@ def _check_call(q, k, v, *, grid, curve, order, segment_size, dilation_rate, dil
         raise ValueError(f"key_mask is {given}: expected bool of shape (B, N) = {(q.shape[0], n)} on {q.device}, True = attend")
     if not 0 <= dropout_p < 1: raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and less than 1")
     if scale is not None and not (isfinite(scale) and scale > 0): raise ValueError(f"scale={scale}: must be positive and finite, or None for 1 / sqrt(D); to turn the sign, negate q")
-    pattern = SegmentPattern.for_heads(n, q.shape[1], segment_size, dilation_rate, dilation_mode, offsets)
-    name = None if curve is None else _parse_curve(curve)[0]
+
+
+def _resolve_order(q, *, grid, curve, order, dense: bool) -> Tensor | None:
+    "The order that a call asks for; None where tokens are in order already, or where attention is `dense` and their order changes nothing."
+    n, name = q.shape[2], None if curve is None else _parse_curve(curve)[0]
     if order is not None: order = _check_order(order, n, q.device)
-    elif name not in (None, "row_major"): order = curve_order(n if grid is None else grid, curve, q.device)
-    if pattern.segment_size >= n and pattern.dilation_rate == 1: order = None  # dense attention: the order of the tokens changes nothing
+    elif not dense and name not in (None, "row_major"): order = curve_order(n if grid is None else grid, curve, q.device)
+    return None if dense else order
+
+
+def _check_call(q, k, v, *, grid, curve, order, segment_size, dilation_rate, dilation_mode, offsets, causal, key_mask, dropout_p, scale) -> _Call:
+    "Checks everything and resolves the order; raises `ValueError`."
+    _check_inputs(q, k, v, grid=grid, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
+    pattern = SegmentPattern.for_heads(q.shape[2], q.shape[1], segment_size, dilation_rate, dilation_mode, offsets)
+    order = _resolve_order(q, grid=grid, curve=curve, order=order, dense=pattern.segment_size >= q.shape[2] and pattern.dilation_rate == 1)
     return _Call(pattern, order, bool(causal), key_mask, float(dropout_p), scale)
 
-# %% ../nbs/07_backends.ipynb #e31f3fcb
+# %% ../nbs/07_backends.ipynb #b4c3d28d
 @dataclass(frozen=True)
 class _Backend:
     name: str
@@ -186,7 +196,7 @@ POLICY = (
     PolicyRow("any", "sdpa", "dense kernels on the groups run on every device"),
 )
 
-# %% ../nbs/07_backends.ipynb #ba7e30b8
+# %% ../nbs/07_backends.ipynb #0020d8a3
 _forced: list[str] = ["auto"]
 _warned: set[str] = set()
 
@@ -230,7 +240,7 @@ def _choose(backend: str, device: torch.device) -> tuple[str, str, dict[str, str
             warnings.warn(f"hilbert_attn: backend {row.backend!r} is preferred on {device} but {blocked[row.backend]}; using the next one that can run", stacklevel=3)
     raise RuntimeError(f"no backend can run on {device}: {blocked}")
 
-# %% ../nbs/07_backends.ipynb #6cf0f03e
+# %% ../nbs/07_backends.ipynb #051f8988
 def _run(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | None]:
     "Runs a checked call on a backend."
     options = dict(order=call.order, causal=call.causal, key_mask=call.key_mask, dropout_p=call.dropout_p, scale=call.scale)
@@ -279,7 +289,7 @@ def hilbert_attention(
     out, lse = _run(call, q, k, v, _choose(backend, q.device)[0], return_lse)
     return (out, lse) if return_lse else out
 
-# %% ../nbs/07_backends.ipynb #53c6a3d5
+# %% ../nbs/07_backends.ipynb #0776a39d
 @dataclass(frozen=True)
 class BackendChoice:
     "The backend for a call, and why."

@@ -6,7 +6,7 @@
 __all__ = ['default_scale', 'masked_attention', 'reference_attention', 'merge_attention', 'OracleReport', 'compare_to_oracle',
            'assert_matches_oracle']
 
-# %% ../nbs/02_reference.ipynb #51ec02f1
+# %% ../nbs/02_reference.ipynb #b492e2c9
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .curves import curve_order
 from .patterns import SegmentPattern, attention_mask
 
-# %% ../nbs/02_reference.ipynb #43570e3f
+# %% ../nbs/02_reference.ipynb #3112e91d
 def default_scale(q: Tensor) -> float:
     "The scale where none is given: 1 / sqrt(D)."
     return q.shape[-1] ** -0.5
@@ -27,7 +27,7 @@ def masked_attention(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, M, D)
     v: Tensor, # values (B, H_kv, M, D)
-    mask: Tensor, # bool, broadcastable to (B, H, N, M); True = attended
+    mask: Tensor, # bool, broadcastable to (B, H, N, M), True = attended; or int: how often each key counts
     scale: float | None = None, # None is 1 / sqrt(D)
     dropout_p: float = 0.0, # probability of dropping an attention weight
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
@@ -35,7 +35,7 @@ def masked_attention(
     group = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     scores = q @ k.transpose(-2, -1) * (default_scale(q) if scale is None else scale)
-    scores = scores.masked_fill(~mask, -torch.inf)
+    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(q.dtype).log()
     empty = ~mask.any(-1).expand(scores.shape[:-1])
     lse = scores.masked_fill(empty[..., None], 0).logsumexp(-1)  # the fill keeps NaN out of the gradient of empty rows
     weights = (scores - lse[..., None]).exp()
@@ -59,7 +59,7 @@ def reference_attention(
     mask = attention_mask(pattern, order=order, causal=causal, key_mask=key_mask, device=q.device)
     return masked_attention(q.double(), k.double(), v.double(), mask, scale, dropout_p)
 
-# %% ../nbs/02_reference.ipynb #9b0757b5
+# %% ../nbs/02_reference.ipynb #cdc9670d
 def merge_attention(
     outs: Sequence[Tensor] | Tensor, # parts, each (..., N, D); or stacked along a first dimension
     lses: Sequence[Tensor] | Tensor, # their log-sum-exps, each (..., N)
@@ -80,7 +80,7 @@ def merge_attention(
         merged = merged + weight * torch.where(weight > 0, out.to(lses.dtype), 0)
     return merged.to(outs[0].dtype), (top + total.log()).masked_fill(empty, -torch.inf)
 
-# %% ../nbs/02_reference.ipynb #27b58dd7
+# %% ../nbs/02_reference.ipynb #2fff038b
 @dataclass(frozen=True)
 class OracleReport:
     "Maximum errors against the oracle, with what the rule allows."
@@ -112,7 +112,8 @@ def _with_grads(attention: Callable, q: Tensor, k: Tensor, v: Tensor, dout: Tens
 def _sdpa_yardstick(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
     "Masked SDPA in the precision of its inputs, with the LSE from the accumulator's precision."
     empty = ~mask.any(-1, keepdim=True)  # some of SDPA's kernels give NaN for a row without keys
-    out = F.scaled_dot_product_attention(q, k, v, mask | empty, scale=scale, enable_gqa=True).masked_fill(empty, 0)
+    allowed = mask | empty if mask.dtype == torch.bool else mask.double().log().masked_fill(empty, 0).to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, allowed, scale=scale, enable_gqa=True).masked_fill(empty, 0)
     wide = _accumulator(q.dtype)
     return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
 
@@ -122,7 +123,7 @@ def compare_to_oracle(
     q: Tensor, # queries (B, H, N, D), any strides
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
-    mask: Tensor, # bool, broadcastable to (B, H, N, N): what `attention` claims to compute
+    mask: Tensor, # what `attention` claims to compute: bool, broadcastable to (B, H, N, N), or int: how often each key counts
     *,
     scale: float | None = None, # the scale that `attention` uses; None is 1 / sqrt(D)
     lse_grad: bool = True, # send a random gradient into the LSE too
@@ -137,7 +138,7 @@ def compare_to_oracle(
     sdpa = _with_grads(lambda *x: _sdpa_yardstick(*x, mask, scale), q, k, v, dout, dlse)
     factor, group = default_scale(q) if scale is None else abs(scale), q.shape[1] // k.shape[1]
     wide_q, wide_k, wide_v = (x.detach().double().repeat_interleave(group if x is not q else 1, 1) for x in (q, k, v))
-    def largest_term(a, b): return factor * (a.abs() @ b.abs().transpose(-2, -1)).masked_fill(~mask, 0).max().item()  # of the terms of a dot product, not of its value
+    def largest_term(a, b): return factor * (a.abs() @ b.abs().transpose(-2, -1)).masked_fill(mask == 0, 0).max().item()  # of the terms of a dot product, not of its value
     score, dp = largest_term(wide_q, wide_k), largest_term(dout.double(), wide_v)
     largest_q, largest_k, largest_v, largest_dout = (x.abs().max().item() for x in (wide_q, wide_k, wide_v, dout))
     terms = dict(out=score * largest_v, lse=score, dq=dp * largest_k, dk=dp * largest_q, dv=score * largest_dout)
@@ -160,7 +161,7 @@ def assert_matches_oracle(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
-    mask: Tensor, # bool, broadcastable to (B, H, N, N)
+    mask: Tensor, # bool or int, broadcastable to (B, H, N, N)
     **options, # of `compare_to_oracle`
 ) -> OracleReport: # the report, when all is well
     "Raises an `AssertionError` with the table of errors where the tolerance rule is broken."

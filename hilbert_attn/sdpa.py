@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['sdpa_mask_attention', 'sdpa_attention']
 
-# %% ../nbs/06_sdpa.ipynb #fe4193b4
+# %% ../nbs/06_sdpa.ipynb #21f70c80
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from math import prod
+from math import log, prod
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +19,12 @@ from .curves import _define_operator
 from .patterns import SegmentPattern, attention_mask, _members
 from .reference import default_scale, masked_attention
 
-# %% ../nbs/06_sdpa.ipynb #cc852061
+# %% ../nbs/06_sdpa.ipynb #a3ff8c95
 def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout_p: float = 0.0) -> Tensor:
-    "SDPA with a bool mask; rows without keys give 0."
+    "SDPA with a mask, bool or counts; rows without keys give 0."
     empty = ~mask.any(-1, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v, mask | empty, dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).masked_fill(empty, 0)
+    allowed = mask | empty if mask.dtype == torch.bool else mask.double().log().masked_fill(empty, 0).to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).masked_fill(empty, 0)
 
 
 def sdpa_mask_attention(
@@ -46,7 +47,7 @@ def sdpa_mask_attention(
     wide = torch.promote_types(q.dtype, torch.float32)
     return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
 
-# %% ../nbs/06_sdpa.ipynb #419e1616
+# %% ../nbs/06_sdpa.ipynb #a469a06f
 @dataclass(frozen=True)
 class _Block:
     "Equal dense groups: `segments` x `residues` of them. Group (s, c) starts at `start + s * stride + c`."
@@ -95,7 +96,7 @@ def _covers(block: _Block, pattern: SegmentPattern, side: str) -> bool:
     start, _, count = getattr(block, side)
     return start == 0 and block.segments * count * (1 if side == "k" and block.shared_keys else block.residues) == pattern.seq_len
 
-# %% ../nbs/06_sdpa.ipynb #9eb2fb51
+# %% ../nbs/06_sdpa.ipynb #97c109f3
 def _view(x: Tensor, block: _Block, side: str) -> Tensor:
     "The block of `x` (B, H, N, ...) as a strided view (B, H, segments, residues, places, ...)."
     (start, step, count), (b, h, n, *rest) = getattr(block, side), x.stride()
@@ -136,7 +137,7 @@ def _split(x: Tensor, layout, sizes: tuple[int, int, int, int]) -> Tensor:
     x = x.unflatten(1, [sizes[axis] for axis in layout[1]]).unflatten(0, [sizes[axis] for axis in layout[0]])
     return x.permute(*(axes.index(axis) for axis in range(4)), *range(4, x.ndim))
 
-# %% ../nbs/06_sdpa.ipynb #74ffa0aa
+# %% ../nbs/06_sdpa.ipynb #cde04ba6
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -173,7 +174,7 @@ def _dense_backward(
         for grad, x in zip(grads, done): grad[i:i + step] = x[..., :-1]
     return grads
 
-# %% ../nbs/06_sdpa.ipynb #8154076e
+# %% ../nbs/06_sdpa.ipynb #bf6c2936
 _CHUNK = 1 << 21  # elements per gathered tensor: 8 MiB of float32
 
 
@@ -269,12 +270,20 @@ def _like(x: Tensor, model: Tensor) -> Tensor:
     return torch.empty_like(model).copy_(x)
 
 
+def _merge_rows(ops: _Operands, out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor):
+    "Merges a block into rows that hold attention to other keys already: a weighted mean, the weight from the two log-sum-exps."
+    before, seen = ops.read(out, "q"), ops.read(lse, "q")
+    weight = (part_lse - seen).sigmoid_().nan_to_num_(0.0)  # NaN: neither side has keys
+    ops.write(out, before.lerp(part_out, weight[..., None]), "q")
+    ops.write(lse, torch.logaddexp(seen, part_lse), "q")
+
+
 def _grouped_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_mask: Tensor | None, pattern: SegmentPattern, causal: bool,
-                     scale: float) -> tuple[Tensor, Tensor]:
-    "Output and LSE, block by block, on the CPU."
+                     scale: float, into: tuple[Tensor, Tensor] | None = None, copies: int = 1) -> tuple[Tensor, Tensor]:
+    "Output and LSE, block by block, on the CPU. `into`: attention to other keys, to merge with in place; `copies`: how often each key counts."
     wide = torch.promote_types(q.dtype, torch.float32)
     if not q.numel(): return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
-    out, lse = None, q.new_full(q.shape[:3], -torch.inf, dtype=wide)
+    out, lse = into or (None, q.new_full(q.shape[:3], -torch.inf, dtype=wide))
     for unit in _units(q, k, pattern, causal, order is not None):
         ops = _Operands(unit, order, key_mask, causal, wide)
         parts = [ops.read(x, side) for x, side in ((q, "q"), (k, "k"), (v, "k"))]
@@ -282,8 +291,12 @@ def _grouped_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_
         merged, layout = _merge_all(parts)
         part_out, part_lse = _flash(*merged, 0.0, unit.block.triangular, attn_mask=ops.bias(sizes, layout), scale=scale)
         part_out, part_lse = (_split(x, layout, sizes) for x in (part_out, part_lse))
+        if copies > 1: part_lse = part_lse + log(copies)
         empty = ops.empty_rows()
         if empty is not None: part_lse = part_lse.masked_fill(empty, -torch.inf)
+        if into:
+            _merge_rows(ops, out, lse, part_out, part_lse)
+            continue
         if order is None and sizes[1] == q.shape[1] and _covers(unit.block, pattern, "q"):
             return _like(part_out.transpose(3, 4).reshape(q.shape), q), part_lse.transpose(3, 4).reshape(lse.shape).contiguous()
         if out is None: out = torch.empty_like(q) if pattern.mode == "residue" else torch.zeros_like(q)
@@ -293,14 +306,15 @@ def _grouped_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_
 
 
 def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, order: Tensor | None, key_mask: Tensor | None,
-                      pattern: SegmentPattern, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    "Gradients of q, k, v, block by block, on the CPU."
+                      pattern: SegmentPattern, causal: bool, scale: float, into: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, block by block, on the CPU; `into`: added to these. `out` and `lse` may be those of a softmax over more keys than the pattern has:
+    the result is then its share of the gradients."""
     if not q.numel(): return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     wide = torch.promote_types(q.dtype, torch.float32)
     empty = lse == -torch.inf
     lse = lse.masked_fill(empty, 0)
     if dlse is not None: dlse = dlse.masked_fill(empty, 0)
-    grads = None
+    grads = into
     for unit in _units(q, k, pattern, causal, order is not None):
         ops = _Operands(unit, order, key_mask, causal, wide)
         parts = [ops.read(x, side) for x, side in ((q, "q"), (k, "k"), (v, "k"), (out, "q"), (dout, "q"))]
@@ -309,17 +323,16 @@ def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v
         rows = [None if x is None else _merge(ops.read(x, "q"), layout, copy=True) for x in (lse, dlse)]
         part = _dense_backward(merged[4], rows[1], *merged[:4], rows[0], unit.block.triangular, ops.bias(sizes, layout), scale)
         part = [_split(x, layout, sizes) for x in part]
-        if order is None and sizes[1] == q.shape[1] and all(_covers(unit.block, pattern, side) for side in "qk"):
+        if not into and order is None and sizes[1] == q.shape[1] and all(_covers(unit.block, pattern, side) for side in "qk"):
             return tuple(_like(x.transpose(3, 4).reshape(q.shape), model) for x, model in zip(part, (q, k, v)))
         if grads is None:
             new = torch.empty_like if pattern.mode == "residue" else torch.zeros_like  # by residues, every row is written
             grads = [new(q), *(new(x, dtype=wide) for x in (k, v))]
-        ops.write(grads[0], part[0], "q")
-        ops.write(grads[1], part[1], "k", add=unit.adds)
-        ops.write(grads[2], part[2], "k", add=unit.adds)
+        for grad, x, side in zip(grads, part, "qkk"): ops.write(grad, x, side, add=bool(into) or side == "k" and unit.adds)
+    if into: return into
     return tuple(torch.zeros_like(x) if grads is None else _like(grad, x) for grad, x in zip(grads or (q, k, v), (q, k, v)))
 
-# %% ../nbs/06_sdpa.ipynb #5936f625
+# %% ../nbs/06_sdpa.ipynb #80e5a305
 _OPTIONS = "Tensor? order, Tensor? key_mask, SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, float scale"
 _forward_library = _define_operator("sdpa_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)")
 _backward_library = _define_operator("sdpa_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)")
@@ -359,7 +372,7 @@ torch.library.register_fake("hilbert_attn::sdpa_forward", _sdpa_forward_fake, li
 torch.library.register_fake("hilbert_attn::sdpa_backward", _sdpa_backward_fake, lib=_backward_library)
 torch.library.register_autograd("hilbert_attn::sdpa_forward", _backward, setup_context=_setup_context, lib=_forward_library)
 
-# %% ../nbs/06_sdpa.ipynb #4d30c1c0
+# %% ../nbs/06_sdpa.ipynb #1e9f55eb
 def _grouped_expression(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, order: Tensor | None, causal: bool, key_mask: Tensor | None, dropout_p: float,
                         scale: float | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     "The blocks as plain differentiable PyTorch, on any device."

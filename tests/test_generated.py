@@ -67,12 +67,13 @@ def test_title_stands_alone(notebook):
 
 def test_number_order_is_dependency_order():
     "Exported cells import only from modules of lower numbers, and names straight from where they live."
-    exports, imports = {}, []  # module -> number, (number, module or module.name)
+    exports, imports = {}, []  # module -> number such as "10" or "10b", (number, module or module.name)
     for notebook in NOTEBOOKS:
         code = sources(notebook)
         module = next((m[1] for text in code if (m := re.search(r"^#\| *default_exp +(\S+)", text, re.M))), None)
         if module is None: continue
-        number, path = int(notebook.name.partition("_")[0]), ["hilbert_attn", *module.split(".")]
+        number, path = notebook.name.partition("_")[0], ["hilbert_attn", *module.split(".")]
+        assert re.fullmatch(r"\d\d[a-z]?", number), notebook.name
         exports[".".join(path)] = number
         for node in (node for text in code if re.search(r"^#\| *export", text, re.M) for node in ast.walk(ast.parse(text))):
             if isinstance(node, ast.Import): imports += [(number, alias.name) for alias in node.names]
@@ -81,5 +82,5 @@ def test_number_order_is_dependency_order():
                 imports += [(number, f"{base}.{alias.name}") for alias in node.names]
     ours = [(number, name) for number, name in imports if name.startswith("hilbert_attn.")]
     homes = {name: next((module for module in (name, name.rpartition(".")[0]) if module in exports), None) for _, name in ours}
-    assert not [f"{number:02} imports {name}" for number, name in ours if not homes[name] and not name.endswith("__")]
-    assert not [f"{number:02} imports {name}, of {exports[homes[name]]:02}" for number, name in ours if homes[name] and exports[homes[name]] >= number]
+    assert not [f"{number} imports {name}" for number, name in ours if not homes[name] and not name.endswith("__")]
+    assert not [f"{number} imports {name}, of {exports[homes[name]]}" for number, name in ours if homes[name] and exports[homes[name]] >= number]
