@@ -59,7 +59,7 @@ def check(case, run=None, **options):
     arguments = dict(combine=case["combine"], dilation_mode=case["mode"], offsets=case["offsets"], order=order, curve=None, causal=case["causal"], key_mask=key_mask, scale=case["scale"])
     def attention(q, k, v):
         if run: return run(q, k, v, segment_lengths=case["lengths"], dilation_rates=case["rates"], grid=None, dropout_p=0.0, **arguments)
-        return dilated_attention(q, k, v, case["lengths"], case["rates"], **arguments, return_lse=True, **options)
+        return dilated_attention(q, k, v, case["lengths"], case["rates"], **arguments, return_lse=True, **{"backend": "sdpa", **options})
     assert_matches_oracle(attention, q, k, v, counts, scale=case["scale"], lse_grad=case["lse_grad"], seed=case["seed"])
 
 
@@ -143,14 +143,14 @@ def test_branches_that_are_alike_are_computed_once(monkeypatch):
     flash = sdpa._flash
     monkeypatch.setattr(sdpa, "_flash", lambda q, k, *rest, **options: computed.append(q[..., 0].numel() * k.shape[-2]) or flash(q, k, *rest, **options))
     q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
-    dilated_attention(q, k, v, [16, 64, 200, 64], [1, 1, 1, 1], curve=None)
+    dilated_attention(q, k, v, [16, 64, 200, 64], [1, 1, 1, 1], curve=None, backend="sdpa")
     assert sum(computed) == DilatedPattern.for_heads(64, 2, [16, 64], [1, 1]).pairs() == 2 * 64 * (16 + 64)
 
 
 def test_deterministic_compiled_and_known_to_opcheck():
     q, k, v = (torch.randn(2, h, 37, 16, requires_grad=True) for h in (4, 2, 2))
     upstream = torch.randn(2, 4, 37, 16)
-    def run(q, k, v): return dilated_attention(q, k, v, [8, 37], [1, 3], causal=True)
+    def run(q, k, v): return dilated_attention(q, k, v, [8, 37], [1, 3], causal=True, backend="sdpa")
     def results(f): return [out := f(q, k, v), *torch.autograd.grad(out, (q, k, v), upstream)]
     first = results(run)
     assert all(torch.equal(a, b) for a, b in zip(first, results(run)))

@@ -11,6 +11,7 @@ import hilbert_attn
 from hilbert_attn import backends
 from hilbert_attn.backends import _architecture, _choose, detect_gpu_architecture, explain_backend, hilbert_attention, set_backend
 from hilbert_attn.curves import curve_order
+from hilbert_attn.kernels.forward import default_tile
 from hilbert_attn.patterns import attention_mask
 from hilbert_attn.reference import masked_attention
 
@@ -138,7 +139,8 @@ def test_forcing_a_backend(monkeypatch):
     used = []
     run = backends._run
     monkeypatch.setattr(backends, "_run", lambda call, q, k, v, backend, *a, **kw: used.append(backend) or run(call, q, k, v, backend, *a, **kw))
-    def call(**options): hilbert_attention(X, X, X, **options); return used.pop()
+    x = torch.randn(1, 1, 80, 8)
+    def call(**options): hilbert_attention(x, x, x, **options); return used.pop()
     assert call() == "sdpa"
     with set_backend("sdpa_mask"):
         assert call() == "sdpa_mask" and call(backend="reference") == "reference"
@@ -177,6 +179,22 @@ def test_architectures(capability, name, dtype, mixed, triton, monkeypatch):
     a = _architecture(capability)
     assert (a.name, a.capability, a.dtype, a.mixed_precision) == (name, capability, dtype, mixed)
     assert ("triton" in a.backends) == triton and {"sdpa", "sdpa_mask", "reference"} <= set(a.backends)
+    tile = default_tile("forward", 64, dtype, capability) if triton else None
+    assert a.block_sizes == ((tile.block_m, tile.block_n) if triton else (64, 64))
+    with a.autocast("cpu"):  # the device type does not matter to what is switched on
+        assert torch.is_autocast_enabled("cpu") == mixed and (not mixed or torch.get_autocast_dtype("cpu") == dtype)
+
+
+@pytest.mark.parametrize("capability, chosen", [((6, 1), "sdpa"), ((7, 5), "sdpa"), ((8, 0), "triton"), ((8, 9), "triton"), ((9, 0), "triton"), ((10, 0), "triton")])
+def test_choice_on_each_architecture(capability, chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(backends, "_HAS_TRITON", True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        choice = explain_backend((1, 2, 1000, 64), device="cuda", gradients=False)
+    assert choice.backend == chosen and detect_gpu_architecture("cuda").backends[0] == chosen
+    if chosen != "triton": assert f"this GPU has {capability[0]}.{capability[1]}" in choice.rejected["triton"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
@@ -197,6 +215,37 @@ def test_explain_backend():
     assert re.search(r"sdpa: .*\n.*pairs.*GFLOP.*MB", str(choice)) and "not sdpa_mask: " in str(choice)
     assert explain_backend(rand(1, 4, 30, 8), rand(1, 2, 30, 8)).flops == 4 * 8 * 4 * 900
     with pytest.raises(ValueError, match="dilation_rate=0"): explain_backend((1, 1, 8, 8), dilation_rate=0)
+
+
+def test_policy_by_length():
+    rows = {row.max_tokens for row in backends.POLICY if row.device == "cpu" and row.backend == "sdpa_mask"}
+    (longest,) = rows
+    assert explain_backend((1, 2, longest, 16)).backend == "sdpa_mask" and explain_backend((1, 2, longest + 1, 16)).backend == "sdpa"
+    assert "cutting" in explain_backend((1, 2, longest, 16)).rejected["sdpa"]
+
+
+def test_explain_several_branches():
+    options = dict(segment_lengths=[16, 64, 200], dilation_rates=[1, 4, 1])
+    choice = explain_backend((3, 4, 128, 16), **options, combine="heads")
+    assert choice.pairs == 3 * hilbert_attn.DilatedPattern.for_heads(128, 4, **options, combine="heads").pairs()
+    with pytest.raises(ValueError, match="as many of each"): explain_backend((1, 1, 8, 8), segment_lengths=[2, 4])
+
+
+def test_strategy_follows_memory():
+    shape, layers = (2, 4, 1000, 16), 10
+    needs = backends.training_memory(shape, 2, 4, layers, ranks=4)
+    q, kv, lse = (4 * 2 * 1000 * width for width in (4 * 16, 2 * 16, 4))
+    assert needs["store"] == layers * (2 * q + 2 * kv + lse) + 2 * (q + kv)
+    assert needs["checkpoint"] == layers * q + (2 * q + 2 * kv + lse) + 2 * (q + kv) and needs["ring"] == needs["checkpoint"] / 4
+    def ask(memory, **options): return explain_backend(shape, (2, 2, 1000, 16), layers=layers, memory=memory, **options)
+    assert ask(2 * needs["store"]).strategy == "store" and ask(2 * needs["store"] - 2).strategy == "checkpoint"
+    assert ask(needs["checkpoint"], ranks=4).strategy == "ring" and "not fit" not in ask(needs["checkpoint"], ranks=4).strategy_reason
+    alone = ask(needs["checkpoint"])
+    assert alone.strategy == "checkpoint" and "no process group" in alone.strategy_reason and "ring" not in alone.memory
+    assert "not fit" in ask(needs["ring"], ranks=4).strategy_reason
+    assert "to train: ring" in str(ask(needs["checkpoint"], ranks=4)) and "to train" not in str(ask(1, gradients=False))
+    here = explain_backend(shape)
+    assert here.strategy == "store" and 1e8 < here.memory_at_hand < 1e14
 
 
 @pytest.mark.parametrize("dynamic", (False, True))
