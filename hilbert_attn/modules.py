@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['rotary_embedding', 'apply_rotary', 'HilbertAttentionCore', 'HilbertAttentionCoreWithSDPA', 'DilatedAttention',
            'HilbertDilatedAttention', 'HilbertAttentionTritonWrapper', 'MultiheadDilatedAttention',
-           'HilbertAttentionMixin', 'HilbertOrder', 'TransformerBlock']
+           'DilatedSelfAttention', 'RingDilatedAttention', 'HilbertAttentionMixin', 'HilbertOrder', 'TransformerBlock']
 
-# %% ../nbs/12_modules.ipynb #a0d24e75
+# %% ../nbs/12_modules.ipynb #e540be6d
 from collections.abc import Sequence
 from math import prod
 
@@ -21,8 +21,9 @@ from .backends import _autocast, _check_backend_name, _check_call, _choose, _run
 from .curves import _parse_curve, as_grid, curve_order
 from .dilated import _check_dilated, _run_dilated
 from .patterns import DilatedPattern, SegmentPattern, _branch_lists
+from .ring import _ring_of, ring_dilated_attention, shard_sequence, unshard_sequence
 
-# %% ../nbs/12_modules.ipynb #fa27f77a
+# %% ../nbs/12_modules.ipynb #61bd786f
 def _one_of(canonical: str, value, **aliases):
     "The value of an argument that may be given under several names."
     given = {name: v for name, v in {canonical: value, **aliases}.items() if v is not None}
@@ -31,7 +32,7 @@ def _one_of(canonical: str, value, **aliases):
         raise ValueError(f"{' and '.join(f'{name}={v}' for name, v in given.items())} disagree: they are names of one argument, {canonical}")
     return next(iter(given.values()))
 
-# %% ../nbs/12_modules.ipynb #ddb320cf
+# %% ../nbs/12_modules.ipynb #54d2a752
 def rotary_embedding(
     grid: int | Sequence[int], # how tokens lie: N, (H, W) or (T, H, W)
     head_dim: int, # D, even, at least 2 per axis
@@ -57,7 +58,7 @@ def apply_rotary(
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-# %% ../nbs/12_modules.ipynb #83acbdd6
+# %% ../nbs/12_modules.ipynb #aa9a0793
 class HilbertAttentionCore(nn.Module):
     "Self-attention in segments of a space-filling curve: projections around `hilbert_attention`. Tokens (B, N, E) to tokens (B, N, E)."
 
@@ -139,7 +140,7 @@ class HilbertAttentionCore(nn.Module):
         if self.num_kv_heads != self.num_heads: parts.insert(1, f"kv_heads={self.num_kv_heads}")
         return ", ".join(parts + [f"{name}={value}" for name, value in (("dilation_mode", self.dilation_mode), ("causal", self.causal), ("dropout", self.dropout)) if value not in ("residue", False, 0.0)])
 
-# %% ../nbs/12_modules.ipynb #1d593da2
+# %% ../nbs/12_modules.ipynb #74a4b27e
 class HilbertAttentionCoreWithSDPA(HilbertAttentionCore):
     "`HilbertAttentionCore` on PyTorch's own attention kernels, whatever the device."
 
@@ -157,7 +158,7 @@ class HilbertAttentionCoreWithSDPA(HilbertAttentionCore):
         super().__init__(hidden_dim, num_heads, segment_size, dilation_rate, dropout, use_sdpa, **options, backend="sdpa")
         self.use_sdpa = use_sdpa
 
-# %% ../nbs/12_modules.ipynb #c16065b0
+# %% ../nbs/12_modules.ipynb #b457d6d9
 class DilatedAttention(nn.Module):
     "Dilated attention with several branches, projection-free: q, k, v (B, N, H, D) to (B, N, H, D). LongNet, arXiv 2307.02486."
 
@@ -263,7 +264,7 @@ class HilbertAttentionTritonWrapper(HilbertDilatedAttention):
             raise ValueError(f"q has shape {tuple(q.shape)}: expected (B, N, {self.num_heads}, {self.head_dim or 'D'})")
         return super().forward(q, k, v, is_causal, **options)
 
-# %% ../nbs/12_modules.ipynb #448c5bad
+# %% ../nbs/12_modules.ipynb #8bdb42fd
 def _is_causal_mask(mask: Tensor, n: int) -> bool:
     "Is it torch's causal mask: bool, True above the diagonal, or -inf there and 0 elsewhere?"
     if mask.shape[-2:] != (n, n): return False
@@ -369,7 +370,127 @@ class MultiheadDilatedAttention(nn.Module):
 
     def extra_repr(self) -> str: return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}" + (", batch_first=True" if self.batch_first else "")
 
-# %% ../nbs/12_modules.ipynb #a9708689
+# %% ../nbs/12_modules.ipynb #545fcaa5
+class DilatedSelfAttention(MultiheadDilatedAttention):
+    "`MultiheadDilatedAttention` for one sequence: tokens (B, N, E) to tokens (B, N, E)."
+
+    def __init__(
+        self,
+        hidden_dim: int | None = None, # E; also `dim` or `embed_dim`
+        num_heads: int | None = None, # H; also `heads`
+        dropout: float = 0.0, # of attention weights, in training
+        bias: bool = True, # of the projections
+        *,
+        embed_dim: int | None = None, # alias of hidden_dim
+        **options, # of `MultiheadDilatedAttention`
+    ):
+        if not options.pop("batch_first", True): raise ValueError("batch_first=False: this layer takes tokens as (B, N, E); MultiheadDilatedAttention takes both")
+        super().__init__(embed_dim, num_heads, dropout, bias, batch_first=True, hidden_dim=hidden_dim, **options)
+
+    def forward(
+        self,
+        x: Tensor, # tokens (B, N, E)
+        *,
+        is_causal: bool = False, # key token index <= query token index
+        key_mask: Tensor | None = None, # bool (B, N), True = attend
+        rope: tuple[Tensor, Tensor] | None = None, # cos and sin (N, D / 2) of `rotary_embedding`
+        **options, # of the attention inside: grid, use_hilbert
+    ) -> Tensor: # tokens (B, N, E)
+        "Attends. Raises `ValueError` where `x` does not fit."
+        if x.ndim != 3: raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, N, {self.embed_dim})")
+        return super().forward(x, is_causal=is_causal, key_mask=key_mask, rope=rope, **options)[0]
+
+# %% ../nbs/12_modules.ipynb #d5ffb189
+class _Group:
+    "Holds a process group: copies of a module share it, and a file cannot hold it."
+    def __init__(self, group): self.group = group
+    def __deepcopy__(self, memo): return self
+    def __reduce__(self):
+        if self.group is not None: raise RuntimeError("a process group cannot be saved: save the state_dict(), or make the layer with group=None for the default group")
+        return _Group, (None,)
+
+
+class RingDilatedAttention(DilatedAttention):
+    "Dilated attention over a sequence that the processes of a group share: q, k, v (B, n, H, D), this rank's shard of positions, to (B, n, H, D)."
+
+    def __init__(
+        self,
+        segment_lengths: int | Sequence[int] = (2048, 4096, 8192), # positions per segment, of each branch
+        dilation_rates: int | Sequence[int] = (1, 2, 4), # every how many positions, of each branch
+        dropout: float = 0.0, # must be 0: processes would have to agree on what to drop
+        *,
+        group=None, # process group, 1-D `DeviceMesh`, or None: the default group, or one process alone
+        ring_size: int | None = None, # processes that are expected; None: as many as there are
+        layout: str = "contiguous", # or "zigzag", which balances dense causal attention
+        overlap: bool = True, # compute while messages are under way
+        **options, # of `DilatedAttention`
+    ):
+        "Raises `ValueError` for settings that a ring does not have."
+        super().__init__(segment_lengths, dilation_rates, dropout, **options)
+        if self.dropout: raise ValueError(f"dropout={dropout}: attention over a ring has no dropout; drop the layer's output instead")
+        if ring_size is not None and ring_size < 1: raise ValueError(f"ring_size={ring_size}: must be at least 1")
+        self._group, self.ring_size, self.layout, self.overlap = _Group(group), ring_size, layout, overlap
+
+    @property
+    def group(self): return self._group.group
+
+    def _check_ring(self):
+        size = _ring_of(self.group).size
+        if self.ring_size not in (None, size): raise RuntimeError(f"ring_size={self.ring_size}, and the process group has {size} process{'es' * (size != 1)}: start {self.ring_size} with torchrun and torch.distributed.init_process_group, or leave ring_size out")
+
+    def order(
+        self,
+        seq_len: int, # N, of the whole sequence
+        device: torch.device | str | None = None,
+    ) -> Tensor | None: # int64 (N,): token at each position; None: tokens are in order already
+        "The order in which the sequence is sharded."
+        if self.curve in (None, "row_major"): return None
+        return curve_order(seq_len if self.grid is None else self.grid, self.curve, device)
+
+    def shard(
+        self,
+        x: Tensor, # the whole sequence, in token order, the same on every rank
+        dim: int = 1, # where the tokens are
+    ) -> Tensor: # this rank's positions
+        "This rank's shard, in curve order."
+        return shard_sequence(x, self.group, dim, self.order(x.shape[dim], x.device), self.layout)
+
+    def unshard(
+        self,
+        x: Tensor, # this rank's shard
+        dim: int = 1, # where the tokens are
+        seq_len: int | None = None, # N; needed where there is a curve and no grid
+    ) -> Tensor: # the whole sequence, in token order, on every rank
+        "Puts the shards of all ranks together, in token order."
+        seq_len = prod(self.grid) if seq_len is None and self.grid is not None else seq_len
+        if self.curve not in (None, "row_major") and seq_len is None: raise ValueError(f"seq_len is missing: the layer has curve={self.curve!r} and no grid, so it does not know how long the whole sequence is")
+        return unshard_sequence(x, self.group, dim, None if seq_len is None else self.order(seq_len, x.device), self.layout)
+
+    def forward(
+        self,
+        q: Tensor, # queries (B, n, H, D), this rank's positions
+        k: Tensor, # keys (B, n, H_kv, D)
+        v: Tensor, # values (B, n, H_kv, D)
+        is_causal: bool = False, # causal for this call, whatever the setting
+        *,
+        key_mask: Tensor | None = None, # must be None
+    ) -> Tensor: # (B, n, H, D)
+        "Attends, together with the other ranks. Raises `ValueError` where q, k, v do not fit, on every rank."
+        if key_mask is not None: raise ValueError("key_mask: attention over a ring has none; shorten the sequence instead")
+        self._check_ring()
+        causal, order = self.causal or bool(is_causal), None
+        if causal and self.curve not in (None, "row_major"):
+            if self.grid is None: raise ValueError(f"causal with curve={self.curve!r} needs the grid: 'earlier' means the token's index in the whole sequence")
+            order = self.order(prod(self.grid), q.device)
+        if self.checkpoint and torch.is_grad_enabled(): return _checkpoint(self._ring_attend, q, k, v, causal, order, use_reentrant=False)  # every rank repeats its messages, in the same turn
+        return self._ring_attend(q, k, v, causal, order)
+
+    def _ring_attend(self, q: Tensor, k: Tensor, v: Tensor, causal: bool, order: Tensor | None) -> Tensor:
+        q, k, v = _autocast(*(x.transpose(1, 2) for x in (q, k, v)))
+        return ring_dilated_attention(q, k, v, self.segment_lengths, self.dilation_rates, group=self.group, combine=self.combine, dilation_mode=self.dilation_mode, offsets=self.offsets,
+                                      causal=causal, order=order, layout=self.layout, backend=self.backend, overlap=self.overlap).transpose(1, 2)
+
+# %% ../nbs/12_modules.ipynb #9c1cd842
 class HilbertAttentionMixin:
     "Gives any attention module a curve: an order for its tokens, and dilated attention along it."
 
@@ -417,7 +538,7 @@ class HilbertAttentionMixin:
         if not hasattr(self, "hilbert"): raise RuntimeError(f"{type(self).__name__} has no curve yet: call setup_hilbert() in its __init__")
         return self.hilbert(q, k, v, **options)
 
-# %% ../nbs/12_modules.ipynb #06f3da22
+# %% ../nbs/12_modules.ipynb #5f48f8c9
 class HilbertOrder(nn.Module):
     "Runs a model's layers on tokens in curve order: one permutation at the door, one at the end."
 
