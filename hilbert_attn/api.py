@@ -6,9 +6,10 @@
 __all__ = ['ATTENTION_TYPES', 'AUTO_RULES', 'HilbertAttentionTritonFixed', 'HISTORICAL', 'StandardizedRingConfig',
            'AttentionType', 'register_attention_type', 'AutoRule', 'AttentionChoice', 'explain_attention_type',
            'create_dilated_attention', 'create_multihead_dilated_attention', 'create_standardized_ring_attention',
-           'which_when', 'RingDilatedAttentionHilbertCore', 'RingDilatedAttentionHilbertOptimizedFixed']
+           'which_when', 'RingDilatedAttentionHilbertCore', 'RingDilatedAttentionHilbertOptimizedFixed',
+           'BlockSparseRingDilatedAttentionHilbertPostPattern']
 
-# %% ../nbs/13_api.ipynb #dbbc07fa
+# %% ../nbs/13_api.ipynb #11cc23e0
 import difflib
 import json
 from collections.abc import Callable, Sequence
@@ -20,11 +21,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from .backends import MEMORY_POLICY, POLICY, BackendChoice, _BACKENDS, _check_backend_name, detect_gpu_architecture, explain_backend
+from .block_sparse import SparsePatternConfig
 from .curves import _parse_curve, as_grid
-from .modules import (DilatedAttention, DilatedSelfAttention, HilbertAttentionTritonWrapper, HilbertDilatedAttention, MultiheadDilatedAttention, RingDilatedAttention, _one_of)
+from .modules import (BlockSparseAttention, DilatedAttention, DilatedSelfAttention, HilbertAttentionTritonWrapper, HilbertDilatedAttention, MultiheadDilatedAttention, RingBlockSparseAttention, RingDilatedAttention,
+                                  _one_of)
 from .patterns import COMBINES, DILATION_MODES, SegmentPattern, _branch_lists
 
-# %% ../nbs/13_api.ipynb #e19dc5d7
+# %% ../nbs/13_api.ipynb #c85434e6
 def _dtype(value) -> torch.dtype | None:
     "A floating-point dtype from itself or its name."
     if value is None or isinstance(value, torch.dtype) and value.is_floating_point: return value
@@ -138,7 +141,7 @@ def _canonical(values: dict) -> dict:
         result[canonical] = value
     return result
 
-# %% ../nbs/13_api.ipynb #76f14140
+# %% ../nbs/13_api.ipynb #452f3c80
 @dataclass(frozen=True)
 class AttentionType:
     "An entry of the registry."
@@ -203,7 +206,23 @@ def _hilbert(config: StandardizedRingConfig) -> nn.Module:
 @register_attention_type("ring", "Branches over a sequence that the processes of a group share; segments inside a shard need no message at all.", "sequences that do not fit one device", shares_sequence=True)
 def _ring(config: StandardizedRingConfig) -> nn.Module: return _ring_layer(config, None)
 
-# %% ../nbs/13_api.ipynb #6e564297
+
+def _block_layer(config: StandardizedRingConfig, make, **options) -> nn.Module:
+    return make(dropout=config.dropout, sparsity=0.9 if config.sparsity is None else config.sparsity, block_size=max(config.tiles), causal=config.causal, grid=config.grid,
+                curve=config.curve if config.use_hilbert else None, checkpoint=config.checkpointing, backend=config.backend, **options)
+
+
+@register_attention_type("block_sparse", "Blocks of consecutive positions along the curve attend blocks near them, and leave out the share `sparsity` of the others.", "grids and sequences where what matters is near")
+def _block_sparse(config: StandardizedRingConfig) -> nn.Module:
+    _one_process(config, "block_sparse")
+    return _block_layer(config, BlockSparseAttention)
+
+
+@register_attention_type("block_sparse_ring", "The same over a sequence that the processes of a group share; only the blocks that are needed travel.", "the same, where a sequence does not fit one device", shares_sequence=True)
+def _block_sparse_ring(config: StandardizedRingConfig) -> nn.Module:
+    return _block_layer(config, RingBlockSparseAttention, group=config.group, ring_size=config.ring_size if config.ring_size > 1 else None)
+
+# %% ../nbs/13_api.ipynb #5bc34835
 @dataclass(frozen=True)
 class AutoRule:
     "One rule of `'auto'`: the first that holds decides."
@@ -253,7 +272,7 @@ def explain_attention_type(
                               combine=config.combine or "lse")
     return AttentionChoice(rule.type, rule.reason, config.checkpointing or backend.strategy != "store", backend)
 
-# %% ../nbs/13_api.ipynb #7f23797f
+# %% ../nbs/13_api.ipynb #342cd741
 def _configured(attention_type: str, config: StandardizedRingConfig | None, settings: dict) -> tuple[AttentionType, StandardizedRingConfig]:
     "The registered type and its configuration."
     config = StandardizedRingConfig(**_known_fields(settings)) if config is None else config.replace(**settings) if settings else config
@@ -300,7 +319,7 @@ def create_standardized_ring_attention(
     "Makes self-attention. Raises `ValueError` for an unknown type or setting."
     return _with_projections(DilatedSelfAttention, attention_type, config, settings)
 
-# %% ../nbs/13_api.ipynb #2ace36aa
+# %% ../nbs/13_api.ipynb #38e6458f
 def which_when() -> str: # Markdown
     "Which attention type, which backend, and how to train: generated from the registry and the policies."
     def table(head, rows): return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)])
@@ -312,7 +331,7 @@ def which_when() -> str: # Markdown
     training = table(("strategy", "if it needs at most", "what it does"), [(f"`{row.strategy}`", f"{row.share:.0%} of the memory at hand", row.reason) for row in MEMORY_POLICY])
     return "\n\n".join(["**Which attention**", types, "**What `\"auto\"` takes**: the first line that holds", auto, "**Which backend**: the first line that fits and can run", backends, "**How to train**: the first line that fits", training])
 
-# %% ../nbs/13_api.ipynb #a591198d
+# %% ../nbs/13_api.ipynb #7e7517cb
 HilbertAttentionTritonFixed = HilbertAttentionTritonWrapper
 
 
@@ -374,10 +393,30 @@ class RingDilatedAttentionHilbertOptimizedFixed(RingDilatedAttention):
         return super().forward(q, k, v, is_causal, **options)
 
 
+class BlockSparseRingDilatedAttentionHilbertPostPattern(RingBlockSparseAttention):
+    "Historical name: `RingBlockSparseAttention` with `placement='post_pattern'`. The pattern is fixed first, the Hilbert curve lays out its blocks after: the output is the same with it and without."
+
+    def __init__(
+        self,
+        segment_lengths: int | Sequence[int] = (2048,), # without `sparse_config`: the shortest is the window, in tokens
+        dilation_rates: int | Sequence[int] = (1,), # without `sparse_config`: every how many blocks, of each branch
+        dropout: float = 0.0, # must be 0
+        ring_size: int | None = None, # processes that are expected; None: as many as there are
+        *,
+        sparse_config: SparsePatternConfig | None = None, # the pattern; None: `dilated_sparse` from the two lists
+        use_post_pattern: bool = True, # False: blocks stay where they are, for comparison
+        block_size: int = 128, # tokens per block, without `sparse_config`
+        **options, # of `RingBlockSparseAttention`
+    ):
+        lengths, rates = _branch_lists(segment_lengths, dilation_rates)
+        pattern = sparse_config or SparsePatternConfig("dilated_sparse", block_size, window=min(lengths), dilation_rates=tuple(rates))
+        super().__init__(pattern, dropout, ring_size=ring_size, placement="post_pattern", curve="hilbert" if use_post_pattern else None, block_size=block_size, **options)
+
 HISTORICAL = {  # name -> its clean equivalent
     "HilbertAttentionTritonFixed": "HilbertAttentionTritonWrapper",
     "RingDilatedAttentionHilbertCore": "DilatedSelfAttention(attention=RingDilatedAttention(..., curve='hilbert'))",
     "RingDilatedAttentionHilbertOptimizedFixed": "RingDilatedAttention(..., curve='hilbert')",
+    "BlockSparseRingDilatedAttentionHilbertPostPattern": "RingBlockSparseAttention(..., placement='post_pattern')",
     "StandardizedRingConfig": "this one is the clean name too",
     "create_standardized_ring_attention": "this one is the clean name too",
 }
