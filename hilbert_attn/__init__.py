@@ -32,8 +32,17 @@ __all__ = [
     "SparsePatternConfig", "StandardizedRingConfig", "TilesSharedPattern", "TransformerBlock", "WindowPattern", "apply_rotary",
     "attention_mask", "block_lists", "block_sparse_attention", "block_sparse_ring_attention", "block_stats", "create_dilated_attention",
     "create_dilated_mask", "create_hilbert_mapping", "create_multihead_dilated_attention", "create_standardized_ring_attention", "curve_order",
-    "detect_gpu_architecture", "dilated_attention", "explain_attention_type", "explain_backend", "hilbert_attention", "hilbert_decode",
-    "hilbert_encode", "hilbert_slide_attention", "hilbert_window_attention", "inverse_order", "locality", "merge_attention",
-    "neighborhood_attention", "reference_attention", "register_attention_type", "ring_attention", "ring_dilated_attention", "rotary_embedding",
-    "segment_map", "set_backend", "shard_sequence", "tiles_shared_attention", "unshard_sequence", "which_when", "window_attention",
+    "detect_gpu_architecture", "dilated_attention", "explain_attention_type", "explain_backend", "hilbert_attention",
+    "hilbert_attention_kernel", "hilbert_decode", "hilbert_encode", "hilbert_slide_attention", "hilbert_window_attention", "inverse_order",
+    "locality", "merge_attention", "neighborhood_attention", "reference_attention", "register_attention_type", "ring_attention",
+    "ring_dilated_attention", "rotary_embedding", "segment_map", "set_backend", "shard_sequence", "standard_attention_kernel",
+    "tiles_shared_attention", "unshard_sequence", "which_when", "window_attention",
 ]
+
+_LAZY = {"hilbert_attention_kernel": "hilbert_attn.kernels.forward", "standard_attention_kernel": "hilbert_attn.kernels.forward"}  # these import Triton
+
+
+def __getattr__(name):
+    if name not in _LAZY: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+    return getattr(import_module(_LAZY[name]), name)

@@ -31,7 +31,32 @@ def main(rank: int, store: str):
         actual = step(DistributedDataParallel(module), x[2 * rank:2 * rank + 2])
         for a, e in zip(actual, expected): torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)
         if rank == 0: print(name, flush=True)
+    for name in [t.name for t in ATTENTION_TYPES.values() if t.shares_sequence] + ["hilbert"]:
+        share_a_sequence(name, groups[rank])
+        if rank == 0: print(name, "shared", flush=True)
     dist.destroy_process_group()
+
+
+def share_a_sequence(name, alone):
+    "Output, gradient of the input, and gradients of the parameters, summed over the ranks, are those of one process."
+    torch.manual_seed(0)
+    x, upstream = torch.randn(2, 24, 32), torch.randn(2, 24, 32)
+    results = []
+    for options in (dict(ring_size=2), dict(group=alone)):
+        torch.manual_seed(1)
+        module, leaf = create_standardized_ring_attention(name, **SETTINGS, causal=True, **options), x.clone().requires_grad_()
+        inside = module.attention
+        out = module(leaf) if not hasattr(inside, "shard") else inside.unshard(module(inside.shard(leaf)))
+        grads = torch.autograd.grad(out, (leaf, *module.parameters()), upstream)
+        if "ring_size" in options: grads = [sum_over_ranks(g) for g in grads]  # each rank has the share of its own positions
+        results.append([out, *grads])
+    for a, e in zip(*results): torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
+
+
+def sum_over_ranks(x):
+    x = x.contiguous()
+    dist.all_reduce(x)
+    return x
 
 
 if __name__ == "__main__": main(int(sys.argv[1]), sys.argv[2])

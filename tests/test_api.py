@@ -124,15 +124,16 @@ def test_one_process_says_so(name):
     with pytest.raises(ValueError, match="ring_size=2: type .* runs in one process"): make(name, ring_size=2)
 
 
-@pytest.mark.timeout(150)
-def test_distributed_data_parallel(tmp_path):
-    "Gradients of two processes with half of the batch each are those of one process."
+@pytest.mark.timeout(200)
+def test_distributed(tmp_path):
+    "Gradients of two processes with half of the batch each are those of one process; so are those of two that share each sequence."
     workers = [subprocess.Popen([sys.executable, str(HERE / "api_worker.py"), str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    try: outputs = [worker.communicate(timeout=120) for worker in workers]
+    try: outputs = [worker.communicate(timeout=180) for worker in workers]
     finally:
         for worker in workers: worker.kill()
     assert all(worker.returncode == 0 for worker in workers), outputs
-    assert outputs[0][0].split() == TYPES
+    shared = [name for name in TYPES if ATTENTION_TYPES[name].shares_sequence] + ["hilbert"]
+    assert outputs[0][0].splitlines() == TYPES + [f"{name} shared" for name in shared]
 
 
 class Copier(nn.Module):
