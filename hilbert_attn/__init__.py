@@ -12,6 +12,8 @@ from hilbert_attn.block_sparse import BlockLists, PostPatternHilbertOptimizer, S
 from hilbert_attn.curves import (CURVES, Locality, create_hilbert_mapping, curve_order, hilbert_decode, hilbert_encode, inverse_order, locality,
                                  segment_map)
 from hilbert_attn.dilated import dilated_attention
+from hilbert_attn.integrations import (HilbertSettings, convert_attention, convert_vit, register_hilbert_attention, use_hilbert_attention,
+                                       use_hilbert_processor)
 from hilbert_attn.local import hilbert_slide_attention, hilbert_window_attention, neighborhood_attention, tiles_shared_attention, window_attention
 from hilbert_attn.modules import (BlockSparseAttention, DilatedAttention, DilatedSelfAttention, HilbertAttentionCore, HilbertAttentionCoreWithSDPA,
                                   HilbertAttentionMixin, HilbertAttentionTritonWrapper, HilbertDilatedAttention, HilbertOrder,
@@ -27,16 +29,17 @@ __all__ = [
     "BlockSparseRingDilatedAttentionHilbertPostPattern", "COMBINES", "CURVES", "DILATION_MODES", "DilatedAttention", "DilatedPattern",
     "DilatedSelfAttention", "GPUArchitecture", "HilbertAttentionCore", "HilbertAttentionCoreWithSDPA", "HilbertAttentionFunction",
     "HilbertAttentionMixin", "HilbertAttentionTritonFixed", "HilbertAttentionTritonWrapper", "HilbertDilatedAttention", "HilbertOrder",
-    "Locality", "MultiheadDilatedAttention", "NeighborhoodPattern", "PostPatternHilbertOptimizer", "RingBlockSparseAttention",
-    "RingDilatedAttention", "RingDilatedAttentionHilbertCore", "RingDilatedAttentionHilbertOptimizedFixed", "SegmentPattern", "SlidePattern",
-    "SparsePatternConfig", "StandardizedRingConfig", "TilesSharedPattern", "TransformerBlock", "WindowPattern", "apply_rotary",
-    "attention_mask", "block_lists", "block_sparse_attention", "block_sparse_ring_attention", "block_stats", "create_dilated_attention",
-    "create_dilated_mask", "create_hilbert_mapping", "create_multihead_dilated_attention", "create_standardized_ring_attention", "curve_order",
-    "detect_gpu_architecture", "dilated_attention", "explain_attention_type", "explain_backend", "hilbert_attention",
-    "hilbert_attention_kernel", "hilbert_decode", "hilbert_encode", "hilbert_slide_attention", "hilbert_window_attention", "inverse_order",
-    "locality", "merge_attention", "neighborhood_attention", "reference_attention", "register_attention_type", "ring_attention",
-    "ring_dilated_attention", "rotary_embedding", "segment_map", "set_backend", "shard_sequence", "standard_attention_kernel",
-    "tiles_shared_attention", "unshard_sequence", "which_when", "window_attention",
+    "HilbertSettings", "Locality", "MultiheadDilatedAttention", "NeighborhoodPattern", "PostPatternHilbertOptimizer",
+    "RingBlockSparseAttention", "RingDilatedAttention", "RingDilatedAttentionHilbertCore", "RingDilatedAttentionHilbertOptimizedFixed",
+    "SegmentPattern", "SlidePattern", "SparsePatternConfig", "StandardizedRingConfig", "TilesSharedPattern", "TransformerBlock",
+    "WindowPattern", "apply_rotary", "attention_mask", "block_lists", "block_sparse_attention", "block_sparse_ring_attention", "block_stats",
+    "convert_attention", "convert_vit", "create_dilated_attention", "create_dilated_mask", "create_hilbert_mapping",
+    "create_multihead_dilated_attention", "create_standardized_ring_attention", "curve_order", "detect_gpu_architecture", "dilated_attention",
+    "explain_attention_type", "explain_backend", "hilbert_attention", "hilbert_attention_kernel", "hilbert_decode", "hilbert_encode",
+    "hilbert_slide_attention", "hilbert_window_attention", "inverse_order", "locality", "merge_attention", "neighborhood_attention",
+    "reference_attention", "register_attention_type", "register_hilbert_attention", "ring_attention", "ring_dilated_attention",
+    "rotary_embedding", "segment_map", "set_backend", "shard_sequence", "standard_attention_kernel", "tiles_shared_attention",
+    "unshard_sequence", "use_hilbert_attention", "use_hilbert_processor", "which_when", "window_attention",
 ]
 
 _LAZY = {"hilbert_attention_kernel": "hilbert_attn.kernels.forward", "standard_attention_kernel": "hilbert_attn.kernels.forward"}  # these import Triton
