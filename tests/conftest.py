@@ -1,5 +1,6 @@
 """What must stand before any test module is imported: Triton's interpreter, torch's threads, hypothesis' profiles."""
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -23,3 +24,19 @@ def pytest_collection_modifyitems(items):
     if profile == "slow": return
     for item in items:
         if item.get_closest_marker("slow"): item.add_marker(pytest.mark.skip(reason="runs with HYPOTHESIS_PROFILE=slow"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def rounding_interpreter():
+    "Triton's interpreter truncates float32 to bfloat16; a GPU rounds to nearest, and so does this."
+    if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1": return (yield)
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
+    cast = InterpreterBuilder.cast_impl
+
+    def rounded(self, src, dst_type):
+        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16: return cast(self, src, dst_type)
+        return TensorHandle(torch.tensor(src.data).bfloat16().view(torch.int16).numpy().view("uint16"), tl.bfloat16)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(InterpreterBuilder, "cast_impl", rounded)
+        yield

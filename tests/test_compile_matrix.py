@@ -13,14 +13,16 @@ import pytest
 import torch
 
 triton = pytest.importorskip("triton")
-from hilbert_attn.kernels import backward, forward
+from hilbert_attn.kernels import backward, block_sparse, forward
+from hilbert_attn.kernels.block_sparse import default_block_tile, fit_block_tile
 from hilbert_attn.kernels.forward import _CANDIDATES, Tile, default_tile, fit_tile, split_head_dim
 
 HERE = Path(__file__).parent
 BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-KERNELS = {"forward": ("forward", "_forward_kernel"), "dq": ("backward", "_dq_kernel"), "dkv": ("backward", "_dkv_kernel"), "small": ("backward", "_small_kernel")}
+KERNELS = {"forward": ("forward", "_forward_kernel"), "dq": ("backward", "_dq_kernel"), "dkv": ("backward", "_dkv_kernel"), "small": ("backward", "_small_kernel"),
+           **{f"block_{name}": ("block_sparse", f"_block_{name}_kernel") for name in ("forward", "dq", "dkv")}}
 
 
 @dataclass(frozen=True)
@@ -34,12 +36,15 @@ class Case:
     rows: int = 4096 # rows of a group
     traits: tuple = () # of CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, HAS_DLSE
     tile: Tile | None = None # None is the default of the architecture
+    axes: int = 0 # coordinates per slot, for block kernels
+    block: tuple = (128, 128) # for block kernels
 
     @property
     def half(self): return self.dtype in ("bf16", "fp16")
 
     def __str__(self):
         return "-".join(map(str, [self.kernel, f"sm{self.arch}", self.dtype, f"D{self.head_dim}", *["order"] * self.order, *[f"rows{self.rows}"] * (self.rows != 4096), *self.traits,
+                                  *([f"axes{self.axes}", "x".join(map(str, self.block))] if self.kernel.startswith("block") else []),
                                   *([f"{self.tile.block_m}x{self.tile.block_n}w{self.tile.num_warps}s{self.tile.num_stages}" + "o" * self.tile.overlap + "t" * self.tile.tma] if self.tile else [])]))
 
     def spec(self) -> dict:
@@ -50,7 +55,13 @@ class Case:
         block_d, block_e = split_head_dim(self.head_dim)
         flags = dict(HEAD_GROUP=1, MODE="residue", HAS_ORDER=self.order, CAUSAL=False, HAS_KEY_MASK=False, HAS_DROPOUT=False, HAS_DLSE=False, OVERLAP=False, TMA=False, EVEN=True, SINGLE=False, PACK=1,
                      HEAD_DIM=self.head_dim, BLOCK_D=block_d, BLOCK_E=block_e, PRECISION="ieee", ALIGN=math.gcd(16, self.head_dim)) | {t: True for t in self.traits}
-        if self.kernel == "small":
+        if self.kernel.startswith("block"):
+            kind = self.kernel.removeprefix("block_")
+            wanted = self.tile or default_block_tile(kind, self.head_dim, dtype, capability, "HAS_DROPOUT" in self.traits, self.axes)
+            tile = fit_block_tile(wanted, self.block, int(kind == "dkv"))
+            flags |= dict(AXES=self.axes, OWN_ORDER=self.order, EVEN=not self.order, SPLIT_M=self.block[0] // tile.block_m, SPLIT_N=self.block[1] // tile.block_n, OVERLAP=tile.overlap, TMA=tile.tma)
+            if not self.order: flags |= dict(q_token_ptr=None, k_token_ptr=None)
+        elif self.kernel == "small":
             fit = backward.fit_small(default_tile("dq", self.head_dim, dtype, capability), self.rows, self.head_dim, dtype, capability)
             tile = fit.tile
             flags |= dict(PACK=fit.pack)
@@ -64,10 +75,10 @@ class Case:
         flags |= dict(BLOCK_M=tile.block_m, BLOCK_N=tile.block_n)
         if not self.order: flags["order_ptr"] = None
         wide = "fp64" if self.dtype == "fp64" else "fp32"
-        pointers = dict(lse=wide, dlse=wide, lse2=wide, delta=wide, order="i64", mask="u1", offset="i32", seed="i64")
+        pointers = dict(lse=wide, dlse=wide, lse2=wide, delta=wide, order="i64", mask="u1", offset="i32", seed="i64", **dict.fromkeys(("q_token", "k_token", "lo", "hi", "at", "turn", "start", "index", "full"), "i32"))
         types = {n: f"*{pointers.get(n[:-4], self.dtype)}" if n.endswith("_ptr") else ["i32"] * 3 if n.endswith("_strides") else "fp64" if n.endswith("scale") else "i32" for n in arg_names}
         for desc in ("k_desc", "v_desc", "q_desc", "do_desc"):
-            if tile.tma: types[desc] = f"tensordesc<{self.dtype}[1,1,1,{tile.block_m if self.kernel == 'dkv' else tile.block_n},{self.head_dim}]>"
+            if tile.tma: types[desc] = f"tensordesc<{self.dtype}[1,1,1,{tile.block_m if self.kernel.endswith('dkv') else tile.block_n},{self.head_dim}]>"
             else: flags[desc] = None
         constants = {n: x for n, x in flags.items() if n in arg_names}
         return dict(module=f"hilbert_attn.kernels.{module}", kernel=name, arch=self.arch, num_warps=tile.num_warps, num_stages=tile.num_stages, constants=constants,
@@ -87,6 +98,14 @@ def matrix() -> list[Case]:
     cases += [Case("forward", 80, rows=64), Case("small", 80, rows=64), Case("forward", 90, rows=128), Case("forward", 90, head_dim=128, rows=128), Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]
     cases += [Case(kernel, 90, head_dim=d, traits=traits) for kernel in loops for d in (64, 128) for traits in (("CAUSAL",), ("HAS_KEY_MASK",), ("HAS_DROPOUT",))]
     cases += [Case(kernel, 90, head_dim=d, tile=tile) for (kernel, d), tiles in _CANDIDATES.items() for tile in tiles]
+    blocks = tuple(f"block_{kernel}" for kernel in loops)
+    cases += [Case(kernel, 90, head_dim=d, order=(axes + d // 64) % 2 == 0, traits=("CAUSAL",) * (axes == 3 or d == 64 and axes == 0), axes=axes) for kernel in blocks for d in (64, 128) for axes in range(4)]
+    cases += [Case(kernel, arch, head_dim=d, order=d == 128, traits=("CAUSAL",) * (arch == 80), axes=3 if arch == 80 else 2) for kernel in blocks for arch in (80, 100) for d in (64, 128)]
+    cases += [Case(kernel, 90, head_dim=128, order=True, axes=2, traits=traits) for kernel in blocks for traits in (("HAS_KEY_MASK",), ("HAS_DROPOUT",))]
+    cases += [Case(kernel, 90, head_dim=d, axes=2, block=block, order=d == 80) for kernel in blocks for d, block in ((128, (128, 64)), (80, (64, 64)), (256, (128, 128)))]
+    cases += [Case(kernel, 90, dtype, axes=1) for kernel in blocks for dtype in ("fp16", "fp32")]
+    cases += [Case("block_forward", 90, head_dim=128, axes=2, tile=Tile(128, 64, 8, 3, overlap=True)), Case("block_forward", 90, head_dim=128, axes=2, tile=Tile(128, 128, 8, 2, tma=True)),
+              Case("block_dq", 90, head_dim=128, axes=2, tile=Tile(128, 128, 8, 2, tma=True)), Case("block_dkv", 90, head_dim=128, axes=2, tile=Tile(32, 128, 8, 3, tma=True))]
     return list(dict.fromkeys(cases))
 
 
@@ -105,7 +124,7 @@ def worker(*command, given=""):
 def compiled(request) -> dict:
     "The whole matrix, compiled by two processes beside this one, or remembered if nothing that matters has changed."
     given = json.dumps([case.spec() for case in CASES])
-    sources = [Path(x.__file__).read_bytes() for x in (forward, backward)] + [(HERE / "compile_worker.py").read_bytes()]
+    sources = [Path(x.__file__).read_bytes() for x in (forward, backward, block_sparse)] + [(HERE / "compile_worker.py").read_bytes()]
     key = "hilbert_attn/" + sha256(b"".join([given.encode(), triton.__version__.encode(), *sources])).hexdigest()
     cache = getattr(request.config, "cache", None)  # absent under `-p no:cacheprovider`
     if not (results := cache and cache.get(key, None)):
@@ -117,9 +136,10 @@ def compiled(request) -> dict:
 @pytest.mark.timeout(600)
 def test_what_the_launcher_passes_compiles():
     launched = worker("launch_worker.py")
-    assert {entry["kernel"] for entry in launched} == {"_forward_kernel", "_dq_kernel", "_dkv_kernel", "_small_kernel"}
+    assert {entry["kernel"] for entry in launched} == {name for _, name in KERNELS.values()}
     assert all(entry["wgmma"] > 0 and entry["programs"] > 0 and entry["shared"] <= SHARED_LIMIT[90] for entry in launched)
-    assert all(entry["tma"] > 0 for entry in launched[-3:]) and not any(entry["tma"] for entry in launched[:-3])
+    assert all((entry["tma"] > 0) == entry["describes"] for entry in launched)
+    assert {entry["kernel"] for entry in launched if entry["describes"]} == {name for kernel, (_, name) in KERNELS.items() if kernel != "small"}
 
 
 @pytest.mark.timeout(600)
@@ -129,8 +149,8 @@ def test_compiles(compiled, case):
     assert "error" not in result, result.get("error")
     assert result["shared"] <= SHARED_LIMIT[case.arch], f"{result['shared']} bytes of shared memory"
     if case.half:
-        if case.head_dim <= 128:  # one tile that the tuner only tries loses a few registers with Triton before 3.9
-            assert result["stack"] <= (64 if case.tile and BEFORE_3_9 else 0), f"{result['stack']} bytes spilled per thread, at {result['registers']} registers"
+        if case.head_dim <= 128:  # one tile that the tuner only tries, and some block kernels, lose a few registers with Triton before 3.9
+            assert result["stack"] <= (64 if (case.tile or case.kernel.startswith("block")) and BEFORE_3_9 else 0), f"{result['stack']} bytes spilled per thread, at {result['registers']} registers"
         assert result["mma"] + result["wgmma"] + result["tcgen05"] > 0, "no matrix unit"
         if case.arch == 80: assert result["mma"] > 0
         if case.arch == 90: assert result["wgmma"] > 0

@@ -188,6 +188,14 @@ def test_what_lies_in_masked_tokens_does_not_matter(mode):
     assert all(torch.equal(a, b) for a, b in zip(*runs)) and runs[1][0].isfinite().all()
 
 
+def test_a_key_mask_with_any_strides(poisoned):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 2, 40, 16, generator=generator).to(DEVICE) for _ in range(3))
+    key_mask = (torch.rand(40, 2, generator=generator) < 0.5).to(DEVICE).T
+    pattern = SegmentPattern(40, 20, 2)
+    assert_matches_oracle(lambda q, k, v: triton_attention(q, k, v, pattern, key_mask=key_mask), q, k, v, attention_mask(pattern, key_mask=key_mask, device=q.device))
+
+
 def test_rows_without_keys_are_zero_and_pass_no_gradient(poisoned):
     pattern = SegmentPattern(9, 4, 3, "keys", (2,))  # the last segment has one position: no key of residue 2
     q, k, v = (randn(1, 1, 9, 16, seed=i).requires_grad_() for i in range(3))

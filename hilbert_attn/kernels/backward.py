@@ -411,6 +411,7 @@ def attention_backward(
     "Launches the backward kernels; arguments are those of the forward, and the gradients."
     check_triton(q.device)
     q, k, v, out, dout = map(_rows_contiguous, (q, k, v, out, dout))
+    if key_mask is not None: key_mask = _rows_contiguous(key_mask)
     (B, H, N, D), H_kv, w, r = q.shape, k.shape[1], min(segment_size, q.shape[2]), dilation_rate
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     if not q.numel(): return dq, dk, dv

@@ -540,6 +540,7 @@ def attention_forward(
     "Launches the forward kernel, on validated inputs; a `RuntimeError` where Triton can't run."
     check_triton(q.device)
     q, k, v = map(_rows_contiguous, (q, k, v))
+    if key_mask is not None: key_mask = _rows_contiguous(key_mask)
     (B, H, N, D), H_kv, w, r = q.shape, k.shape[1], min(segment_size, q.shape[2]), dilation_rate
     out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
     if not q.numel(): return out, lse
