@@ -22,7 +22,7 @@ from hilbert_attn.modules import (BlockSparseAttention, DilatedAttention, Dilate
 from hilbert_attn.patterns import (COMBINES, DILATION_MODES, DilatedPattern, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern,
                                    WindowPattern, attention_mask, create_dilated_mask)
 from hilbert_attn.reference import merge_attention, reference_attention
-from hilbert_attn.ring import ring_attention, ring_dilated_attention, shard_sequence, unshard_sequence
+from hilbert_attn.ring import plan_ring, ring_attention, ring_dilated_attention, shard_sequence, unshard_sequence
 
 __all__ = [
     "ATTENTION_TYPES", "AttentionChoice", "AttentionType", "BACKENDS", "BackendChoice", "BlockLists", "BlockSparseAttention",
@@ -37,7 +37,7 @@ __all__ = [
     "create_multihead_dilated_attention", "create_standardized_ring_attention", "curve_order", "detect_gpu_architecture", "dilated_attention",
     "explain_attention_type", "explain_backend", "hilbert_attention", "hilbert_attention_kernel", "hilbert_decode", "hilbert_encode",
     "hilbert_slide_attention", "hilbert_window_attention", "inverse_order", "locality", "merge_attention", "neighborhood_attention",
-    "reference_attention", "register_attention_type", "register_hilbert_attention", "ring_attention", "ring_dilated_attention",
+    "plan_ring", "reference_attention", "register_attention_type", "register_hilbert_attention", "ring_attention", "ring_dilated_attention",
     "rotary_embedding", "segment_map", "set_backend", "shard_sequence", "standard_attention_kernel", "tiles_shared_attention",
     "unshard_sequence", "use_hilbert_attention", "use_hilbert_processor", "which_when", "window_attention",
 ]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['lists_order', 'BlockRingPlan', 'plan_block_ring', 'block_sparse_ring_attention']
 
-# %% ../nbs/10c_block_ring.ipynb #53309683
+# %% ../nbs/10c_block_ring.ipynb #c9ba0bdd
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .backends import _autocast, _check_tensors
 from .block_sparse import BlockLists, _both_ways, attend_blocks
-from .ring import _agree, _digest, _ring_of, _swap, shard_sizes
+from .ring import _agree, _digest, _outside_graphs, _ring_of, _swap, shard_sizes
 
-# %% ../nbs/10c_block_ring.ipynb #ee6868eb
+# %% ../nbs/10c_block_ring.ipynb #0d6a05b5
 def lists_order(
     lists: BlockLists,
 ) -> Tensor: # int64 (N,): token at each position
@@ -121,7 +121,7 @@ def plan_block_ring(
     if lists.num_keys != lists.num_queries: raise ValueError(f"the block lists have {lists.num_queries} queries and {lists.num_keys} keys: a sharded sequence has no registers")
     return BlockRingPlan(lists, shard_sizes(lists.num_queries, world_size))
 
-# %% ../nbs/10c_block_ring.ipynb #2e9695ed
+# %% ../nbs/10c_block_ring.ipynb #f188ab33
 class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx, k, v, plan, ring):
@@ -156,7 +156,7 @@ def _planned(lists: BlockLists, size: int, rank: int) -> tuple[BlockRingPlan, Bl
     return known[size, rank]
 
 
-@torch.compiler.disable
+@_outside_graphs
 def block_sparse_ring_attention(
     q: Tensor, # queries (B, H, n, D): this rank's shard of positions, `shard_sequence(..., order=lists_order(lists))`
     k: Tensor, # keys (B, H_kv, n, D)

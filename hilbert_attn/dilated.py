@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['dilated_attention']
 
-# %% ../nbs/08_dilated.ipynb #f65709be
+# %% ../nbs/08_dilated.ipynb #351ea893
 from collections.abc import Sequence
 from dataclasses import replace
 from math import log
@@ -19,7 +19,7 @@ from .patterns import DilatedPattern, SegmentPattern
 from .reference import default_scale, merge_attention
 from .sdpa import _grouped_backward, _grouped_forward, _like
 
-# %% ../nbs/08_dilated.ipynb #f94a0591
+# %% ../nbs/08_dilated.ipynb #844334b1
 def _patterns(q: Tensor, segment_sizes, dilation_rates, mode: str, offsets) -> list[SegmentPattern]:
     heads = q.shape[1]
     return [SegmentPattern.for_heads(q.shape[2], heads, w, r, mode, offsets[i * heads:(i + 1) * heads]) for i, (w, r) in enumerate(zip(segment_sizes, dilation_rates))]
@@ -95,7 +95,7 @@ torch.library.register_fake("hilbert_attn::dilated_forward", _dilated_forward_fa
 torch.library.register_fake("hilbert_attn::dilated_backward", _dilated_backward_fake, lib=_backward_library)
 torch.library.register_autograd("hilbert_attn::dilated_forward", _backward, setup_context=_setup_context, lib=_forward_library)
 
-# %% ../nbs/08_dilated.ipynb #60e07a85
+# %% ../nbs/08_dilated.ipynb #b0da3890
 def _check_dilated(q, k, v, *, segment_lengths, dilation_rates, combine, dilation_mode, offsets, grid, curve, order, causal, key_mask, dropout_p, scale) -> _Call:
     "Checks everything and resolves the order; raises `ValueError`."
     _check_inputs(q, k, v, grid=grid, key_mask=key_mask, dropout_p=dropout_p, scale=scale)

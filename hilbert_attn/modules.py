@@ -8,7 +8,7 @@ __all__ = ['PLACEMENTS', 'rotary_embedding', 'apply_rotary', 'HilbertAttentionCo
            'DilatedSelfAttention', 'RingDilatedAttention', 'BlockSparseAttention', 'RingBlockSparseAttention',
            'HilbertAttentionMixin', 'HilbertOrder', 'TransformerBlock']
 
-# %% ../nbs/12_modules.ipynb #a5dc217d
+# %% ../nbs/12_modules.ipynb #15da05e5
 from collections.abc import Sequence
 from itertools import count
 from math import prod
@@ -28,7 +28,7 @@ from .dilated import _check_dilated, _run_dilated
 from .patterns import DilatedPattern, SegmentPattern, _branch_lists
 from .ring import _ring_of, ring_dilated_attention, shard_sequence, unshard_sequence
 
-# %% ../nbs/12_modules.ipynb #87957e86
+# %% ../nbs/12_modules.ipynb #4fc96ccb
 def _one_of(canonical: str, value, **aliases):
     "The value of an argument that may be given under several names."
     given = {name: v for name, v in {canonical: value, **aliases}.items() if v is not None}
@@ -37,7 +37,7 @@ def _one_of(canonical: str, value, **aliases):
         raise ValueError(f"{' and '.join(f'{name}={v}' for name, v in given.items())} disagree: they are names of one argument, {canonical}")
     return next(iter(given.values()))
 
-# %% ../nbs/12_modules.ipynb #03a4a046
+# %% ../nbs/12_modules.ipynb #76ecb461
 def rotary_embedding(
     grid: int | Sequence[int], # how tokens lie: N, (H, W) or (T, H, W)
     head_dim: int, # D, even, at least 2 per axis
@@ -63,7 +63,7 @@ def apply_rotary(
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
 
-# %% ../nbs/12_modules.ipynb #84bfcd94
+# %% ../nbs/12_modules.ipynb #75ab74f8
 class HilbertAttentionCore(nn.Module):
     "Self-attention in segments of a space-filling curve: projections around `hilbert_attention`. Tokens (B, N, E) to tokens (B, N, E)."
 
@@ -145,7 +145,7 @@ class HilbertAttentionCore(nn.Module):
         if self.num_kv_heads != self.num_heads: parts.insert(1, f"kv_heads={self.num_kv_heads}")
         return ", ".join(parts + [f"{name}={value}" for name, value in (("dilation_mode", self.dilation_mode), ("causal", self.causal), ("dropout", self.dropout)) if value not in ("residue", False, 0.0)])
 
-# %% ../nbs/12_modules.ipynb #aefeca22
+# %% ../nbs/12_modules.ipynb #d81f62cc
 class HilbertAttentionCoreWithSDPA(HilbertAttentionCore):
     "`HilbertAttentionCore` on PyTorch's own attention kernels, whatever the device."
 
@@ -163,7 +163,7 @@ class HilbertAttentionCoreWithSDPA(HilbertAttentionCore):
         super().__init__(hidden_dim, num_heads, segment_size, dilation_rate, dropout, use_sdpa, **options, backend="sdpa")
         self.use_sdpa = use_sdpa
 
-# %% ../nbs/12_modules.ipynb #ae7ebc30
+# %% ../nbs/12_modules.ipynb #ae6fb153
 class DilatedAttention(nn.Module):
     "Dilated attention with several branches, projection-free: q, k, v (B, N, H, D) to (B, N, H, D). LongNet, arXiv 2307.02486."
 
@@ -269,7 +269,7 @@ class HilbertAttentionTritonWrapper(HilbertDilatedAttention):
             raise ValueError(f"q has shape {tuple(q.shape)}: expected (B, N, {self.num_heads}, {self.head_dim or 'D'})")
         return super().forward(q, k, v, is_causal, **options)
 
-# %% ../nbs/12_modules.ipynb #15093d3e
+# %% ../nbs/12_modules.ipynb #2a29b837
 def _is_causal_mask(mask: Tensor, n: int) -> bool:
     "Is it torch's causal mask: bool, True above the diagonal, or -inf there and 0 elsewhere?"
     if mask.shape[-2:] != (n, n): return False
@@ -375,7 +375,7 @@ class MultiheadDilatedAttention(nn.Module):
 
     def extra_repr(self) -> str: return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}" + (", batch_first=True" if self.batch_first else "")
 
-# %% ../nbs/12_modules.ipynb #a3ff8d1a
+# %% ../nbs/12_modules.ipynb #23592224
 class DilatedSelfAttention(MultiheadDilatedAttention):
     "`MultiheadDilatedAttention` for one sequence: tokens (B, N, E) to tokens (B, N, E)."
 
@@ -405,7 +405,7 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         if x.ndim != 3: raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, N, {self.embed_dim})")
         return super().forward(x, is_causal=is_causal, key_mask=key_mask, rope=rope, **options)[0]
 
-# %% ../nbs/12_modules.ipynb #c2a7c8c3
+# %% ../nbs/12_modules.ipynb #49b94f42
 class _Group:
     "Holds a process group: copies of a module share it, and a file cannot hold it."
     def __init__(self, group): self.group = group
@@ -500,7 +500,7 @@ class RingDilatedAttention(DilatedAttention):
         return ring_dilated_attention(q, k, v, self.segment_lengths, self.dilation_rates, group=self.group, combine=self.combine, dilation_mode=self.dilation_mode, offsets=self.offsets,
                                       causal=causal, order=order, layout=self.layout, backend=self.backend, overlap=self.overlap).transpose(1, 2)
 
-# %% ../nbs/12_modules.ipynb #bb6dc1cb
+# %% ../nbs/12_modules.ipynb #e7b6aa62
 PLACEMENTS = ("global", "post_pattern")
 
 
@@ -514,10 +514,12 @@ _with_lists: WeakValueDictionary = WeakValueDictionary()  # handle -> module
 _handles = count()
 
 
-@torch.compiler.assume_constant_result
 def _compiled_lists(handle: int, *key) -> BlockLists:
     "Builds a module's lists while a graph is traced, which takes them as constants."
     return _with_lists[handle]._build(key[0], torch.device(key[1]), *key[2:])  # not kept: the graph is guarded by their absence
+
+
+_compiled_lists._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, without importing the compiler
 
 
 class BlockSparseAttention(nn.Module):
@@ -675,7 +677,7 @@ class RingBlockSparseAttention(BlockSparseAttention):
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return block_sparse_ring_attention(q, k, v, lists, group=self.group, backend=self.backend).transpose(1, 2)
 
-# %% ../nbs/12_modules.ipynb #a39c97ad
+# %% ../nbs/12_modules.ipynb #b995484a
 class HilbertAttentionMixin:
     "Gives any attention module a curve: an order for its tokens, and dilated attention along it."
 
@@ -723,7 +725,7 @@ class HilbertAttentionMixin:
         if not hasattr(self, "hilbert"): raise RuntimeError(f"{type(self).__name__} has no curve yet: call setup_hilbert() in its __init__")
         return self.hilbert(q, k, v, **options)
 
-# %% ../nbs/12_modules.ipynb #d6c5567d
+# %% ../nbs/12_modules.ipynb #a0d18dd8
 class HilbertOrder(nn.Module):
     "Runs a model's layers on tokens in curve order: one permutation at the door, one at the end."
 

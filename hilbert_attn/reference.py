@@ -6,7 +6,7 @@
 __all__ = ['default_scale', 'masked_attention', 'reference_attention', 'merge_attention', 'OracleReport', 'compare_to_oracle',
            'assert_matches_oracle']
 
-# %% ../nbs/02_reference.ipynb #b492e2c9
+# %% ../nbs/02_reference.ipynb #b8cc1878
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .curves import curve_order
 from .patterns import SegmentPattern, attention_mask
 
-# %% ../nbs/02_reference.ipynb #3112e91d
+# %% ../nbs/02_reference.ipynb #8e49e8db
 def default_scale(q: Tensor) -> float:
     "The scale where none is given: 1 / sqrt(D)."
     return q.shape[-1] ** -0.5
@@ -32,15 +32,16 @@ def masked_attention(
     dropout_p: float = 0.0, # probability of dropping an attention weight
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "Attention as its definition says, in the dtype of its inputs; differentiable by autograd."
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-    scores = q @ k.transpose(-2, -1) * (default_scale(q) if scale is None else scale)
-    scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(q.dtype).log()
-    empty = ~mask.any(-1).expand(scores.shape[:-1])
-    lse = scores.masked_fill(empty[..., None], 0).logsumexp(-1)  # the fill keeps NaN out of the gradient of empty rows
-    weights = (scores - lse[..., None]).exp()
-    if dropout_p: weights = F.dropout(weights, dropout_p)
-    return weights @ v, lse.masked_fill(empty, -torch.inf)
+    with torch.autocast(q.device.type, enabled=False):  # in the dtype of the inputs, nothing less
+        group = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
+        scores = q @ k.transpose(-2, -1) * (default_scale(q) if scale is None else scale)
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask.to(q.dtype).log()
+        empty = ~mask.any(-1).expand(scores.shape[:-1])
+        lse = scores.masked_fill(empty[..., None], 0).logsumexp(-1)  # the fill keeps NaN out of the gradient of empty rows
+        weights = (scores - lse[..., None]).exp()
+        if dropout_p: weights = F.dropout(weights, dropout_p)
+        return weights @ v, lse.masked_fill(empty, -torch.inf)
 
 
 def reference_attention(
@@ -59,7 +60,7 @@ def reference_attention(
     mask = attention_mask(pattern, order=order, causal=causal, key_mask=key_mask, device=q.device)
     return masked_attention(q.double(), k.double(), v.double(), mask, scale, dropout_p)
 
-# %% ../nbs/02_reference.ipynb #cdc9670d
+# %% ../nbs/02_reference.ipynb #7188a918
 def merge_attention(
     outs: Sequence[Tensor] | Tensor, # parts, each (..., N, D); or stacked along a first dimension
     lses: Sequence[Tensor] | Tensor, # their log-sum-exps, each (..., N)
@@ -80,7 +81,7 @@ def merge_attention(
         merged = merged + weight * torch.where(weight > 0, out.to(lses.dtype), 0)
     return merged.to(outs[0].dtype), (top + total.log()).masked_fill(empty, -torch.inf)
 
-# %% ../nbs/02_reference.ipynb #2fff038b
+# %% ../nbs/02_reference.ipynb #5b23b699
 @dataclass(frozen=True)
 class OracleReport:
     "Maximum errors against the oracle, with what the rule allows."
