@@ -14,13 +14,13 @@ def lines(key: str) -> list[str]: return [line.strip() for line in config[key].s
 
 demo = lines("demo_requirements")
 docs = lines("docs_requirements")
-transformers, diffusers = lines("transformers_requirements"), lines("diffusers_requirements")
-dev = demo + transformers + diffusers + lines("dev_requirements")
+transformers, diffusers, experiments = (lines(f"{name}_requirements") for name in ("transformers", "diffusers", "experiments"))
+dev = demo + transformers + diffusers + experiments + lines("dev_requirements")
 setup(
     version=config["version"],
     description=config["description"],
     keywords=config["keywords"].split(),
     install_requires=lines("requirements"),
-    extras_require={"demo": demo, "transformers": transformers, "diffusers": diffusers, "docs": docs, "dev": dev, "all": dev + docs},
+    extras_require={"demo": demo, "transformers": transformers, "diffusers": diffusers, "experiments": experiments, "docs": docs, "dev": dev, "all": dev + docs},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["hilbert_attn = hilbert_attn._modidx:d"]},
 )

@@ -65,7 +65,7 @@ def main():
         for kind in KINDS:
             *leaves, upstream = inputs(n)
             leaves, call, times = [x.requires_grad_() for x in leaves], attention(kind, grid_of(n)), {"forward": [], "forward+backward": []}
-            for _ in range(2 if args.quick else 4):
+            for _ in range(2 if args.quick else 3):
                 start = time.perf_counter()
                 with torch.no_grad(): call(*leaves)
                 middle = time.perf_counter()
