@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'PolicyRow', 'MemoryRow',
            'set_backend', 'hilbert_attention', 'training_memory', 'BackendChoice', 'explain_backend']
 
-# %% ../nbs/07_backends.ipynb #54dbe171
+# %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
 import os
 import warnings
@@ -24,7 +24,7 @@ from .patterns import DilatedPattern, SegmentPattern
 from .reference import reference_attention
 from .sdpa import sdpa_attention, sdpa_mask_attention
 
-# %% ../nbs/07_backends.ipynb #105d8621
+# %% ../nbs/07_backends.ipynb #622f3dbd
 _ARCHITECTURES = (  # (capability from, name, dtype to prefer, mixed precision)
     ((10, 0), "Blackwell", torch.bfloat16, True),
     ((9, 0), "Hopper", torch.bfloat16, True),
@@ -88,7 +88,7 @@ def detect_gpu_architecture(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _architecture(_capability(device), _interpreted())
 
-# %% ../nbs/07_backends.ipynb #55878679
+# %% ../nbs/07_backends.ipynb #e11d9f84
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -163,7 +163,7 @@ def _check_call(q, k, v, *, grid, curve, order, segment_size, dilation_rate, dil
     order = _resolve_order(q, grid=grid, curve=curve, order=order, dense=pattern.segment_size >= q.shape[2] and pattern.dilation_rate == 1)
     return _Call(pattern, order, bool(causal), key_mask, float(dropout_p), scale)
 
-# %% ../nbs/07_backends.ipynb #3d1b9bd7
+# %% ../nbs/07_backends.ipynb #29a01b2a
 @dataclass(frozen=True)
 class _Backend:
     name: str
@@ -221,11 +221,11 @@ class MemoryRow:
 
 MEMORY_POLICY = (
     MemoryRow("store", 0.5, "q, k, v, output and log-sum-exp of every layer fit: nothing is computed twice"),
-    MemoryRow("checkpoint", 0.8, "each layer keeps only its input and repeats its forward in the backward"),
-    MemoryRow("ring", 0.8, "each process of the group holds its share of the sequence"),
+    MemoryRow("checkpoint", 0.55, "each layer keeps only its input and repeats its forward in the backward"),
+    MemoryRow("ring", 0.55, "each process of the group holds its share of the sequence"),
 )
 
-# %% ../nbs/07_backends.ipynb #c0fce7f9
+# %% ../nbs/07_backends.ipynb #fb6774c3
 _forced: list[str] = ["auto"]
 _warned: set[str] = set()
 
@@ -271,7 +271,7 @@ def _choose(backend: str, device: torch.device, tokens: int | None = None) -> tu
             warnings.warn(f"hilbert_attn: backend {row.backend!r} is preferred on {device} but {blocked[row.backend]}; using the next one that can run", stacklevel=3)
     raise RuntimeError(f"no backend can run on {device}: {blocked}")
 
-# %% ../nbs/07_backends.ipynb #97e76918
+# %% ../nbs/07_backends.ipynb #e28e77a1
 def _run(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | None]:
     "Runs a checked call on a backend."
     options = dict(order=call.order, causal=call.causal, key_mask=call.key_mask, dropout_p=call.dropout_p, scale=call.scale)
@@ -320,7 +320,7 @@ def hilbert_attention(
     out, lse = _run(call, q, k, v, _choose(backend, q.device, q.shape[2])[0], return_lse)
     return (out, lse) if return_lse else out
 
-# %% ../nbs/07_backends.ipynb #d20cbad2
+# %% ../nbs/07_backends.ipynb #d946d4fb
 def _memory_at_hand(device: torch.device) -> int:
     "Bytes that could be allocated now."
     if device.type == "cuda": return torch.cuda.mem_get_info(device)[0]

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/17_cli.ipynb #1a8f260e
+# %% ../nbs/17_cli.ipynb #9d78bf47
 import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
 
-# %% ../nbs/17_cli.ipynb #04faa793
+# %% ../nbs/17_cli.ipynb #3402ae31
 def _demo(args):
     from hilbert_attn.demo import run_demo
     result = run_demo(args.photo, args.out, args.segment_size, args.patch, seed=args.seed)
@@ -20,26 +20,45 @@ def _demo(args):
     print(result)
 
 
+_SUITES = ("cpu", "memory", "curves", "crossover", "dilated", "local", "ring", "gpu")  # `bench.SUITES`, without importing it
+
+
 def _bench(args):
-    from hilbert_attn.bench import bench_cpu, bench_rows, bench_targets, format_run, save_run
-    run = bench_cpu(quick=args.quick)
+    from hilbert_attn.bench import format_run, load_run, report_run, run_suite, save_run
+    old = load_run(args.against, args.suite) if args.against else None  # before anything is measured, and before this run is added to the file
+    run = run_suite(args.suite, args.quick)
     path = save_run(run, args.out) if args.out or not args.quick else None  # a toy run is kept only where it was asked for
-    print(json.dumps(run | dict(ratios=bench_rows(run), targets=bench_targets(run)), indent=1) if args.json else format_run(run))
-    if path: print(f"\nappended to {path}", file=sys.stderr)
+    if path: print(f"appended to {path}\n", file=sys.stderr, flush=True)
+    print(json.dumps(report_run(run, old), indent=1) if args.json else format_run(run, old))
 
 
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def _pattern_options(args) -> dict:
+    "The arguments of one branch or of several, as `explain_backend` takes them; a `ValueError` where they are mixed."
+    options = {} if args.dilation_mode is None else {"dilation_mode": args.dilation_mode}
+    if args.segment_lengths is None:
+        for name in ("dilation_rates", "combine"):
+            if getattr(args, name) is not None: raise ValueError(f"--{name.replace('_', '-')} is for several branches: give --segment-lengths too")
+        return options | dict(segment_size=args.segment_size, dilation_rate=1 if args.dilation_rate is None else args.dilation_rate)
+    for name in ("segment_size", "dilation_rate"):
+        if getattr(args, name) is not None: raise ValueError(f"--{name.replace('_', '-')} is for one branch, and --segment-lengths for several: give one of them")
+    return options | dict(segment_lengths=args.segment_lengths, dilation_rates=[1] * len(args.segment_lengths) if args.dilation_rates is None else args.dilation_rates, combine=args.combine or "lse")
 
 
 def _explain(args):
     import torch
     from hilbert_attn.backends import explain_backend
     if min(args.shape) < 1: raise ValueError(f"shape={tuple(args.shape)}: B, H, N and D must be at least 1")
+    for name in ("layers", "ranks"):
+        if getattr(args, name) is not None and getattr(args, name) < 1: raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
+    if args.memory is not None and not 0 < args.memory < float("inf"): raise ValueError(f"memory={args.memory}: must be positive, in GB")
     if args.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device='cuda': there is no CUDA GPU here")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     batch, heads, *rest = args.shape
     print(explain_backend(args.shape, (batch, heads if args.kv_heads is None else args.kv_heads, *rest), dtype=getattr(torch, args.dtype), device=device, backend=args.backend,
-                          segment_size=args.segment_size, dilation_rate=args.dilation_rate, dilation_mode=args.dilation_mode))
+                          layers=args.layers, memory=None if args.memory is None else int(1e9 * args.memory), ranks=args.ranks, **_pattern_options(args)))
 
 
 def _env(args):
@@ -50,7 +69,7 @@ def _env(args):
     if args.json: return print(json.dumps(found, indent=1))
     for name, value in found.items(): print(f"{name:16} {', '.join(value) if isinstance(value, list) else value}")
 
-# %% ../nbs/17_cli.ipynb #0be2cce3
+# %% ../nbs/17_cli.ipynb #f61647fb
 class _Parser(argparse.ArgumentParser):
     "Answers a mistake with one line that says where to read on."
     def error(self, message):
@@ -74,18 +93,27 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--patch", metavar=("ROW", "COL"), nargs=2, type=int, help="the patch whose attention is drawn (default: the middle of the photo, or Grace Hopper's cheek)")
     demo.add_argument("--seed", metavar="N", type=int, default=0, help="of the random projections (default: 0)")
 
-    bench = command("bench", _bench, "measure this machine", "Times the backends on this machine, against masked SDPA, naive PyTorch and what the machine can do. Some minutes; best when nothing else runs.")
-    bench.add_argument("suite", choices=["cpu"], help="what to measure: cpu")
+    bench = command("bench", _bench, "measure this machine", "Measures this machine, suite by suite. Nothing is timed that does not match float64. Some minutes; best when nothing else runs. "
+                    "cpu: the backends, beside masked SDPA, naive PyTorch and what the machine can do. memory: peak memory by length. curves: making an order. crossover: from which length on one backend is faster than "
+                    "another. dilated: several branches in one call. local: windows and neighbourhoods. ring: several processes. gpu: the Triton kernels.")
+    bench.add_argument("suite", nargs="?", choices=_SUITES, default="cpu", metavar="SUITE", help=", ".join(_SUITES) + " (default: cpu)")
     bench.add_argument("--quick", action="store_true", help="a toy size, in seconds, to see that it runs; stored only if --out is given")
-    bench.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    bench.add_argument("--out", metavar="DIR", help="append the run to DIR/<machine>/cpu.json (default: nbs/results of the checkout)")
+    bench.add_argument("--json", action="store_true", help="print JSON instead of tables, with the same figures")
+    bench.add_argument("--out", metavar="DIR", help="append the run to DIR/<machine>/<suite>.json (default: nbs/results of the checkout)")
+    bench.add_argument("--against", metavar="FILE", help="compare with the newest run of this suite in FILE: ratios, and which changes exceed the spread")
 
-    explain = command("explain", _explain, "which backend a call would take, and why", "Which backend a call would take on this machine, why, why not another, and how much work it is.")
+    explain = command("explain", _explain, "which backend a call would take, and why", "Which backend a call would take on this machine, why, why not another, how much work it is, and how to train with the memory at hand.")
     explain.add_argument("--shape", metavar=("B", "H", "N", "D"), nargs=4, type=int, required=True, help="batch, query heads, tokens, head dimension")
     explain.add_argument("--kv-heads", metavar="H", type=int, help="key/value heads (default: as many as query heads)")
     explain.add_argument("--segment-size", metavar="N", type=int, help="positions per segment (default: one segment, which is dense attention)")
-    explain.add_argument("--dilation-rate", metavar="R", type=int, default=1, help="every how many positions (default: 1)")
-    explain.add_argument("--dilation-mode", metavar="MODE", default="residue", help="residue, keys or longnet (default: residue)")
+    explain.add_argument("--dilation-rate", metavar="R", type=int, help="every how many positions (default: 1)")
+    explain.add_argument("--segment-lengths", metavar="N", nargs="+", type=int, help="several branches instead: positions per segment of each")
+    explain.add_argument("--dilation-rates", metavar="R", nargs="+", type=int, help="of each branch (default: 1)")
+    explain.add_argument("--combine", metavar="HOW", help="lse or heads: every head runs every branch, or they share the heads (default: lse)")
+    explain.add_argument("--dilation-mode", metavar="MODE", help="residue, keys or longnet (default: residue; of several branches longnet)")
+    explain.add_argument("--layers", metavar="L", type=int, default=1, help="attention layers of the model to train (default: 1)")
+    explain.add_argument("--memory", metavar="GB", type=float, help="memory at hand, in 10^9 bytes (default: what is free now)")
+    explain.add_argument("--ranks", metavar="P", type=int, help="processes that share the sequence (default: 1)")
     explain.add_argument("--dtype", choices=_DTYPES, default="float32", help=", ".join(_DTYPES) + " (default: float32)", metavar="DTYPE")
     explain.add_argument("--device", choices=["cpu", "cuda"], help="cpu or cuda (default: cuda where there is a GPU)", metavar="DEVICE")
     explain.add_argument("--backend", default="auto", help="force one, by name (default: auto)", metavar="NAME")

@@ -4,9 +4,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from hilbert_attn import bench
-from hilbert_attn.cli import main
+from hilbert_attn.backends import explain_backend
+from hilbert_attn.cli import _SUITES, main
 
 
 def run(capsys, *argv):
@@ -28,7 +30,8 @@ def test_help(capsys):
 @pytest.mark.parametrize("argv, message", [
     ((), "COMMAND"),
     (("benchmark",), "invalid choice: 'benchmark'"),
-    (("bench", "gpu"), "invalid choice: 'gpu'"),
+    (("bench", "disk"), "invalid choice: 'disk'"),
+    (("bench", "cpu", "--against", "nothing.json"), "nothing.json"),
     (("demo", "no such photo.jpg"), "photo='no such photo.jpg': there is no such file"),
     (("demo", "--patch", 80, 3), "patch=(80, 3): rows are 0 to 74 and columns 0 to 63"),
     (("demo", "--patch", 80), "--patch"),
@@ -39,6 +42,16 @@ def test_help(capsys):
     (("explain", "--shape", 1, 2, 64, 64, "--segment-size", 8, "--dilation-rate", 9), "dilation_rate=9: must not exceed segment_size=8"),
     (("explain", "--shape", 1, 4, 64, 64, "--kv-heads", 3), "4 heads"),
     (("explain", "--shape", 1, 2, 64, 64, "--backend", "cudnn"), "'cudnn'"),
+    (("explain", "--shape", 1, 2, 64, 64, "--combine", "lse"), "--combine is for several branches"),
+    (("explain", "--shape", 1, 2, 64, 64, "--dilation-rates", 1, 2), "--dilation-rates is for several branches"),
+    (("explain", "--shape", 1, 2, 64, 64, "--segment-lengths", 8, 16, "--segment-size", 8), "--segment-size is for one branch"),
+    (("explain", "--shape", 1, 2, 64, 64, "--segment-lengths", 8, 16, "--dilation-rate", 2), "--dilation-rate is for one branch"),
+    (("explain", "--shape", 1, 2, 64, 64, "--segment-lengths", 8, 16, "--dilation-rates", 1), "expected as many of each"),
+    (("explain", "--shape", 1, 2, 64, 64, "--segment-lengths", 8, 16, "--combine", "mean"), "combine='mean'"),
+    (("explain", "--shape", 1, 2, 64, 64, "--layers", 0), "layers=0: must be at least 1"),
+    (("explain", "--shape", 1, 2, 64, 64, "--ranks", 0), "ranks=0: must be at least 1"),
+    (("explain", "--shape", 1, 2, 64, 64, "--memory", -1), "memory=-1.0: must be positive"),
+    (("explain", "--shape", 1, 2, 64, 64, "--dilation-mode", "every"), "dilation_mode='every'"),
 ])
 def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, message):
     monkeypatch.chdir(tmp_path)
@@ -51,6 +64,18 @@ def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, ar
 def test_explain(capsys):
     code, out, _ = run(capsys, "explain", "--shape", 1, 12, 4096, 64, "--segment-size", 1024, "--dilation-rate", 4, "--device", "cpu")
     assert code == 0 and out.startswith("sdpa: ") and "12,582,912 pairs (6.25% of dense)" in out and "not sdpa_mask:" in out
+
+
+def test_explain_with_several_branches_and_how_to_train(capsys):
+    argv = ("explain", "--shape", 1, 12, 2 ** 20, 64, "--segment-lengths", 2048, 65536, "--dilation-rates", 1, 32, "--layers", 12, "--memory", 16, "--device", "cpu")
+    for ranks, strategy in ((1, "checkpoint"), (8, "ring")):
+        code, out, _ = run(capsys, *argv, "--ranks", ranks)
+        expected = explain_backend((1, 12, 2 ** 20, 64), segment_lengths=[2048, 65536], dilation_rates=[1, 32], layers=12, memory=16 * 10 ** 9, ranks=ranks)
+        assert code == 0 and out == f"{expected}\n" and f"to train: {strategy}, " in out and "at hand: 16 GB" in out
+    assert "at hand: 0.5 GB" in run(capsys, "explain", "--shape", 1, 2, 64, 64, "--memory", 0.5)[1]
+    for combine in ("lse", "heads"):
+        out = run(capsys, "explain", "--shape", 1, 4, 256, 64, "--segment-lengths", 64, 128, "--combine", combine, "--dilation-mode", "residue", "--memory", 1, "--device", "cpu")[1]
+        assert out == f"{explain_backend((1, 4, 256, 64), segment_lengths=[64, 128], dilation_rates=[1, 1], combine=combine, dilation_mode='residue', memory=10 ** 9)}\n"
 
 
 def test_env(capsys):
@@ -67,21 +92,38 @@ def test_demo(capsys, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["attention.png", "curve.png", "report.html", "segments.png"]
 
 
+def test_the_suites_are_those_of_the_module(): assert _SUITES == tuple(bench.SUITES)
+
+
 def test_bench(capsys, tmp_path, monkeypatch):
-    def instead(quick=False):  # the suite itself is run in test_bench
+    def instead(quick=False, progress=None):  # the suite itself is run in test_bench
         names = (bench.NAIVE, bench.MASKED, bench.MASKED_HILBERT, bench.DENSE, bench.OURS, bench.OURS_HILBERT, bench.OURS_LSE, bench.OURS_HILBERT_LSE, bench.MATMUL)
         rows = [dict(name=name, direction=direction, median=0.5, p20=0.25, p80=1.0, repeats=3, pairs=8) for name in names for direction in bench.FLOPS_PER_PAIR]
-        return dict(suite="cpu", quick=quick, config=bench.CPU_CONFIG, environment=bench.environment(), rows=rows, memory=[])
+        return dict(suite="cpu", quick=quick, config=bench.CPU_CONFIG, environment=bench.environment(), limits=dict(matmul_flops_per_s=1e9), rows=rows, sweep=[], memory=[])
     monkeypatch.setattr(bench, "bench_cpu", instead)
     monkeypatch.setattr(bench, "results_folder", lambda: tmp_path / "default")
     code, out, err = run(capsys, "bench", "cpu", "--json", "--out", tmp_path)
     assert code == 0 and "appended to" in err
     printed, (stored,) = json.loads(out), bench.load_runs("cpu", tmp_path)
-    assert {name: printed[name] for name in stored} == stored and len(printed["ratios"]) == 18 and printed["targets"]
-    code, out, err = run(capsys, "bench", "cpu", "--quick")
+    assert {name: printed[name] for name in stored} == stored and len(printed["tables"]["forward"]) == 9 and printed["tables"]["target"]
+    code, out, err = run(capsys, "bench", "--quick")  # cpu is the default
     assert code == 0 and "a toy size" in out and "500.00" in out and not err  # not stored
     run(capsys, "bench", "cpu")
     assert len(bench.load_runs("cpu")) == 1
+    file = next(tmp_path.glob("*/cpu.json"))
+    stored["rows"][0] |= dict(median=0.1, p20=0.1, p80=0.1)
+    file.write_text(json.dumps([stored]))
+    code, out, err = run(capsys, "bench", "cpu", "--out", tmp_path, "--against", file)  # compares with what was there before
+    assert code == 0 and "slower" in out and f"{stored['rows'][0]['name']}, forward" in out and "5.00" in out and len(bench.load_runs("cpu", tmp_path)) == 2
+    file.write_text(json.dumps([stored]))
+    report = json.loads(run(capsys, "bench", "cpu", "--quick", "--json", "--against", file)[1])
+    assert [row["change"] for row in report["against"]["changes"]] == ["slower", *["within the spread"] * 17]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_bench_gpu_without_one(capsys):
+    code, out, err = run(capsys, "bench", "gpu")
+    assert code == 2 and not out and err.startswith("hilbert-attn: the suite gpu needs an NVIDIA GPU") and err.count("\n") == 1
 
 
 def test_as_a_program():
