@@ -9,7 +9,7 @@ __all__ = ['ATTENTION_TYPES', 'AUTO_RULES', 'HilbertAttentionTritonFixed', 'HIST
            'which_when', 'RingDilatedAttentionHilbertCore', 'RingDilatedAttentionHilbertOptimizedFixed',
            'BlockSparseRingDilatedAttentionHilbertPostPattern']
 
-# %% ../nbs/13_api.ipynb #2f3a9271
+# %% ../nbs/13_api.ipynb #a7b9eccf
 import difflib
 import json
 from collections.abc import Callable, Sequence
@@ -27,7 +27,7 @@ from .modules import (BlockSparseAttention, DilatedAttention, DilatedSelfAttenti
                                   _one_of)
 from .patterns import COMBINES, DILATION_MODES, SegmentPattern, _branch_lists
 
-# %% ../nbs/13_api.ipynb #b995981e
+# %% ../nbs/13_api.ipynb #561b7640
 def _dtype(value) -> torch.dtype | None:
     "A floating-point dtype from itself or its name."
     if value is None or isinstance(value, torch.dtype) and value.is_floating_point: return value
@@ -141,7 +141,7 @@ def _canonical(values: dict) -> dict:
         result[canonical] = value
     return result
 
-# %% ../nbs/13_api.ipynb #aaf285c3
+# %% ../nbs/13_api.ipynb #8fe47e7a
 @dataclass(frozen=True)
 class AttentionType:
     "An entry of the registry."
@@ -203,7 +203,7 @@ def _hilbert(config: StandardizedRingConfig) -> nn.Module:
     return _ring_layer(config, curve) if config.ring_size > 1 else HilbertDilatedAttention(**_shared(config, "lse", "residue"), curve=curve)
 
 
-@register_attention_type("ring", "Branches over a sequence that the processes of a group share; segments inside a shard need no message at all.", "sequences that do not fit one device", shares_sequence=True)
+@register_attention_type("ring", "Branches over a sequence that the processes of a group share; for segments inside a shard no key travels.", "sequences that do not fit one device", shares_sequence=True)
 def _ring(config: StandardizedRingConfig) -> nn.Module: return _ring_layer(config, None)
 
 
@@ -222,7 +222,7 @@ def _block_sparse(config: StandardizedRingConfig) -> nn.Module:
 def _block_sparse_ring(config: StandardizedRingConfig) -> nn.Module:
     return _block_layer(config, RingBlockSparseAttention, group=config.group, ring_size=config.ring_size if config.ring_size > 1 else None)
 
-# %% ../nbs/13_api.ipynb #2ae21b61
+# %% ../nbs/13_api.ipynb #d5e39e44
 @dataclass(frozen=True)
 class AutoRule:
     "One rule of `'auto'`: the first that holds decides."
@@ -272,7 +272,7 @@ def explain_attention_type(
                               combine=config.combine or "lse")
     return AttentionChoice(rule.type, rule.reason, config.checkpointing or backend.strategy != "store", backend)
 
-# %% ../nbs/13_api.ipynb #38813d84
+# %% ../nbs/13_api.ipynb #8bc9f353
 def _configured(attention_type: str, config: StandardizedRingConfig | None, settings: dict) -> tuple[AttentionType, StandardizedRingConfig]:
     "The registered type and its configuration."
     config = StandardizedRingConfig(**_known_fields(settings)) if config is None else config.replace(**settings) if settings else config
@@ -319,7 +319,7 @@ def create_standardized_ring_attention(
     "Makes self-attention. Raises `ValueError` for an unknown type or setting."
     return _with_projections(DilatedSelfAttention, attention_type, config, settings)
 
-# %% ../nbs/13_api.ipynb #1870762a
+# %% ../nbs/13_api.ipynb #98f07587
 def which_when() -> str: # Markdown
     "Which attention type, which backend, and how to train: generated from the registry and the policies."
     def table(head, rows): return "\n".join(["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)])
@@ -331,7 +331,7 @@ def which_when() -> str: # Markdown
     training = table(("strategy", "if it needs at most", "what it does"), [(f"`{row.strategy}`", f"{row.share:.0%} of the memory at hand", row.reason) for row in MEMORY_POLICY])
     return "\n\n".join(["**Which attention**", types, "**What `\"auto\"` takes**: the first line that holds", auto, "**Which backend**: the first line that fits and can run", backends, "**How to train**: the first line that fits", training])
 
-# %% ../nbs/13_api.ipynb #5b8dacc7
+# %% ../nbs/13_api.ipynb #22130673
 HilbertAttentionTritonFixed = HilbertAttentionTritonWrapper
 
 
