@@ -118,7 +118,7 @@ _LAYOUTS = (((0, 1, 2), (3,)), ((0, 2), (3, 1)))  # (B, H, segments | residues) 
 
 def _merge(x: Tensor, layout, copy: bool) -> Tensor:
     "(B, H, segments, residues, places, ...) -> (outer, inner, places, ...); raises where it would need a copy that is not allowed."
-    outer, inner = (prod(x.shape[axis] for axis in axes) for axes in layout)
+    outer, inner = [prod([x.shape[axis] for axis in axes]) for axes in layout]
     x = x.permute(*layout[0], *layout[1], *range(4, x.ndim))
     return (x.reshape if copy else x.view)(outer, inner, *x.shape[4:])
 
@@ -377,7 +377,7 @@ def _grouped_expression(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern
                         scale: float | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     "The blocks as plain differentiable PyTorch, on any device."
     nothing = sum(x.sum() for x in (q, k, v)).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)  # gradients are 0, not missing, where no group exists
-    out, lse = torch.zeros_like(q) + nothing, q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)) + nothing
+    out, lse = q.new_zeros(q.shape) + nothing, q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)) + nothing
     tokens = torch.arange(q.shape[2], device=q.device) if order is None else order
     for unit in _units(q, k, pattern, causal, True):
         ops = _Operands(unit, tokens, key_mask, causal, q.dtype)
