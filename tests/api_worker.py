@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from hilbert_attn import HilbertAttentionCore, HilbertAttentionCoreWithSDPA, RingDilatedAttentionHilbertCore
 from hilbert_attn.api import ATTENTION_TYPES, create_standardized_ring_attention
 
 SETTINGS = dict(dim=32, heads=4, segment_lengths=[8, 24], dilation_rates=[1, 2], grid=(4, 6), block_size=8)
@@ -21,12 +22,15 @@ def step(module, x):
 def main(rank: int, store: str):
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     groups = [dist.new_group([r]) for r in range(2)]  # a ring of one: the processes share the batch, not the sequence
-    for name in ATTENTION_TYPES:
+    makers = {name: lambda name=name: create_standardized_ring_attention(name, **SETTINGS, group=groups[rank]) for name in ATTENTION_TYPES}
+    makers |= {"HilbertAttentionCore": lambda: HilbertAttentionCore(32, 4, 8), "HilbertAttentionCoreWithSDPA": lambda: HilbertAttentionCoreWithSDPA(32, 4, 8),
+               "RingDilatedAttentionHilbertCore": lambda: RingDilatedAttentionHilbertCore(32, 4, [8, 24], [1, 2], group=groups[rank])}
+    for name, make in makers.items():
         torch.manual_seed(0)
-        module = create_standardized_ring_attention(name, **SETTINGS, group=groups[rank])
+        module = make()
         x = torch.randn(1, 24, 32).expand(4, 24, 32).contiguous()  # the upstream gradient below is the same for both halves of the batch
         torch.manual_seed(0)
-        alone = create_standardized_ring_attention(name, **SETTINGS, group=groups[rank])
+        alone = make()
         expected = step(alone, x[:2])
         actual = step(DistributedDataParallel(module), x[2 * rank:2 * rank + 2])
         for a, e in zip(actual, expected): torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-6)

@@ -133,7 +133,7 @@ def test_distributed(tmp_path):
         for worker in workers: worker.kill()
     assert all(worker.returncode == 0 for worker in workers), outputs
     shared = [name for name in TYPES if ATTENTION_TYPES[name].shares_sequence] + ["hilbert"]
-    assert outputs[0][0].splitlines() == TYPES + [f"{name} shared" for name in shared]
+    assert outputs[0][0].splitlines() == TYPES + ["HilbertAttentionCore", "HilbertAttentionCoreWithSDPA", "RingDilatedAttentionHilbertCore"] + [f"{name} shared" for name in shared]
 
 
 class Copier(nn.Module):
