@@ -44,6 +44,7 @@ class Case:
     overlap: bool = True
     scale: float | None = None
     strided: bool = False
+    turn_bytes: int | None = None # of K and V that go around a ring together; None: as much as there is
 
     def __str__(self): return " ".join(f"{k}={v}" for k, v in asdict(self).items() if v != getattr(type(self), k))
 
@@ -62,6 +63,14 @@ def _cases():
             yield Case(n, causal=True, layout=layout, heads=(4, 1), overlap=False)
             yield Case(n, causal=True, layout=layout, order="random")
             yield Case(n, layout=layout, strided=True)
+    for turn_bytes in (1, 6144, 20000):  # a ring in turns: one head at a time, some, one batch entry at a time
+        yield Case(heads=(6, 3), turn_bytes=turn_bytes)
+        yield Case(37, heads=(5, 5), causal=True, layout="zigzag", turn_bytes=turn_bytes, overlap=turn_bytes > 1, strided=True)
+    yield Case(37, heads=(4, 2), causal=True, order="random", turn_bytes=1)
+    yield Case(sizes=(0, 17, 11), causal=True, turn_bytes=1)
+    yield Case(w=(8, None), r=(2, 1), mode="residue", combine="heads", heads=(6, 2), turn_bytes=1)
+    yield Case(w=(8, None, None), r=(2, 1, 1), mode="residue", combine="heads", heads=(8, 2), turn_bytes=1)
+    yield Case(61, dtype="bfloat16", heads=(4, 2), turn_bytes=1)
     for mode in modes:  # segments inside, equal to and across shards, and rates that do not divide them
         for n, w, r in ((48, 4, 2), (48, 12, 4), (48, 16, 3), (48, 24, 5), (37, 11, 3), (48, None, 4)):
             yield Case(n, (w,), (r,), mode, heads=(4, 2) if n == 37 else (2, 2))
@@ -234,7 +243,8 @@ def numbers(results, rank, world):
     groups = {p: dist.new_group(list(range(p)), timeout=timedelta(seconds=60)) for p in WORLDS}
     for p in sorted(WORLDS, reverse=True):
         if rank >= p: continue
-        for case in CASES: attempt(results, f"{p} {case}", check, case, groups[p], rank, p)
+        for case in CASES:
+            with mock.patch.dict(ring_module._TURN_BYTES, {} if case.turn_bytes is None else dict(cpu=case.turn_bytes)): attempt(results, f"{p} {case}", check, case, groups[p], rank, p)
 
 
 @contextmanager
@@ -323,7 +333,7 @@ def memory(results, rank, world):
         inputs = [torch.randn(1, h, n, 64, requires_grad=True) for h in (heads, kv_heads, kv_heads)]
         dout = torch.randn(1, heads, n, 64)
         ring_attention(*inputs, group=group, **options)  # once to agree
-        with mock.patch.dict(ring_module._HEAD_ELEMENTS, cpu=1 << 15), LiveBytes(*inputs, dout) as live: # head by head, as it is for longer shards
+        with mock.patch.dict(ring_module._HEAD_ELEMENTS, cpu=1 << 15), mock.patch.dict(ring_module._TURN_BYTES, cpu=1 << 15), LiveBytes(*inputs, dout) as live: # head by head, as it is for longer shards
             if backward: torch.autograd.grad(ring_attention(*inputs, group=group, **options), inputs, dout)
             else:
                 with torch.no_grad(): ring_attention(*inputs, group=group, **options)
@@ -332,7 +342,7 @@ def memory(results, rank, world):
     groups = {p: dist.new_group(list(range(p))) for p in (1, 2, 4)}
     for p in (4, 2, 1):
         if rank >= p: continue
-        for name, heads, options in (("dense", (4, 4), {}), ("dense, grouped queries", (8, 1), {}), ("segments inside", (4, 4), dict(segment_size=256, dilation_rate=2))):
+        for name, heads, options in (("dense", (8, 8), {}), ("dense, grouped queries", (8, 2), {}), ("segments inside", (8, 8), dict(segment_size=256, dilation_rate=2))):
             for backward in (False, True): attempt(results, f"{p} {name}, {'forward and backward' if backward else 'forward'}", peak, groups[p], p, *heads, options, backward)
 
 

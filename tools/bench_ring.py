@@ -25,8 +25,8 @@ from hilbert_attn.reference import assert_matches_oracle, default_scale
 from hilbert_attn.ring import plan_ring, ring_attention, shard_sequence, unshard_sequence
 from hilbert_attn.sdpa import _dense_backward, _flash
 
-CONFIG = dict(batch=1, heads=2, tokens=4096, head_dim=64, dtype="float32", repeats=5, worlds=[1, 2], memory_worlds=[1, 2, 4], inside=1024, across=4096, rate=4, memory_tokens=4096, link_bytes=1 << 24)
-QUICK = CONFIG | dict(heads=2, tokens=256, repeats=2, inside=64, across=256, memory_worlds=[2], memory_tokens=512, link_bytes=1 << 16)
+CONFIG = dict(batch=1, heads=2, tokens=4096, head_dim=64, dtype="float32", repeats=5, worlds=[1, 2], memory_worlds=[1, 2, 4], inside=1024, across=4096, rate=4, memory_tokens=8192, memory_heads=12, link_bytes=1 << 24)
+QUICK = CONFIG | dict(heads=2, tokens=256, repeats=2, inside=64, across=256, memory_worlds=[2], memory_tokens=512, memory_heads=2, link_bytes=1 << 16)
 OURS, SERIAL, CAUSAL, ZIGZAG, INSIDE, ACROSS = "ring", "ring, no overlap", "ring, causal", "ring, causal, zigzag", "segments inside, dilated", "segments across, dilated"
 TORCH, GATHER = "torch's ring", "all-gather, then dense"
 
@@ -133,7 +133,7 @@ def _tensors(config: dict, n: int, rank: int, world: int) -> list[Tensor]: # q, 
 
 def memory_of_rank(config: dict, rank: int, world: int) -> dict:
     "Resident memory that forward and backward add at their peak, the largest of all ranks."
-    rows = []
+    rows, config = [], config | dict(heads=config["memory_heads"])
     for c in [c for c in contenders(config, config["memory_tokens"], world) if c.name in (OURS, INSIDE)]:
         for tokens in (128 * world, config["memory_tokens"]):  # once small, so that nothing is loaded for the first time
             *qkv, dout = _tensors(config, tokens, rank, world)
@@ -141,7 +141,7 @@ def memory_of_rank(config: dict, rank: int, world: int) -> dict:
             dist.barrier()
             found = torch.tensor(peak(lambda: torch.autograd.grad(c.attention(*leaves)[0], leaves, dout)))
             dist.all_reduce(found, dist.ReduceOp.MAX)
-        rows.append(dict(name=c.name, tokens=tokens, peak_extra_bytes=found.item(), inputs=4 * dout.nbytes))
+        rows.append(dict(name=c.name, tokens=tokens, heads=config["heads"], peak_extra_bytes=found.item(), inputs=4 * dout.nbytes))
     return dict(world=world, memory=rows)
 
 
