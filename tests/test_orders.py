@@ -20,7 +20,8 @@ spec = importlib.util.spec_from_file_location("train_orders", ROOT / "tools" / "
 orders = sys.modules["train_orders"] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(orders)
 QUICK, Variant = orders.QUICK, orders.Variant
-TINY = QUICK | dict(photos=QUICK["photos"] | dict(steps=2, evaluate_every=2), text=QUICK["text"] | dict(steps=2, evaluate_every=2))
+TINY = QUICK | {task: QUICK[task] | dict(steps=2, evaluate_every=2) for task in orders.VARIANTS}
+TRAININGS = sum(map(len, orders.VARIANTS.values()))
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +102,10 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
         if len(lines) == 3: raise KeyboardInterrupt
     with pytest.raises(KeyboardInterrupt): orders.run_suite(TINY, True, tmp_path, log=stop_after_three)
     part, = load_runs("orders", tmp_path)
-    assert len(part["photos"]) == 3 and len(orders.missing(part)) == 10
+    assert len(part["photos"]) == 3 and len(orders.missing(part)) == TRAININGS - 3
     more = []
     whole = orders.run_suite(TINY, True, tmp_path, log=more.append)
-    assert len(more) == 10 and not orders.missing(whole)
+    assert len(more) == TRAININGS - 3 and not orders.missing(whole)
     stored, = load_runs("orders", tmp_path)
     assert stored == json.loads(json.dumps(whole))
     at_once = orders.run_suite(TINY, True, store=False)
@@ -118,16 +119,17 @@ def test_times_are_added_to_the_run(tmp_path):
     run = orders.run_suite(TINY, True, store=False)
     path = orders._store(run, tmp_path)
     timed, = json.loads(orders.add_times(TINY, tmp_path).read_text())
-    assert path.exists() and {(r["task"], r["variant"]) for r in timed["timing"]} == {(t, v.name) for t, vs in orders.VARIANTS.items() for v in vs}
+    assert path.exists() and {(r["task"], r["variant"]) for r in timed["timing"]} == {(t, v.name) for t, vs in orders.VARIANTS.items() if t != "long" for v in vs}
     assert all(r["median"] > 0 for r in timed["timing"]) and timed["photos"] == run["photos"]
 
 
-def _run(losses: dict, text: dict | None = None) -> dict:
+def _run(losses: dict, text: dict | None = None, short: dict | None = None, long: dict | None = None) -> dict:
     "A run with these final losses per variant and seed; other variants get 1."
     rng = np.random.default_rng(0)
     def rows(task, given): return [dict(variant=v.name, seed=s, final=float(x)) for v in orders.VARIANTS[task] for s, x in enumerate(given.get(v.name, 1 + 0.001 * rng.standard_normal(3)))]
     pairs = {task: {v.name: 100 if v.curve is None else 10 for v in vs} for task, vs in orders.VARIANTS.items()}
-    return dict(config=dict(seeds=[0, 1, 2]), photos=rows("photos", losses), text=rows("text", text or {}), pairs=pairs, guesses={"mean of the nearest visible patches": 2.0}, timing=[dict(task="photos", variant=v.name, median=3.0 if v.curve is None else 1.5) for v in orders.PHOTO_VARIANTS])
+    settings = {task: dict(segment_size=16, steps=1200) for task in orders.VARIANTS}
+    return dict(config=dict(seeds=[0, 1, 2], **settings), photos=rows("photos", losses), short=rows("short", short or {}), long=rows("long", long or {}), text=rows("text", text or {}), pairs=pairs, guesses={"mean of the nearest visible patches": 2.0}, timing=[dict(task="photos", variant=v.name, median=3.0 if v.curve is None else 1.5) for v in orders.PHOTO_VARIANTS])
 
 
 def test_comparisons_are_paired():
@@ -168,12 +170,15 @@ def test_words_follow_the_figures(hilbert, verdict, words):
     assert part in second and second.count("none") == 2
 
 
-def test_words_for_a_mixed_outcome_and_for_text():
-    run = _run({"hilbert": [0.9, 0.901, 0.899], "hilbert, shifted": [0.9, 1.1, 1.0]}, {"hilbert": [1.5, 1.6, 1.7], "row_major": [1.0, 1.1, 1.2]})
+def test_words_for_a_mixed_outcome_and_for_the_other_tasks():
+    run = _run({"hilbert": [0.9, 0.901, 0.899], "hilbert, shifted": [0.9, 1.1, 1.0]}, {"hilbert": [1.5, 1.6, 1.7], "row_major": [1.0, 1.1, 1.2]},
+               {"morton": [0.5, 0.501, 0.499]}, {"dense": [0.7, 0.701, 0.699]})
     lines = orders.conclusions(run)
     assert "It depends: without shifts Hilbert is lower, with shifts not told apart" in lines[0]
     assert "`hilbert` ends higher than `row_major`" in lines[-1] and "lower in 0 of 3 seeds" in lines[-1]
     assert "10.0 times the pairs" in lines[4] and "2.0 times as long" in lines[5]
+    assert "with segments of 16?" in lines[-3] and "`hilbert` ends higher than `morton`" in lines[-3] and "`morton, shifted` ends higher than `morton`" in lines[-3] and "`hilbert` and `row_major` cannot be told apart" in lines[-3]
+    assert "over 1,200 steps?" in lines[-2] and "`hilbert, shifted` ends higher than `dense`" in lines[-2] and "`hilbert` and `row_major` cannot be told apart" in lines[-2]
 
 
 def test_the_stored_run_is_whole():
@@ -191,7 +196,7 @@ def test_the_stored_run_is_whole():
 def test_quick_from_the_command_line_writes_nothing_unless_told(tmp_path):
     found = subprocess.run([sys.executable, str(ROOT / "tools" / "train_orders.py"), "--quick"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert found.returncode == 0, found.stderr
-    assert len(found.stdout.splitlines()) == 13 and not list(tmp_path.iterdir())
+    assert len(found.stdout.splitlines()) == TRAININGS and not list(tmp_path.iterdir())
 
 
 @pytest.mark.timeout(400)

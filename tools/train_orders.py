@@ -2,6 +2,7 @@
 
 Photos: patches of real photos on a grid, most of them hidden, and the hidden pixels are to be predicted; validation on photos that training never sees. Text: bytes of the standard library's own
 sources, some of them hidden. One seed fixes the initial weights, the order of the data and the masks, so that two runs of a seed differ in one thing only: which tokens may look at each other.
+Two more tasks on photos ask what depends on the setting: segments a quarter as long, and four times the steps.
 Results go to `nbs/results/<machine>/orders.json` after each training, and a run that was interrupted goes on where it stopped;
 with more seeds in `CONFIG` it gets those. `--time` measures the time per step, on a machine that does
 nothing else, and adds it to that run. `--quick` trains toy models in seconds and writes nothing unless `--out` names a folder.
@@ -32,10 +33,13 @@ from hilbert_attn.modules import HilbertAttentionCore, TransformerBlock, rotary_
 from hilbert_attn.patterns import SegmentPattern
 
 PHOTOS = dict(grid=[28, 28], patch=4, segment_size=64, hidden_share=0.75, width=64, heads=2, layers=3, mlp_ratio=2, rope_base=100.0, batch=2, steps=300, warmup=20, rate=4e-3, weight_decay=0.01, evaluate_every=25, crops_per_photo=5)
+SHORT = PHOTOS | dict(segment_size=16)
+LONG = PHOTOS | dict(steps=1200, evaluate_every=100)
 TEXT = PHOTOS | dict(grid=[784], patch=None, hidden_share=0.2, steps=200, crops_per_photo=None, validation_sequences=16)
-CONFIG = dict(photos=PHOTOS, text=TEXT, seeds=[0, 1, 2, 3, 4], timing_repeats=9)
+CONFIG = dict(photos=PHOTOS, short=SHORT, long=LONG, text=TEXT, seeds=[0, 1, 2, 3, 4], timing_repeats=9)
 _small = dict(width=32, heads=2, layers=2, batch=2, steps=6, warmup=2, evaluate_every=3)
-QUICK = dict(photos=PHOTOS | _small | dict(grid=[14, 14], segment_size=16, crops_per_photo=1), text=TEXT | _small | dict(grid=[196], segment_size=16, validation_sequences=2), seeds=[0], timing_repeats=1)
+_photos = PHOTOS | _small | dict(grid=[14, 14], segment_size=16, crops_per_photo=1)
+QUICK = dict(photos=_photos, short=_photos | dict(segment_size=4), long=_photos | dict(steps=9), text=TEXT | _small | dict(grid=[196], segment_size=16, validation_sequences=2), seeds=[0], timing_repeats=1)
 TRAINING_PHOTOS = ("astronaut", "rocket", "camera", "motorcycle", "retina", "hubble", "coins", "moon", "brick", "grass", "gravel", "flower", "grace hopper")
 HELD_OUT_PHOTOS = ("chelsea", "coffee", "china")
 PICTURED = ("row_major", "row_major, shifted", "hilbert", "hilbert, shifted", "dense")
@@ -52,8 +56,10 @@ class Variant:
 
 
 PHOTO_VARIANTS = [Variant(curve, shifted) for shifted in (False, True) for curve in ("row_major", "snake", "tile", "morton", "hilbert")] + [Variant(None)]
+SHORT_VARIANTS = [Variant(curve, shifted) for shifted in (False, True) for curve in ("row_major", "morton", "hilbert")]
+LONG_VARIANTS = [*(Variant(curve, shifted) for shifted in (False, True) for curve in ("row_major", "hilbert")), Variant(None)]
 TEXT_VARIANTS = [Variant("row_major"), Variant("hilbert")]
-VARIANTS = dict(photos=PHOTO_VARIANTS, text=TEXT_VARIANTS)
+VARIANTS = dict(photos=PHOTO_VARIANTS, short=SHORT_VARIANTS, long=LONG_VARIANTS, text=TEXT_VARIANTS)
 
 
 def layer_orders(
@@ -193,7 +199,7 @@ class Text:
         return (error * hidden).sum(1) / hidden.sum(1)
 
 
-DATA = dict(photos=Photos, text=Text)
+DATA = dict(photos=Photos, short=Photos, long=Photos, text=Text)
 
 
 def rate_at(step: int, config: dict) -> float:
@@ -283,6 +289,7 @@ def step_times(config: dict) -> list[dict]: # one row per task and variant
     "Median time of a training step, variants in turn, in this process."
     rows = []
     for task, variants in VARIANTS.items():
+        if task == "long": continue  # its steps are those of "photos"
         data = DATA[task](config[task])
         batch = data.batch(torch.Generator().manual_seed(0))
         calls = {}
@@ -320,14 +327,14 @@ def run_suite(
     log=None, # told a line after each training
 ) -> dict: # JSON-ready
     "Trains what is not trained yet: seed after seed, so that an interrupted run has whole seeds."
-    run = store and _unfinished(config, folder) or dict(suite="orders", quick=quick, config=config, environment=environment(), photos=[], text=[], pairs={}, guesses={}, pictures={}, timing=[])
+    run = store and _unfinished(config, folder) or dict(suite="orders", quick=quick, config=config, environment=environment(), **{task: [] for task in VARIANTS}, pairs={}, guesses={}, pictures={}, timing=[])
     run["config"] = config | dict(seeds=sorted({*config["seeds"], *run["config"]["seeds"]}))
     data = {task: make(config[task]) for task, make in DATA.items()}
     run["pairs"] = {task: {v.name: attended_pairs(config[task], v) for v in variants} for task, variants in VARIANTS.items()}
     run["loss"] = {task: d.loss_name for task, d in data.items()}
     run["guesses"] = simple_guesses(data["photos"])
     run["pictures"].setdefault("truth", reconstruct(None, data["photos"]))
-    jobs = [(task, v, seed) for task in ("photos", "text") for seed in config["seeds"] for v in VARIANTS[task] if (v.name, seed) not in {(r["variant"], r["seed"]) for r in run[task]}]
+    jobs = [(task, v, seed) for task in VARIANTS for seed in config["seeds"] for v in VARIANTS[task] if (v.name, seed) not in {(r["variant"], r["seed"]) for r in run[task]}]
     with progress_bar(sum(config[task]["steps"] for task, *_ in jobs), "training", progress) as bar:
         for task, variant, seed in jobs:
             bar.set_description_str(f"{task}: {variant.name}, seed {seed}")
@@ -408,6 +415,10 @@ def comparisons(run: dict) -> dict[str, list[Comparison]]: # question -> what sp
         "Photos: with shifts against without": [compare(run, "photos", f"{c}, shifted", c) for c in ("row_major", "snake", "tile", "morton", "hilbert")],
         "Photos: Hilbert against dense attention": [compare(run, "photos", f"hilbert{s}", "dense") for s in both],
         "Photos: blocks against stripes": [compare(run, "photos", f"blocks{s}", f"stripes{s}") for s in both],
+        "Short segments: Hilbert against the other orders": [compare(run, "short", f"hilbert{s}", f"{c}{s}") for s in both for c in ("row_major", "morton")],
+        "Short segments: with shifts against without": [compare(run, "short", f"{c}, shifted", c) for c in ("row_major", "morton", "hilbert")],
+        "Longer training: Hilbert against row-major": [compare(run, "long", f"hilbert{s}", f"row_major{s}") for s in both],
+        "Longer training: Hilbert against dense attention": [compare(run, "long", f"hilbert{s}", "dense") for s in both],
         "Text: Hilbert against row-major": [compare(run, "text", "hilbert", "row_major")]}
 
 
@@ -417,7 +428,7 @@ def _names(found: list[Comparison]) -> str: return ", ".join(f"`{c.b}`" for c in
 def conclusions(run: dict) -> list[str]: # sentences
     "The result in words, made from the figures."
     found = comparisons(run)
-    rows, rivals, shifts, dense, families, text = found.values()
+    rows, rivals, shifts, dense, families, short, short_shifts, long, long_dense, text = found.values()
     def of(cs, verdict): return [c for c in cs if c.verdict == verdict]
     def word(cs): return {("lower", "lower"): "Yes, with shifts and without", ("higher", "higher"): "It does, the wrong way round: Hilbert is worse, with shifts and without", ("undecided", "undecided"): "Not shown by these seeds"}.get(
         tuple(c.verdict for c in cs), "It depends: without shifts Hilbert is " + {"undecided": "not told apart"}.get(cs[0].verdict, cs[0].verdict) + ", with shifts " + {"undecided": "not told apart"}.get(cs[1].verdict, cs[1].verdict))
@@ -436,6 +447,9 @@ def conclusions(run: dict) -> list[str]: # sentences
     against = [compare(run, "photos", ranked[0], name) for name in ranked[1:]]
     lines.append(f"**Which order has the lowest mean?** `{ranked[0]}` ({means[ranked[0]]:.4f}; picked after the fact), lower than {_names(of(against, 'lower'))}; not told apart from {_names(of(against, 'undecided'))}. "
                  f"The highest is `{ranked[-1]}` ({means[ranked[-1]]:.4f}). Dense attention has {means['dense']:.4f}, the mean of the nearest visible patches {run['guesses']['mean of the nearest visible patches']:.4f}.")
+    def sizes(task): return run["config"][task]["segment_size"] if task == "short" else run["config"][task]["steps"]
+    lines.append(f"**And with segments of {sizes('short')}?** " + "; ".join(map(str, short)) + ". Shifts: " + "; ".join(map(str, short_shifts)) + ".")
+    lines.append(f"**Does it last, over {sizes('long'):,} steps?** " + "; ".join(map(str, long + long_dense)) + ".")
     lines.append("**And on text, where folding has no reason to help?** " + "; ".join(map(str, text)) + ".")
     return lines
 
