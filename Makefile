@@ -8,6 +8,9 @@ INTERPRET = $(if $(shell nvidia-smi -L 2>/dev/null),,TRITON_INTERPRET=1)
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
+quickstart: $(BIN)/.runtime  ## attention in a few lines: the code of README.md, and what it prints (installs the runtime alone)
+	$(BIN)/python examples/quickstart.py
+
 demo: $(BIN)/.demo  ## attention along five curves on a photo: a table, pictures and out/demo/report.html (PHOTO=path for yours)
 	$(BIN)/hilbert-attn demo $(if $(PHOTO),"$(PHOTO)")
 
@@ -17,16 +20,23 @@ test: $(BIN)/.all  ## run the tests (ARGS="-k curves -x" goes to pytest); those 
 lab: $(BIN)/.all  ## open the notebooks in JupyterLab
 	$(INTERPRET) $(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
-docs: $(BIN)/.all  ## build the site into _docs/
+docs: $(BIN)/.docs  ## build the site into _docs/
 	$(BIN)/python tools/build_site.py
 
-export: $(BIN)/.all  ## notebooks to package: nbdev_export, nbdev_clean, README.md
+export: $(BIN)/.all  ## notebooks to package, tables of 30_contributing, notebooks cleaned, and all that `make readme` writes
 	$(BIN)/nbdev_export
+	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace nbs/30_contributing.ipynb  # its tables describe the sources
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/make_readme.py
 
-readme: $(BIN)/.all  ## write README.md from nbs/index.ipynb
+readme: $(BIN)/.all  ## write README.md, examples/quickstart.py and CONTRIBUTING.md from their notebooks
 	$(BIN)/python tools/make_readme.py
+
+wheel: $(BIN)/.all  ## build source distribution and wheel into dist/
+	$(BIN)/python -m build
+
+newcomer: $(BIN)/.runtime  ## time the path from a fresh clone to attention, pictures and site, into nbs/results/ (ARGS=--worktree to try uncommitted files)
+	$(BIN)/python tools/newcomer.py $(ARGS)
 
 gpu:  ## correctness, then speed, on an NVIDIA GPU, into nbs/results/ (needs only a python3 with torch and triton)
 	$(PYTHON) tools/gpu_run.py $(ARGS)
@@ -42,14 +52,24 @@ $(BIN)/python:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"hilbert_attn needs Python 3.11 or newer, and $(PYTHON) is {v[0]}.{v[1]}: name another one with `make PYTHON=python3.12 ...`")'
 	$(PYTHON) -m venv .venv || (rm -rf .venv; exit 1)
 
+$(BIN)/.runtime: $(SETUP) | $(BIN)/python
+	@echo "Installing hilbert_attn and what it needs to run into .venv: this takes a few minutes once."
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	@touch $@
+
 $(BIN)/.demo: $(SETUP) | $(BIN)/python
 	@echo "Installing hilbert_attn and what the demo needs into .venv: this takes a few minutes once."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
-	@touch $@
+	@touch $(BIN)/.runtime $@
+
+$(BIN)/.docs: $(SETUP) | $(BIN)/python
+	@echo "Installing hilbert_attn and what its site is built with into .venv: this takes a few minutes once."
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	@touch $(BIN)/.runtime $@
 
 $(BIN)/.all: $(SETUP) | $(BIN)/python
 	@echo "Installing hilbert_attn and everything that its notebooks, tests and site need into .venv: this takes a few minutes once."
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
-	@touch $(BIN)/.demo $@
+	@touch $(BIN)/.runtime $(BIN)/.demo $(BIN)/.docs $@
 
-.PHONY: help demo test lab docs export readme gpu clean distclean
+.PHONY: help quickstart demo test lab docs export readme wheel newcomer gpu clean distclean

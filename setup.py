@@ -13,14 +13,14 @@ def lines(key: str) -> list[str]: return [line.strip() for line in config[key].s
 
 
 demo = lines("demo_requirements")
-docs = lines("docs_requirements")
-transformers, diffusers, experiments = (lines(f"{name}_requirements") for name in ("transformers", "diffusers", "experiments"))
-dev = demo + transformers + diffusers + experiments + lines("dev_requirements")
+transformers, diffusers, experiments, notebooks = (lines(f"{name}_requirements") for name in ("transformers", "diffusers", "experiments", "notebooks"))
+docs = notebooks + lines("docs_requirements")
+dev = demo + transformers + diffusers + experiments + notebooks + lines("dev_requirements")
 setup(
     version=config["version"],
     description=config["description"],
     keywords=config["keywords"].split(),
     install_requires=lines("requirements"),
-    extras_require={"demo": demo, "transformers": transformers, "diffusers": diffusers, "experiments": demo + experiments, "docs": docs, "dev": dev, "all": dev + docs},
+    extras_require={"demo": demo, "transformers": transformers, "diffusers": diffusers, "experiments": demo + experiments, "docs": docs, "dev": dev, "all": list(dict.fromkeys(dev + docs))},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["hilbert_attn = hilbert_attn._modidx:d"]},
 )

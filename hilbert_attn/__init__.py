@@ -1,6 +1,8 @@
 """Exact sparse attention along space-filling curves. The notebooks in nbs/ explain all of it."""
 __version__ = "0.1.0"
 
+from typing import TYPE_CHECKING
+
 from hilbert_attn.api import (ATTENTION_TYPES, AttentionChoice, AttentionType, BlockSparseRingDilatedAttentionHilbertPostPattern,
                               HilbertAttentionTritonFixed, RingDilatedAttentionHilbertCore, RingDilatedAttentionHilbertOptimizedFixed,
                               StandardizedRingConfig, create_dilated_attention, create_multihead_dilated_attention,
@@ -44,8 +46,9 @@ __all__ = [
 
 _LAZY = {"hilbert_attention_kernel": "hilbert_attn.kernels.forward", "standard_attention_kernel": "hilbert_attn.kernels.forward"}  # these import Triton
 
-
-def __getattr__(name):
-    if name not in _LAZY: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-    return getattr(import_module(_LAZY[name]), name)
+if TYPE_CHECKING: from hilbert_attn.kernels.forward import hilbert_attention_kernel, standard_attention_kernel
+else:
+    def __getattr__(name):
+        if name not in _LAZY: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+        return getattr(import_module(_LAZY[name]), name)

@@ -12,20 +12,51 @@ __all__ = ['ATTENTION_TYPES', 'AUTO_RULES', 'HilbertAttentionTritonFixed', 'HIST
 # %% ../nbs/13_api.ipynb #a7b9eccf
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import InitVar, dataclass, field, fields
+from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import MEMORY_POLICY, POLICY, BackendChoice, _BACKENDS, _check_backend_name, detect_gpu_architecture, explain_backend
 from .block_sparse import SparsePatternConfig
 from .curves import _parse_curve, as_grid
 from .modules import (BlockSparseAttention, DilatedAttention, DilatedSelfAttention, HilbertAttentionTritonWrapper, HilbertDilatedAttention, MultiheadDilatedAttention, RingBlockSparseAttention, RingDilatedAttention,
-                                  _one_of)
+                      SharedBlockOptions, SharedBranchOptions, _one_of)
 from .patterns import COMBINES, DILATION_MODES, SegmentPattern, _branch_lists
+
+# %% ../nbs/13_api.ipynb #ac31dce4
+class Settings(TypedDict, total=False):
+    "The fields of `StandardizedRingConfig`, which says what each means."
+    dim: int | None
+    heads: int | None
+    segment_lengths: Sequence[int]
+    dilation_rates: Sequence[int]
+    ring_size: int
+    dropout: float
+    dtype: torch.dtype | str | None
+    use_hilbert: bool
+    checkpointing: bool
+    sparsity: float | None
+    block_size: int | None
+    grid: int | Sequence[int] | None
+    curve: str
+    causal: bool
+    combine: str | None
+    dilation_mode: str | None
+    bias: bool
+    layout: str
+    backend: str
+    device: str | None
+    group: "dist.ProcessGroup | DeviceMesh | None"
+    embed_dim: int | None
+    hidden_dim: int | None
+    num_heads: int | None
 
 # %% ../nbs/13_api.ipynb #561b7640
 def _dtype(value) -> torch.dtype | None:
@@ -36,8 +67,21 @@ def _dtype(value) -> torch.dtype | None:
     return found
 
 
+class _Aliases:
+    "The other names of two fields, to read."
+    dim: int | None
+    heads: int | None
+
+    @property
+    def embed_dim(self) -> int | None: return self.dim
+    @property
+    def hidden_dim(self) -> int | None: return self.dim
+    @property
+    def num_heads(self) -> int | None: return self.heads
+
+
 @dataclass(frozen=True)
-class StandardizedRingConfig:
+class StandardizedRingConfig(_Aliases):
     "Settings of any attention type; a type takes from it what it needs. Raises `ValueError` for a field that does not fit."
     dim: int | None = None # E; also `embed_dim`, `hidden_dim`; needed for types with projections
     heads: int | None = None # H; also `num_heads`
@@ -59,7 +103,7 @@ class StandardizedRingConfig:
     layout: str = "contiguous" # of the shards of a ring, or "zigzag"
     backend: str = "auto" # as for `hilbert_attention`
     device: str | None = None # of the parameters; None: torch's default
-    group: object = field(default=None, repr=False, compare=False) # process group or 1-D `DeviceMesh` of a ring; None: the default group
+    group: "dist.ProcessGroup | DeviceMesh | None" = field(default=None, repr=False, compare=False) # process group or 1-D `DeviceMesh` of a ring; None: the default group
     embed_dim: InitVar[int | None] = None # alias of dim
     hidden_dim: InitVar[int | None] = None # alias of dim
     num_heads: InitVar[int | None] = None # alias of heads
@@ -84,13 +128,13 @@ class StandardizedRingConfig:
         _parse_curve(self.curve)
         _check_backend_name(self.backend)
 
-    def replace(self, **changes) -> "StandardizedRingConfig":
+    def replace(self, **changes: "Unpack[Settings]") -> "StandardizedRingConfig":
         "A copy with some fields changed, checked again."
         return type(self)(**{f.name: getattr(self, f.name) for f in fields(self)} | _canonical(changes))
 
     @property
     def parameter_dtype(self) -> torch.dtype: # of the parameters, on the configured device
-        return detect_gpu_architecture(self.device).dtype if self.dtype == "auto" else self.dtype or torch.float32
+        return detect_gpu_architecture(self.device).dtype if self.dtype == "auto" else _dtype(self.dtype) or torch.float32
 
     @property
     def tiles(self) -> tuple[int, int]: # positions per block of queries and of keys
@@ -100,14 +144,14 @@ class StandardizedRingConfig:
         "Mixed precision where the device gains from it, nothing elsewhere."
         return detect_gpu_architecture(self.device).autocast()
 
-    def to_dict(self) -> dict: # plain values only; fields at their default are left out
+    def to_dict(self) -> dict[str, Any]: # plain values only; fields at their default are left out
         "For a file, or for `from_dict`."
         if self.group is not None: raise ValueError("group: a process group cannot be written down; leave it out for the default group")
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return {name: str(v).removeprefix("torch.") if isinstance(v, torch.dtype) else list(v) if isinstance(v, tuple) else v for name, v in changed.items()}
 
     @classmethod
-    def from_dict(cls, values: dict) -> "StandardizedRingConfig":
+    def from_dict(cls, values: Mapping[str, Any]) -> "StandardizedRingConfig":
         "The inverse of `to_dict`; unknown fields are an error that names the nearest known one."
         return cls(**_known_fields(values))
 
@@ -117,13 +161,12 @@ class StandardizedRingConfig:
     def from_json(cls, text: str) -> "StandardizedRingConfig": return cls.from_dict(json.loads(text))
 
 
-StandardizedRingConfig.embed_dim = StandardizedRingConfig.hidden_dim = property(lambda self: self.dim)
-StandardizedRingConfig.num_heads = property(lambda self: self.heads)
+del StandardizedRingConfig.embed_dim, StandardizedRingConfig.hidden_dim, StandardizedRingConfig.num_heads  # defaults of arguments, in front of the aliases
 
 _ALIASES = {"embed_dim": "dim", "hidden_dim": "dim", "num_heads": "heads"}
 
 
-def _known_fields(values: dict) -> dict:
+def _known_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
     known = [f.name for f in fields(StandardizedRingConfig)] + list(_ALIASES)
     for name in values:
         if name not in known:
@@ -132,9 +175,9 @@ def _known_fields(values: dict) -> dict:
     return values
 
 
-def _canonical(values: dict) -> dict:
+def _canonical(values: Mapping[str, Any]) -> dict[str, Any]:
     "Settings under their canonical names; two spellings that disagree are an error."
-    result = {}
+    result = dict[str, Any]()
     for name, value in _known_fields(values).items():
         canonical = _ALIASES.get(name, name)
         if canonical in result and result[canonical] != value: raise ValueError(f"{canonical}={result[canonical]} and {name}={value} disagree: they are names of one setting")
@@ -153,6 +196,7 @@ class AttentionType:
 
 
 ATTENTION_TYPES: dict[str, AttentionType] = {}
+_Build = TypeVar("_Build", bound=Callable[[StandardizedRingConfig], nn.Module])
 
 
 def register_attention_type(
@@ -161,16 +205,16 @@ def register_attention_type(
     when: str, # who should take it, one sentence
     *,
     shares_sequence: bool = False, # does each process hold its own shard of the sequence?
-): # a decorator for `build(config)`, which makes the projection-free layer
+) -> Callable[[_Build], _Build]: # a decorator for `build(config)`, which makes the projection-free layer
     "Registers an attention type; a name that is taken is a `ValueError`."
-    def register(build):
+    def register(build: _Build) -> _Build:
         if name in ATTENTION_TYPES or name == "auto": raise ValueError(f"attention type {name!r} is registered already")
         ATTENTION_TYPES[name] = AttentionType(name, about, when, build, shares_sequence)
         return build
     return register
 
 
-def _shared(config: StandardizedRingConfig, combine: str, dilation_mode: str) -> dict:
+def _shared(config: StandardizedRingConfig, combine: str, dilation_mode: str) -> dict[str, Any]:
     "Settings that all dilated types have."
     return dict(segment_lengths=config.segment_lengths, dilation_rates=config.dilation_rates, dropout=config.dropout, causal=config.causal, combine=config.combine or combine,
                 dilation_mode=config.dilation_mode or dilation_mode, grid=config.grid, checkpoint=config.checkpointing, backend=config.backend)
@@ -234,9 +278,9 @@ class AutoRule:
 AUTO_RULES = (
     AutoRule("block_sparse_ring", "a sparsity is asked for, and processes share the sequence", lambda c: c.sparsity is not None and (c.ring_size > 1 or c.group is not None)),
     AutoRule("block_sparse", "a sparsity is asked for", lambda c: c.sparsity is not None),
-    AutoRule("hilbert", "tokens lie on a grid of two or more axes: along the curve a segment is a patch", lambda c: c.use_hilbert and c.grid is not None and len(c.grid) > 1 and c.ring_size > 1),
+    AutoRule("hilbert", "several processes share tokens on a grid of two or more axes: along the curve a shard is a region of the picture", lambda c: c.use_hilbert and c.grid is not None and len(as_grid(c.grid)) > 1 and c.ring_size > 1),
     AutoRule("ring", "several processes share the sequence", lambda c: c.ring_size > 1 or c.group is not None),
-    AutoRule("hilbert", "tokens lie on a grid of two or more axes: along the curve a segment is a patch", lambda c: c.use_hilbert and c.grid is not None and len(c.grid) > 1),
+    AutoRule("hilbert", "tokens lie on a grid of two or more axes: along the curve a segment is a patch", lambda c: c.use_hilbert and c.grid is not None and len(as_grid(c.grid)) > 1),
     AutoRule("standard", "a plain sequence in one process", lambda c: True),
 )
 
@@ -264,7 +308,7 @@ def explain_attention_type(
 ) -> AttentionChoice: # print it
     "Which type `'auto'` takes for these settings, and why."
     rule = next(rule for rule in AUTO_RULES if rule.type in ATTENTION_TYPES and rule.holds(config))
-    n = seq_len if seq_len is not None else None if config.grid is None else torch.Size(config.grid).numel()
+    n = seq_len if seq_len is not None else None if config.grid is None else torch.Size(as_grid(config.grid)).numel()
     if n is None or config.dim is None or config.heads is None: return AttentionChoice(rule.type, rule.reason, config.checkpointing, None)
     device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
     backend = explain_backend((batch, config.heads, n, config.dim // config.heads), dtype=config.parameter_dtype, device=device, backend=config.backend, layers=layers, memory=memory,
@@ -273,7 +317,7 @@ def explain_attention_type(
     return AttentionChoice(rule.type, rule.reason, config.checkpointing or backend.strategy != "store", backend)
 
 # %% ../nbs/13_api.ipynb #8bc9f353
-def _configured(attention_type: str, config: StandardizedRingConfig | None, settings: dict) -> tuple[AttentionType, StandardizedRingConfig]:
+def _configured(attention_type: str, config: StandardizedRingConfig | None, settings: Mapping[str, Any]) -> tuple[AttentionType, StandardizedRingConfig]:
     "The registered type and its configuration."
     config = StandardizedRingConfig(**_known_fields(settings)) if config is None else config.replace(**settings) if settings else config
     if attention_type == "auto":
@@ -288,14 +332,14 @@ def _configured(attention_type: str, config: StandardizedRingConfig | None, sett
 def create_dilated_attention(
     attention_type: str = "auto", # a name in `ATTENTION_TYPES`, or "auto"
     config: StandardizedRingConfig | None = None, # settings, or
-    **settings, # fields of `StandardizedRingConfig`, which override those of `config`
+    **settings: "Unpack[Settings]", # fields of `StandardizedRingConfig`, which override those of `config`
 ) -> nn.Module: # q, k, v (B, N, H, D) to (B, N, H, D)
     "Makes projection-free attention. Raises `ValueError` for an unknown type or setting."
     kind, config = _configured(attention_type, config, settings)
     return kind.build(config)
 
 
-def _with_projections(make, attention_type, config, settings) -> nn.Module:
+def _with_projections(make, attention_type, config, settings):
     kind, config = _configured(attention_type, config, settings)
     for name, other in (("dim", "embed_dim, hidden_dim"), ("heads", "num_heads")):
         if getattr(config, name) is None: raise ValueError(f"{name} is missing (also accepted as {other}): a layer with projections needs it")
@@ -305,7 +349,7 @@ def _with_projections(make, attention_type, config, settings) -> nn.Module:
 def create_multihead_dilated_attention(
     attention_type: str = "auto", # a name in `ATTENTION_TYPES`, or "auto"
     config: StandardizedRingConfig | None = None, # settings, or
-    **settings, # fields of `StandardizedRingConfig`, which override those of `config`
+    **settings: "Unpack[Settings]", # fields of `StandardizedRingConfig`, which override those of `config`
 ) -> MultiheadDilatedAttention: # query, key, value (B, N, E) to (out, None)
     "Makes a drop-in for `nn.MultiheadAttention(batch_first=True)`. Raises `ValueError` for an unknown type or setting."
     return _with_projections(MultiheadDilatedAttention, attention_type, config, settings)
@@ -314,7 +358,7 @@ def create_multihead_dilated_attention(
 def create_standardized_ring_attention(
     attention_type: str = "auto", # a name in `ATTENTION_TYPES`, or "auto"
     config: StandardizedRingConfig | None = None, # settings, or
-    **settings, # fields of `StandardizedRingConfig`, which override those of `config`
+    **settings: "Unpack[Settings]", # fields of `StandardizedRingConfig`, which override those of `config`
 ) -> DilatedSelfAttention: # tokens (B, N, E) to (B, N, E); types that share the sequence: this rank's shard
     "Makes self-attention. Raises `ValueError` for an unknown type or setting."
     return _with_projections(DilatedSelfAttention, attention_type, config, settings)
@@ -331,12 +375,31 @@ def which_when() -> str: # Markdown
     training = table(("strategy", "if it needs at most", "what it does"), [(f"`{row.strategy}`", f"{row.share:.0%} of the memory at hand", row.reason) for row in MEMORY_POLICY])
     return "\n\n".join(["**Which attention**", types, "**What `\"auto\"` takes**: the first line that holds", auto, "**Which backend**: the first line that fits and can run", backends, "**How to train**: the first line that fits", training])
 
+# %% ../nbs/13_api.ipynb #e5206cf0
+class RingLayerOptions(SharedBranchOptions, total=False):
+    "Of `RingDilatedAttention`, without what the historical names set."
+    group: "dist.ProcessGroup | DeviceMesh | None"
+    layout: str
+    overlap: bool
+    grid: int | Sequence[int] | None
+
+
+class RingForwardOptions(TypedDict, total=False):
+    "Of `RingDilatedAttention.forward`."
+    key_mask: Tensor | None
+
+
+class RingBlockOptions(SharedBlockOptions, total=False):
+    "Of `RingBlockSparseAttention`, without what the historical name sets."
+    group: "dist.ProcessGroup | DeviceMesh | None"
+
 # %% ../nbs/13_api.ipynb #22130673
 HilbertAttentionTritonFixed = HilbertAttentionTritonWrapper
 
 
 class RingDilatedAttentionHilbertCore(DilatedSelfAttention):
     "Historical name: `DilatedSelfAttention` around `RingDilatedAttention`, along the Hilbert curve. This rank's shard of the tokens (B, n, E) to (B, n, E)."
+    attention: RingDilatedAttention
 
     def __init__(
         self,
@@ -356,7 +419,7 @@ class RingDilatedAttentionHilbertCore(DilatedSelfAttention):
         curve: str = "hilbert", # a name in `CURVES` or "tile:S"
         device: torch.device | str | None = None, # of the parameters
         dtype: torch.dtype | None = None, # of the parameters
-        **options, # of `RingDilatedAttention`
+        **options: "Unpack[RingLayerOptions]", # of `RingDilatedAttention`
     ):
         inside = RingDilatedAttention(segment_lengths, dilation_rates, dropout, ring_size=ring_size, dilation_mode=dilation_mode, curve=curve if use_hilbert else None, **options)
         super().__init__(dim=dim, embed_dim=embed_dim, hidden_dim=hidden_dim, num_heads=num_heads, heads=heads, bias=bias, device=device, dtype=dtype, attention=inside)
@@ -383,12 +446,12 @@ class RingDilatedAttentionHilbertOptimizedFixed(RingDilatedAttention):
         num_heads: int | None = None, # alias of heads
         dilation_mode: str = "residue", # "residue", "keys" or "longnet"
         curve: str = "hilbert", # a name in `CURVES` or "tile:S"
-        **options, # of `RingDilatedAttention`
+        **options: "Unpack[RingLayerOptions]", # of `RingDilatedAttention`
     ):
         super().__init__(segment_lengths, dilation_rates, dropout, ring_size=ring_size, dilation_mode=dilation_mode, curve=curve if use_hilbert else None, **options)
         self.dim, self.heads = _one_of("dim", dim, embed_dim=embed_dim, hidden_dim=hidden_dim), _one_of("heads", heads, num_heads=num_heads)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **options) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, is_causal: bool = False, **options: "Unpack[RingForwardOptions]") -> Tensor:
         if q.ndim != 4 or (q.shape[2], q.shape[2] * q.shape[3]) != (self.heads, self.dim): raise ValueError(f"q has shape {tuple(q.shape)}: expected (B, n, {self.heads}, {self.dim // self.heads})")
         return super().forward(q, k, v, is_causal, **options)
 
@@ -406,7 +469,7 @@ class BlockSparseRingDilatedAttentionHilbertPostPattern(RingBlockSparseAttention
         sparse_config: SparsePatternConfig | None = None, # the pattern; None: `dilated_sparse` from the two lists
         use_post_pattern: bool = True, # False: blocks stay where they are, for comparison
         block_size: int = 128, # tokens per block, without `sparse_config`
-        **options, # of `RingBlockSparseAttention`
+        **options: "Unpack[RingBlockOptions]", # of `RingBlockSparseAttention`
     ):
         lengths, rates = _branch_lists(segment_lengths, dilation_rates)
         pattern = sparse_config or SparsePatternConfig("dilated_sparse", block_size, window=min(lengths), dilation_rates=tuple(rates))

@@ -7,6 +7,7 @@ __all__ = ['triton_forward', 'triton_backward', 'HilbertAttentionFunction', 'tri
 
 # %% ../nbs/05_autograd.ipynb #06b8ddc2
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,17 +76,18 @@ def _(q, k, v, *args): return tuple(map(_empty_like_rows, (q, k, v)))
 class HilbertAttentionFunction(torch.autograd.Function):
     "Attention on Triton kernels: saves q, k, v, out and LSE, recomputes the weights."
     @staticmethod
-    def forward(q, k, v, order, key_mask, seed, segment_size, dilation_rate, mode, offsets, causal, scale, dropout_p):
+    def forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, segment_size: int, dilation_rate: int, mode: str, offsets: Sequence[int],
+                causal: bool, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
         return triton_forward(q, k, v, order, key_mask, seed, segment_size, dilation_rate, mode, offsets, causal, scale, dropout_p)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[:6], *output)
         ctx.settings = inputs[6:]
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, v, order, key_mask, seed, out, lse = ctx.saved_tensors
         if dout is None and dlse is None: return (None,) * 13
         if dout is None: dout = torch.zeros_like(out)

@@ -15,13 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import isfinite, prod
 from types import MappingProxyType
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
 from .curves import _parse_curve, as_grid, curve_order
 from .patterns import DilatedPattern, SegmentPattern
-from .reference import reference_attention
+from .reference import PatternOptions, reference_attention
 from .sdpa import sdpa_attention, sdpa_mask_attention
 
 # %% ../nbs/07_backends.ipynb #622f3dbd
@@ -95,7 +96,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 @dataclass(frozen=True)
 class _Call:
     "A checked call: what every backend receives."
-    pattern: SegmentPattern | DilatedPattern
+    pattern: Any # of the kind that the backend takes: a SegmentPattern, or a DilatedPattern
     order: Tensor | None
     causal: bool
     key_mask: Tensor | None
@@ -181,7 +182,7 @@ class _Backend:
         if not _HAS_TRITON: return "the package triton is not installed"
         if device.type == "cpu": return None if _interpreted() else "it needs a CUDA GPU (on a CPU it runs only in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before Python starts)"
         if device.type != "cuda": return f"it needs a CUDA GPU, not {device.type}"
-        return None if capability >= (8, 0) else f"it needs compute capability 8.0 or newer, and this GPU has {capability[0]}.{capability[1]}"
+        return None if capability is None or capability >= (8, 0) else f"it needs compute capability 8.0 or newer, and this GPU has {capability[0]}.{capability[1]}"
 
 
 _BACKENDS = {b.name: b for b in (
@@ -242,9 +243,9 @@ class set_backend:
         self.previous = _forced[0]
         _forced[0] = _check_backend_name(name)
 
-    def __enter__(self): return self
-    def __exit__(self, *error): _forced[0] = self.previous
-    def __repr__(self): return f"set_backend({_forced[0]!r})"
+    def __enter__(self) -> "set_backend": return self
+    def __exit__(self, *error: object) -> None: _forced[0] = self.previous
+    def __repr__(self) -> str: return f"set_backend({_forced[0]!r})"
 
 
 def _choose(backend: str, device: torch.device, tokens: int | None = None) -> tuple[str, str, dict[str, str]]:
@@ -272,9 +273,9 @@ def _choose(backend: str, device: torch.device, tokens: int | None = None) -> tu
     raise RuntimeError(f"no backend can run on {device}: {blocked}")
 
 # %% ../nbs/07_backends.ipynb #e28e77a1
-def _run(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | None]:
+def _run(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | Any]:
     "Runs a checked call on a backend."
-    options = dict(order=call.order, causal=call.causal, key_mask=call.key_mask, dropout_p=call.dropout_p, scale=call.scale)
+    options: PatternOptions = dict(order=call.order, causal=call.causal, key_mask=call.key_mask, dropout_p=call.dropout_p, scale=call.scale)
     if not custom_backward: return sdpa_attention(q, k, v, call.pattern, **options, need_lse=need_lse, custom_backward=False)
     if backend == "sdpa": return sdpa_attention(q, k, v, call.pattern, **options, need_lse=need_lse)
     if backend == "sdpa_mask": return sdpa_mask_attention(q, k, v, call.pattern, **options, need_lse=need_lse)
@@ -290,7 +291,29 @@ def _autocast(*xs: Tensor) -> tuple[Tensor, ...]:
     if not torch.is_autocast_enabled(kind): return xs
     return tuple(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind)) for x in xs)
 
+# %% ../nbs/07_backends.ipynb #467853d0
+class CurveOptions(PatternOptions, total=False):
+    "What the front doors of segmented attention share."
+    grid: int | Sequence[int] | None
+    curve: str | None
+    dilation_mode: str
+    offsets: int | Sequence[int] | None
 
+
+class SegmentOptions(CurveOptions, total=False):
+    "Of `hilbert_attention`."
+    segment_size: int | None
+    dilation_rate: int
+
+
+@overload
+def hilbert_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = ..., return_lse: Literal[False] = False, **options: Unpack[SegmentOptions]) -> Tensor: ...
+@overload
+def hilbert_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = ..., return_lse: Literal[True], **options: Unpack[SegmentOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def hilbert_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = ..., return_lse: bool, **options: Unpack[SegmentOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
+
+# %% ../nbs/07_backends.ipynb #9533bb07
 def hilbert_attention(
     q: Tensor, # queries (B, H, N, D), any strides; float16, bfloat16, float32 or float64
     k: Tensor, # keys (B, H_kv, N, D), H a multiple of H_kv
@@ -365,10 +388,10 @@ class BackendChoice:
     density: float # share of dense attention
     flops: float # forward: 4 D per pair
     bytes: float # forward: q, k, v read once, output and LSE written once
-    rejected: MappingProxyType = field(repr=False) # name -> why not
+    rejected: MappingProxyType[str, str] = field(repr=False) # name -> why not
     strategy: str = "store" # how to train: "store", "checkpoint" or "ring"
     strategy_reason: str = ""
-    memory: MappingProxyType | None = field(default=None, repr=False) # strategy -> bytes that training needs
+    memory: MappingProxyType[str, int] | None = field(default=None, repr=False) # strategy -> bytes that training needs
     memory_at_hand: int = 0 # bytes
 
     def __str__(self) -> str:
@@ -379,7 +402,14 @@ class BackendChoice:
             lines.append(f"  to train: {self.strategy}, {self.strategy_reason} (needs: {needs}; at hand: {self.memory_at_hand / 1e9:.3g} GB)")
         return "\n".join(lines + [f"  not {name}: {why}" for name, why in self.rejected.items()])
 
+# %% ../nbs/07_backends.ipynb #db2faf98
+class ExplainOptions(SegmentOptions, total=False):
+    "Of `explain_backend`: one branch, or several."
+    segment_lengths: int | Sequence[int]
+    dilation_rates: int | Sequence[int]
+    combine: str
 
+# %% ../nbs/07_backends.ipynb #81913ecb
 def explain_backend(
     q: Tensor | Sequence[int], # queries, or only their shape (B, H, N, D)
     k: Tensor | Sequence[int] | None = None, # keys or their shape; None is like q
@@ -391,7 +421,7 @@ def explain_backend(
     gradients: bool = True, # False: nothing is kept for a backward
     memory: int | None = None, # bytes at hand; None: what the device has free now
     ranks: int | None = None, # processes to share the sequence; None: those of the default process group
-    **options, # the other arguments of `hilbert_attention` or `dilated_attention`
+    **options: "Unpack[ExplainOptions]", # the other arguments of `hilbert_attention` or `dilated_attention`
 ) -> BackendChoice: # print it
     "Which backend a call would take, the least work it has to do, why not another, and how to train with it."
     if not isinstance(q, Tensor): q = torch.empty(tuple(q), dtype=dtype, device="meta")
@@ -400,11 +430,9 @@ def explain_backend(
     k = q if k is None else torch.empty(tuple(k.shape if isinstance(k, Tensor) else k), dtype=q.dtype, device="meta")
     _check_tensors(q, k, k)
     if "segment_lengths" in options:
-        pattern = DilatedPattern.for_heads(q.shape[2], q.shape[1], options["segment_lengths"], *(options.get(name, default) for name, default in (
-            ("dilation_rates", 1), ("combine", "lse"), ("dilation_mode", "longnet"), ("offsets", None))))
-    else:
-        pattern = SegmentPattern.for_heads(q.shape[2], q.shape[1], *(options.get(name, default) for name, default in (
-            ("segment_size", None), ("dilation_rate", 1), ("dilation_mode", "residue"), ("offsets", None))))
+        pattern = DilatedPattern.for_heads(q.shape[2], q.shape[1], options["segment_lengths"], options.get("dilation_rates", 1), options.get("combine", "lse"), options.get("dilation_mode", "longnet"),
+                                           options.get("offsets"))
+    else: pattern = SegmentPattern.for_heads(q.shape[2], q.shape[1], options.get("segment_size"), options.get("dilation_rate", 1), options.get("dilation_mode", "residue"), options.get("offsets"))
     name, reason, rejected = _choose(backend, device, q.shape[2])
     pairs = q.shape[0] * pattern.pairs(q.shape[1])
     size = torch.finfo(q.dtype).bits // 8

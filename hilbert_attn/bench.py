@@ -10,9 +10,9 @@ __all__ = ['FLOPS_PER_PAIR', 'NAIVE', 'MASKED', 'MASKED_HILBERT', 'DENSE', 'MATM
            'environment', 'machine_slug', 'Candidate', 'check_exact', 'peak_memory', 'naive_attention', 'Case',
            'bench_cpu', 'bench_rows', 'bench_targets', 'bench_memory', 'bench_curves', 'bench_crossover', 'mean_ratio',
            'policy_choice', 'crossover_table', 'policy_verdict', 'bench_dilated', 'bench_ring', 'bench_local',
-           'bench_gpu', 'measurements', 'compare_runs', 'load_run', 'Table', 'format_table', 'dilated_targets',
-           'race_rows', 'Suite', 'run_suite', 'describe_environment', 'run_tables', 'format_run', 'report_run',
-           'plot_run', 'results_folder', 'save_run', 'load_runs', 'latest_runs']
+           'bench_gpu', 'measurements', 'compare_runs', 'load_run', 'Table', 'table_cells', 'format_table',
+           'dilated_targets', 'race_rows', 'Suite', 'run_suite', 'describe_environment', 'run_tables', 'format_run',
+           'report_run', 'plot_run', 'results_folder', 'save_run', 'load_runs', 'latest_runs']
 
 # %% ../nbs/15_bench.ipynb #fc9bdd35
 import gc
@@ -33,6 +33,7 @@ from importlib.metadata import PackageNotFoundError, version
 from math import exp, inf, log, prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import hilbert_attn
-from .backends import POLICY, detect_gpu_architecture, hilbert_attention, training_memory
+from .backends import POLICY, CurveOptions, detect_gpu_architecture, hilbert_attention, training_memory
 from .curves import CURVES, _compute_order, curve_order, locality, new_figure
 from .dilated import dilated_attention
 from .modules import HilbertAttentionCore
@@ -68,7 +69,7 @@ class _NoBar:
 
 
 def progress_bar(
-    total: int, # number of steps
+    total: float, # number of steps
     text: str = "", # what is going on
     show: bool | None = None, # None: only on a terminal
 ): # a context manager with `update` and `set_description_str`
@@ -91,7 +92,7 @@ def measure(
 ) -> dict[str, Timing]: # in the order of `calls`
     "Times calls in turn, round by round in one process; medians and percentiles."
     if repeats < 1 or warmup < 0: raise ValueError(f"repeats={repeats}, warmup={warmup}: at least 1 and at least 0")
-    times, names, shuffle, began = {name: [] for name in calls}, list(calls), random.Random(0).shuffle, clock()
+    times, names, shuffle, began = {name: list[float]() for name in calls}, list(calls), random.Random(0).shuffle, clock()
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -111,7 +112,7 @@ def measure(
             if turn >= 2 and clock() - began > max_seconds: break
     finally:
         if enabled: gc.enable()
-    return {name: Timing(*map(float, np.quantile(t, (0.5, 0.2, 0.8))), len(t)) for name, t in times.items()}
+    return {name: Timing(p50, p20, p80, len(t)) for name, t in times.items() for p50, p20, p80 in (map(float, np.quantile(t, (0.5, 0.2, 0.8))),)}
 
 # %% ../nbs/15_bench.ipynb #99288b17
 FLOPS_PER_PAIR = {"forward": 4, "forward+backward": 14} # times D: 2 products forward, 5 backward, 2 D operations each
@@ -150,8 +151,8 @@ def machine_limits(
 def _cpu_name() -> str:
     "The CPU's own name, without its decoration."
     name = ""
-    try: name = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1]
-    except (OSError, TypeError):
+    try: name = "".join(re.findall(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.M)[:1])
+    except OSError:
         if sys.platform == "darwin": name = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True).stdout
     name = re.sub(r"\((R|TM)\)|\bCPU\b|\bProcessor\b|@.*|\d+-Core", "", name or platform.processor() or platform.machine())
     return " ".join(name.split())
@@ -191,7 +192,7 @@ def machine_slug(
     env: dict, # from `environment`
 ) -> str: # such as "amd-epyc-2-cores"
     "A name for the machine, fit for a folder."
-    return re.sub(r"[^a-z0-9]+", "-", f"{env.get('gpu', env['cpu'])} {'' if 'gpu' in env else str(env['cores']) + ' cores'}".lower()).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", (env["gpu"] if "gpu" in env else f"{env['cpu']} {env['cores']} cores").lower()).strip("-")
 
 # %% ../nbs/15_bench.ipynb #a5fbfb48
 @dataclass(frozen=True)
@@ -208,7 +209,7 @@ class Candidate:
         x = [t.detach() for t in (q, k, v)]
         return lambda: self.attention(*x)
 
-    def backward(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor) -> Callable:
+    def backward(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None) -> Callable:
         "Forward and backward, as a call without arguments."
         x, upstream = [t.detach().requires_grad_() for t in (q, k, v)], (dout, dlse) if self.lse_grad else (dout,)
         def call():
@@ -235,10 +236,10 @@ def check_exact(
         for x, part in zip(whole, parts): x[:, heads] = part
         result = candidate.attention(*whole)
         if isinstance(result, tuple): return result[0][:, heads], result[1][:, heads]
-        with torch.no_grad(): lse = masked_attention(*parts, mask)[1]  # the candidate has none to judge
+        with torch.no_grad(): lse = masked_attention(parts[0], parts[1], parts[2], mask)[1]  # the candidate has none to judge
         return result[:, heads], lse
 
-    try: report = compare_to_oracle(some_heads, *(x[:, heads] for x in (q, k, v)), mask, lse_grad=candidate.lse_grad)
+    try: report = compare_to_oracle(some_heads, q[:, heads], k[:, heads], v[:, heads], mask, lse_grad=candidate.lse_grad)
     except (AssertionError, RuntimeError) as e: raise RuntimeError(f"refusing to time {candidate.name!r}: {e}") from None
     if not report.ok: raise RuntimeError(f"refusing to time {candidate.name!r}: it is further from the float64 oracle than the rule allows\n{report}")
     return report
@@ -246,7 +247,7 @@ def check_exact(
 # %% ../nbs/15_bench.ipynb #f34c31fb
 def _resident(field: str = "VmRSS") -> int: # bytes
     "Resident memory of this process: now (VmRSS), or its high-water mark (VmHWM)."
-    try: return 1024 * int(re.search(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    try: return 1024 * int(re.findall(rf"{field}:\s*(\d+)", Path("/proc/self/status").read_text())[0])
     except OSError:
         import resource
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -294,11 +295,11 @@ def naive_attention(
     return (q @ k.transpose(-2, -1) * default_scale(q)).masked_fill(hidden, -torch.inf).softmax(-1) @ v
 
 
-def _random_inputs(batch: int, heads: int, n: int, head_dim: int, device: str = "cpu") -> tuple[list[Tensor], Tensor, Tensor]:
+def _random_inputs(batch: int, heads: int, n: int, head_dim: int, device: str = "cpu") -> tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor]:
     "Standard normal q, k, v, and upstream gradients of output and LSE."
     g = torch.Generator().manual_seed(0)
-    *qkv, dout = (torch.randn(batch, heads, n, head_dim, generator=g).to(device) for _ in range(4))
-    return qkv, dout, torch.randn(batch, heads, n, generator=g).to(device)
+    q, k, v, dout = (torch.randn(batch, heads, n, head_dim, generator=g).to(device) for _ in range(4))
+    return (q, k, v), dout, torch.randn(batch, heads, n, generator=g).to(device)
 
 
 @dataclass(frozen=True)
@@ -356,7 +357,7 @@ def _check_cases(cases: Sequence[Case], tell: Callable) -> list[tuple[Case, str,
 
 def _worst(reports) -> dict: # by candidate
     "Reports of many cases in brief: how many, and the largest error as a share of what the rule allows."
-    found = {}
+    found = dict[str, tuple[int, float]]()
     for _, name, report in reports:
         share = max(report.errors[x] / report.allowed[x] for x in report.errors)
         cases, worst = found.get(name, (0, 0.0))
@@ -381,7 +382,7 @@ def _time_cases(cases: Sequence[Case], repeats: int, tell: Callable, max_seconds
     return rows
 
 # %% ../nbs/15_bench.ipynb #46ca63bc
-CPU_CONFIG = dict(batch=1, heads=12, grid=[64, 64], head_dim=64, segment_size=1024, dilation_rate=4, dtype="float32", repeats=15, sweep_sides=[8, 16, 32, 64], memory_tokens=32_768)
+CPU_CONFIG: dict[str, Any] = dict(batch=1, heads=12, grid=[64, 64], head_dim=64, segment_size=1024, dilation_rate=4, dtype="float32", repeats=15, sweep_sides=[8, 16, 32, 64], memory_tokens=32_768)
 CPU_QUICK = CPU_CONFIG | dict(heads=2, grid=[16, 16], segment_size=64, repeats=3, sweep_sides=[8], memory_tokens=1024)
 
 
@@ -481,7 +482,7 @@ def bench_targets(
     return found
 
 # %% ../nbs/15_bench.ipynb #5650eb64
-MEMORY_CONFIG = dict(batch=1, heads=4, head_dim=64, segment_size=1024, dilation_rate=4, dtype="float32", repeats=3, directions=["forward", "forward+backward"],
+MEMORY_CONFIG: dict[str, Any] = dict(batch=1, heads=4, head_dim=64, segment_size=1024, dilation_rate=4, dtype="float32", repeats=3, directions=["forward", "forward+backward"],
                      tokens={NAIVE: [1024, 2048, 4096, 8192], MASKED: [1024, 2048, 4096, 8192], OURS: [1024, 4096, 16384, 65536], OURS_HILBERT: [1024, 4096, 16384, 65536]},
                      layers=4, training_tokens=[4096, 16384, 65536])
 MEMORY_QUICK = MEMORY_CONFIG | dict(heads=2, segment_size=64, repeats=1, directions=["forward+backward"], tokens={MASKED: [1024], OURS: [1024]}, layers=2, training_tokens=[1024])
@@ -551,7 +552,7 @@ def bench_memory(
     return dict(suite="memory", quick=quick, config=config, environment=environment(), limits=limits, checks=checks, rows=rows)
 
 # %% ../nbs/15_bench.ipynb #3ebc6f1c
-CURVES_CONFIG = dict(curves=list(CURVES), grids=[[64, 64], [256, 256], [700, 1000], [1024, 1024], [64, 64, 64]], repeats=9, locality_grids=[[64, 64], [37, 90], [16, 16, 16]], segment_sizes=[64, 256])
+CURVES_CONFIG: dict[str, Any] = dict(curves=list(CURVES), grids=[[64, 64], [256, 256], [700, 1000], [1024, 1024], [64, 64, 64]], repeats=9, locality_grids=[[64, 64], [37, 90], [16, 16, 16]], segment_sizes=[64, 256])
 CURVES_QUICK = CURVES_CONFIG | dict(grids=[[16, 16], [8, 8, 8]], repeats=3, locality_grids=[[16, 16]], segment_sizes=[16])
 SORT, COPY = "sorting random keys", "copying the indices"
 
@@ -593,7 +594,7 @@ def bench_curves(
     return dict(suite="curves", quick=quick, config=config, environment=environment(), limits=limits, rows=rows, locality=found)
 
 # %% ../nbs/15_bench.ipynb #0c77ab64
-CROSSOVER_CONFIG = dict(batch=1, heads=8, dtype="float32", tokens=[16, 32, 48, 64, 96, 128, 192, 256, 512], head_dims=[32, 64, 128], patterns=[[1, 4], [4, 1], [4, 4]], orders=["none", "hilbert"], repeats=41, max_seconds=0.5)
+CROSSOVER_CONFIG: dict[str, Any] = dict(batch=1, heads=8, dtype="float32", tokens=[16, 32, 48, 64, 96, 128, 192, 256, 512], head_dims=[32, 64, 128], patterns=[[1, 4], [4, 1], [4, 4]], orders=["none", "hilbert"], repeats=41, max_seconds=0.5)
 CROSSOVER_QUICK = CROSSOVER_CONFIG | dict(heads=2, tokens=[16, 64], head_dims=[16], patterns=[[4, 1]], repeats=3)
 
 
@@ -672,7 +673,7 @@ def policy_verdict(
                 sdpa_wins_from=min((row["tokens"] for row in table if row["low"] > 1), default=None), agrees=all(row["agrees"] for row in table))
 
 # %% ../nbs/15_bench.ipynb #9fa87576
-DILATED_CONFIG = dict(batch=1, heads=8, grid=[32, 64], head_dim=64, segment_lengths=[256, 512, 1024], dilation_rates=[1, 2, 4], dtype="float32", modes=["longnet", "residue"], orders=["none", "hilbert"], repeats=15, target=1.15)
+DILATED_CONFIG: dict[str, Any] = dict(batch=1, heads=8, grid=[32, 64], head_dim=64, segment_lengths=[256, 512, 1024], dilation_rates=[1, 2, 4], dtype="float32", modes=["longnet", "residue"], orders=["none", "hilbert"], repeats=15, target=1.15)
 DILATED_QUICK = DILATED_CONFIG | dict(heads=2, grid=[8, 16], segment_lengths=[16, 64], dilation_rates=[1, 2], repeats=3)
 ONE_CALL, BRANCH_CALLS = "one call", "its branches, one call each"
 
@@ -681,11 +682,11 @@ def _dilated_case(config: dict, mode: str, order: str) -> Case:
     grid, lengths, rates, heads = tuple(config["grid"]), config["segment_lengths"], config["dilation_rates"], config["heads"]
     curve, n = None if order == "none" else order, prod(config["grid"])
     pattern = DilatedPattern.for_heads(n, heads, lengths, rates, "lse", mode)
-    options = dict(grid=grid, curve=curve, dilation_mode=mode, backend="sdpa")
-    def branch(w, r): return lambda q, k, v: hilbert_attention(q, k, v, segment_size=w, dilation_rate=r, **options)
+    options: CurveOptions = dict(grid=grid, curve=curve, dilation_mode=mode)
+    def branch(w, r): return lambda q, k, v: hilbert_attention(q, k, v, segment_size=w, dilation_rate=r, backend="sdpa", **options)
     def candidates():
         along = None if curve is None else curve_order(grid, curve)
-        one = Candidate(ONE_CALL, lambda q, k, v: dilated_attention(q, k, v, lengths, rates, **options), attention_mask(pattern, order=along), pattern.pairs())
+        one = Candidate(ONE_CALL, lambda q, k, v: dilated_attention(q, k, v, lengths, rates, backend="sdpa", **options), attention_mask(pattern, order=along), pattern.pairs())
         return [one, *(Candidate(f"branch {w}/{r}", branch(w, r), attention_mask(b.pattern, order=along), b.pattern.pairs(heads)) for w, r, b in zip(lengths, rates, pattern.branches))]
     def arrange(calls):
         parts = [call for name, call in calls.items() if name != ONE_CALL]
@@ -717,7 +718,7 @@ def _run_tool(name: str, options: Sequence[str], folder: str, progress: bool | N
     lines = []
     try:
         with _telling(1, progress) as tell:
-            for line in process.stdout:
+            for line in process.stdout or ():
                 lines.append(line)
                 tell(line.strip(), 0)
         code = process.wait()
@@ -746,13 +747,19 @@ def bench_local(quick: bool = False, progress: bool | None = None) -> dict:
     return _bench_tool("local", quick, progress)
 
 
-def _from_gpu_run(found: dict, quick: bool) -> dict:
+def _gpu_run_environment(found: dict) -> dict:
+    "Where tools/gpu_run.py ran, in the words of `environment`: its file may come from another machine."
+    words = {"memory_gib": "gpu_memory_gib"}
+    return {words.get(key, key): value for key, value in found.items() if key != "dry_run"} | dict(commit=found["commit"][:10], date=datetime.fromisoformat(found["date"]).strftime("%Y-%m-%d %H:%M UTC"))
+
+
+def _from_gpu_run(found: dict, quick: bool, env: dict | None = None) -> dict:
     "What tools/gpu_run.py wrote, as a run of this harness: seconds, flat rows."
     rows = [dict(name=row["name"], case=row["case"]["name"], direction=row["kind"], **{to: float(f"{row[key] / 1e3:.6g}") for to, key in (("median", "ms"), ("p20", "p20"), ("p80", "p80"))}, repeats=row["repeats"],
                  share_of_matmul=row["share_of_matmul"], share_of_copy=row["share_of_copy"], peak_mib=row["peak_mib"]) for row in found["rows"] if "ms" in row]
     limits = dict(matmul_flops_per_s=1e12 * found["rates"]["matmul_tflops"], copy_bytes_per_s=1e9 * found["rates"]["copy_gbs"])
     targets = [_target(f"{v['case']}, {v['kind']}: {v['target']}", v["measured"], v["needed"]) for v in found["verdicts"]]
-    return dict(suite="gpu", quick=quick, config=dict(cases=len({row["case"] for row in rows}), skipped=found["skipped"]), environment=environment() | {key: found["environment"][key] for key in ("driver", "cudnn") if key in found["environment"]},
+    return dict(suite="gpu", quick=quick, config=dict(cases=len({row["case"] for row in rows}), skipped=found["skipped"]), environment=env or environment() | {key: found["environment"][key] for key in ("driver", "cudnn") if key in found["environment"]},
                 limits=limits, checks=found["correctness"], rows=rows, targets=targets)
 
 
@@ -835,14 +842,23 @@ class Table:
     def __str__(self) -> str: return format_table(self.rows, self.formats, {next(iter(self.formats)): self.name} | self.titles)
 
 
+def table_cells(
+    rows: Sequence[dict], # all with the same keys
+    formats: dict[str, str], # column -> format of its values
+    titles: dict[str, str] | None = None, # column -> heading, where it differs
+) -> list[list[str]]: # the headings, then a list for each row
+    "A table as text, cell by cell: yes or no, and a dash where there is no value."
+    def cell(value, spec): return "-" if value is None else ("yes" if value else "no") if isinstance(value, bool) else format(value, spec)
+    return [[(titles or {}).get(name, name.replace("_", " ")) for name in formats]] + [[cell(row[name], spec) for name, spec in formats.items()] for row in rows]
+
+
 def format_table(
     rows: Sequence[dict], # all with the same keys
     formats: dict[str, str], # column -> format of its values, such as ".1f"; other columns are left out
     titles: dict[str, str] | None = None, # column -> heading, where it differs
 ) -> str:
-    "Rows as aligned plain text: words to the left, numbers to the right, yes or no, and a dash where there is no value."
-    def cell(value, spec): return "-" if value is None else ("yes" if value else "no") if isinstance(value, bool) else format(value, spec)
-    table = [[(titles or {}).get(name, name.replace("_", " ")) for name in formats]] + [[cell(row[name], spec) for name, spec in formats.items()] for row in rows]
+    "Rows as aligned plain text: words to the left, numbers to the right."
+    table = table_cells(rows, formats, titles)
     words = [all(isinstance(row[name], str) for row in rows) for name in formats]
     widths = [max(len(line[i]) for line in table) for i in range(len(formats))]
     lines = ["  ".join(c.ljust(n) if left else c.rjust(n) for c, n, left in zip(line, widths, words)).rstrip() for line in table]
@@ -938,7 +954,7 @@ def _colors(names: Sequence[str]) -> dict[str, str]:
 
 def _plot_times(run: dict):
     "Forward and forward+backward: medians, 20th to 80th percentile, and the machine's limit."
-    fig, axes = new_figure(1, 2, panel=(4.6, 2.9), titles=list(FLOPS_PER_PAIR))
+    fig, axes = new_figure(2, 1, panel=(5.6, 2.6), titles=list(FLOPS_PER_PAIR))
     for ax, direction in zip(axes, FLOPS_PER_PAIR):
         rows = [row for row in bench_rows(run) if row["direction"] == direction][::-1]
         for y, row in enumerate(rows):
@@ -957,48 +973,56 @@ def _plot_race(run: dict):
     rows = [row for row in race_rows(run, baseline) if row["relative"]]
     places = list(dict.fromkeys((row["setting"], row["direction"]) for row in rows))[::-1]
     of = {place: next(row for row in rows if row["name"] == baseline and (row["setting"], row["direction"]) == place)["ms"] for place in places}
-    fig, (ax,) = new_figure(panel=(7.2, 0.9 + 0.2 * len(places)))
-    for name, color in _colors([row["name"] for row in rows]).items():
+    fig, (ax,) = new_figure(panel=(5.6, 1.4 + 0.2 * len(places)))
+    for i, (name, color) in enumerate(_colors([row["name"] for row in rows]).items()):
         mine = [(row, places.index((row["setting"], row["direction"]))) for row in rows if row["name"] == name]
-        ax.plot([row["relative"] for row, _ in mine], [y for _, y in mine], "o", ms=5, label=name, color=color)
+        ax.plot([row["relative"] for row, _ in mine], [y for _, y in mine], "os^"[i // 8 % 3], ms=5, label=name, color=color)  # eight colors in turn
         for row, y in mine:
             base = of[row["setting"], row["direction"]]
             ax.plot((row["p20_ms"] / base, row["p80_ms"] / base), (y, y), color=color, lw=4, alpha=0.3, solid_capstyle="round")
-    if max(row["relative"] for row in rows) > 4: ax.set(xscale="log")
+    relative = [row["relative"] for row in rows]
+    if max(relative) > 4 or min(relative) < 0.25: ax.set(xscale="log")
     ax.axvline(1, color="#868e96", lw=1, ls=":")
     ax.set(xlabel=f"time, in multiples of: {baseline}")
     ax.set_yticks(range(len(places)), [", ".join(filter(None, place)) for place in places], fontsize=7)
-    ax.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    fig.legend(frameon=False, fontsize=7, loc="outside upper left", ncols=2)
 
 
 def _plot_lines(ax, rows: Sequence[dict], factor: float, ylabel: str):
     "Medians by tokens, a line for each name, with spread, on logarithmic axes."
+    from matplotlib.ticker import LogLocator
     for name, color in _colors([row["name"] for row in rows]).items():
         mine = sorted((row for row in rows if row["name"] == name), key=lambda row: row["tokens"])
         x = [row["tokens"] for row in mine]
         ax.plot(x, [factor * row["median"] for row in mine], "o-", ms=4, lw=1.5, label=name, color=color)
         ax.fill_between(x, [factor * row["p20"] for row in mine], [factor * row["p80"] for row in mine], color=color, alpha=0.2, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=ylabel)
-    ax.legend(frameon=False, fontsize=7)
+    ticks = list[int]()
+    for n in sorted({row["tokens"] for row in rows}): ticks += [n] if not ticks or n > 2.5 * ticks[-1] else []
+    ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
+    ax.yaxis.set_major_locator(LogLocator(subs=(1,) if ax.get_ylim()[1] > 100 * ax.get_ylim()[0] else (1, 2, 5)))
+    ax.yaxis.set_major_formatter(lambda y, _: f"{y:,.10g}")
+    ax.minorticks_off(), ax.legend(frameon=False, fontsize=7)
 
 
 def _plot_memory(run: dict):
     directions = run["config"]["directions"]
-    fig, axes = new_figure(1, len(directions) + 1, panel=(3.2, 2.8), titles=[*directions, f"training {run['config']['layers']} layers"])
+    fig, axes = new_figure(len(directions) + 1, 1, panel=(5.6, 2.7), titles=[*directions, f"training {run['config']['layers']} layers"])
     for ax, direction in zip(axes, directions): _plot_lines(ax, [row for row in run["rows"] if row["direction"] == direction and "layers" not in row], 2 ** -20, "peak beyond q, k, v (MiB)")
     _plot_lines(axes[-1], [row for row in run["rows"] if "layers" in row], 2 ** -20, "peak (MiB)")
 
 
 def _plot_curves(run: dict):
     sizes = list(dict.fromkeys((row["grid"], row["segment_size"]) for row in run["locality"]))
-    fig, axes = new_figure(1, 2, panel=(4.6, 2.9), titles=["making an order", "neighbours in one segment"])
+    fig, axes = new_figure(2, 1, panel=(5.6, 2.9), titles=["making an order", "neighbours in one segment"])
     _plot_lines(axes[0], [row for row in run["rows"] if row["grid"].count("x") == 1], 1e3, "time (ms)")
     for i, (name, color) in enumerate(_colors([row["name"] for row in run["rows"]]).items()):
         kept = [row["neighbors_kept"] for size in sizes for row in run["locality"] if (row["name"], row["grid"], row["segment_size"]) == (name, *size)]
         if kept: axes[1].plot(kept, [y + 0.3 - 0.15 * i for y in range(len(sizes))], "o", ms=5, label=name, color=color)
     axes[1].set_yticks(range(len(sizes)), [f"{grid}, segments of {w}" for grid, w in sizes], fontsize=8)
     axes[1].set(xlabel="share of grid neighbours")
-    axes[0].legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    axes[0].get_legend().remove()
+    fig.legend(*axes[0].get_legend_handles_labels(), frameon=False, fontsize=7, loc="outside upper left", ncols=4)
 
 
 def _plot_crossover(run: dict):
@@ -1053,8 +1077,9 @@ def describe_environment(
     env: dict, # from `environment`
 ) -> str: # one line
     "The machine and the versions of a run, in one line."
-    hardware = [env.get("gpu"), env["cpu"], f"{env['cores']} cores", env.get("instructions"), f"{env['threads']} threads"]
-    software = [f"torch {env['torch']}", f"Python {env['python']}", f"hilbert_attn {env['hilbert_attn']}" + (f" at {env['commit']}" if "commit" in env else "")]
+    def known(name, form="{}"): return form.format(env[name]) if name in env else ""
+    hardware = [known("gpu"), known("cpu"), known("cores", "{} cores"), known("instructions"), known("threads", "{} thread" if env.get("threads") == 1 else "{} threads")]
+    software = [known("torch", "torch {}"), known("python", "Python {}"), " ".join(filter(None, ["hilbert_attn", known("hilbert_attn"), known("commit", "at {}")]))]
     return ", ".join(filter(None, [*hardware, *software, env["date"]]))
 
 
@@ -1147,8 +1172,11 @@ def load_runs(
     suite: str, # such as "cpu"
     folder: str | Path | None = None, # None: `results_folder()`
 ) -> list[dict]: # of all machines, oldest first
-    "All stored runs of a suite."
-    runs = [run for path in sorted(Path(folder or results_folder()).glob(f"*/{suite}.json")) for run in json.loads(path.read_text())]
+    "All stored runs of a suite; of `gpu` also what `make gpu` stored."
+    folder = Path(folder or results_folder())
+    runs = [run for path in sorted(folder.glob(f"*/{suite}.json")) for run in json.loads(path.read_text())]
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/gpu_run*.json"))] if suite == "gpu" else []
+    runs += [_from_gpu_run(run, quick=False, env=_gpu_run_environment(run["environment"])) for run in found]
     return sorted(runs, key=lambda run: run["environment"]["date"])
 
 

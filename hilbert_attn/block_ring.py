@@ -9,11 +9,14 @@ __all__ = ['lists_order', 'BlockRingPlan', 'plan_block_ring', 'block_sparse_ring
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal, overload
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import _autocast, _check_tensors
 from .block_sparse import BlockLists, _both_ways, attend_blocks
@@ -100,7 +103,7 @@ class BlockRingPlan:
             causal = torch.zeros_like(q_index), q_index, k_index.clamp(min=0)
             bounds = [x if bound is None else torch.cat([bound, x]) for bound, x in zip(bounds, causal)]
         tokens = [torch.from_numpy(np.ascontiguousarray(x.ravel(), np.int32)) for x in (q_tokens, k_tokens)]
-        return BlockLists(lists.block_size, int(last - first), len(reads), *tokens, rows, columns, lists.groups, *bounds).to(lists.device)
+        return BlockLists(lists.block_size, int(last - first), len(reads), tokens[0], tokens[1], rows, columns, lists.groups, *bounds).to(lists.device)
 
     def __str__(self) -> str:
         lines = [f"block-sparse attention of {sum(self.sizes):,} tokens over {self.world_size} rank{'s' * (self.world_size > 1)}"]
@@ -110,7 +113,7 @@ class BlockRingPlan:
         return "\n".join(lines)
 
 
-_plans: "WeakKeyDictionary" = WeakKeyDictionary()  # lists -> {(sizes, rank): (plan, local lists)}
+_plans = WeakKeyDictionary[BlockLists, dict[tuple[int, int], tuple[BlockRingPlan, BlockLists]]]()  # lists -> {(sizes, rank): (plan, local lists)}
 
 
 def plan_block_ring(
@@ -155,7 +158,18 @@ def _planned(lists: BlockLists, size: int, rank: int) -> tuple[BlockRingPlan, Bl
         known[size, rank] = BlockRingPlan(lists.to("cpu"), plan.sizes), plan.local_lists(rank)  # not the key itself: it would keep itself alive
     return known[size, rank]
 
+# %% ../nbs/10c_block_ring.ipynb #9f133c1b
+@overload
+def block_sparse_ring_attention(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *, group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ..., backend: str = ...,
+                                return_lse: Literal[False] = False) -> Tensor: ...
+@overload
+def block_sparse_ring_attention(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *, group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ..., backend: str = ...,
+                                return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+@overload
+def block_sparse_ring_attention(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *, group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ..., backend: str = ...,
+                                return_lse: bool) -> Tensor | tuple[Tensor, Tensor]: ...
 
+# %% ../nbs/10c_block_ring.ipynb #59bef3ae
 @_outside_graphs
 def block_sparse_ring_attention(
     q: Tensor, # queries (B, H, n, D): this rank's shard of positions, `shard_sequence(..., order=lists_order(lists))`
@@ -163,7 +177,7 @@ def block_sparse_ring_attention(
     v: Tensor, # values (B, H_kv, n, D)
     lists: BlockLists, # of the whole sequence, the same on every rank
     *,
-    group=None, # process group, 1-D `DeviceMesh`, or None: the default group, or one rank alone
+    group: "dist.ProcessGroup | DeviceMesh | None" = None, # process group, 1-D `DeviceMesh`, or None: the default group, or one rank alone
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     backend: str = "auto", # as for `block_sparse_attention`
     return_lse: bool = False, # return the log-sum-exp too
@@ -188,5 +202,6 @@ def block_sparse_ring_attention(
         local = dict(rows=q.shape[2])
     except ValueError as found: error = found
     _agree(ring, "block_sparse_ring_attention", common, local, error)
-    out, lse = attend_blocks(q, *_Fetch.apply(k, v, plan, ring), own, scale=scale, backend=backend)
+    k, v = _Fetch.apply(k, v, plan, ring)
+    out, lse = attend_blocks(q, k, v, own, scale=scale, backend=backend)
     return (out, lse) if return_lse else out

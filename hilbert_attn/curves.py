@@ -9,9 +9,10 @@ __all__ = ['CURVES', 'hilbert_decode', 'hilbert_encode', 'as_grid', 'curve_order
 # %% ../nbs/00_curves.ipynb #5b9dcb4e
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt, prod
+from typing import Any
 
 import numpy as np
 import torch
@@ -175,7 +176,8 @@ def _hilbert(grid: tuple[int, ...]) -> np.ndarray:
         path = hilbert_decode(torch.arange(side ** 3), side.bit_length() - 1, 3).T.numpy()
     else:
         axes = sorted(range(ndim), key=lambda axis: -grid[axis])  # along the longest side; sorted() is stable
-        walk = (_rectangle if ndim == 2 else _box)(*(grid[axis] for axis in axes), {})
+        build: Callable[..., np.ndarray] = _rectangle if ndim == 2 else _box
+        walk = build(*(grid[axis] for axis in axes), {})
         path = np.empty_like(walk)
         path[axes] = walk
     order = path[0].astype(np.int64)
@@ -183,7 +185,7 @@ def _hilbert(grid: tuple[int, ...]) -> np.ndarray:
     return order
 
 
-_CURVES = {"row_major": _row_major, "snake": _snake, "tile": _tile, "morton": _morton, "hilbert": _hilbert}
+_CURVES: dict[str, Callable[..., np.ndarray]] = {"row_major": _row_major, "snake": _snake, "tile": _tile, "morton": _morton, "hilbert": _hilbert}
 CURVES = tuple(_CURVES)
 
 # %% ../nbs/00_curves.ipynb #465ef398
@@ -224,7 +226,7 @@ class _OrderCache:
 
     def __init__(self, max_entries: int = 256, max_bytes: int = 1 << 28):
         self.max_entries, self.max_bytes = max_entries, max_bytes
-        self.entries, self.bytes, self.lock = OrderedDict(), 0, threading.Lock()
+        self.entries, self.bytes, self.lock = OrderedDict[tuple, tuple[Tensor, int]](), 0, threading.Lock()
 
     def get(self, key, compute) -> Tensor:
         with self.lock:
@@ -341,7 +343,7 @@ def plot_curve(
     from matplotlib.collections import LineCollection
     order = curve_order(grid, curve).numpy()
     xy = np.stack([order % grid[1] + 0.5, order // grid[1] + 0.5], 1) * cell
-    path = LineCollection(np.stack([xy[:-1], xy[1:]], 1), cmap="turbo", array=np.arange(len(xy) - 1), **line)
+    path = LineCollection(list(np.stack([xy[:-1], xy[1:]], 1)), cmap="turbo", array=np.arange(len(xy) - 1), **line)
     ax.add_collection(path)
     ax.set_xlim(0, grid[1] * cell), ax.set_ylim(grid[0] * cell, 0), ax.set_aspect("equal")
 

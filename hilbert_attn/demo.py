@@ -261,7 +261,7 @@ def demo_candidates(
 
 def compare_orders(
     grid: tuple[int, int], # (rows, columns)
-    qkv: list[Tensor], # q, k, v, each (1, H, N, D)
+    qkv: tuple[Tensor, Tensor, Tensor], # q, k, v, each (1, H, N, D)
     segment_size: int, # patches per segment
     *,
     repeats: int = 5, # rounds of timing, at most
@@ -679,8 +679,9 @@ def run_demo(
     max_patches: int = 9216, # larger photos are scaled down
     progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> DemoResult: # print it
-    "Attention along five curves on a photo: checked, timed, drawn, and written up in `out/report.html`. A `ValueError` for bad arguments."
-    import matplotlib.pyplot as plt
+    "Attention along five curves on a photo: checked, timed, drawn, and written up in `out/report.html`. A `ValueError` for bad arguments, a `RuntimeError` without matplotlib or Pillow."
+    try: import matplotlib.pyplot as plt
+    except ImportError: raise RuntimeError("the demo draws with matplotlib, which is not installed: pip install 'hilbert_attn[demo]'") from None
     began = time.perf_counter()
     picture = load_photo(photo, max_patches)
     (rows, cols), n = picture.grid, picture.grid[0] * picture.grid[1]
@@ -697,7 +698,7 @@ def run_demo(
             bar.set_description_str(f"{text:26}")
             bar.update()
 
-        table = compare_orders(picture.grid, [q, k, v], segment_size, repeats=repeats, tell=tell)
+        table = compare_orders(picture.grid, (q, k, v), segment_size, repeats=repeats, tell=tell)
         files, drawings = {}, {"curve": lambda: draw_curve(picture), "segments": lambda: draw_segments(picture, segment_size), "attention": lambda: draw_attention(picture, q, k, segment_size, patch)}
         for name, draw in drawings.items():
             tell(f"drawing {name}.png")
@@ -706,5 +707,5 @@ def run_demo(
             plt.close(fig)
             files[path.name] = path
         tell("writing report.html")
-        files["report.html"] = write_report(folder / "report.html", picture, q, table, segment_size, tuple(patch), dict(files), environment())
+        files["report.html"] = write_report(folder / "report.html", picture, q, table, segment_size, (patch[0], patch[1]), dict(files), environment())
     return DemoResult(picture, segment_size, table, files, time.perf_counter() - began)

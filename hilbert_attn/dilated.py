@@ -9,11 +9,12 @@ __all__ = ['dilated_attention']
 from collections.abc import Sequence
 from dataclasses import replace
 from math import log
+from typing import Any, Literal, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from .backends import _Call, _autocast, _check_inputs, _choose, _resolve_order, _run
+from .backends import CurveOptions, _Call, _autocast, _check_inputs, _choose, _resolve_order, _run
 from .curves import _define_operator
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import default_scale, merge_attention
@@ -31,7 +32,9 @@ def _triton_options(pattern: SegmentPattern, order, key_mask, seeds, i: int, cau
 
 
 def _dilated_forward(q, k, v, order, key_mask, seeds, segment_sizes, dilation_rates, copies, mode, offsets, causal, scale, dropout_p, triton):
-    wide, out, lse = torch.promote_types(q.dtype, torch.float32), None, None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    out: Any = None  # of the branches so far
+    lse: Any = None
     for i, (pattern, count) in enumerate(zip(_patterns(q, segment_sizes, dilation_rates, mode, offsets), copies)):
         if not triton:
             out, lse = _grouped_forward(q, k, v, order, key_mask, pattern, causal, scale, out if out is None else (out, lse), count)
@@ -49,7 +52,8 @@ def _dilated_forward(q, k, v, order, key_mask, seeds, segment_sizes, dilation_ra
 
 
 def _dilated_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, segment_sizes, dilation_rates, copies, mode, offsets, causal, scale, dropout_p, triton):
-    wide, grads = torch.promote_types(q.dtype, torch.float32), None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    grads: Any = None
     for i, (pattern, count) in enumerate(zip(_patterns(q, segment_sizes, dilation_rates, mode, offsets), copies)):
         own_lse = lse - log(count) if count > 1 else lse
         if not triton:
@@ -111,11 +115,12 @@ def _kv_heads(x: Tensor, first: int, last: int, group: int) -> Tensor:
     return x[:, [h // group for h in range(first, last)]]
 
 
-def _run_dilated(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | None]:
+def _run_dilated(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | Any]:
     "Runs a checked call with several branches on a backend."
     pattern: DilatedPattern = call.pattern
+    group = q.shape[1] // k.shape[1]
     if pattern.combine == "heads":
-        parts = [_run(replace(call, pattern=b.pattern), q[:, slice(*b.heads)], *(_kv_heads(x, *b.heads, q.shape[1] // k.shape[1]) for x in (k, v)), backend, need_lse, custom_backward)
+        parts = [_run(replace(call, pattern=b.pattern), q[:, slice(*b.heads)], _kv_heads(k, *b.heads, group), _kv_heads(v, *b.heads, group), backend, need_lse, custom_backward)
                  for b in pattern.branches]
         return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1) if need_lse else None
     if len(pattern.branches) == 1:
@@ -132,7 +137,20 @@ def _run_dilated(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, nee
     parts = [_run(replace(call, pattern=b.pattern), q, k, v, backend, True, custom_backward) for b in pattern.branches]
     return merge_attention([out for out, _ in parts], [lse + log(b.copies) for (_, lse), b in zip(parts, pattern.branches)])
 
+# %% ../nbs/08_dilated.ipynb #2506b004
+class BranchOptions(CurveOptions, total=False):
+    "Of `dilated_attention`."
+    combine: str
 
+
+@overload
+def dilated_attention(q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int], dilation_rates: int | Sequence[int], *, backend: str = ..., return_lse: Literal[False] = False, **options: Unpack[BranchOptions]) -> Tensor: ...
+@overload
+def dilated_attention(q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int], dilation_rates: int | Sequence[int], *, backend: str = ..., return_lse: Literal[True], **options: Unpack[BranchOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def dilated_attention(q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int], dilation_rates: int | Sequence[int], *, backend: str = ..., return_lse: bool, **options: Unpack[BranchOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
+
+# %% ../nbs/08_dilated.ipynb #4ba06f35
 def dilated_attention(
     q: Tensor, # queries (B, H, N, D), any strides; float16, bfloat16, float32 or float64
     k: Tensor, # keys (B, H_kv, N, D), H a multiple of H_kv

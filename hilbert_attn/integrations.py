@@ -10,11 +10,12 @@ __all__ = ['HilbertSettings', 'prefix_attention', 'register_hilbert_attention', 
 # %% ../nbs/14_integrations.ipynb #5354d951
 import importlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from inspect import signature
 from math import prod
+from typing import Any, Literal, TypedDict, TypeVar, Unpack, overload
 
 import torch
 import torch.nn as nn
@@ -22,10 +23,25 @@ from torch import Tensor
 
 from .backends import _autocast, _check_backend_name, _check_tensors
 from .curves import _parse_curve, as_grid, curve_order, inverse_order
-from .dilated import dilated_attention
+from .dilated import BranchOptions, dilated_attention
 from .modules import MultiheadDilatedAttention, _one_of
 from .patterns import DilatedPattern
-from .reference import masked_attention, merge_attention
+from .reference import CallOptions, masked_attention, merge_attention
+
+# %% ../nbs/14_integrations.ipynb #f66b6a88
+class HilbertOptions(TypedDict, total=False):
+    "The fields of `HilbertSettings`, which says what each means."
+    segment_lengths: int | Sequence[int] | None
+    dilation_rates: int | Sequence[int]
+    combine: str
+    dilation_mode: str
+    offsets: int | Sequence[int] | None
+    grid: int | Sequence[int] | None
+    curve: str | None
+    prefix_tokens: int
+    backend: str
+    segment_size: int | None
+    dilation_rate: int | None
 
 # %% ../nbs/14_integrations.ipynb #00ea94d5
 @dataclass(frozen=True)
@@ -60,7 +76,7 @@ class HilbertSettings:
     @property
     def branches(self) -> tuple[list[int], list[int]]: # segment lengths and dilation rates
         "One entry for each branch."
-        lengths = [sys.maxsize if self.segment_lengths is None else self.segment_lengths] if not isinstance(self.segment_lengths, tuple) else list(self.segment_lengths)
+        lengths = list(self.segment_lengths) if isinstance(self.segment_lengths, Sequence) else [sys.maxsize if self.segment_lengths is None else self.segment_lengths]
         return lengths, [self.dilation_rates] * len(lengths) if isinstance(self.dilation_rates, int) else list(self.dilation_rates)
 
     @property
@@ -72,8 +88,8 @@ class HilbertSettings:
     def check_length(self, n: int) -> int: # tokens behind the prefix
         "Do `n` tokens fit? Raises `ValueError`."
         rest = n - self.prefix_tokens
-        if self.grid is not None and rest != prod(self.grid):
-            raise ValueError(f"{n} tokens do not fit grid={self.grid} with {prod(self.grid)} cells and prefix_tokens={self.prefix_tokens}: cells and prefix must add up to the tokens")
+        if self.grid is not None and rest != prod(as_grid(self.grid)):
+            raise ValueError(f"{n} tokens do not fit grid={self.grid} with {prod(as_grid(self.grid))} cells and prefix_tokens={self.prefix_tokens}: cells and prefix must add up to the tokens")
         if rest < 1: raise ValueError(f"{n} tokens and prefix_tokens={self.prefix_tokens}: none are left for the segments")
         return rest
 
@@ -88,7 +104,7 @@ class HilbertSettings:
     ) -> Tensor: # int64 (H or 1, M, K); 1 where heads are alike
         "How often each key counts for each query, straight from the definition."
         prefix = self.prefix_tokens
-        cells = max(n - prefix, 1) if self.grid is None else prod(self.grid)
+        cells = max(n - prefix, 1) if self.grid is None else prod(as_grid(self.grid))
         if n - prefix > cells: self.check_length(n)
         at, of = (x - prefix if self.order_name is None else inverse_order(curve_order(cells if self.grid is None else self.grid, self.order_name))[(x - prefix).clamp(min=0)] for x in (keys, queries))  # positions
         counts, (lengths, rates) = torch.zeros(1, 1, 1, dtype=torch.int64), self.branches
@@ -116,20 +132,20 @@ class HilbertSettings:
         "`rows` of all keys: the dense mask, for tests and pictures."
         return self.rows(torch.arange(n), torch.arange(first, n), n, num_heads, causal=causal).expand(num_heads, -1, -1)
 
-    def to_dict(self) -> dict: # plain values only; fields at their default are left out
+    def to_dict(self) -> dict[str, Any]: # plain values only; fields at their default are left out
         "For a model's configuration file, or for `from_dict`."
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return {name: list(value) if isinstance(value, tuple) else value for name, value in changed.items()}
 
     @classmethod
-    def from_dict(cls, values: dict) -> "HilbertSettings":
+    def from_dict(cls, values: Mapping[str, Any]) -> "HilbertSettings":
         "The inverse of `to_dict`; unknown fields are an error."
         known = [f.name for f in fields(cls)] + ["segment_size", "dilation_rate"]
         if unknown := [name for name in values if name not in known]: raise ValueError(f"{', '.join(map(repr, unknown))}: no setting. Known ones: {', '.join(known)}")
         return cls(**values)
 
 
-def _settings(settings: HilbertSettings | None, options: dict) -> HilbertSettings:
+def _settings(settings: HilbertSettings | None, options: Mapping[str, Any]) -> HilbertSettings:
     "Settings from an object or from its fields."
     if settings is None: return HilbertSettings.from_dict(options)
     if options: raise ValueError(f"settings are given, and so are {', '.join(options)}: give one or the other")
@@ -151,7 +167,20 @@ def _few(
     out, lse = masked_attention(rows(q).to(wide), k.to(wide), v.to(wide), counts, scale, dropout_p)
     return out.unflatten(2, (group, m)).flatten(1, 2), lse.unflatten(2, (group, m)).flatten(1, 2)
 
+# %% ../nbs/14_integrations.ipynb #4ad31d01
+class PrefixOptions(CallOptions, total=False):
+    "Of `prefix_attention`."
+    causal: bool
 
+
+@overload
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, settings: HilbertSettings, *, return_lse: Literal[False] = False, **options: Unpack[PrefixOptions]) -> Tensor: ...
+@overload
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, settings: HilbertSettings, *, return_lse: Literal[True], **options: Unpack[PrefixOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def prefix_attention(q: Tensor, k: Tensor, v: Tensor, settings: HilbertSettings, *, return_lse: bool, **options: Unpack[PrefixOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
+
+# %% ../nbs/14_integrations.ipynb #54afa2c5
 def prefix_attention(
     q: Tensor, # queries (B, H, N, D), prefix first
     k: Tensor, # keys (B, H_kv, N, D)
@@ -170,10 +199,10 @@ def prefix_attention(
     settings.check_length(q.shape[2])
     p, (lengths, rates) = settings.prefix_tokens, settings.branches
     if key_mask is not None and key_mask.shape != (q.shape[0], q.shape[2]): raise ValueError(f"key_mask has shape {tuple(key_mask.shape)}: expected (B, N) = {(q.shape[0], q.shape[2])}")
-    options = dict(combine=settings.combine, dilation_mode=settings.dilation_mode, offsets=settings.offsets, grid=settings.grid, curve=settings.order_name, causal=causal, dropout_p=dropout_p, scale=scale,
-                   backend=settings.backend)
-    if not p: return dilated_attention(q, k, v, lengths, rates, key_mask=key_mask, return_lse=return_lse, **options)
-    out, lse = dilated_attention(*(x[:, :, p:] for x in (q, k, v)), lengths, rates, key_mask=None if key_mask is None else key_mask[:, p:], return_lse=True, **options)
+    options: BranchOptions = dict(combine=settings.combine, dilation_mode=settings.dilation_mode, offsets=settings.offsets, grid=settings.grid, curve=settings.order_name, causal=causal, dropout_p=dropout_p, scale=scale, key_mask=key_mask)
+    if not p: return dilated_attention(q, k, v, lengths, rates, backend=settings.backend, return_lse=return_lse, **options)
+    if key_mask is not None: options["key_mask"] = key_mask[:, p:]
+    out, lse = dilated_attention(q[:, :, p:], k[:, :, p:], v[:, :, p:], lengths, rates, backend=settings.backend, return_lse=True, **options)
     every = torch.ones(1, 1, 1, q.shape[2], dtype=torch.bool, device=q.device) if key_mask is None else key_mask[:, None, None, :]
     out, lse = merge_attention([out, (part := _few(q[:, :, p:], k[:, :, :p], v[:, :, :p], every[..., :p], scale, dropout_p))[0]], [lse, part[1]])
     last = p if causal else q.shape[2]  # keys that the prefix can see
@@ -272,7 +301,7 @@ def _transformers_attention(name: str):
             key_mask = key_mask.expand(query.shape[0], n)
             if causal and settings.prefix_tokens and not torch.compiler.is_compiling() and not bool(key_mask[:, :settings.prefix_tokens].all()):
                 raise ValueError(f"prefix_tokens={settings.prefix_tokens} and padding on the left: the first tokens are padding; pad on the right")
-        started = n - settings.prefix_tokens < (1 if settings.grid is None else prod(settings.grid))  # less than the prefix, or than the grid, so far
+        started = n - settings.prefix_tokens < (1 if settings.grid is None else prod(as_grid(settings.grid)))  # less than the prefix, or than the grid, so far
         if m < n or causal and started: out = _cached(query, key, value, settings, key_mask, dropout, scaling)
         else: out = prefix_attention(query, key, value, settings, causal=causal, key_mask=key_mask, dropout_p=dropout, scale=scaling)
         return out.transpose(1, 2).contiguous(), None  # (B, N, H, D), as layers expect; no weights
@@ -304,7 +333,7 @@ def register_hilbert_attention(
     settings: HilbertSettings | None = None, # of models that bring none; None keeps what the name has
     *,
     name: str = "hilbert", # for `attn_implementation=`
-    **options, # fields of `HilbertSettings`, instead of `settings`
+    **options: "Unpack[HilbertOptions]", # fields of `HilbertSettings`, instead of `settings`
 ) -> str: # the name
     "Makes `attn_implementation=\"hilbert\"` known to transformers. To be called again at will; other names can carry other settings."
     transformers = _need("transformers", "transformers")
@@ -318,41 +347,44 @@ def register_hilbert_attention(
     transformers.AttentionMaskInterface.register(name, _transformers_mask(masks.causal_mask_function, masks.bidirectional_mask_function))
     return name
 
+# %% ../nbs/14_integrations.ipynb #c5da82e5
+Model = TypeVar("Model", bound=nn.Module)
+
 # %% ../nbs/14_integrations.ipynb #581f4b72
 _PREFIXES = ("cls_token", "class_token", "class_embedding", "distillation_token", "dist_token", "register_tokens", "reg_token")
 
 
 def vit_geometry(
     model: nn.Module, # a vision transformer of transformers, timm or torchvision
-) -> tuple[tuple[int, int], int]: # grid of the patches (H, W), and the number of tokens in front of them
+) -> tuple[tuple[int, ...], int]: # grid of the patches (H, W), and the number of tokens in front of them
     "How the tokens of a vision transformer lie. Raises `ValueError` where that can't be read off the model."
     patches, config = getattr(model, "patch_embed", None), getattr(model, "config", model)
     grid = getattr(patches, "grid_size", None)  # timm
     if grid is None:
-        sizes = [getattr(config, name, None) for name in ("image_size", "patch_size")]  # transformers, torchvision
+        sizes: list[Any] = [getattr(config, name, None) for name in ("image_size", "patch_size")]  # transformers, torchvision
         if any(x is None for x in sizes): raise ValueError(f"{type(model).__name__} has neither patch_embed.grid_size nor image_size and patch_size: give grid=(H, W) and prefix_tokens")
         (height, width), (h, w) = ((x, x) if isinstance(x, int) else tuple(x) for x in sizes)
         grid = height // h, width // w
-    if isinstance(getattr(model, "num_prefix_tokens", None), int): return as_grid(tuple(grid)), model.num_prefix_tokens
+    if isinstance(prefix := getattr(model, "num_prefix_tokens", None), int): return as_grid(tuple(grid)), prefix
     found = {name.rpartition(".")[2]: p for name, p in model.named_parameters() if name.rpartition(".")[2] in _PREFIXES}
     return as_grid(tuple(grid)), sum(p.shape[-2] if p.ndim > 1 else 1 for p in found.values())
 
 
-def _with_geometry(model: nn.Module, options: dict) -> HilbertSettings:
+def _with_geometry(model: nn.Module, options: Mapping[str, Any]) -> HilbertSettings:
     "Settings, with grid and prefix read off the model where they are not given."
     if "grid" not in options or "prefix_tokens" not in options:
         grid, prefix = vit_geometry(model)
-        options = dict(grid=grid, prefix_tokens=prefix) | options
+        options = {"grid": grid, "prefix_tokens": prefix, **options}
     return HilbertSettings.from_dict(options)
 
 
 def use_hilbert_attention(
-    model, # a `transformers.PreTrainedModel`
+    model: "Model", # a `transformers.PreTrainedModel`
     settings: HilbertSettings | None = None, # None: from `options`; for a vision model grid and prefix are read off it
     *,
     name: str = "hilbert", # for `attn_implementation`
-    **options, # fields of `HilbertSettings`, instead of `settings`
-): # the model
+    **options: "Unpack[HilbertOptions]", # fields of `HilbertSettings`, instead of `settings`
+) -> "Model": # the same
     "Switches a model of transformers to attention along a curve, and keeps the settings in its configuration. Raises `ValueError` where settings or model do not fit."
     transformers = _need("transformers", "transformers")
     if not isinstance(model, transformers.PreTrainedModel): raise ValueError(f"model is a {type(model).__name__}: expected a transformers.PreTrainedModel; for other models see convert_attention and convert_vit")
@@ -376,7 +408,7 @@ class PrefixAttention(nn.Module):
         self,
         settings: HilbertSettings | None = None,
         dropout: float = 0.0, # of attention weights, in training
-        **options, # fields of `HilbertSettings`, instead of `settings`
+        **options: "Unpack[HilbertOptions]", # fields of `HilbertSettings`, instead of `settings`
     ):
         super().__init__()
         if not 0 <= dropout < 1: raise ValueError(f"dropout={dropout}: must be at least 0 and less than 1")
@@ -401,11 +433,12 @@ class PrefixAttention(nn.Module):
 
 class FusedQKVAttention(nn.Module):
     "A self-attention layer as timm has it, with its own projections, norms and gate, around `PrefixAttention`. Tokens (B, N, E) to tokens (B, N, E)."
+    qkv: Any; q_norm: Any; k_norm: Any; attn_drop: Any; norm: Any; gate: Any; proj: Any; proj_drop: Any
     parts = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 
     def __init__(
         self,
-        layer: nn.Module, # has `qkv`, `proj`, `num_heads`
+        layer: Any, # a module with `qkv`, `proj`, `num_heads`
         settings: HilbertSettings,
     ):
         "Shares the parts of `layer`: a state_dict keeps its names."
@@ -434,7 +467,7 @@ class FusedQKVAttention(nn.Module):
 def _is_fused(layer: nn.Module) -> bool: return isinstance(getattr(layer, "qkv", None), nn.Linear) and isinstance(getattr(layer, "proj", None), nn.Linear) and hasattr(layer, "num_heads")
 
 
-def _why_not(layer: nn.Module, parent: nn.Module, name: str) -> str | None:
+def _why_not(layer: Any, parent: nn.Module, name: str) -> str | None:
     "Why a layer cannot be replaced, or None."
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(layer, h, None) for h in hooks): return "it has hooks, which would be lost: remove them first"
@@ -469,7 +502,7 @@ def convert_attention(
     *,
     include: str | Sequence[str] = "*", # names of layers to replace, as in `model.named_modules()`; * and ? stand for anything
     exclude: str | Sequence[str] = (), # names of layers to leave alone
-    **options, # fields of `HilbertSettings`, instead of `settings`
+    **options: "Unpack[HilbertOptions]", # fields of `HilbertSettings`, instead of `settings`
 ) -> list[str]: # names of the layers that were replaced
     """Replaces the self-attention layers of a model (`nn.MultiheadAttention`, and timm's) by attention along a curve, with the same parameters.
 
@@ -496,7 +529,7 @@ def convert_vit(
     *,
     include: str | Sequence[str] = "*", # names of layers to replace
     exclude: str | Sequence[str] = (), # names of layers to leave alone
-    **options, # fields of `HilbertSettings`; grid and prefix_tokens are read off the model where they are not given
+    **options: "Unpack[HilbertOptions]", # fields of `HilbertSettings`; grid and prefix_tokens are read off the model where they are not given
 ) -> list[str]: # names of the layers that were replaced
     "`convert_attention` for a vision transformer, with its grid and its class token. Raises `ValueError` as `convert_attention` and `vit_geometry` do."
     return convert_attention(model, _with_geometry(model, options), include=include, exclude=exclude)
@@ -508,7 +541,7 @@ class HilbertAttnProcessor:
     def __init__(
         self,
         settings: HilbertSettings | None = None, # grid: of the whole latent, (H, W) or (T, H, W)
-        **options, # fields of `HilbertSettings`, instead of `settings`
+        **options: "Unpack[HilbertOptions]", # fields of `HilbertSettings`, instead of `settings`
     ): self.settings = _settings(settings, options)
 
     def level(
@@ -516,7 +549,7 @@ class HilbertAttnProcessor:
         n: int, # tokens behind the prefix
     ) -> tuple[int, ...] | None: # their grid; None where the settings have none
         "The grid of a level: the whole one, its last two axes halved until it has `n` cells. Raises `ValueError` where it never has."
-        grid = self.settings.grid
+        grid = None if self.settings.grid is None else as_grid(self.settings.grid)
         while grid is not None and prod(grid) > n and prod(grid[-2:]) > 1: grid = (*grid[:-2], *(-(-side // 2) for side in grid[-2:]))
         if grid is not None and prod(grid) != n: raise ValueError(f"{n} tokens: neither grid={self.settings.grid} nor any halving of it has as many cells")
         return grid
@@ -554,7 +587,7 @@ def use_hilbert_processor(
     *,
     include: str | Sequence[str] = "*", # names of layers, as in `model.named_modules()`
     exclude: str | Sequence[str] = (), # names of layers to leave alone
-    **options, # fields of `HilbertSettings`, instead of `settings`
+    **options: "Unpack[HilbertOptions]", # fields of `HilbertSettings`, instead of `settings`
 ) -> list[str]: # names of the layers that got the processor
     "Gives the self-attention layers of a model `HilbertAttnProcessor`. Raises `ValueError`, before anything is changed, where a layer has a special processor, or where none is found."
     processor, found, problems = HilbertAttnProcessor(settings, **options), {}, []

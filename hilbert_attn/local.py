@@ -14,6 +14,7 @@ from functools import lru_cache
 from itertools import product
 from math import prod
 from numbers import Integral
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from .backends import _Call, _autocast, _check_inputs, _choose, _resolve_order, _run
 from .curves import _define_operator, _parse_curve, as_grid, curve_order
-from .patterns import NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
-from .reference import default_scale, masked_attention, reference_attention
+from .patterns import NeighborhoodPattern, Pattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
+from .reference import CallOptions, PatternOptions, default_scale, masked_attention, reference_attention
 from .sdpa import _dense_backward, _flash, _like, _masked_sdpa, sdpa_mask_attention
 
 # %% ../nbs/11_local.ipynb #e852fb88
@@ -154,7 +155,7 @@ def _lattice(x: Tensor, unit: _Unit, side: str, group: int = 1) -> Tensor: # (B,
         offset += cell * (run.first + run.step * start)
         sizes += [run.classes, run.tiles]
         strides += [cell, cell * run.step * stride]
-        counts.append(count), steps.append(cell * run.step)
+        counts.append(count); steps.append(cell * run.step)
     return x.as_strided((*sizes, x.shape[1] // group, group, *counts, *x.shape[3:]), (*strides, group * h, h, *steps, *rest), offset)
 
 
@@ -211,9 +212,9 @@ class _Local:
         "The pattern with its mask and counts; raises `ValueError` for what does not fit."
         if self.kind == "window": return WindowPattern(self.grid, self.size, self.step)
         if self.kind == "neighborhood": return NeighborhoodPattern(self.grid, self.size, self.step, self.causal)
-        if self.kind == "segment": return SegmentPattern(*self.grid, *self.size)
-        if self.kind == "slide": return SlidePattern(*self.grid, *self.size)
-        return TilesSharedPattern(self.shared + self.grid[0], *self.size, *self.step, self.shared)
+        if self.kind == "segment": return SegmentPattern(self.grid[0], self.size[0])
+        if self.kind == "slide": return SlidePattern(self.grid[0], self.size[0])
+        return TilesSharedPattern(self.shared + self.grid[0], self.size[0], self.step[0], self.shared)
 
 
 _TILE_CHUNK = 1 << 19 # elements of K that are copied at a time: 2 MiB of float32
@@ -313,7 +314,7 @@ def _local_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_ma
         qs, ks, vs, outs, lses = (part.rows(x, side) for x, side in zip((q, k, v, out, lse), "qkkqq"))
         always, always_v = ((x if x is None else x.to(wide)) for x in (part.always(ks), part.always(vs)))
         grid_q, grid_k, grid_v = map(part.on_grid, (qs, ks, vs))
-        mask, always_mask = (None, None) if key_mask is None else (part.on_grid(part.key_mask), part.always(part.key_mask))
+        mask, always_mask = (None, None) if part.key_mask is None else (part.on_grid(part.key_mask), part.always(part.key_mask))
         results = [x[:, :, part.cells] if order is None else torch.empty(x[:, :, part.cells].shape, dtype=x.dtype) for x in (outs, lses)]
         extra = 0 if always is None else always.shape[2]
         for unit in part.units(ks, extra):
@@ -331,6 +332,9 @@ def _local_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_ma
     return out, lse
 
 
+def _each(function, xs) -> list[Any]: return [None if x is None else function(x) for x in xs]
+
+
 def _local_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, order: Tensor | None, key_mask: Tensor | None, local: _Local,
                     scale: float) -> tuple[Tensor, Tensor, Tensor]:
     "Gradients of q, k, v on the CPU, some tiles at a time."
@@ -340,18 +344,18 @@ def _local_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: 
     gone = lse == -torch.inf
     lse, dlse = lse.masked_fill(gone, 0), None if dlse is None else dlse.masked_fill(gone, 0)
     for part in _parts(q, k, order, key_mask, local, wide):
-        rows = [None if x is None else part.rows(x, "q") for x in (q, dout, out, lse, dlse)]
+        rows = _each(lambda x: part.rows(x, "q"), (q, dout, out, lse, dlse))
         ks, vs, dks, dvs = (part.rows(x, "k") for x in (k, v, dk, dv))
         always, always_v = ((x if x is None else x.to(wide)) for x in (part.always(ks), part.always(vs)))
-        grid_rows = [None if x is None else part.on_grid(x) for x in rows]
+        grid_rows = _each(part.on_grid, rows)
         grid_k, grid_v = map(part.on_grid, (ks, vs))
-        mask, always_mask = (None, None) if key_mask is None else (part.on_grid(part.key_mask), part.always(part.key_mask))
-        results = [x[:, :, part.cells] if order is None else make(x[:, :, part.cells].shape, dtype=x.dtype) for x, make in zip((part.rows(dq, "q"), dks, dvs), (torch.empty, torch.zeros, torch.zeros))]
+        mask, always_mask = (None, None) if part.key_mask is None else (part.on_grid(part.key_mask), part.always(part.key_mask))
+        results = [x[:, :, part.cells] if order is None else getattr(torch, make)(x[:, :, part.cells].shape, dtype=x.dtype) for x, make in zip((part.rows(dq, "q"), dks, dvs), ("empty", "zeros", "zeros"))]
         extra = 0 if always is None else always.shape[2]
-        always_grads = [torch.zeros_like(always), torch.zeros_like(always)] if extra else []
+        always_grads = [] if always is None else [torch.zeros_like(always), torch.zeros_like(always)]
         for unit in part.units(ks, extra):
             bias, _ = part.bias(unit, ks, mask, always_mask, extra)
-            tile_q, tile_dout, tile_out, tile_lse, tile_dlse = (None if x is None else _read(x, unit, "q", part.group, wide) for x in grid_rows)
+            tile_q, tile_dout, tile_out, tile_lse, tile_dlse = _each(lambda x: _read(x, unit, "q", part.group, wide), grid_rows)
             grads = _dense_backward(tile_dout, tile_dlse, tile_q, _read(grid_k, unit, "k", 1, wide, always), _read(grid_v, unit, "k", 1, wide, always_v), tile_out, tile_lse, False, bias, scale)
             _write(results[0], grads[0], unit, part.group)
             for x, grad in zip(results[1:], grads[1:]): _add(x, grad[:, :, :unit.keys], unit)
@@ -361,7 +365,7 @@ def _local_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: 
             x[:, :, :local.shared] = grad[:, :, :local.shared]
             x[:, :, part.cells.stop:] = grad[:, :, local.shared:]
         if local.shared:
-            first = [None if x is None else _stacked(x[:, :, :local.shared], part.group).to(wide) for x in rows]
+            first = _each(lambda x: _stacked(x[:, :, :local.shared], part.group).to(wide), rows)
             dense_k, dense_v = ks.to(wide), vs.to(wide)
             grads = _dense_backward(first[1], first[4], first[0], dense_k, dense_v, first[2], first[3], False, _key_bias(part.key_mask, first[0], dense_k)[0], scale)
             part.rows(dq, "q")[:, :, :local.shared] = _unstacked(grads[0], part.group)
@@ -376,7 +380,7 @@ _forward_library = _define_operator("local_forward", f"(Tensor q, Tensor k, Tens
 _backward_library = _define_operator("local_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)")
 
 
-def _local_of(kind, grid, size, step, causal, shared) -> _Local: return _Local(kind, *map(tuple, (grid, size, step, causal)), shared)
+def _local_of(kind, grid, size, step, causal, shared) -> _Local: return _Local(kind, tuple(grid), tuple(size), tuple(step), tuple(causal), shared)
 
 
 def _forward_op(q, k, v, order, key_mask, *options): return _local_forward(q, k, v, order, key_mask, _local_of(*options[:-1]), options[-1])
@@ -441,7 +445,7 @@ torch.library.register_fake("hilbert_attn::local_tiles", _tiles_fake, lib=_tiles
 
 
 def _local_expression(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_mask: Tensor | None, local: _Local, dropout_p: float, scale: float | None,
-                      need_lse: bool) -> tuple[Tensor, Tensor | None]:
+                      need_lse: bool) -> tuple[Tensor, Tensor | Any]:
     "The tiles as plain differentiable PyTorch, on any device."
     group, cells, device, wide = q.shape[1] // k.shape[1], prod(local.grid), q.device, torch.promote_types(q.dtype, torch.float32)
     token = local.shared + (torch.arange(cells, device=device) if order is None else order)
@@ -449,14 +453,14 @@ def _local_expression(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key
     outs, lses, places = [], [], []
 
     def attend(q_index, k_index, mask):  # (T, M), (T, J), bool (M or 1, J)
-        tiles = [x[:, :, index].unflatten(1, (k.shape[1], -1)).movedim(3, 1).flatten(0, 1).flatten(2, 3) for x, index in ((q, q_index), (k, k_index), (v, k_index))]  # (B * T, H_kv, places, D)
+        tile_q, tile_k, tile_v = (x[:, :, index].unflatten(1, (k.shape[1], -1)).movedim(3, 1).flatten(0, 1).flatten(2, 3) for x, index in ((q, q_index), (k, k_index), (v, k_index)))  # (B * T, H_kv, places, D)
         mask = mask.repeat(group if len(mask) > 1 else 1, 1)
         if key_mask is not None: mask = (mask & key_mask[:, k_index][:, :, None]).flatten(0, 1)[:, None]  # (B * T, 1, M or 1, J)
         def put(x): return x.unflatten(2, (group, -1)).unflatten(0, (len(q), -1)).movedim(1, 3).flatten(3, 4).flatten(1, 2)  # (B, H, T * M, ...)
         if need_lse:
-            out, lse = masked_attention(*(x.to(wide) for x in tiles), mask, default_scale(q) if scale is None else scale, dropout_p)
+            out, lse = masked_attention(tile_q.to(wide), tile_k.to(wide), tile_v.to(wide), mask, default_scale(q) if scale is None else scale, dropout_p)
             lses.append(put(lse))
-        else: out = _masked_sdpa(*tiles, mask.expand(*mask.shape[:-2], tiles[0].shape[2], -1), scale, dropout_p)
+        else: out = _masked_sdpa(tile_q, tile_k, tile_v, mask.expand(*mask.shape[:-2], tile_q.shape[2], -1), scale, dropout_p)
         outs.append(put(out.to(q.dtype)))
         places.append(q_index.flatten())
 
@@ -493,13 +497,13 @@ def _check_call(q, k, v, registers, *, grid, curve, key_mask, dropout_p, scale) 
             raise ValueError(f"registers: the {name} have shape {tuple(x.shape)}, expected (B, H_kv, R, D) = ({k.shape[0]}, {k.shape[1]}, R, {k.shape[3]}), the same for keys and values")
         if x.dtype != k.dtype or x.device != k.device: raise ValueError(f"registers: the {name} are {x.dtype} on {x.device} and k is {k.dtype} on {k.device}: they must agree")
     if key_mask is not None and key_mask.shape[1] == q.shape[2]: key_mask = torch.nn.functional.pad(key_mask, (0, registers[0].shape[2]), value=True)
-    return q, *(torch.cat(pair, 2) for pair in zip((k, v), registers)), key_mask
+    return q, torch.cat((k, registers[0]), 2), torch.cat((v, registers[1]), 2), key_mask
 
 
 @dataclass(frozen=True)
 class _WithRegisters:
     "A pattern, and keys behind its tokens that everybody attends."
-    pattern: object
+    pattern: Pattern
     registers: int
 
     def mask(self, order: Tensor | None = None) -> Tensor: # bool (heads, N, N + R)
@@ -515,7 +519,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, local: _Lo
     else:
         order = None if local.kind in ("window", "neighborhood") else _resolve_order(cells, grid=grid, curve=curve, order=None, dense=pattern.density == 1)
         if name in ("reference", "sdpa_mask"):
-            dense, options = _WithRegisters(pattern, M - N) if M > N else pattern, dict(order=order, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
+            dense = _WithRegisters(pattern, M - N) if M > N else pattern
+            options: PatternOptions = dict(order=order, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
             if name == "sdpa_mask": out, lse = sdpa_mask_attention(q, k, v, dense, **options, need_lse=return_lse)
             else:
                 out, lse = reference_attention(q, k, v, dense, **options)
@@ -581,6 +586,21 @@ def _block_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, l
     seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p else None
     return torch.ops.hilbert_attn.local_block_forward(q, k, v, key_mask, seed, *local.fields(), list(as_grid(grid)), curve or "row_major", scale, float(dropout_p))
 
+# %% ../nbs/11_local.ipynb #837fe475
+class LocalOptions(CallOptions, total=False):
+    "What all five functions take by name."
+    curve: str | None
+    registers: tuple[Tensor, Tensor] | None
+    backend: str
+
+
+@overload
+def window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int | Sequence[int], *, shift: int | Sequence[int] = ..., return_lse: Literal[False] = False, **options: Unpack[LocalOptions]) -> Tensor: ...
+@overload
+def window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int | Sequence[int], *, shift: int | Sequence[int] = ..., return_lse: Literal[True], **options: Unpack[LocalOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int | Sequence[int], *, shift: int | Sequence[int] = ..., return_lse: bool, **options: Unpack[LocalOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
+
 # %% ../nbs/11_local.ipynb #017aec76
 def window_attention(
     q: Tensor, # queries (B, H, N, D), tokens row-major over the grid, any strides; float16, bfloat16, float32 or float64
@@ -606,7 +626,15 @@ def window_attention(
     pattern = WindowPattern(grid, window, shift)
     return _attend(q, k, v, key_mask, _Local("window", pattern.grid, pattern.window, pattern.shift, (False,) * len(pattern.grid)), grid, curve, dropout_p, scale, backend, return_lse)
 
+# %% ../nbs/11_local.ipynb #2b7acd73
+@overload
+def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], kernel_size: int | Sequence[int], *, dilation: int | Sequence[int] = ..., causal: bool | Sequence[bool] = ..., return_lse: Literal[False] = False, **options: Unpack[LocalOptions]) -> Tensor: ...
+@overload
+def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], kernel_size: int | Sequence[int], *, dilation: int | Sequence[int] = ..., causal: bool | Sequence[bool] = ..., return_lse: Literal[True], **options: Unpack[LocalOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], kernel_size: int | Sequence[int], *, dilation: int | Sequence[int] = ..., causal: bool | Sequence[bool] = ..., return_lse: bool, **options: Unpack[LocalOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
+# %% ../nbs/11_local.ipynb #91869de7
 def neighborhood_attention(
     q: Tensor, # queries (B, H, N, D), tokens row-major over the grid
     k: Tensor, # keys (B, H_kv, N, D)
@@ -632,6 +660,14 @@ def neighborhood_attention(
     if not all(isinstance(x, bool) for x in (causal if isinstance(causal, Sequence) else (causal,))): raise ValueError(f"causal={causal!r}: expected True or False, or one of them per axis of the grid")
     pattern = NeighborhoodPattern(grid, kernel_size, dilation, causal)
     return _attend(q, k, v, key_mask, _Local("neighborhood", pattern.grid, pattern.kernel_size, pattern.dilation, pattern.causal), grid, curve, dropout_p, scale, backend, return_lse)
+
+# %% ../nbs/11_local.ipynb #08784385
+@overload
+def hilbert_window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: Literal[False] = False, **options: Unpack[LocalOptions]) -> Tensor: ...
+@overload
+def hilbert_window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: Literal[True], **options: Unpack[LocalOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def hilbert_window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: bool, **options: Unpack[LocalOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
 # %% ../nbs/11_local.ipynb #cb010d6f
 def hilbert_window_attention(
@@ -660,7 +696,15 @@ def hilbert_window_attention(
     out, lse = _run(_Call(local.pattern(), order, False, key_mask, float(dropout_p), scale), q, k, v, _choose(backend, q.device)[0], return_lse)
     return (out, lse) if return_lse else out
 
+# %% ../nbs/11_local.ipynb #158d3c2d
+@overload
+def hilbert_slide_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: Literal[False] = False, **options: Unpack[LocalOptions]) -> Tensor: ...
+@overload
+def hilbert_slide_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: Literal[True], **options: Unpack[LocalOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def hilbert_slide_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: bool, **options: Unpack[LocalOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
+# %% ../nbs/11_local.ipynb #51d74ef1
 def hilbert_slide_attention(
     q: Tensor, # queries (B, H, N, D), tokens row-major over the grid
     k: Tensor, # keys (B, H_kv, N, D)
@@ -682,6 +726,14 @@ def hilbert_slide_attention(
     q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
     _check_numbers(False, window=window)
     return _attend(q, k, v, key_mask, _Local("slide", (q.shape[2],), (window,), (0,)), grid, curve, dropout_p, scale, backend, return_lse)
+
+# %% ../nbs/11_local.ipynb #7cdc38ee
+@overload
+def tiles_shared_attention(q: Tensor, k: Tensor, v: Tensor, *, tiles: int, offset: int = ..., shared: int = ..., grid: int | Sequence[int] | None = ..., return_lse: Literal[False] = False, **options: Unpack[LocalOptions]) -> Tensor: ...
+@overload
+def tiles_shared_attention(q: Tensor, k: Tensor, v: Tensor, *, tiles: int, offset: int = ..., shared: int = ..., grid: int | Sequence[int] | None = ..., return_lse: Literal[True], **options: Unpack[LocalOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def tiles_shared_attention(q: Tensor, k: Tensor, v: Tensor, *, tiles: int, offset: int = ..., shared: int = ..., grid: int | Sequence[int] | None = ..., return_lse: bool, **options: Unpack[LocalOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
 # %% ../nbs/11_local.ipynb #00e14d86
 def tiles_shared_attention(

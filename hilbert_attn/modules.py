@@ -12,17 +12,20 @@ __all__ = ['PLACEMENTS', 'rotary_embedding', 'apply_rotary', 'HilbertAttentionCo
 from collections.abc import Sequence
 from itertools import count
 from math import prod
+from typing import Any, TypedDict, Unpack
 from weakref import WeakValueDictionary
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
 from .backends import _autocast, _check_backend_name, _check_call, _choose, _run
 from .block_ring import block_sparse_ring_attention, lists_order
-from .block_sparse import BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig, _check_block_size, block_sparse_attention, lists_from_block_mask
+from .block_sparse import BlockLists, BlockPattern, PostPatternHilbertOptimizer, SparsePatternConfig, _check_block_size, block_sparse_attention, lists_from_block_mask
 from .curves import _parse_curve, as_grid, curve_order
 from .dilated import _check_dilated, _run_dilated
 from .patterns import DilatedPattern, SegmentPattern, _branch_lists
@@ -110,9 +113,8 @@ class HilbertAttentionCore(nn.Module):
         if curve is not None: _parse_curve(curve)
         self.dropout, self.causal, self.use_custom_backward, self.checkpoint = float(dropout), bool(causal), use_custom_backward, checkpoint
         self.backend = _check_backend_name(backend)
-        options = dict(bias=bias, device=device, dtype=dtype)
-        self.qkv_proj = nn.Linear(self.hidden_dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, **options)
-        self.out_proj = nn.Linear(self.num_heads * self.head_dim, self.hidden_dim, **options)
+        self.qkv_proj = nn.Linear(self.hidden_dim, (self.num_heads + 2 * self.num_kv_heads) * self.head_dim, bias, device, dtype)
+        self.out_proj = nn.Linear(self.num_heads * self.head_dim, self.hidden_dim, bias, device, dtype)
 
     def forward(
         self,
@@ -145,6 +147,28 @@ class HilbertAttentionCore(nn.Module):
         if self.num_kv_heads != self.num_heads: parts.insert(1, f"kv_heads={self.num_kv_heads}")
         return ", ".join(parts + [f"{name}={value}" for name, value in (("dilation_mode", self.dilation_mode), ("causal", self.causal), ("dropout", self.dropout)) if value not in ("residue", False, 0.0)])
 
+# %% ../nbs/12_modules.ipynb #9e2a70c9
+class LayerOptions(TypedDict, total=False):
+    "What all layers take by name; their signatures say what each means."
+    causal: bool
+    checkpoint: bool
+
+
+class CoreOptions(LayerOptions, total=False):
+    "Of `HilbertAttentionCore`."
+    dim: int | None
+    embed_dim: int | None
+    heads: int | None
+    num_kv_heads: int | None
+    head_dim: int | None
+    grid: int | Sequence[int] | None
+    curve: str | None
+    dilation_mode: str
+    offsets: int | Sequence[int] | None
+    bias: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+
 # %% ../nbs/12_modules.ipynb #d81f62cc
 class HilbertAttentionCoreWithSDPA(HilbertAttentionCore):
     "`HilbertAttentionCore` on PyTorch's own attention kernels, whatever the device."
@@ -157,11 +181,37 @@ class HilbertAttentionCoreWithSDPA(HilbertAttentionCore):
         dilation_rate: int = 1, # every how many positions
         dropout: float = 0.0, # of attention weights, in training
         use_sdpa: bool = True, # False: the softmax as written, differentiated by autograd
-        **options, # of `HilbertAttentionCore`
+        **options: "Unpack[CoreOptions]", # of `HilbertAttentionCore`
     ):
-        if "backend" in options: raise ValueError(f"backend={options['backend']!r}: this layer is the one that runs on SDPA; HilbertAttentionCore takes a backend")
+        if "backend" in options: raise ValueError(f"backend={options.get('backend')!r}: this layer is the one that runs on SDPA; HilbertAttentionCore takes a backend")
         super().__init__(hidden_dim, num_heads, segment_size, dilation_rate, dropout, use_sdpa, **options, backend="sdpa")
         self.use_sdpa = use_sdpa
+
+# %% ../nbs/12_modules.ipynb #eeaaa934
+class SharedBranchOptions(LayerOptions, total=False):
+    "Of all layers with several branches."
+    combine: str
+    offsets: int | Sequence[int] | None
+    use_custom_backward: bool
+    backend: str
+
+
+class BranchLayerOptions(SharedBranchOptions, total=False):
+    "Of `DilatedAttention`, without its curve."
+    dilation_mode: str
+
+
+class CurveLayerOptions(BranchLayerOptions, total=False):
+    "Of `DilatedAttention`."
+    grid: int | Sequence[int] | None
+    curve: str | None
+
+
+class ForwardOptions(TypedDict, total=False):
+    "Of `DilatedAttention.forward`."
+    key_mask: Tensor | None
+    grid: int | Sequence[int] | None
+    use_hilbert: bool
 
 # %% ../nbs/12_modules.ipynb #ae6fb153
 class DilatedAttention(nn.Module):
@@ -234,7 +284,7 @@ class HilbertDilatedAttention(DilatedAttention):
         *,
         grid: int | Sequence[int] | None = None, # how tokens lie; None: a plain sequence, or given to `forward`
         curve: str | None = "hilbert", # a name in `CURVES`, "tile:S", or None
-        **options, # of `DilatedAttention`
+        **options: "Unpack[BranchLayerOptions]", # of `DilatedAttention`
     ):
         super().__init__(segment_lengths, dilation_rates, dropout, grid=grid, curve=curve, **options)
 
@@ -251,7 +301,7 @@ class HilbertAttentionTritonWrapper(HilbertDilatedAttention):
         head_dim: int | None = None, # D of q, k and v
         *,
         heads: int | None = None, # alias of num_heads
-        **options, # of `HilbertDilatedAttention`
+        **options: "Unpack[CurveLayerOptions]", # of `HilbertDilatedAttention`
     ):
         super().__init__(segment_lengths, dilation_rates, dropout, **options)
         self.num_heads, self.head_dim = _one_of("num_heads", num_heads, heads=heads), head_dim
@@ -262,7 +312,7 @@ class HilbertAttentionTritonWrapper(HilbertDilatedAttention):
         k: Tensor, # keys (B, N, H_kv, D)
         v: Tensor, # values (B, N, H_kv, D)
         is_causal: bool = False, # key token index <= query token index
-        **options, # of `DilatedAttention.forward`
+        **options: "Unpack[ForwardOptions]", # of `DilatedAttention.forward`
     ) -> Tensor: # (B, N, H, D)
         "Attends. Raises `ValueError` where q does not have the heads that were announced."
         if q.ndim != 4 or q.shape[2] != self.num_heads or self.head_dim not in (None, q.shape[3]):
@@ -304,7 +354,7 @@ class MultiheadDilatedAttention(nn.Module):
         segment_lengths: int | Sequence[int] = (2048, 4096, 8192), # positions per segment, of each branch
         dilation_rates: int | Sequence[int] = (1, 2, 4), # every how many positions, of each branch
         attention: nn.Module | None = None, # projection-free attention to use instead: q, k, v (B, N, H, D) to (B, N, H, D)
-        **options, # of `DilatedAttention`: causal, combine, dilation_mode, grid, curve, ...
+        **options: "Unpack[CurveLayerOptions]", # of `DilatedAttention`: causal, combine, dilation_mode, grid, curve, ...
     ):
         "Raises `ValueError` where sizes do not fit, or for what cannot be done without attention weights."
         super().__init__()
@@ -316,13 +366,12 @@ class MultiheadDilatedAttention(nn.Module):
         if attention is not None and options: raise ValueError(f"attention is given, and so are {', '.join(options)}: these belong to it")
         self.head_dim, self.batch_first = self.embed_dim // self.num_heads, batch_first
         self.attention = DilatedAttention(segment_lengths, dilation_rates, dropout, **options) if attention is None else attention
-        settings = dict(device=device, dtype=dtype)
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * self.embed_dim, self.embed_dim, **settings))
-        self.in_proj_bias = nn.Parameter(torch.empty(3 * self.embed_dim, **settings)) if bias else None
-        self.out_proj = nn.Linear(self.embed_dim, self.embed_dim, bias=bias, **settings)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * self.embed_dim, self.embed_dim, device=device, dtype=dtype))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * self.embed_dim, device=device, dtype=dtype)) if bias else None
+        self.out_proj = nn.Linear(self.embed_dim, self.embed_dim, bias, device, dtype)
         self.reset_parameters()
 
-    def reset_parameters(self):
+    def reset_parameters(self) -> None:
         "As `nn.MultiheadAttention` does."
         nn.init.xavier_uniform_(self.in_proj_weight)
         if self.in_proj_bias is not None:
@@ -342,7 +391,7 @@ class MultiheadDilatedAttention(nn.Module):
         *,
         key_mask: Tensor | None = None, # bool (B, N), True = attend, as everywhere in this package
         rope: tuple[Tensor, Tensor] | None = None, # cos and sin (N, D / 2) of `rotary_embedding`
-        **options, # of the attention inside: grid, use_hilbert
+        **options: Any, # of the attention inside: grid, use_hilbert
     ) -> tuple[Tensor, None]: # out in the shape of the query, None in place of the weights
         "Attends. Raises `ValueError` where the inputs do not fit."
         key = query if key is None else key
@@ -375,6 +424,22 @@ class MultiheadDilatedAttention(nn.Module):
 
     def extra_repr(self) -> str: return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}" + (", batch_first=True" if self.batch_first else "")
 
+# %% ../nbs/12_modules.ipynb #3884da33
+class SelfAttentionOptions(CurveLayerOptions, total=False):
+    "Of `MultiheadDilatedAttention`."
+    add_bias_kv: bool
+    add_zero_attn: bool
+    kdim: int | None
+    vdim: int | None
+    batch_first: bool
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    dim: int | None
+    heads: int | None
+    segment_lengths: int | Sequence[int]
+    dilation_rates: int | Sequence[int]
+    attention: nn.Module | None
+
 # %% ../nbs/12_modules.ipynb #23592224
 class DilatedSelfAttention(MultiheadDilatedAttention):
     "`MultiheadDilatedAttention` for one sequence: tokens (B, N, E) to tokens (B, N, E)."
@@ -387,10 +452,10 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         bias: bool = True, # of the projections
         *,
         embed_dim: int | None = None, # alias of hidden_dim
-        **options, # of `MultiheadDilatedAttention`
+        **options: "Unpack[SelfAttentionOptions]", # of `MultiheadDilatedAttention`
     ):
-        if not options.pop("batch_first", True): raise ValueError("batch_first=False: this layer takes tokens as (B, N, E); MultiheadDilatedAttention takes both")
-        super().__init__(embed_dim, num_heads, dropout, bias, batch_first=True, hidden_dim=hidden_dim, **options)
+        if not options.setdefault("batch_first", True): raise ValueError("batch_first=False: this layer takes tokens as (B, N, E); MultiheadDilatedAttention takes both")
+        super().__init__(embed_dim, num_heads, dropout, bias, hidden_dim=hidden_dim, **options)
 
     def forward(
         self,
@@ -399,7 +464,7 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         is_causal: bool = False, # key token index <= query token index
         key_mask: Tensor | None = None, # bool (B, N), True = attend
         rope: tuple[Tensor, Tensor] | None = None, # cos and sin (N, D / 2) of `rotary_embedding`
-        **options, # of the attention inside: grid, use_hilbert
+        **options: Any, # of the attention inside: grid, use_hilbert
     ) -> Tensor: # tokens (B, N, E)
         "Attends. Raises `ValueError` where `x` does not fit."
         if x.ndim != 3: raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, N, {self.embed_dim})")
@@ -434,11 +499,11 @@ class RingDilatedAttention(DilatedAttention):
         dilation_rates: int | Sequence[int] = (1, 2, 4), # every how many positions, of each branch
         dropout: float = 0.0, # must be 0: processes would have to agree on what to drop
         *,
-        group=None, # process group, 1-D `DeviceMesh`, or None: the default group, or one process alone
+        group: "dist.ProcessGroup | DeviceMesh | None" = None, # process group, 1-D `DeviceMesh`, or None: the default group, or one process alone
         ring_size: int | None = None, # processes that are expected; None: as many as there are
         layout: str = "contiguous", # or "zigzag", which balances dense causal attention
         overlap: bool = True, # compute while messages are under way
-        **options, # of `DilatedAttention`
+        **options: "Unpack[CurveLayerOptions]", # of `DilatedAttention`
     ):
         "Raises `ValueError` for settings that a ring does not have."
         super().__init__(segment_lengths, dilation_rates, dropout, **options)
@@ -446,7 +511,7 @@ class RingDilatedAttention(DilatedAttention):
         self._group, self.ring_size, self.layout, self.overlap = _Group(group), ring_size, layout, overlap
 
     @property
-    def group(self): return self._group.group
+    def group(self) -> "dist.ProcessGroup | DeviceMesh | None": return self._group.group
 
     def order(
         self,
@@ -500,6 +565,26 @@ class RingDilatedAttention(DilatedAttention):
         return ring_dilated_attention(q, k, v, self.segment_lengths, self.dilation_rates, group=self.group, combine=self.combine, dilation_mode=self.dilation_mode, offsets=self.offsets,
                                       causal=causal, order=order, layout=self.layout, backend=self.backend, overlap=self.overlap).transpose(1, 2)
 
+# %% ../nbs/12_modules.ipynb #4226c86e
+class SharedBlockOptions(LayerOptions, total=False):
+    "Of all block-sparse layers."
+    sparsity: float
+    grid: int | Sequence[int] | None
+    backend: str
+
+
+class BlockLayerOptions(SharedBlockOptions, total=False):
+    "Of `BlockSparseAttention`."
+    block_size: int
+    placement: str
+    curve: str | None
+
+
+class ListsOptions(TypedDict, total=False):
+    "Of `BlockSparseAttention.block_lists`."
+    causal: bool
+    use_hilbert: bool
+
 # %% ../nbs/12_modules.ipynb #e7b6aa62
 PLACEMENTS = ("global", "post_pattern")
 
@@ -510,7 +595,7 @@ def _local_window(seq_len: int, block: int, sparsity: float) -> int:
     return 2 * block * max(0, round((kept - 1) / 2))
 
 
-_with_lists: WeakValueDictionary = WeakValueDictionary()  # handle -> module
+_with_lists = WeakValueDictionary[int, "BlockSparseAttention"]()  # handle -> module
 _handles = count()
 
 
@@ -519,7 +604,7 @@ def _compiled_lists(handle: int, *key) -> BlockLists:
     return _with_lists[handle]._build(key[0], torch.device(key[1]), *key[2:])  # not kept: the graph is guarded by their absence
 
 
-_compiled_lists._dynamo_marked_constant = True  # what torch.compiler.assume_constant_result does, without importing the compiler
+setattr(_compiled_lists, "_dynamo_marked_constant", True)  # what torch.compiler.assume_constant_result does, without importing the compiler
 
 
 class BlockSparseAttention(nn.Module):
@@ -527,7 +612,7 @@ class BlockSparseAttention(nn.Module):
 
     def __init__(
         self,
-        pattern=None, # `SparsePatternConfig`, or a pattern on the grid such as `NeighborhoodPattern`; None: a local window by `sparsity`
+        pattern: SparsePatternConfig | BlockPattern | None = None, # `SparsePatternConfig`, or a pattern on the grid such as `NeighborhoodPattern`; None: a local window by `sparsity`
         dropout: float = 0.0, # of attention weights, in training
         *,
         sparsity: float = 0.9, # without a pattern: share of the blocks of a row that are left out
@@ -582,7 +667,7 @@ class BlockSparseAttention(nn.Module):
         if self.grid is not None and prod(self.grid) != seq_len: raise ValueError(f"q has N={seq_len} tokens and grid={self.grid} has {prod(self.grid)} cells: they must agree")
         curve = self.curve if use_hilbert else None
         pattern = self.pattern or SparsePatternConfig("local_window", self.block_size, window=_local_window(seq_len, self.block_size, self.sparsity))
-        if self.placement == "post_pattern":
+        if self.placement == "post_pattern" or not isinstance(pattern, SparsePatternConfig):
             optimizer = PostPatternHilbertOptimizer(curve or "hilbert", enabled=curve is not None)
             return optimizer.lists(pattern, seq_len=seq_len, block_size=self.block_size, causal=causal, device=device)
         order = None if curve in (None, "row_major") else curve_order(seq_len if self.grid is None else self.grid, curve, device)
@@ -618,19 +703,19 @@ class RingBlockSparseAttention(BlockSparseAttention):
 
     def __init__(
         self,
-        pattern=None, # as for `BlockSparseAttention`
+        pattern: SparsePatternConfig | BlockPattern | None = None, # as for `BlockSparseAttention`
         dropout: float = 0.0, # must be 0: processes would have to agree on what to drop
         *,
-        group=None, # process group, 1-D `DeviceMesh`, or None: the default group, or one process alone
+        group: "dist.ProcessGroup | DeviceMesh | None" = None, # process group, 1-D `DeviceMesh`, or None: the default group, or one process alone
         ring_size: int | None = None, # processes that are expected; None: as many as there are
-        **options, # of `BlockSparseAttention`
+        **options: "Unpack[BlockLayerOptions]", # of `BlockSparseAttention`
     ):
         super().__init__(pattern, dropout, **options)
         _check_ring_settings(dropout, ring_size)
         self._group, self.ring_size = _Group(group), ring_size
 
     @property
-    def group(self): return self._group.group
+    def group(self) -> "dist.ProcessGroup | DeviceMesh | None": return self._group.group
 
     def shard(
         self,
@@ -670,7 +755,7 @@ class RingBlockSparseAttention(BlockSparseAttention):
         _check_ring_size(self.ring_size, self.group)
         return super().forward(q, k, v, is_causal)
 
-    def block_lists(self, seq_len: int, device: torch.device | str = "cpu", **options) -> BlockLists:
+    def block_lists(self, seq_len: int, device: torch.device | str = "cpu", **options: "Unpack[ListsOptions]") -> BlockLists:
         return super().block_lists(self._whole(seq_len), device, **options)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_mask) -> Tensor:
@@ -688,8 +773,8 @@ class HilbertAttentionMixin:
         *,
         grid: int | Sequence[int] | None = None, # how tokens lie; None: a plain sequence
         curve: str | None = "hilbert", # a name in `CURVES`, "tile:S", or None
-        **options, # of `DilatedAttention`
-    ):
+        **options: "Unpack[BranchLayerOptions]", # of `DilatedAttention`
+    ) -> None:
         "To be called in `__init__`, after `super().__init__()`."
         self.hilbert = HilbertDilatedAttention(segment_lengths, dilation_rates, grid=grid, curve=curve, **options)
 
@@ -719,7 +804,7 @@ class HilbertAttentionMixin:
         q: Tensor, # queries (B, N, H, D), in token order
         k: Tensor, # keys (B, N, H_kv, D)
         v: Tensor, # values (B, N, H_kv, D)
-        **options, # of `DilatedAttention.forward`
+        **options: "Unpack[ForwardOptions]", # of `DilatedAttention.forward`
     ) -> Tensor: # (B, N, H, D), in token order
         "Attention along the curve; tokens come and go in their own order."
         if not hasattr(self, "hilbert"): raise RuntimeError(f"{type(self).__name__} has no curve yet: call setup_hilbert() in its __init__")
@@ -753,7 +838,7 @@ class HilbertOrder(nn.Module):
     ) -> Tensor | None: # int64 (N,): token at each position; None: tokens stay as they are
         "The order of the tokens inside."
         grid = seq_len if self.grid is None else self.grid
-        if prod(as_grid(grid)) != seq_len: raise ValueError(f"x has N={seq_len} tokens and grid={self.grid} has {prod(self.grid)} cells: they must agree")
+        if prod(as_grid(grid)) != seq_len: raise ValueError(f"x has N={seq_len} tokens and grid={self.grid} has {prod(as_grid(grid))} cells: they must agree")
         return None if self.curve in (None, "row_major") else curve_order(grid, self.curve, device)
 
     def forward(
@@ -763,7 +848,8 @@ class HilbertOrder(nn.Module):
         key_mask: Tensor | None = None, # bool (B, N), True = attend
     ) -> Tensor: # tokens (B, N, E), in the order of x
         "Permutes, runs the layers, permutes back."
-        order, options = self.order(x.shape[1], x.device), {}
+        order = self.order(x.shape[1], x.device)
+        options: dict[str, Any] = {}
         rope = None if self.rope_dim is None else rotary_embedding(x.shape[1] if self.grid is None else self.grid, self.rope_dim, device=x.device)
         if order is not None:
             x = x.index_select(1, order)
@@ -793,16 +879,15 @@ class TransformerBlock(nn.Module):
         super().__init__()
         if not getattr(attention, "batch_first", True): raise ValueError("attention has batch_first=False: a block passes tokens as (B, N, E), so give it batch_first=True")
         width = _one_of("hidden_dim", hidden_dim, dim=dim, embed_dim=embed_dim)
-        options = dict(device=device, dtype=dtype)
         self.attention = attention
-        self.attention_norm, self.mlp_norm = nn.LayerNorm(width, **options), nn.LayerNorm(width, **options)
-        self.mlp = nn.Sequential(nn.Linear(width, int(width * mlp_ratio), **options), nn.GELU(), nn.Linear(int(width * mlp_ratio), width, **options))
+        self.attention_norm, self.mlp_norm = (nn.LayerNorm(width, device=device, dtype=dtype) for _ in range(2))
+        self.mlp = nn.Sequential(nn.Linear(width, int(width * mlp_ratio), True, device, dtype), nn.GELU(), nn.Linear(int(width * mlp_ratio), width, True, device, dtype))
         self.dropout = nn.Dropout(dropout)
 
     def forward(
         self,
         x: Tensor, # tokens (B, N, E)
-        **options, # of the attention: `key_mask`, `rope`, ...
+        **options: Any, # of the attention: `key_mask`, `rope`, ...
     ) -> Tensor: # tokens (B, N, E)
         "One block."
         out = self.attention(self.attention_norm(x), **options)

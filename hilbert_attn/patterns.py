@@ -11,6 +11,7 @@ __all__ = ['DILATION_MODES', 'COMBINES', 'Progression', 'Group', 'SegmentPattern
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -150,6 +151,11 @@ def plot_mask(
     ax.imshow(mask.cpu(), cmap=ListedColormap(["#eef0f4", color]), vmin=0, vmax=1, interpolation="nearest")
     ax.set(xlabel="key", ylabel="query")
 
+# %% ../nbs/01_patterns.ipynb #7329bc87
+class Pattern(Protocol):
+    "Whatever has a dense mask."
+    def mask(self, order: Tensor | None = None) -> Tensor: ... # bool (heads or 1, N, N) in token order
+
 # %% ../nbs/01_patterns.ipynb #fe0f1783
 def create_dilated_mask(
     seq_len: int, # N
@@ -163,12 +169,12 @@ def create_dilated_mask(
 
 
 def attention_mask(
-    pattern, # a pattern with a `mask` method, over N tokens
+    pattern: Pattern, # over N tokens
     *,
     order: Tensor | None = None, # int64 (N,)
     causal: bool = False, # key token index <= query token index
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
-    device: torch.device | None = None, # where the result lies
+    device: torch.device | str | None = None, # where the result lies
 ) -> Tensor: # (B or 1, heads or 1, N, N) in token order: bool, True = attended; for several branches int: how often each key counts
     "Everything that decides whether a query sees a key, as one dense mask."
     mask = (pattern.counts if hasattr(pattern, "counts") else pattern.mask)(order).to(device)
@@ -241,7 +247,8 @@ class DilatedPattern:
         if combine == "heads" and num_heads < len(lengths): raise ValueError(f"combine='heads' with {len(lengths)} branches and {num_heads} heads: each branch needs a head")
         offsets = _head_offsets(offsets, num_heads, mode)
         size, larger = divmod(num_heads, len(lengths))
-        found, first = {}, 0
+        found: dict[tuple[SegmentPattern, tuple[int, int]], int] = {}
+        first = 0
         for i, (w, r) in enumerate(zip(lengths, rates)):
             SegmentPattern(seq_len, w, r, mode)  # names what does not fit, in the words of the caller
             heads = (first, first + size + (i < larger)) if combine == "heads" else (0, num_heads)
@@ -290,12 +297,14 @@ class _SeparablePattern:
     "Patterns on a grid whose mask is the product of one mask per axis; subclasses give `_axis_mask`."
     grid: tuple[int, ...]
 
+    def _axis_mask(self, axis: int) -> Tensor: raise NotImplementedError
+
     @property
     def seq_len(self) -> int: return prod(self.grid)
 
     def pairs(self, num_heads: int = 1) -> int:
         "Counts the attended pairs, summed over the heads: the product of the counts on each axis."
-        return num_heads * prod(int(self._axis_mask(axis).sum()) for axis in range(len(self.grid)))
+        return num_heads * prod([int(self._axis_mask(axis).sum()) for axis in range(len(self.grid))])
 
     @property
     def density(self) -> float:
@@ -314,13 +323,16 @@ class WindowPattern(_SeparablePattern):
     "Non-overlapping boxes of the grid, ragged at the far edges."
     grid: tuple[int, ...] # N, (H, W) or (T, H, W)
     window: tuple[int, ...] # sides of a box; one number for all axes is allowed
-    shift: tuple[int, ...] = 0 # first border, per axis
+    shift: tuple[int, ...] = cast(tuple, 0) # first border, per axis
 
     def __post_init__(self):
         object.__setattr__(self, "grid", as_grid(self.grid))
         for name in ("window", "shift"): object.__setattr__(self, name, _per_axis(getattr(self, name), len(self.grid), name))
         if any(n < 1 for n in self.window): raise ValueError(f"window={self.window}: each side must be at least 1")
         if any(not 0 <= s < w for s, w in zip(self.shift, self.window)): raise ValueError(f"shift={self.shift}: each must be at least 0 and less than window={self.window}")
+
+    if TYPE_CHECKING:  # what it takes; the fields are what it keeps
+        def __init__(self, grid: int | Sequence[int], window: int | Sequence[int], shift: int | Sequence[int] = 0): ...
 
     def _axis_mask(self, axis: int) -> Tensor:
         box = (torch.arange(self.grid[axis]) - self.shift[axis]).div(self.window[axis], rounding_mode="floor")
@@ -332,8 +344,8 @@ class NeighborhoodPattern(_SeparablePattern):
     "Exact neighbourhood attention: every query keeps `kernel_size` keys per axis, at borders too."
     grid: tuple[int, ...] # N, (H, W) or (T, H, W)
     kernel_size: tuple[int, ...] # keys per axis; one number for all axes is allowed
-    dilation: tuple[int, ...] = 1 # per axis
-    causal: tuple[bool, ...] = False # per axis
+    dilation: tuple[int, ...] = cast(tuple, 1) # per axis
+    causal: tuple[bool, ...] = cast(tuple, False) # per axis
 
     def __post_init__(self):
         object.__setattr__(self, "grid", as_grid(self.grid))
@@ -341,6 +353,9 @@ class NeighborhoodPattern(_SeparablePattern):
         for n, k, d in zip(self.grid, self.kernel_size, self.dilation):
             if k < 1 or d < 1: raise ValueError(f"kernel_size={self.kernel_size}, dilation={self.dilation}: each must be at least 1")
             if k > n // d: raise ValueError(f"kernel_size={k} with dilation={d} does not fit an axis of length {n}: its smallest residue class has {n // d} members")
+
+    if TYPE_CHECKING:
+        def __init__(self, grid: int | Sequence[int], kernel_size: int | Sequence[int], dilation: int | Sequence[int] = 1, causal: bool | Sequence[bool] = False): ...
 
     def _axis_mask(self, axis: int) -> Tensor:
         n, k, d = self.grid[axis], self.kernel_size[axis], self.dilation[axis]

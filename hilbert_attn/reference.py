@@ -9,13 +9,27 @@ __all__ = ['default_scale', 'masked_attention', 'reference_attention', 'merge_at
 # %% ../nbs/02_reference.ipynb #b8cc1878
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .curves import curve_order
-from .patterns import SegmentPattern, attention_mask
+from .patterns import Pattern, SegmentPattern, attention_mask
+
+# %% ../nbs/02_reference.ipynb #b6c0cc7e
+class CallOptions(TypedDict, total=False):
+    "What every attention function takes by name; its signature says what each means."
+    key_mask: Tensor | None
+    dropout_p: float
+    scale: float | None
+
+
+class PatternOptions(CallOptions, total=False):
+    "The same of functions to which the order of the tokens matters."
+    order: Tensor | None
+    causal: bool
 
 # %% ../nbs/02_reference.ipynb #8e49e8db
 def default_scale(q: Tensor) -> float:
@@ -48,7 +62,7 @@ def reference_attention(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
-    pattern, # a pattern with a `mask` method, over N tokens
+    pattern: Pattern, # over N tokens
     *,
     order: Tensor | None = None, # int64 (N,)
     causal: bool = False, # key token index <= query token index
@@ -134,9 +148,9 @@ def compare_to_oracle(
     generator = torch.Generator(q.device).manual_seed(seed)
     dout = torch.randn(q.shape, dtype=torch.float64, device=q.device, generator=generator).to(q.dtype)
     dlse = torch.randn(q.shape[:-1], dtype=torch.float64, device=q.device, generator=generator).to(_accumulator(q.dtype)) if lse_grad else None
-    oracle = _with_grads(lambda *x: masked_attention(*(t.double() for t in x), mask, scale), q.double(), k.double(), v.double(), dout, dlse)
+    oracle = _with_grads(lambda q, k, v: masked_attention(q.double(), k.double(), v.double(), mask, scale), q.double(), k.double(), v.double(), dout, dlse)
     ours = _with_grads(attention, q, k, v, dout, dlse)
-    sdpa = _with_grads(lambda *x: _sdpa_yardstick(*x, mask, scale), q, k, v, dout, dlse)
+    sdpa = _with_grads(lambda q, k, v: _sdpa_yardstick(q, k, v, mask, scale), q, k, v, dout, dlse)
     factor, group = default_scale(q) if scale is None else abs(scale), q.shape[1] // k.shape[1]
     wide_q, wide_k, wide_v = (x.detach().double().repeat_interleave(group if x is not q else 1, 1) for x in (q, k, v))
     def largest_term(a, b): return factor * (a.abs() @ b.abs().transpose(-2, -1)).masked_fill(mask == 0, 0).max().item()  # of the terms of a dot product, not of its value

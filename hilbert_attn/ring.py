@@ -16,13 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache, wraps
 from math import log
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .backends import _autocast, _check_order, _check_tensors, hilbert_attention
+from .backends import CurveOptions, _autocast, _check_order, _check_tensors, hilbert_attention
 from .curves import inverse_order
 from .dilated import dilated_attention
 from .patterns import DilatedPattern, Progression, SegmentPattern
@@ -61,7 +62,7 @@ def _runs(sizes: tuple[int, ...], layout: str) -> tuple[tuple[tuple[int, int], .
     for size in chunks: edges.append(edges[-1] + size)
     ranks = []
     for rank in range(world):
-        runs = []
+        runs: list[tuple[int, int]] = []
         for chunk in (rank,) if layout == "contiguous" else (rank, 2 * world - 1 - rank):
             start, stop = edges[chunk], edges[chunk + 1]
             if start == stop: continue
@@ -166,7 +167,7 @@ class RingPlan:
 
     def __hash__(self) -> int: # computed once: what follows from a plan is looked up by it
         if "_hash" not in self.__dict__: object.__setattr__(self, "_hash", hash((self.sizes, self.layout, self.batch, self.heads, self.kv_heads, self.head_dim, self.dtype, self.causal, self.ordered, self.branches, self.device)))
-        return self._hash
+        return vars(self)["_hash"]
 
     def __getstate__(self) -> dict: return {name: value for name, value in vars(self).items() if name != "_hash"}  # hashes differ between processes
 
@@ -302,7 +303,7 @@ def _parcels(plan: RingPlan, src: int, dst: int) -> tuple[Parcel, ...]:
             if pattern.mode == "residue": classes = [(None, tuple(range(branch.kv_heads[1] - branch.kv_heads[0])))]
             else: classes = [(o, tuple(sorted({kv for h, kv in enumerate(branch.kv_of) if branch.offset(h) == o}))) for o in sorted(set(pattern.offsets))]
             for residue, kv_heads in classes:
-                queries = [Progression(p.start, 1, p.stop - p.start) if pattern.mode != "longnet" else _class_rows(segment, residue, r, p.start, p.stop) for p in theirs]
+                queries = [Progression(p.start, 1, p.stop - p.start) if residue is None or pattern.mode != "longnet" else _class_rows(segment, residue, r, p.start, p.stop) for p in theirs]
                 queries = [q for q in queries if q.count]
                 if not queries or not kv_heads: continue
                 stop = part.stop
@@ -387,7 +388,7 @@ _states: "weakref.WeakKeyDictionary" = weakref.WeakKeyDictionary()
 @dataclass(frozen=True)
 class _Ring:
     "A process group as this rank sees it; without a group, a ring of one."
-    group: object | None
+    group: Any # a process group, or None
     rank: int
     size: int
 
@@ -397,7 +398,7 @@ class _Ring:
     def check_usable(self):
         if self.group is not None and self.state.broken: raise RuntimeError(f"{self.state.broken}\nThe process group is still unusable for that reason.")
 
-    def give_up(self, what: str, error: BaseException, kept: list = ()):
+    def give_up(self, what: str, error: BaseException, kept: Sequence = ()):
         "Marks the group as unusable and raises."
         lead = f"{what}: rank {self.rank} of {self.size} "
         if isinstance(error, _Lost): lead += f"lost contact with the other ranks: one of them died, stalled, or called with other arguments ({error.__cause__})."
@@ -433,7 +434,7 @@ class _Flight:
         try:
             for work in self.works: work.wait()
         except Exception as error: raise _Lost() from error
-        self.works = self.buffers = ()
+        self.works, self.buffers = [], []
 
 
 def _ring_of(group) -> _Ring:
@@ -510,7 +511,7 @@ def _digest(order: Tensor | None) -> str:
     x = order.detach().reshape(-1).long()
     place = torch.arange(x.numel(), device=x.device)
     mixed = (x + 1) * (place * 0x9E3779B97F4A7C1 + 0x3C6EF372FE94F82B)
-    digest = f"{x.numel()} tokens #{(mixed ^ (mixed >> 29)).sum().item() & 0xFFFFFFFFFFFFFFFF:016x}"
+    digest = f"{x.numel()} tokens #{int((mixed ^ (mixed >> 29)).sum()) & 0xFFFFFFFFFFFFFFFF:016x}"
     if len(_digests) > 256: _digests.clear()
     _digests[id(order)] = weakref.ref(order), version, digest
     return digest
@@ -560,7 +561,7 @@ def _check_dim(x: Tensor, dim: int) -> int:
 
 def shard_sequence(
     x: Tensor, # the whole sequence, in token order: the same on every rank
-    group=None, # process group, 1-D `DeviceMesh`, or None: the default group, or one rank alone
+    group: "dist.ProcessGroup | DeviceMesh | None" = None, # process group, 1-D `DeviceMesh`, or None: the default group, or one rank alone
     dim: int = 1, # of the sequence
     order: Tensor | None = None, # int64 (N,): token index at each position; None: tokens are in order already
     layout: str = "contiguous", # one of `LAYOUTS`
@@ -579,7 +580,7 @@ def shard_sequence(
 
 def unshard_sequence(
     x: Tensor, # this rank's shard; shards may differ in length
-    group=None, # as in `shard_sequence`
+    group: "dist.ProcessGroup | DeviceMesh | None" = None, # as in `shard_sequence`
     dim: int = 1, # of the sequence
     order: Tensor | None = None, # as in `shard_sequence`
     layout: str = "contiguous", # as in `shard_sequence`
@@ -859,7 +860,8 @@ class _DenseRing(torch.autograd.Function):
         ring.check_usable()
         dout, dlse, lse = _upstream(out, lse, dout, dlse)
         dq, dkv = torch.zeros_like(q, dtype=lse.dtype, memory_format=torch.contiguous_format), ()
-        returning, full_turn = None, None  # gradients on their way: to the next rank, and home
+        returning = None  # gradients on their way: to the next rank,
+        full_turn: Any = None  # and home
         def come_home(turn, gradients, flight):
             nonlocal dkv
             flight.wait()
@@ -1043,7 +1045,7 @@ class _Call:
     offsets: tuple[int, ...] | int | None # as given
     tag: int # of its messages: those of another call never match
 
-    def pass_on(self, flights: list, block: tuple[Tensor, Tensor], rows: int) -> tuple[tuple[Tensor, Tensor], _Flight]:
+    def pass_on(self, flights: list, block: Sequence[Tensor], rows: int) -> tuple[Sequence[Tensor], _Flight]:
         "Sends a block to the next rank and receives one of so many rows from the one before."
         arriving = tuple(x.new_empty(*x.shape[:2], rows, x.shape[3]) for x in block)
         before, after = (self.ring.rank - 1) % self.ring.size, (self.ring.rank + 1) % self.ring.size
@@ -1055,22 +1057,22 @@ def _inside(call: _Call, branches: Sequence[RingBranch], part: Part, q: Tensor, 
     "Whole segments: an ordinary call of `hilbert_attention`, or of `dilated_attention` for several branches, on this rank's rows."
     back, kv_of, patterns = None, branches[0].kv_of, [b.pattern for b in branches for _ in range(b.copies if len(branches) > 1 else 1)]
     if q.shape[1] % k.shape[1] or kv_of != tuple(h // (q.shape[1] // k.shape[1]) for h in range(q.shape[1])): k, v = (x[:, list(kv_of)] for x in (k, v))
-    options = dict(curve=None, causal=call.plan.causal, scale=call.scale, backend=call.backend, return_lse=True, dilation_mode=patterns[0].mode)
+    options: CurveOptions = dict(curve=None, causal=call.plan.causal, scale=call.scale, dilation_mode=patterns[0].mode, offsets=call.offsets)
     if call.order is not None:  # lay the rows out by token, as the front doors expect them
         back = call.order[part.start:part.stop].argsort().argsort()  # position -> place by token
         q, k, v = (x.index_select(2, inverse_order(back)) for x in (q, k, v))
         options["order"] = back
-    if len(branches) > 1: out, lse = dilated_attention(q, k, v, [p.segment_size for p in patterns], [p.dilation_rate for p in patterns], offsets=call.offsets, **options)
+    if len(branches) > 1: out, lse = dilated_attention(q, k, v, [p.segment_size for p in patterns], [p.dilation_rate for p in patterns], backend=call.backend, return_lse=True, **options)
     else:
-        offsets = None if patterns[0].mode == "residue" else patterns[0].offsets
-        out, lse = hilbert_attention(q, k, v, segment_size=patterns[0].segment_size, dilation_rate=patterns[0].dilation_rate, offsets=offsets, **options)
+        options["offsets"] = None if patterns[0].mode == "residue" else patterns[0].offsets
+        out, lse = hilbert_attention(q, k, v, segment_size=patterns[0].segment_size, dilation_rate=patterns[0].dilation_rate, backend=call.backend, return_lse=True, **options)
     return (out, lse) if back is None else (out.index_select(2, back), lse.index_select(2, back))
 
 
 def _branch_heads(x: Tensor, heads: tuple[int, int]) -> Tensor: return x if heads == (0, x.shape[1]) else x[:, heads[0]:heads[1]]
 
 
-def _execute(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, Tensor]]: # (out, lse) of each branch
+def _execute(call: _Call, q: Tensor, k: Tensor, v: Tensor) -> list[tuple[Tensor, ...]]: # (out, lse) of each branch
     "Executes a plan: first the sends, then what needs nobody, then what has arrived. Branches that need nobody and are to be merged come back as one."
     plan, rank = call.plan, call.ring.rank
     if call.combine == "lse" and len(plan.branches) > 1 and plan.sizes[rank] and all(plan.kind(b) == "local" for b in range(len(plan.branches))):
@@ -1149,13 +1151,35 @@ def _ring_call(name: str, q: Tensor, k: Tensor, v: Tensor, group, segment_length
         else: out, lse = merge_attention(*zip(*done))
     return (out, lse) if return_lse else out
 
+# %% ../nbs/09_ring.ipynb #8afeb2b1
+class RingOptions(TypedDict, total=False):
+    "What both functions take by name."
+    group: "dist.ProcessGroup | DeviceMesh | None"
+    dilation_mode: str
+    offsets: int | Sequence[int] | None
+    causal: bool
+    order: Tensor | None
+    layout: str
+    check: str | None
+    scale: float | None
+    backend: str
+    overlap: bool
 
+
+@overload
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, segment_size: int | None = ..., dilation_rate: int = ..., return_lse: Literal[False] = False, **options: Unpack[RingOptions]) -> Tensor: ...
+@overload
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, segment_size: int | None = ..., dilation_rate: int = ..., return_lse: Literal[True], **options: Unpack[RingOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def ring_attention(q: Tensor, k: Tensor, v: Tensor, *, segment_size: int | None = ..., dilation_rate: int = ..., return_lse: bool, **options: Unpack[RingOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
+
+# %% ../nbs/09_ring.ipynb #5b98bd53
 def ring_attention(
     q: Tensor, # queries (B, H, n, D): this rank's shard of positions
     k: Tensor, # keys (B, H_kv, n, D), H a multiple of H_kv
     v: Tensor, # values (B, H_kv, n, D)
     *,
-    group=None, # process group, 1-D `DeviceMesh`, or None: the default group, or one rank alone
+    group: "dist.ProcessGroup | DeviceMesh | None" = None, # process group, 1-D `DeviceMesh`, or None: the default group, or one rank alone
     segment_size: int | None = None, # positions per segment; None is one segment
     dilation_rate: int = 1, # every how many positions
     dilation_mode: str = "residue", # "residue", "keys" or "longnet"
@@ -1175,7 +1199,15 @@ def ring_attention(
     are wrong or differ between ranks; `RuntimeError` where a rank is lost. Ring: Liu et al., arXiv 2310.01889; segments: LongNet, arXiv 2307.02486, section 3.2."""
     return _ring_call("ring_attention", q, k, v, group, segment_size, dilation_rate, dilation_mode, offsets, None, causal, order, layout, check, scale, backend, overlap, return_lse)
 
+# %% ../nbs/09_ring.ipynb #4e20087b
+@overload
+def ring_dilated_attention(q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int | None], dilation_rates: int | Sequence[int], *, combine: str = ..., return_lse: Literal[False] = False, **options: Unpack[RingOptions]) -> Tensor: ...
+@overload
+def ring_dilated_attention(q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int | None], dilation_rates: int | Sequence[int], *, combine: str = ..., return_lse: Literal[True], **options: Unpack[RingOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def ring_dilated_attention(q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int | None], dilation_rates: int | Sequence[int], *, combine: str = ..., return_lse: bool, **options: Unpack[RingOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
+# %% ../nbs/09_ring.ipynb #12ab12db
 def ring_dilated_attention(
     q: Tensor, # queries (B, H, n, D): this rank's shard of positions
     k: Tensor, # keys (B, H_kv, n, D), H a multiple of H_kv
@@ -1183,7 +1215,7 @@ def ring_dilated_attention(
     segment_lengths: int | Sequence[int | None], # positions per segment, of each branch; None, or more than N, is one segment
     dilation_rates: int | Sequence[int], # every how many positions, of each branch
     *,
-    group=None, # process group, 1-D `DeviceMesh`, or None: the default group, or one rank alone
+    group: "dist.ProcessGroup | DeviceMesh | None" = None, # process group, 1-D `DeviceMesh`, or None: the default group, or one rank alone
     combine: str = "lse", # "lse": every head runs every branch, one softmax over all their keys; "heads": each branch gets its share of the heads
     dilation_mode: str = "longnet", # "longnet", "residue" or "keys"
     offsets: int | Sequence[int] | None = None, # residue of the keys, for all heads or per head, modulo each rate; None is the mode's default (h for "longnet")

@@ -6,18 +6,19 @@
 __all__ = ['sdpa_mask_attention', 'sdpa_attention']
 
 # %% ../nbs/06_sdpa.ipynb #21f70c80
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import log, prod
+from typing import Any, Literal, Unpack, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .curves import _define_operator
-from .patterns import SegmentPattern, attention_mask, _members
-from .reference import default_scale, masked_attention
+from .patterns import Pattern, SegmentPattern, attention_mask, _members
+from .reference import PatternOptions, default_scale, masked_attention
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8c95
 def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout_p: float = 0.0) -> Tensor:
@@ -26,12 +27,20 @@ def _masked_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | N
     allowed = mask | empty if mask.dtype == torch.bool else mask.double().log().masked_fill(empty, 0).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, allowed, dropout_p, scale=scale, enable_gqa=q.shape[1] != k.shape[1]).masked_fill(empty, 0)
 
+# %% ../nbs/06_sdpa.ipynb #f41e257b
+@overload
+def sdpa_mask_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, need_lse: Literal[True] = True, **options: Unpack[PatternOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def sdpa_mask_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, need_lse: Literal[False], **options: Unpack[PatternOptions]) -> tuple[Tensor, None]: ...
+@overload
+def sdpa_mask_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, need_lse: bool, **options: Unpack[PatternOptions]) -> tuple[Tensor, Tensor | Any]: ...
 
+# %% ../nbs/06_sdpa.ipynb #ba849919
 def sdpa_mask_attention(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
-    pattern, # any pattern over N tokens
+    pattern: Pattern, # any, over N tokens
     *,
     order: Tensor | None = None, # int64 (N,): token index at each position
     causal: bool = False, # key token index <= query token index
@@ -131,7 +140,7 @@ def _merge_all(xs: list[Tensor]) -> tuple[list[Tensor], tuple]:
     return [_merge(x, _LAYOUTS[0], copy=True) for x in xs], _LAYOUTS[0]
 
 
-def _split(x: Tensor, layout, sizes: tuple[int, int, int, int]) -> Tensor:
+def _split(x: Tensor, layout, sizes: Sequence[int]) -> Tensor:
     "Undoes `_merge`: (outer, inner, places, ...) -> (B, H, segments, residues, places, ...)."
     axes = (*layout[0], *layout[1])
     x = x.unflatten(1, [sizes[axis] for axis in layout[1]]).unflatten(0, [sizes[axis] for axis in layout[0]])
@@ -168,9 +177,9 @@ def _dense_backward(
     grads = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
     step = max(1, _COLUMN_CHUNK // q[0].numel())
     for i in range(0, len(q), step):
-        part = [x[i:i + step] for x in (q, k, v, dout, out, lse, dlse)] + [None if bias is None else bias[i:i + step]]
-        wider = [_append_column(x, value) for x, value in zip(part[:5], (0, 0, 0, 1, -part[6]))]
-        done = _flash_backward(wider[3], *wider[:3], wider[4], part[5], 0.0, triangular, attn_mask=part[7], scale=scale)
+        part = [x[i:i + step] for x in (q, k, v, dout, out, lse, dlse)]
+        wider = [*(_append_column(x, 0) for x in part[:3]), _append_column(part[3], 1), _append_column(part[4], -part[6])]
+        done = _flash_backward(wider[3], *wider[:3], wider[4], part[5], 0.0, triangular, attn_mask=None if bias is None else bias[i:i + step], scale=scale)
         for grad, x in zip(grads, done): grad[i:i + step] = x[..., :-1]
     return grads
 
@@ -223,7 +232,7 @@ class _Operands:
     def _allowed(self, order, key_mask, causal) -> Tensor | None: # bool, broadcastable to (B, 1, segments, residues, M, J)
         "What the triangle does not say: the key mask, and causality where it is no triangle."
         allowed = None
-        if causal and not self.block.triangular: allowed = (self.tokens["k"][..., None, :] <= self.tokens["q"][..., None])[None, None]
+        if causal and self.tokens and not self.block.triangular: allowed = (self.tokens["k"][..., None, :] <= self.tokens["q"][..., None])[None, None]
         if key_mask is not None:
             tokens = self.tokens["k"] if self.tokens else self.block.positions("k", key_mask.device)
             keys = key_mask[:, tokens][:, None, ..., None, :]
@@ -295,7 +304,7 @@ def _grouped_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_
         empty = ops.empty_rows()
         if empty is not None: part_lse = part_lse.masked_fill(empty, -torch.inf)
         if into:
-            _merge_rows(ops, out, lse, part_out, part_lse)
+            _merge_rows(ops, *into, part_out, part_lse)
             continue
         if order is None and sizes[1] == q.shape[1] and _covers(unit.block, pattern, "q"):
             return _like(part_out.transpose(3, 4).reshape(q.shape), q), part_lse.transpose(3, 4).reshape(lse.shape).contiguous()
@@ -306,7 +315,7 @@ def _grouped_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_
 
 
 def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, order: Tensor | None, key_mask: Tensor | None,
-                      pattern: SegmentPattern, causal: bool, scale: float, into: tuple[Tensor, Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+                      pattern: SegmentPattern, causal: bool, scale: float, into: Sequence[Tensor] | None = None) -> Sequence[Tensor]: # dq, dk, dv
     """Gradients of q, k, v, block by block, on the CPU; `into`: added to these. `out` and `lse` may be those of a softmax over more keys than the pattern has:
     the result is then its share of the gradients."""
     if not q.numel(): return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
@@ -320,8 +329,8 @@ def _grouped_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v
         parts = [ops.read(x, side) for x, side in ((q, "q"), (k, "k"), (v, "k"), (out, "q"), (dout, "q"))]
         sizes = parts[0].shape[:4]
         merged, layout = _merge_all(parts)
-        rows = [None if x is None else _merge(ops.read(x, "q"), layout, copy=True) for x in (lse, dlse)]
-        part = _dense_backward(merged[4], rows[1], *merged[:4], rows[0], unit.block.triangular, ops.bias(sizes, layout), scale)
+        def rows(x): return _merge(ops.read(x, "q"), layout, copy=True)
+        part = _dense_backward(merged[4], None if dlse is None else rows(dlse), merged[0], merged[1], merged[2], merged[3], rows(lse), unit.block.triangular, ops.bias(sizes, layout), scale)
         part = [_split(x, layout, sizes) for x in part]
         if not into and order is None and sizes[1] == q.shape[1] and all(_covers(unit.block, pattern, side) for side in "qk"):
             return tuple(_like(x.transpose(3, 4).reshape(q.shape), model) for x, model in zip(part, (q, k, v)))
@@ -376,25 +385,38 @@ torch.library.register_autograd("hilbert_attn::sdpa_forward", _backward, setup_c
 def _grouped_expression(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, order: Tensor | None, causal: bool, key_mask: Tensor | None, dropout_p: float,
                         scale: float | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
     "The blocks as plain differentiable PyTorch, on any device."
-    nothing = sum(x.sum() for x in (q, k, v)).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)  # gradients are 0, not missing, where no group exists
+    nothing = (q.sum() + k.sum() + v.sum()).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)  # gradients are 0, not missing, where no group exists
     out, lse = q.new_zeros(q.shape) + nothing, q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)) + nothing
     tokens = torch.arange(q.shape[2], device=q.device) if order is None else order
     for unit in _units(q, k, pattern, causal, True):
         ops = _Operands(unit, tokens, key_mask, causal, q.dtype)
-        parts, layout = _merge_all([ops.read(x, side) for x, side in ((q, "q"), (k, "k"), (v, "k"))])
+        (part_q, part_k, part_v), layout = _merge_all([ops.read(x, side) for x, side in ((q, "q"), (k, "k"), (v, "k"))])
         sizes = (*q[:, unit.q_heads].shape[:2], unit.block.segments, unit.block.residues)
         mask = torch.ones(1, 1, unit.block.q[2], unit.block.k[2], dtype=torch.bool, device=q.device)
         if unit.block.triangular: mask = mask.tril()
         if ops.allowed is not None: mask = mask & _merge(ops.allowed.expand(*sizes, *ops.allowed.shape[-2:]), layout, copy=True)
         if need_lse:
             wide = lse.dtype
-            part_out, part_lse = masked_attention(*(x.to(wide) for x in parts), mask, default_scale(q) if scale is None else scale, dropout_p)
+            part_out, part_lse = masked_attention(part_q.to(wide), part_k.to(wide), part_v.to(wide), mask, default_scale(q) if scale is None else scale, dropout_p)
             ops.write(lse, _split(part_lse, layout, sizes), "q")
-        else: part_out = _masked_sdpa(*parts, mask, scale, dropout_p)
+        else: part_out = _masked_sdpa(part_q, part_k, part_v, mask, scale, dropout_p)
         ops.write(out, _split(part_out.to(q.dtype), layout, sizes), "q")
     return out, lse if need_lse else None
 
+# %% ../nbs/06_sdpa.ipynb #61b76078
+class SdpaOptions(PatternOptions, total=False):
+    "Of `sdpa_attention`."
+    custom_backward: bool
 
+
+@overload
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, *, need_lse: Literal[True] = True, **options: Unpack[SdpaOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, *, need_lse: Literal[False], **options: Unpack[SdpaOptions]) -> tuple[Tensor, None]: ...
+@overload
+def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, *, need_lse: bool, **options: Unpack[SdpaOptions]) -> tuple[Tensor, Tensor | Any]: ...
+
+# %% ../nbs/06_sdpa.ipynb #0cb519c9
 def sdpa_attention(
     q: Tensor, # queries (B, H, N, D), any strides
     k: Tensor, # keys (B, H_kv, N, D)

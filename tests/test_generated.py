@@ -1,14 +1,18 @@
-"""What is generated is fresh: the package, the notebooks' cleanliness, README.md; and the numbers of the notebooks are their order."""
+"""What is generated is fresh: the package, the notebooks' cleanliness, README.md, CONTRIBUTING.md and its tables; and the numbers of the notebooks are their order."""
 import ast
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+from checkout import checkout_files, copy_checkout
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
@@ -26,13 +30,8 @@ def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> tuple[Path, list[str]]:
     "A copy of all files that git knows or would add, with their paths."
-    listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode: pytest.skip("not a git checkout")
-    copy = tmp_path_factory.mktemp("tree")
-    paths = [path for path in listed.stdout.split("\0") if (ROOT / path).is_file()]
-    for path in paths:
-        (copy / path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT / path, copy / path, follow_symlinks=False)
+    if (paths := checkout_files()) is None: pytest.skip("not a git checkout")
+    copy_checkout(copy := tmp_path_factory.mktemp("tree"), paths)
     return copy, paths
 
 
@@ -46,9 +45,27 @@ def test_export_and_clean_leave_no_difference(tree):
     assert not (stale := stale + sorted(made - set(paths))), f"run `make export`: {stale}"
 
 
-def test_readme_is_fresh(tree):
+def test_readme_quickstart_and_contributing_are_fresh(tree):
     done = run(sys.executable, "tools/make_readme.py", "--check", cwd=tree[0])
     assert done.returncode == 0, done.stderr
+
+
+def test_stale_pages_are_named(tree):
+    pages = {tree[0] / path: (tree[0] / path).read_bytes() for path in ("README.md", "examples/quickstart.py", "CONTRIBUTING.md")}
+    for page, fresh in pages.items(): page.write_bytes(fresh + b"\n")
+    done = run(sys.executable, "tools/make_readme.py", "--check", cwd=tree[0])
+    for page, fresh in pages.items(): page.write_bytes(fresh)
+    assert done.returncode == 1 and "CONTRIBUTING.md, README.md, examples/quickstart.py; run `make readme`" in done.stderr
+
+
+def test_tables_of_contributing_are_those_of_the_sources(tmp_path):
+    "The other notebooks store measurements; this one describes the sources, and they change."
+    stored = nbformat.read(ROOT / "nbs" / "30_contributing.ipynb", as_version=4)
+    again = NotebookClient(nbformat.from_dict(stored), timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    for before, now in zip(stored.cells, again.cells, strict=True):
+        if before.cell_type != "code": continue
+        shown = [[output.get("text") or output.data.get("text/markdown") or output.data["text/plain"] for output in cell.outputs] for cell in (before, now)]
+        assert shown[0] == shown[1], f"run `make export`: stale is the output of\n{before.source}"
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)

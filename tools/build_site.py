@@ -3,12 +3,17 @@
 nbdev processes the notebooks into _proc/. Where the program `quarto` is installed, it renders them; elsewhere Sphinx does,
 with MyST-NB, the Furo theme and offline MathJax, after a translation of the small part of Quarto that the notebooks use:
 callouts, figures and equations with references, folded and hidden code. Either way a warning is an error, and nothing is run
-but what nbdev needs to document the exported names.
+but what nbdev needs to document the exported names. Both get the modules too, as pages of their source: every notebook links to
+its module, every cell of a module to the section that it comes from.
 """
+import ast
 import re
 import shutil
 import subprocess
 import sys
+from base64 import b64decode
+from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 
 import nbformat
@@ -16,15 +21,17 @@ import yaml
 from nbdev.config import get_config
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell
 from sphinx.application import Sphinx
 
-from notebook import NBS, ROOT, callouts, cells, front_matter, local_links, outside_code, prepare
+from notebook import NBS, ROOT, callouts, cells, front_matter, local_links, module_page, outside_code, prepare
 
 SITE = ROOT / "_docs"
 THEME = {f"{mode}_css_variables": {"color-brand-primary": color, "color-brand-content": color}
          for mode, color in {"light": "#1c62b9", "dark": "#6aa9f4"}.items()}
 Anchors = dict[str, tuple[set[str], set[str]]]  # of each page: its headings, and private functions whose code it shows
+MODULE_LIST = "18_api_by_topic.ipynb"  # the page below which the navigation lists the modules
+WIDE = 700  # pixels: on a phone, a wider picture is shown large enough to be read, and scrolls
 MYST = "amsmath attrs_block attrs_inline colon_fence deflist dollarmath tasklist".split()
 
 
@@ -56,11 +63,13 @@ def private(cell, given: dict) -> list[str]:
     return [name.lower() for name in re.findall(r"^(?:def|class) (_\w+)", cell.source, re.M)] if given.get("code-fold") == "show" else []
 
 
+def headings(text: str) -> list[str]: return re.findall(r"^#+ +(.+)", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+
+
 def anchors(path: Path) -> tuple[set[str], set[str]]:
     "The `Anchors` of one page."
     shown = list(cells(path))
-    headings = re.findall(r"^#+ +(.+)", "\n".join(re.sub(r"```.*?```", "", prose(*cell) or "", flags=re.S) for cell in shown), re.M)
-    return {slug(heading) for heading in headings}, {name for cell in shown for name in private(*cell)}
+    return {slug(heading) for cell in shown for heading in headings(prose(*cell) or "")}, {name for cell in shown for name in private(*cell)}
 
 
 def myst(text: str, docs: dict[str, str], known: Anchors) -> str:
@@ -85,21 +94,73 @@ def myst(text: str, docs: dict[str, str], known: Anchors) -> str:
     return text
 
 
+def pixels(cell) -> int:
+    "The width of the widest picture that a cell shows."
+    return max((int.from_bytes(b64decode(out.data["image/png"])[16:20], "big") for out in cell.outputs if "image/png" in out.get("data", {})), default=0)
+
+
 def code(cell, given: dict, title: str):
     "A code cell with Quarto's options as MyST-NB's tags and settings."
     tags = {"remove-input": given.get("echo") is False, "remove-output": given.get("output") is False,
             "remove-stderr": given.get("warning") is False, "hide-input": given.get("code-fold") is True}
-    look = {"image": {"alt": given.get("fig-alt") or given.get("fig-cap") or f"Figure: {title}"},
+    look = {"image": {"alt": given.get("fig-alt") or given.get("fig-cap") or f"Figure: {title}", "classes": given.get("classes") or ("wide" if pixels(cell) > WIDE else "narrow")},
             "code_prompt_show": given.get("code-summary", "Code"), "code_prompt_hide": given.get("code-summary", "Code")}
     if "fig-cap" in given: look["figure"] = {"caption": given["fig-cap"], "name": given.get("label", "")}
     return new_code_cell(cell.source, outputs=cell.outputs, metadata={"tags": [tag for tag in tags if tags[tag]], "mystnb": look})
+
+
+def as_it_is(cell, given: dict, title: str) -> Iterator[tuple]:
+    "The outputs of a cell that shows them as they are, each as a cell with its options: Markdown, and pictures named after the last heading above."
+    for out in cell.outputs:
+        text = prose(new_code_cell(outputs=[out]), given)
+        title = [title, *headings(text)][-1]
+        yield (new_markdown_cell(text), {}) if text else (new_code_cell(cell.source, outputs=[out]), {"echo": False, "fig-alt": f"Figure: {title}"})
+
+
+def module_pages(processed: Path, exported: dict[str, str]) -> None:
+    """Add a page for each module, its source cell by cell, and link it with the page of its notebook, in both directions.
+
+    `exported` names the notebook of each module's file. What is written stays in the dialect of nbdev's notebooks: either renderer makes pages of it.
+    """
+    def link(page, anchor, text): return f'<a href="{page}{"#" * bool(anchor)}{anchor}">{text}</a>'
+    def links(*parts): return new_markdown_cell(f'<p class="source-links">{" · ".join(parts)}</p>')
+    for file, name in exported.items():
+        notebook = nbformat.read(processed / name, as_version=4)
+        front = front_matter(notebook)
+        known, functions = anchors(processed / name)
+        module, target, sections, section = file.removesuffix(".py").replace("/", "."), front["output-file"], {}, ""
+        for cell in nbformat.read(NBS / name, as_version=4).cells:
+            if cell.cell_type == "markdown": section = [section, *headings(cell.source)][-1]
+            sections[cell.id] = section
+        head, *blocks = re.split(r"^# %% (.*)\n", (ROOT / file).read_text(), flags=re.M)
+        shown, last = [new_code_cell(head.strip())], None
+        for origin, source in zip(blocks[::2], blocks[1::2]):
+            made = [node.name for node in ast.parse(source).body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and "overload" not in map(ast.unparse, node.decorator_list)]
+            section = sections.get(origin.partition("#")[2], "")
+            anchor = next((a for a in [*(name.lower() for name in made), slug(section)] if a in known | functions), "")
+            if section != last and slug(section) in known: shown.append(new_markdown_cell(f"## {section}"))
+            last = section
+            spans = "".join(f'<span id="def-{name}"></span>' for name in made)
+            if name in origin: shown.append(new_markdown_cell(f'<p class="origin">{spans}{link(target, anchor, escape(origin.rpartition("nbs/")[2]))}</p>'))
+            shown.append(new_code_cell(source.strip()))
+        meta = {"title": module, "description": f"The source, cell by cell, as exported from {name}.", "output-file": f"{module_page(file)}.html"}
+        view = links(f"View notebook: {link(target, '', escape(front['title']))}", f"file <code>{file}</code>")
+        nbformat.write(new_notebook(cells=[new_raw_cell(f"---\n{yaml.safe_dump(meta)}---"), view, *shown], metadata=notebook.metadata), processed / f"{module_page(file)}.ipynb")
+        notebook.cells.insert(1, links(f"Module {link(module_page(file) + '.html', '', f'<code>{module}</code>')}: source", f'<a href="notebooks/{name}" download>download the notebook</a>'))
+        nbformat.write(notebook, processed / name)
+
+
+def exported_modules() -> dict[str, str]:
+    "File of each module -> the notebook that it is exported from, as the module itself says."
+    files = sorted(Path(get_config().lib_name).rglob("*.py"))
+    return {str(file): found[1] for file in files if (found := re.search(r"^# AUTOGENERATED! .*File to edit: \.\./(?:\.\./)?nbs/(\S+)\.$", file.read_text(), re.M))}
 
 
 def page(path: Path, docs: dict[str, str], known: Anchors) -> list:
     "The cells of a processed notebook, ready for MyST-NB."
     front = front_matter(nbformat.read(path, as_version=4))
     shown = [new_markdown_cell(f"# {front['title']}\n\n{{.subtitle}}\n{front.get('description', '')}")]
-    for cell, given in cells(path):
+    for cell, given in (part for cell, given in cells(path) for part in (as_it_is(cell, given, front["title"]) if given.get("output") == "asis" else [(cell, given)])):
         text = prose(cell, given)
         if text is not None: shown.append(new_markdown_cell(myst(text, docs, known)))
         elif cell.cell_type == "code":
@@ -110,6 +171,11 @@ def page(path: Path, docs: dict[str, str], known: Anchors) -> list:
     return shown
 
 
+def toctree(caption: str, names: list[str]):
+    "A part of the navigation beside every page."
+    return new_markdown_cell("\n".join(["```{toctree}", ":hidden:", *([f":caption: {caption}"] if caption else []), "", *names, "```"]))
+
+
 def contents(fronts: dict[str, dict], docs: dict[str, str]) -> list:
     "The start page's cards, and the navigation beside every page: the sidebar of _quarto.yml."
     cards, trees = ["## The notebooks"], []
@@ -118,8 +184,8 @@ def contents(fronts: dict[str, dict], docs: dict[str, str]) -> list:
         names = [entry if isinstance(entry, str) else entry["href"] for entry in section["contents"]]
         items = [f"- [{fronts[name]['title']}]({docs[name]}.ipynb)\n\n  {fronts[name].get('description', '')}" for name in names]
         cards += [f"{{.eyebrow}}\n{section['section']}", "{.cards}\n" + "\n".join(items)]
-        trees.append("\n".join(["```{toctree}", ":hidden:", f":caption: {section['section']}", *(docs[name] for name in names), "```"]))
-    return [new_markdown_cell(text) for text in ["\n\n".join(cards), *trees]]
+        trees.append(toctree(section["section"], [docs[name] for name in names]))
+    return [new_markdown_cell("\n\n".join(cards)), *trees]
 
 
 def sphinx(processed: Path) -> None:
@@ -134,6 +200,7 @@ def sphinx(processed: Path) -> None:
     for path in notebooks:
         shown = page(path, docs, known)
         if path.name == "index.ipynb": shown += contents(fronts, docs)
+        if path.name == MODULE_LIST: shown.append(toctree("", [f"{front['title'].partition('.')[2]} <{docs[name]}>" for name, front in fronts.items() if name.startswith("module_")]))
         nbformat.write(new_notebook(cells=shown, metadata=language), source / f"{docs[path.name]}.ipynb")
     for path in processed.rglob("*"):  # pictures that the prose shows
         if path.suffix in {".png", ".svg", ".jpg", ".gif"} and source not in path.parents:
@@ -161,9 +228,13 @@ def main() -> None:
     prepare()
     refresh_quarto_yml()
     render = quarto if shutil.which("quarto") else sphinx
-    render(processed := proc_nbs(force=True))
+    processed = proc_nbs(force=True)
+    module_pages(processed, exported := exported_modules())
+    render(processed)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(processed / SITE.name, SITE)
+    (SITE / "notebooks").mkdir()
+    for name in exported.values(): shutil.copy(NBS / name, SITE / "notebooks")
     print(f"The site is in {SITE.name}/, built by {render.__name__}: open {SITE.name}/index.html")
 
 

@@ -9,6 +9,7 @@ from itertools import compress
 from pathlib import Path
 from textwrap import fill
 
+import fastcore.docments
 import nbformat
 import yaml
 from fastcore.docments import docments
@@ -77,8 +78,13 @@ def local_links(page, text: str) -> str:
     return re.sub(r"\]\(([\w.-]+\.ipynb)", lambda m: f"]({page(m[1])}", text)
 
 
+def module_page(file: str) -> str:
+    "The name of the page that shows a module's source: `hilbert_attn/kernels/forward.py` is on `module_kernels_forward`."
+    return "_".join(["module", *Path(file).with_suffix("").parts[1:]])
+
+
 class DocTable(showdoc.BasicMarkdownRenderer):
-    "What the site shows of a function or class: heading, signature, docstring, and its docments as a table."
+    "What the site shows of a function or class: heading, link to its source, signature, docstring, and its docments as a table."
 
     def _repr_markdown_(self):
         signature, notes = inspect.signature(self.sym), _fields(self.sym) if is_dataclass(self.sym) else docments(self.sym)
@@ -90,7 +96,9 @@ class DocTable(showdoc.BasicMarkdownRenderer):
         filled = [i == 0 or any(row[i] for row in rows[1:]) for i in range(4)]
         lines = [f"| {' | '.join(compress(row, filled))} |" for row in rows]
         lines.insert(1, "| " + "--- | " * sum(filled))
-        parts = ["#" * self.title_level + f" {self.nm}", f"```python\n{_call(self.nm, parameters)}\n```", self.sym.__doc__ and self.docs]
+        entry = showdoc.NbdevLookup()[self.nm]
+        source = entry and f'<div class="source"><a href="{module_page(entry[1])}.html#def-{self.nm.partition(".")[0]}">source</a></div>'
+        parts = ["#" * self.title_level + f" {self.nm}", source, f"```python\n{_call(self.nm, parameters)}\n```", self.sym.__doc__ and self.docs]
         return "\n\n".join(filter(None, [*parts, "\n".join(lines) if filled[1] or filled[3] else ""]))
 
 
@@ -137,7 +145,14 @@ def _call(name: str, parameters: list, width: int = 88) -> str:
 
 
 
+def _signature(sym, **options) -> inspect.Signature:
+    "As `inspect.signature`, with an annotation as it is written where it names something that is imported for type checkers alone."
+    try: return inspect.signature(sym, **options)
+    except NameError: return inspect.signature(sym)
+
+
 # How nbdev documents what a notebook exports, here and in the processes that it starts:
+fastcore.docments.signature = _signature
 _names, _runs = processors._def_names, processors._do_eval
 showdoc.BasicMarkdownRenderer = DocTable
 processors._def_names = lambda *args: _names(*args)[::-1]  # in the order of their cell, not last to first

@@ -7,16 +7,27 @@ __all__ = ['fit_small', 'attention_backward']
 
 # %% ../../nbs/04_triton_backward.ipynb #70722f42
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .forward import (
-    _SIZES, LOG2E, Fit, Groups, Tile, _alignment, _capability, _dot, _head_pointer, _can_describe, _describe, _kept, _key_range, _launch, _load_box, _load_tile, _locate,
-    _offset_table, _pow2, _precision, _progression, _row_pointers, _rows_contiguous, _store_tile, _tokens, attention_forward, check_triton,
+    _SIZES, LOG2E, Fit, Groups, Tile, _alignment, _capability, _dot, _head_pointer, _can_describe, _describe, _kept, _key_range, _launch, _load_box, _load_rows, _load_tile, _locate,
+    _offset_table, _pow2, _precision, _progression, _row_pointers, _rows_contiguous, _scales, _store_rows, _tokens, attention_forward, check_triton,
     default_tile, fit_tile, split_head_dim, tl, triton, tuned_tile)
 
 # %% ../../nbs/04_triton_backward.ipynb #2bce10cd
+@triton.jit
+def _row_statistics(do, do_e, out, out_e, lse_ptr, dlse_ptr, stat, valid, ACC: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_E: tl.constexpr):
+    "The base-2 LSE of query rows and their delta. A row without keys gets +inf and 0: p = exp2(s - inf) = 0, and no NaN from its dlse."
+    delta = tl.sum(do.to(ACC) * out.to(ACC), 1)                                  # [BM]
+    if BLOCK_E > 0: delta += tl.sum(do_e.to(ACC) * out_e.to(ACC), 1)
+    if HAS_DLSE: delta -= tl.load(dlse_ptr + stat, mask=valid, other=0.)
+    lse2 = tl.load(lse_ptr + stat, mask=valid, other=-float("inf")) * LOG2E
+    return tl.where(lse2 == -float("inf"), float("inf"), lse2), tl.where(lse2 == -float("inf"), 0., delta)
+
+
 @triton.jit
 def _dq_tiles(
     dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, kv_head, segment_size, order_ptr, mask_ptr, seed, dropout_head,
@@ -75,43 +86,23 @@ def _dq_kernel(
     batch_head = tl.program_id(0) // tiles // bundles
     batch = batch_head // n_heads
     head = batch_head % n_heads
-    q_ptr = _head_pointer(q_ptr, q_strides, batch, head, ALIGN)
     k_ptr = _head_pointer(k_ptr, k_strides, batch, head // HEAD_GROUP, ALIGN)
     v_ptr = _head_pointer(v_ptr, v_strides, batch, head // HEAD_GROUP, ALIGN)
-    out_ptr = _head_pointer(out_ptr, out_strides, batch, head, ALIGN)
-    do_ptr = _head_pointer(do_ptr, do_strides, batch, head, ALIGN)
-    dq_ptr = _head_pointer(dq_ptr, dq_strides, batch, head, ALIGN)
     if HAS_KEY_MASK: mask_ptr += batch.to(tl.int64) * stride_mask
     seed = 0
     if HAS_DROPOUT: seed = tl.load(seed_ptr)
-    qk_scale = (tl.full((), LOG2E, tl.float64) * scale).to(ACC)
-    scale = (tl.full((), 1, tl.float64) * scale).to(ACC)
-    keep_scale = (tl.full((), 1, tl.float64) * keep_scale).to(ACC)
+    qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
 
     q_slot, q_group, q_first, q_step, n_queries, k_slot, k_group, k_first, n_keys = _locate(
         bundle, head, offset_ptr, n_tokens, segment_size, rate, MODE, PACK, BLOCK_M, BLOCK_N)
     row = tile * BLOCK_M + q_slot
     q_valid = row < n_queries
     q_token = _tokens(q_first + q_step * row, q_valid, order_ptr, HAS_ORDER)     # [BM]
-    q_rows = _row_pointers(q_ptr, q_token, q_strides[2], ALIGN)
-    do_rows = _row_pointers(do_ptr, q_token, do_strides[2], ALIGN)
-    out_rows = _row_pointers(out_ptr, q_token, out_strides[2], ALIGN)
-    q = _load_tile(q_rows, q_valid, True, 0, BLOCK_D, HEAD_DIM)                  # [BM, BD]
-    do = _load_tile(do_rows, q_valid, True, 0, BLOCK_D, HEAD_DIM)                # [BM, BD]
-    out = _load_tile(out_rows, q_valid, True, 0, BLOCK_D, HEAD_DIM)              # [BM, BD]
-    delta = tl.sum(do.to(ACC) * out.to(ACC), 1)                                  # [BM]
-    q_e = q
-    do_e = do
-    if BLOCK_E > 0:
-        q_e = _load_tile(q_rows, q_valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-        do_e = _load_tile(do_rows, q_valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-        out_e = _load_tile(out_rows, q_valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-        delta += tl.sum(do_e.to(ACC) * out_e.to(ACC), 1)
+    q, q_e = _load_rows(q_ptr, q_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BM, BD], [BM, BE]
+    do, do_e = _load_rows(do_ptr, do_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
+    out, out_e = _load_rows(out_ptr, out_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
     stat = batch_head.to(tl.int64) * n_tokens + q_token
-    if HAS_DLSE: delta -= tl.load(dlse_ptr + stat, mask=q_valid, other=0.)
-    lse2 = tl.load(lse_ptr + stat, mask=q_valid, other=-float("inf")) * LOG2E
-    delta = tl.where(lse2 == -float("inf"), 0., delta)                           # a row without keys: p = exp2(s - inf) = 0, and no NaN from its dlse
-    lse2 = tl.where(lse2 == -float("inf"), float("inf"), lse2)
+    lse2, delta = _row_statistics(do, do_e, out, out_e, lse_ptr, dlse_ptr, stat, q_valid, ACC, HAS_DLSE, BLOCK_E)   # [BM]
     tl.store(lse2_ptr + stat, lse2, mask=q_valid)
     tl.store(delta_ptr + stat, delta, mask=q_valid)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
@@ -132,9 +123,7 @@ def _dq_kernel(
             dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, head // HEAD_GROUP, segment_size, order_ptr, mask_ptr, seed, batch_head,
             k_first, rate, k_slot, k_group, n_keys, full, end, k_strides[2], v_strides[2], qk_scale, keep_scale, threshold,
             True, False, HAS_ORDER, CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, PACK, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_N, PRECISION, ALIGN)
-    dq_rows = _row_pointers(dq_ptr, q_token, dq_strides[2], ALIGN)
-    _store_tile(dq_rows, q_valid, dq * scale, 0, BLOCK_D, HEAD_DIM)
-    if BLOCK_E > 0: _store_tile(dq_rows, q_valid, dq_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
+    _store_rows(dq_ptr, dq_strides, batch, head, q_token, q_valid, dq * scale, dq_e * scale, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
 
 # %% ../../nbs/04_triton_backward.ipynb #18743ebb
 @triton.jit
@@ -204,9 +193,7 @@ def _dkv_kernel(
     residue = group % rate
     seed = 0
     if HAS_DROPOUT: seed = tl.load(seed_ptr)
-    qk_scale = (tl.full((), LOG2E, tl.float64) * scale).to(ACC)
-    scale = (tl.full((), 1, tl.float64) * scale).to(ACC)
-    keep_scale = (tl.full((), 1, tl.float64) * keep_scale).to(ACC)
+    qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
 
     k_first, n_keys = _progression(segment, residue, rate, n_tokens, segment_size)
     k_row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -214,15 +201,8 @@ def _dkv_kernel(
     k_token = _tokens(k_first + rate * k_row, stored, order_ptr, HAS_ORDER)      # [BN]
     valid = stored
     if HAS_KEY_MASK: valid &= tl.load(mask_ptr + batch.to(tl.int64) * stride_mask + k_token, mask=valid, other=0) != 0
-    k_rows = _row_pointers(_head_pointer(k_ptr, k_strides, batch, kv_head, ALIGN), k_token, k_strides[2], ALIGN)
-    v_rows = _row_pointers(_head_pointer(v_ptr, v_strides, batch, kv_head, ALIGN), k_token, v_strides[2], ALIGN)
-    k = _load_tile(k_rows, valid, True, 0, BLOCK_D, HEAD_DIM)                    # [BN, BD]
-    v = _load_tile(v_rows, valid, True, 0, BLOCK_D, HEAD_DIM)                    # [BN, BD]
-    k_e = k
-    v_e = v
-    if BLOCK_E > 0:
-        k_e = _load_tile(k_rows, valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-        v_e = _load_tile(v_rows, valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
+    k, k_e = _load_rows(k_ptr, k_strides, batch, kv_head, k_token, valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BN, BD], [BN, BE]
+    v, v_e = _load_rows(v_ptr, v_strides, batch, kv_head, k_token, valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dk_e = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], ACC)
@@ -268,13 +248,9 @@ def _dkv_kernel(
                 q_first, q_step, q_slot, end, full, end, q_strides[2], do_strides[2], qk_scale, keep_scale, threshold,
                 True, False, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, PRECISION, ALIGN)
 
-    dk_rows = _row_pointers(_head_pointer(dk_ptr, dk_strides, batch, kv_head, ALIGN), k_token, dk_strides[2], ALIGN)
-    dv_rows = _row_pointers(_head_pointer(dv_ptr, dv_strides, batch, kv_head, ALIGN), k_token, dv_strides[2], ALIGN)
-    _store_tile(dk_rows, stored, tl.where(valid[:, None], dk * scale, 0.), 0, BLOCK_D, HEAD_DIM)
-    _store_tile(dv_rows, stored, tl.where(valid[:, None], dv, 0.), 0, BLOCK_D, HEAD_DIM)
-    if BLOCK_E > 0:
-        _store_tile(dk_rows, stored, tl.where(valid[:, None], dk_e * scale, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
-        _store_tile(dv_rows, stored, tl.where(valid[:, None], dv_e, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
+    seen = valid[:, None]                                                        # keys that are masked out get 0
+    _store_rows(dk_ptr, dk_strides, batch, kv_head, k_token, stored, tl.where(seen, dk * scale, 0.), tl.where(seen, dk_e * scale, 0.), HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
+    _store_rows(dv_ptr, dv_strides, batch, kv_head, k_token, stored, tl.where(seen, dv, 0.), tl.where(seen, dv_e, 0.), HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
 
 # %% ../../nbs/04_triton_backward.ipynb #9a164ddb
 @triton.jit(do_not_specialize=[n for n in _SIZES if n != "tiles"])
@@ -295,9 +271,7 @@ def _small_kernel(
     kv_head = batch_head % kv_heads
     seed = 0
     if HAS_DROPOUT: seed = tl.load(seed_ptr)
-    qk_scale = (tl.full((), LOG2E, tl.float64) * scale).to(ACC)
-    scale = (tl.full((), 1, tl.float64) * scale).to(ACC)
-    keep_scale = (tl.full((), 1, tl.float64) * keep_scale).to(ACC)
+    qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
 
     slot = tl.arange(0, BLOCK_N)                                                 # queries and keys are the same rows
     group = bundle * PACK + slot // (BLOCK_N // PACK)
@@ -307,38 +281,26 @@ def _small_kernel(
     token = _tokens(first + rate * row, stored, order_ptr, HAS_ORDER)            # [BN]
     valid = stored
     if HAS_KEY_MASK: valid &= tl.load(mask_ptr + batch.to(tl.int64) * stride_mask + token, mask=valid, other=0) != 0
-    k_rows = _row_pointers(_head_pointer(k_ptr, k_strides, batch, kv_head, ALIGN), token, k_strides[2], ALIGN)
-    v_rows = _row_pointers(_head_pointer(v_ptr, v_strides, batch, kv_head, ALIGN), token, v_strides[2], ALIGN)
-    k = _load_tile(k_rows, valid, True, 0, BLOCK_D, HEAD_DIM)                    # [BN, BD]
-    v = _load_tile(v_rows, valid, True, 0, BLOCK_D, HEAD_DIM)                    # [BN, BD]
+    k, k_e = _load_rows(k_ptr, k_strides, batch, kv_head, token, valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BN, BD], [BN, BE]
+    v, v_e = _load_rows(v_ptr, v_strides, batch, kv_head, token, valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    if BLOCK_E > 0:
-        k_e = _load_tile(k_rows, valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-        v_e = _load_tile(v_rows, valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-        dk_e = tl.zeros([BLOCK_N, BLOCK_E], ACC)
-        dv_e = tl.zeros([BLOCK_N, BLOCK_E], ACC)
+    dk_e = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], ACC)
+    dv_e = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], ACC)
     for g in range(HEAD_GROUP):
         head = kv_head * HEAD_GROUP + g
         dropout_head = batch * n_heads + head
         stat = dropout_head.to(tl.int64) * n_tokens + token
         active = stored
         if MODE == "longnet": active &= group % rate == tl.load(offset_ptr + head)
-        q_rows = _row_pointers(_head_pointer(q_ptr, q_strides, batch, head, ALIGN), token, q_strides[2], ALIGN)
-        do_rows = _row_pointers(_head_pointer(do_ptr, do_strides, batch, head, ALIGN), token, do_strides[2], ALIGN)
-        out_rows = _row_pointers(_head_pointer(out_ptr, out_strides, batch, head, ALIGN), token, out_strides[2], ALIGN)
-        dq_rows = _row_pointers(_head_pointer(dq_ptr, dq_strides, batch, head, ALIGN), token, dq_strides[2], ALIGN)
-        q = _load_tile(q_rows, active, True, 0, BLOCK_D, HEAD_DIM)               # [BM, BD], BM = BN
-        do = _load_tile(do_rows, active, True, 0, BLOCK_D, HEAD_DIM)             # [BM, BD]
-        out = _load_tile(out_rows, active, True, 0, BLOCK_D, HEAD_DIM)           # [BM, BD]
+        q, q_e = _load_rows(q_ptr, q_strides, batch, head, token, active, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BM, BD], [BM, BE]; BM = BN
+        do, do_e = _load_rows(do_ptr, do_strides, batch, head, token, active, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
+        out, out_e = _load_rows(out_ptr, out_strides, batch, head, token, active, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
         lse2 = tl.load(lse_ptr + stat, mask=active, other=-float("inf")) * LOG2E
         delta = tl.sum(do.to(ACC) * out.to(ACC), 1)                              # [BM]
         s = _dot(k, tl.trans(q), None, PRECISION)                                # [BN, BM]
         dp = _dot(v, tl.trans(do), None, PRECISION)                              # [BN, BM]
         if BLOCK_E > 0:
-            q_e = _load_tile(q_rows, active, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-            do_e = _load_tile(do_rows, active, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-            out_e = _load_tile(out_rows, active, True, BLOCK_D, BLOCK_E, HEAD_DIM)
             delta += tl.sum(do_e.to(ACC) * out_e.to(ACC), 1)
             s = _dot(k_e, tl.trans(q_e), s, PRECISION)
             dp = _dot(v_e, tl.trans(do_e), dp, PRECISION)
@@ -356,18 +318,15 @@ def _small_kernel(
         ds = tl.where(seen, p * (dp - delta[None, :]), 0.).to(q.dtype)           # [BN, BM]
         dv = _dot(z, do, dv, PRECISION)
         dk = _dot(ds, q, dk, PRECISION)
-        _store_tile(dq_rows, stored, _dot(tl.trans(ds), k, None, PRECISION) * scale, 0, BLOCK_D, HEAD_DIM)
+        dq = _dot(tl.trans(ds), k, None, PRECISION)                              # [BM, BD]
+        dq_e = dq
         if BLOCK_E > 0:
             dv_e = _dot(z, do_e, dv_e, PRECISION)
             dk_e = _dot(ds, q_e, dk_e, PRECISION)
-            _store_tile(dq_rows, stored, _dot(tl.trans(ds), k_e, None, PRECISION) * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
-    dk_rows = _row_pointers(_head_pointer(dk_ptr, dk_strides, batch, kv_head, ALIGN), token, dk_strides[2], ALIGN)
-    dv_rows = _row_pointers(_head_pointer(dv_ptr, dv_strides, batch, kv_head, ALIGN), token, dv_strides[2], ALIGN)
-    _store_tile(dk_rows, stored, dk * scale, 0, BLOCK_D, HEAD_DIM)
-    _store_tile(dv_rows, stored, dv, 0, BLOCK_D, HEAD_DIM)
-    if BLOCK_E > 0:
-        _store_tile(dk_rows, stored, dk_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
-        _store_tile(dv_rows, stored, dv_e, BLOCK_D, BLOCK_E, HEAD_DIM)
+            dq_e = _dot(tl.trans(ds), k_e, None, PRECISION)
+        _store_rows(dq_ptr, dq_strides, batch, head, token, stored, dq * scale, dq_e * scale, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
+    _store_rows(dk_ptr, dk_strides, batch, kv_head, token, stored, dk * scale, dk_e * scale, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
+    _store_rows(dv_ptr, dv_strides, batch, kv_head, token, stored, dv, dv_e, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
 
 # %% ../../nbs/04_triton_backward.ipynb #c566217e
 def fit_small(
@@ -422,7 +381,7 @@ def attention_backward(
     stride_mask = 0 if key_mask is None else key_mask.stride(0)
     flags = dict(HEAD_GROUP=H // H_kv, MODE=mode, HAS_ORDER=order is not None, CAUSAL=causal, HAS_KEY_MASK=key_mask is not None, HAS_DROPOUT=dropout_p > 0,
                  HEAD_DIM=D, BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=_precision(q.dtype), ALIGN=_alignment(q, k, v, out, dout, dq, dk, dv))
-    can = dict(rate=r, segment_size=w, order=order, capability=capability)
+    can: dict[str, Any] = dict(rate=r, segment_size=w, order=order, capability=capability)
     describe = {"dq": _can_describe(k, v, **can), "dkv": (mode != "keys" or r == 1) and _can_describe(q, dout, **can)}
     wanted = {name: (tiles or {}).get(name) or default_tile(name, D, q.dtype, capability, dropout_p > 0) for name in ("dq", "dkv")}
 

@@ -9,6 +9,7 @@ __all__ = ['default_block_tile', 'fit_block_tile', 'block_attention_forward', 'b
 # %% ../../nbs/10b_block_kernels.ipynb #6d008bf8
 from dataclasses import replace
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +18,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..autograd import _empty_like_rows
 from ..block_sparse import _LISTS, ALWAYS, BlockLists, BlockRows, lists_from_operands, lists_to_operands
 from ..curves import _define_operator
+from .backward import _row_statistics
 from .forward import (
-    LN2, LOG2E, Tile, _alignment, _can_describe, _capability, _describe, _dot, _head_pointer, _kept, _launch, _load_box, _load_tile, _precision, _row_pointers,
-    _rows_contiguous, _store_tile, check_triton, default_tile, split_head_dim, tl, triton, tuned_tile)
+    LN2, Tile, _alignment, _can_describe, _capability, _describe, _dot, _head_pointer, _kept, _launch, _load_box, _load_rows, _load_tile, _precision, _row_pointers,
+    _rows_contiguous, _scales, _store_rows, check_triton, default_tile, split_head_dim, tl, triton, tuned_tile)
 from ..reference import default_scale
 
 # %% ../../nbs/10b_block_kernels.ipynb #656c5e27
@@ -184,23 +186,17 @@ def _block_forward_kernel(
     row, tile, batch_head = _turn(turn_ptr, n_rows, SPLIT_M)
     batch = batch_head // n_heads
     head = batch_head % n_heads
-    q_ptr = _head_pointer(q_ptr, q_strides, batch, head, ALIGN)
     k_ptr = _head_pointer(k_ptr, k_strides, batch, head // HEAD_GROUP, ALIGN)
     v_ptr = _head_pointer(v_ptr, v_strides, batch, head // HEAD_GROUP, ALIGN)
-    out_ptr = _head_pointer(out_ptr, out_strides, batch, head, ALIGN)
     lse_ptr += batch_head.to(tl.int64) * n_queries
     if HAS_KEY_MASK: mask_ptr += batch.to(tl.int64) * stride_mask
     seed = 0
     if HAS_DROPOUT: seed = tl.load(seed_ptr)
-    qk_scale = (tl.full((), LOG2E, tl.float64) * scale).to(ACC)
-    keep_scale = (tl.full((), 1, tl.float64) * keep_scale).to(ACC)
+    qk_scale, _, keep_scale = _scales(scale, keep_scale, ACC)
 
     slot = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q_token, q_valid = _slot_tokens(slot, q_token_ptr, n_queries, OWN_ORDER, True)   # [BM]
-    q_rows = _row_pointers(q_ptr, q_token, q_strides[2], ALIGN)
-    q = _load_tile(q_rows, q_valid, True, 0, BLOCK_D, HEAD_DIM)                  # [BM, BD]
-    q_e = q
-    if BLOCK_E > 0: q_e = _load_tile(q_rows, q_valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
+    q, q_e = _load_rows(q_ptr, q_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BM, BD], [BM, BE]
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     acc_e = tl.zeros([BLOCK_M, BLOCK_E if BLOCK_E > 0 else 1], ACC)
     m = tl.full([BLOCK_M], -float("inf"), ACC)
@@ -222,9 +218,7 @@ def _block_forward_kernel(
     l = tl.where(l == 0., 1., l)                                                 # a row without keys: out 0 / 1, lse -inf
     tl.store(lse_ptr + q_token, (m * qk_scale + tl.log2(l)) * LN2, mask=q_valid)
     norm = keep_scale / l
-    out_rows = _row_pointers(out_ptr, q_token, out_strides[2], ALIGN)
-    _store_tile(out_rows, q_valid, acc * norm[:, None], 0, BLOCK_D, HEAD_DIM)
-    if BLOCK_E > 0: _store_tile(out_rows, q_valid, acc_e * norm[:, None], BLOCK_D, BLOCK_E, HEAD_DIM)
+    _store_rows(out_ptr, out_strides, batch, head, q_token, q_valid, acc * norm[:, None], acc_e * norm[:, None], HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
 
 # %% ../../nbs/10b_block_kernels.ipynb #113d7b90
 @triton.jit
@@ -280,40 +274,20 @@ def _block_dq_kernel(
     row, tile, batch_head = _turn(turn_ptr, n_rows, SPLIT_M)
     batch = batch_head // n_heads
     head = batch_head % n_heads
-    q_ptr = _head_pointer(q_ptr, q_strides, batch, head, ALIGN)
     k_ptr = _head_pointer(k_ptr, k_strides, batch, head // HEAD_GROUP, ALIGN)
     v_ptr = _head_pointer(v_ptr, v_strides, batch, head // HEAD_GROUP, ALIGN)
-    out_ptr = _head_pointer(out_ptr, out_strides, batch, head, ALIGN)
-    do_ptr = _head_pointer(do_ptr, do_strides, batch, head, ALIGN)
-    dq_ptr = _head_pointer(dq_ptr, dq_strides, batch, head, ALIGN)
     if HAS_KEY_MASK: mask_ptr += batch.to(tl.int64) * stride_mask
     seed = 0
     if HAS_DROPOUT: seed = tl.load(seed_ptr)
-    qk_scale = (tl.full((), LOG2E, tl.float64) * scale).to(ACC)
-    scale = (tl.full((), 1, tl.float64) * scale).to(ACC)
-    keep_scale = (tl.full((), 1, tl.float64) * keep_scale).to(ACC)
+    qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
 
     slot = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     q_token, q_valid = _slot_tokens(slot, q_token_ptr, n_queries, OWN_ORDER, True)   # [BM]
-    q_rows = _row_pointers(q_ptr, q_token, q_strides[2], ALIGN)
-    do_rows = _row_pointers(do_ptr, q_token, do_strides[2], ALIGN)
-    out_rows = _row_pointers(out_ptr, q_token, out_strides[2], ALIGN)
-    q = _load_tile(q_rows, q_valid, True, 0, BLOCK_D, HEAD_DIM)                  # [BM, BD]
-    do = _load_tile(do_rows, q_valid, True, 0, BLOCK_D, HEAD_DIM)                # [BM, BD]
-    out = _load_tile(out_rows, q_valid, True, 0, BLOCK_D, HEAD_DIM)              # [BM, BD]
-    delta = tl.sum(do.to(ACC) * out.to(ACC), 1)                                  # [BM]
-    q_e = q
-    do_e = do
-    if BLOCK_E > 0:
-        q_e = _load_tile(q_rows, q_valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-        do_e = _load_tile(do_rows, q_valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-        out_e = _load_tile(out_rows, q_valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-        delta += tl.sum(do_e.to(ACC) * out_e.to(ACC), 1)
+    q, q_e = _load_rows(q_ptr, q_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BM, BD], [BM, BE]
+    do, do_e = _load_rows(do_ptr, do_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
+    out, out_e = _load_rows(out_ptr, out_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
     stat = batch_head.to(tl.int64) * n_queries + q_token
-    if HAS_DLSE: delta -= tl.load(dlse_ptr + stat, mask=q_valid, other=0.)
-    lse2 = tl.load(lse_ptr + stat, mask=q_valid, other=-float("inf")) * LOG2E
-    delta = tl.where(lse2 == -float("inf"), 0., delta)                           # a row without keys: p = exp2(s - inf) = 0, and no NaN from its dlse
-    lse2 = tl.where(lse2 == -float("inf"), float("inf"), lse2)
+    lse2, delta = _row_statistics(do, do_e, out, out_e, lse_ptr, dlse_ptr, stat, q_valid, ACC, HAS_DLSE, BLOCK_E)   # [BM]
     tl.store(lse2_ptr + stat, lse2, mask=q_valid)
     tl.store(delta_ptr + stat, delta, mask=q_valid)
     dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
@@ -331,9 +305,7 @@ def _block_dq_kernel(
         dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, lo, hi, k_ptr, v_ptr, k_desc, v_desc, batch, head // HEAD_GROUP, index_ptr + full, partial, k_token_ptr, at_ptr, mask_ptr, seed, batch_head,
         n_queries, n_keys, k_slots, k_strides[2], v_strides[2], qk_scale, keep_scale, threshold,
         True, TMA, AXES, HAS_ORDER, CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_N, SPLIT_N, PRECISION, ALIGN)
-    dq_rows = _row_pointers(dq_ptr, q_token, dq_strides[2], ALIGN)
-    _store_tile(dq_rows, q_valid, dq * scale, 0, BLOCK_D, HEAD_DIM)
-    if BLOCK_E > 0: _store_tile(dq_rows, q_valid, dq_e * scale, BLOCK_D, BLOCK_E, HEAD_DIM)
+    _store_rows(dq_ptr, dq_strides, batch, head, q_token, q_valid, dq * scale, dq_e * scale, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
 
 # %% ../../nbs/10b_block_kernels.ipynb #49b6a53f
 @triton.jit
@@ -403,23 +375,14 @@ def _block_dkv_kernel(
     kv_head = batch_head % kv_heads
     seed = 0
     if HAS_DROPOUT: seed = tl.load(seed_ptr)
-    qk_scale = (tl.full((), LOG2E, tl.float64) * scale).to(ACC)
-    scale = (tl.full((), 1, tl.float64) * scale).to(ACC)
-    keep_scale = (tl.full((), 1, tl.float64) * keep_scale).to(ACC)
+    qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
 
     slot = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     k_token, stored = _slot_tokens(slot, k_token_ptr, n_keys, OWN_ORDER, True)     # [BN]
     valid = stored
     if HAS_KEY_MASK: valid &= tl.load(mask_ptr + batch.to(tl.int64) * stride_mask + k_token, mask=valid, other=0) != 0
-    k_rows = _row_pointers(_head_pointer(k_ptr, k_strides, batch, kv_head, ALIGN), k_token, k_strides[2], ALIGN)
-    v_rows = _row_pointers(_head_pointer(v_ptr, v_strides, batch, kv_head, ALIGN), k_token, v_strides[2], ALIGN)
-    k = _load_tile(k_rows, valid, True, 0, BLOCK_D, HEAD_DIM)                    # [BN, BD]
-    v = _load_tile(v_rows, valid, True, 0, BLOCK_D, HEAD_DIM)                    # [BN, BD]
-    k_e = k
-    v_e = v
-    if BLOCK_E > 0:
-        k_e = _load_tile(k_rows, valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
-        v_e = _load_tile(v_rows, valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
+    k, k_e = _load_rows(k_ptr, k_strides, batch, kv_head, k_token, valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BN, BD], [BN, BE]
+    v, v_e = _load_rows(v_ptr, v_strides, batch, kv_head, k_token, valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
     dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
     dk_e = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], ACC)
@@ -443,13 +406,9 @@ def _block_dkv_kernel(
             q_token_ptr, lo_ptr, hi_ptr, seed, dropout_head, n_queries, q_slots, q_strides[2], do_strides[2], qk_scale, keep_scale, threshold,
             True, EVEN, TMA, AXES, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, SPLIT_M, PRECISION, ALIGN)
 
-    dk_rows = _row_pointers(_head_pointer(dk_ptr, dk_strides, batch, kv_head, ALIGN), k_token, dk_strides[2], ALIGN)
-    dv_rows = _row_pointers(_head_pointer(dv_ptr, dv_strides, batch, kv_head, ALIGN), k_token, dv_strides[2], ALIGN)
-    _store_tile(dk_rows, stored, tl.where(valid[:, None], dk * scale, 0.), 0, BLOCK_D, HEAD_DIM)
-    _store_tile(dv_rows, stored, tl.where(valid[:, None], dv, 0.), 0, BLOCK_D, HEAD_DIM)
-    if BLOCK_E > 0:
-        _store_tile(dk_rows, stored, tl.where(valid[:, None], dk_e * scale, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
-        _store_tile(dv_rows, stored, tl.where(valid[:, None], dv_e, 0.), BLOCK_D, BLOCK_E, HEAD_DIM)
+    seen = valid[:, None]                                                        # keys that are masked out get 0
+    _store_rows(dk_ptr, dk_strides, batch, kv_head, k_token, stored, tl.where(seen, dk * scale, 0.), tl.where(seen, dk_e * scale, 0.), HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
+    _store_rows(dv_ptr, dv_strides, batch, kv_head, k_token, stored, tl.where(seen, dv, 0.), tl.where(seen, dv_e, 0.), HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
 
 # %% ../../nbs/10b_block_kernels.ipynb #401409f9
 def default_block_tile(
@@ -505,7 +464,8 @@ def block_attention_forward(
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N) float32 or float64
     "Launches the forward kernel, on validated inputs; a `RuntimeError` where Triton can't run."
     check_triton(q.device)
-    q, k, v, key_mask = (x if x is None else _rows_contiguous(x) for x in (q, k, v, key_mask))
+    q, k, v = map(_rows_contiguous, (q, k, v))
+    if key_mask is not None: key_mask = _rows_contiguous(key_mask)
     (B, H, N, D), (H_kv, M) = q.shape, k.shape[1:3]
     out, lse = torch.empty_like(q), torch.empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32, device=q.device)
     if not q.numel(): return out, lse
@@ -558,7 +518,8 @@ def block_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]: # dq (B, H, N, D), dk and dv (B, H_kv, M, D)
     "Launches the backward kernels: rows for dq, then columns for dk and dv."
     check_triton(q.device)
-    q, k, v, out, dout, key_mask = (x if x is None else _rows_contiguous(x) for x in (q, k, v, out, dout, key_mask))
+    q, k, v, out, dout = map(_rows_contiguous, (q, k, v, out, dout))
+    if key_mask is not None: key_mask = _rows_contiguous(key_mask)
     (B, H, N, D), (H_kv, M) = q.shape, k.shape[1:3]
     dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
     if not q.numel(): return dq, dk.zero_(), dv.zero_()
@@ -572,7 +533,7 @@ def block_attention_backward(
     flags = dict(HEAD_GROUP=H // H_kv, AXES=axes, CAUSAL=lists.causal, HAS_KEY_MASK=key_mask is not None, HAS_DROPOUT=dropout_p > 0, HEAD_DIM=D, BLOCK_D=block_d, BLOCK_E=block_e,
                  PRECISION=_precision(q.dtype), ALIGN=_alignment(q, k, v, out, dout, dq, dk, dv))
     gather = {"q": lists.q_tokens is not None, "k": lists.k_tokens is not None}
-    can = dict(rate=1, segment_size=1, capability=capability)
+    can: dict[str, Any] = dict(rate=1, segment_size=1, capability=capability)
     describe = {"dq": key_mask is None and _can_describe(k, v, order=lists.k_tokens, **can), "dkv": _can_describe(q, dout, order=lists.q_tokens, **can)}
 
     def run_dq(tile):

@@ -14,6 +14,7 @@ import os
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -128,6 +129,28 @@ def _store_tile(rows, valid, tile, START: tl.constexpr, BLOCK: tl.constexpr, HEA
     tl.store(rows[:, None] + d[None, :], tile.to(rows.dtype.element_ty), mask=valid[:, None] & (d < HEAD_DIM)[None, :])
 
 @triton.jit
+def _load_rows(ptr, strides, batch, head, token, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr):
+    "The rows of one head at these tokens, 0 where not valid: the first BLOCK_D columns, and the BLOCK_E columns behind them (where there are none, the first again)."
+    rows = _row_pointers(_head_pointer(ptr, strides, batch, head, ALIGN), token, strides[2], ALIGN)
+    tile = _load_tile(rows, valid, True, 0, BLOCK_D, HEAD_DIM)                   # [rows, BD]
+    rest = tile
+    if BLOCK_E > 0: rest = _load_tile(rows, valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)  # [rows, BE]
+    return tile, rest
+
+@triton.jit
+def _store_rows(ptr, strides, batch, head, token, valid, tile, rest, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, ALIGN: tl.constexpr):
+    "The inverse of `_load_rows`."
+    rows = _row_pointers(_head_pointer(ptr, strides, batch, head, ALIGN), token, strides[2], ALIGN)
+    _store_tile(rows, valid, tile, 0, BLOCK_D, HEAD_DIM)
+    if BLOCK_E > 0: _store_tile(rows, valid, rest, BLOCK_D, BLOCK_E, HEAD_DIM)
+
+@triton.jit
+def _scales(scale, keep_scale, ACC: tl.constexpr):
+    "From float64 to the accumulator's type: the scale of scores to base 2, the scale itself, and that of weights that dropout keeps."
+    one = tl.full((), 1, tl.float64)
+    return (tl.full((), LOG2E, tl.float64) * scale).to(ACC), (one * scale).to(ACC), (one * keep_scale).to(ACC)
+
+@triton.jit
 def _load_box(desc, batch, head, first, row, segment_size, rate, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     "ROWS rows of a group from `row` on, through a descriptor of (B, H, r, N / r, D): [ROWS, COLUMNS]. All of them must exist."
     residue = first % segment_size % rate
@@ -223,26 +246,20 @@ def _forward_kernel(
     batch_head = tl.program_id(0) // tiles // bundles
     batch = batch_head // n_heads
     head = batch_head % n_heads
-    q_ptr = _head_pointer(q_ptr, q_strides, batch, head, ALIGN)
     k_ptr = _head_pointer(k_ptr, k_strides, batch, head // HEAD_GROUP, ALIGN)
     v_ptr = _head_pointer(v_ptr, v_strides, batch, head // HEAD_GROUP, ALIGN)
-    out_ptr = _head_pointer(out_ptr, out_strides, batch, head, ALIGN)
     lse_ptr += batch_head.to(tl.int64) * n_tokens
     if HAS_KEY_MASK: mask_ptr += batch.to(tl.int64) * stride_mask
     seed = 0
     if HAS_DROPOUT: seed = tl.load(seed_ptr)
-    qk_scale = (tl.full((), LOG2E, tl.float64) * scale).to(ACC)
-    keep_scale = (tl.full((), 1, tl.float64) * keep_scale).to(ACC)
+    qk_scale, _, keep_scale = _scales(scale, keep_scale, ACC)
 
     q_slot, q_group, q_first, q_step, n_queries, k_slot, k_group, k_first, n_keys = _locate(
         bundle, head, offset_ptr, n_tokens, segment_size, rate, MODE, PACK, BLOCK_M, BLOCK_N)
     row = tile * BLOCK_M + q_slot
     q_valid = row < n_queries
     q_token = _tokens(q_first + q_step * row, q_valid, order_ptr, HAS_ORDER)     # [BM]
-    q_rows = _row_pointers(q_ptr, q_token, q_strides[2], ALIGN)
-    q = _load_tile(q_rows, q_valid, True, 0, BLOCK_D, HEAD_DIM)                  # [BM, BD]
-    q_e = q
-    if BLOCK_E > 0: q_e = _load_tile(q_rows, q_valid, True, BLOCK_D, BLOCK_E, HEAD_DIM)
+    q, q_e = _load_rows(q_ptr, q_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BM, BD], [BM, BE]
     acc = tl.zeros([BLOCK_M, BLOCK_D], ACC)
     acc_e = tl.zeros([BLOCK_M, BLOCK_E if BLOCK_E > 0 else 1], ACC)
     m = tl.full([BLOCK_M], -float("inf"), ACC)
@@ -267,9 +284,7 @@ def _forward_kernel(
     l = tl.where(l == 0., 1., l)                                                 # a row without keys: out 0 / 1, lse -inf
     tl.store(lse_ptr + q_token, (m * qk_scale + tl.log2(l)) * LN2, mask=q_valid)
     norm = keep_scale / l
-    out_rows = _row_pointers(out_ptr, q_token, out_strides[2], ALIGN)
-    _store_tile(out_rows, q_valid, acc * norm[:, None], 0, BLOCK_D, HEAD_DIM)
-    if BLOCK_E > 0: _store_tile(out_rows, q_valid, acc_e * norm[:, None], BLOCK_D, BLOCK_E, HEAD_DIM)
+    _store_rows(out_ptr, out_strides, batch, head, q_token, q_valid, acc * norm[:, None], acc_e * norm[:, None], HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
 
 # %% ../../nbs/03_triton_forward.ipynb #14a36ab3
 @dataclass(frozen=True)
@@ -438,7 +453,7 @@ def tuned_tile(
         except Exception: continue  # does not fit this GPU, or does not compile for it
     if not times: return fallback
     tile_times[key] = times
-    tile_cache.put(key, best := min(times, key=times.get))
+    tile_cache.put(key, best := min(times, key=times.__getitem__))
     return best
 
 # %% ../../nbs/03_triton_forward.ipynb #37a89a71
@@ -568,6 +583,18 @@ def attention_forward(
         run(tile)
     return out, lse
 
+# %% ../../nbs/03_triton_forward.ipynb #518d58eb
+class LaunchOptions(TypedDict, total=False):
+    "Of `attention_forward`."
+    mode: str
+    offsets: tuple[int, ...]
+    key_mask: Tensor | None
+    causal: bool
+    scale: float | None
+    dropout_p: float
+    seed: Tensor | None
+    tile: Tile | None
+
 # %% ../../nbs/03_triton_forward.ipynb #6bd59ea6
 def hilbert_attention_kernel(
     q: Tensor, # queries (B, H, N, D)
@@ -576,7 +603,7 @@ def hilbert_attention_kernel(
     order: Tensor, # int64 (N,): token at each position
     segment_size: int | None = None, # w; None is one segment
     dilation_rate: int = 1, # r
-    **options, # of `attention_forward`
+    **options: "Unpack[LaunchOptions]", # of `attention_forward`
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "The forward kernel with an order: the gather happens inside."
     return attention_forward(q, k, v, segment_size or q.shape[2], dilation_rate, order=order, **options)
@@ -588,7 +615,7 @@ def standard_attention_kernel(
     v: Tensor, # values (B, H_kv, N, D)
     segment_size: int | None = None, # w; None is one segment
     dilation_rate: int = 1, # r
-    **options, # of `attention_forward`
+    **options: "Unpack[LaunchOptions]", # of `attention_forward`
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "The forward kernel without an order: tokens are taken as they lie."
     return attention_forward(q, k, v, segment_size or q.shape[2], dilation_rate, **options)

@@ -1,0 +1,113 @@
+"""What the start page, the API page and the benchmark page say is what the package, the stored results and CITATION.cff say."""
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+from nbclient import NotebookClient
+
+import hilbert_attn
+from hilbert_attn import bench
+
+ROOT = Path(__file__).resolve().parent.parent
+GPU_RUN = dict(
+    environment=dict(date="2026-01-02T03:04:05+00:00", commit="0123456789abcdef", python="3.12.1", torch="2.11.0", triton="3.6.0", dry_run=False, gpu="NVIDIA X1", capability="9.0", multiprocessors=99,
+                     memory_gib=80, cuda="13.0", cudnn=91000, driver="580.1"),
+    rates=dict(matmul_tflops=600.0, copy_gbs=4000.0), skipped=[], correctness=dict(cases=321, wrong=["one"]), verdicts=[dict(target="faster", case="N64 w64", kind="forward", measured=2.0, needed=1.0, met=True)],
+    rows=[dict(case=dict(name="N64 w64"), kind="forward", name=name, ms=ms, p20=ms, p80=ms, repeats=9, share_of_matmul=0.5, share_of_copy=0.25, peak_mib=7.0) for name, ms in (("triton", 2.0), ("gather + SDPA", 5.0))])
+
+
+def cells(name: str) -> list:
+    return nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4).cells
+
+
+def shown(notebook: list) -> list[str]:
+    "The Markdown that cells show."
+    return ["".join(out.data["text/markdown"]) for cell in notebook for out in cell.get("outputs", []) if "text/markdown" in out.get("data", {})]
+
+
+@pytest.mark.parametrize("name", ["index", "18_api_by_topic", "24_benchmarks"])
+def test_stored_tables_are_those_of_today(name, tmp_path):
+    notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
+    stored = shown(notebook.cells)
+    assert stored
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    assert shown(notebook.cells) == stored, f"run nbs/{name}.ipynb again, then `make export`"
+
+
+def test_readme_cites_as_the_citation_file_says():
+    cff = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    entry = dict(re.findall(r"^  (\w+) = \{(.*)\},$", re.search(r"@software\{hilbert_attn,\n(.*?)^\}", (ROOT / "README.md").read_text(), re.M | re.S)[1], re.M))
+    assert entry["title"] == f"{{{cff['title']}}}" and entry["license"] == cff["license"]
+    assert entry["version"] == str(cff["version"]) == hilbert_attn.__version__
+    assert re.findall(r"\{(.*?)\}", entry["author"]) == [author["name"] for author in cff["authors"]]
+    if "date-released" in cff: assert entry["year"] == str(cff["date-released"].year) and "note" not in entry
+    else: assert "year" not in entry and "Not released yet" in entry["note"]
+
+
+def test_headline_numbers_are_those_of_the_results():
+    run = [run for run in bench.load_runs("cpu") if not run["quick"]][-1]
+    over = {row["direction"]: row["over_masked"] for row in bench.bench_rows(run) if row["name"] == bench.OURS}
+    assert f"**{over['forward']:.0f}x, {over['forward+backward']:.0f}x** | faster than SDPA with a mask" in (ROOT / "README.md").read_text()
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    "A folder of results that holds a GPU's file as `make gpu` writes it, and two suites of a CPU."
+    for machine in sorted((ROOT / "nbs" / "results").iterdir()):
+        if not (machine / "cpu.json").exists(): continue
+        (tmp_path / machine.name).mkdir()
+        for suite in ("cpu", "long"): shutil.copy(machine / f"{suite}.json", tmp_path / machine.name)
+        break
+    (tmp_path / "nvidia-x1").mkdir()
+    (tmp_path / "nvidia-x1" / "gpu_run.json").write_text(json.dumps(GPU_RUN))
+    monkeypatch.setattr(bench, "results_folder", lambda: tmp_path)
+    return tmp_path
+
+
+def test_what_make_gpu_stored_is_a_run(results):
+    (run,) = bench.load_runs("gpu")
+    assert run["environment"] == dict(date="2026-01-02 03:04 UTC", commit="0123456789", python="3.12.1", torch="2.11.0", triton="3.6.0", gpu="NVIDIA X1", capability="9.0", multiprocessors=99, gpu_memory_gib=80,
+                                      cuda="13.0", cudnn=91000, driver="580.1")  # its own machine, not this one
+    assert bench.machine_slug(run["environment"]) == "nvidia-x1"
+    assert bench.describe_environment(run["environment"]) == "NVIDIA X1, torch 2.11.0, Python 3.12.1, hilbert_attn at 0123456789, 2026-01-02 03:04 UTC"
+    assert [row["relative"] for row in bench.race_rows(run, "triton")] == [1.0, 2.5]
+    assert bench.latest_runs("gpu") == [run] and "gpu" not in bench.load_runs("cpu")[0]["environment"]
+
+
+def page(name: str, until: str) -> dict:
+    "The names that a notebook's code cells define, up to the one that shows `until`."
+    names = {}
+    for cell in cells(name):
+        if cell.cell_type != "code": continue
+        if until in cell.source: return names
+        exec(compile("\n".join(line for line in cell.source.splitlines() if not line.startswith("#|")), name, "exec"), names)
+    raise AssertionError(f"no cell of {name} has {until!r}")
+
+
+def test_the_benchmark_page_takes_up_a_new_machine(results):
+    parts = list(page("24_benchmarks", "for part in sections()")["sections"]())
+    text = [part if isinstance(part, str) else f"<{part['suite']}>" for part in parts]
+    heads = [part for part in text if part.startswith("## ")]
+    assert heads[0] == "## NVIDIA X1" and len(heads) == 2
+    gpu, cpu = "\n".join(text).split(heads[1])
+    assert "80 GiB on the GPU" in gpu and "600,000 GFLOP/s" in gpu and "driver 580.1" in gpu and "321 cases against the oracle, 1 outside the tolerance" in gpu and "<gpu>" in gpu
+    assert "| N64 w64 | forward | gather + SDPA | 5.00 | 5.00 | 5.00 | 2.50 |" in gpu
+    assert "<cpu>" in cpu and "[23_long_sequences](23_long_sequences.ipynb)" in cpu
+    missing = {head: {*re.findall("`(\\w+)`", part.rpartition("Not measured on this machine:")[2])} for head, part in (("gpu", gpu), ("cpu", cpu))}
+    assert missing == dict(gpu={*bench.SUITES} - {"gpu"}, cpu={*bench.SUITES} - {"cpu"})
+
+
+def test_the_start_page_takes_up_a_gpu(results):
+    (cell,) = (cell for cell in cells("index") if "def on_gpu" in cell.source)
+    names = dict(latest_runs=bench.latest_runs, race_rows=bench.race_rows, Markdown=str)
+    exec(cell.source.replace("\nMarkdown(", "\nsaid = Markdown("), names)
+    assert names["said"] == "On NVIDIA X1, the fused kernels are 2.5 to 2.5 times as fast as gathering and calling SDPA, forward, over 1 settings ([24_benchmarks](24_benchmarks.ipynb))."
+
+
+def test_the_benchmark_page_without_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "results_folder", lambda: tmp_path)
+    assert list(page("24_benchmarks", "for part in sections()")["sections"]()) == ["**No run is stored**: `hilbert-attn bench cpu` measures this machine."]

@@ -1,0 +1,201 @@
+"""Types: the public names are annotated in full, users who check types find no errors of ours and all of theirs, and the package itself passes."""
+import dataclasses
+import inspect
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, get_args, get_overloads, get_type_hints
+
+import pytest
+
+import hilbert_attn as h
+from hilbert_attn import integrations
+from hilbert_attn.autograd import triton_attention
+from hilbert_attn.kernels.forward import attention_forward
+from hilbert_attn.sdpa import sdpa_attention, sdpa_mask_attention
+
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+
+
+def methods(cls: type) -> Iterator[tuple[str, Callable]]:
+    "Public methods that a class defines itself, and how it is made, called and entered."
+    for name, member in vars(cls).items():
+        member = member.fget if isinstance(member, property) else getattr(member, "__func__", getattr(member, "func", member))
+        generated = name == "__init__" and dataclasses.is_dataclass(cls)
+        if inspect.isfunction(member) and not generated and (name[0] != "_" or name in ("__init__", "__call__", "__enter__", "__exit__")): yield f"{cls.__name__}.{name}", member
+
+
+def public() -> dict[str, Callable]:
+    found = {}
+    for name in h.__all__:
+        value = getattr(h, name)
+        if inspect.isclass(value): found |= dict(methods(value))
+        elif callable(value): found[name] = value
+    return found
+
+
+PUBLIC = public()
+ANY = {  # where any object will do, or where torch decides
+    "MultiheadDilatedAttention.forward options", "DilatedSelfAttention.forward options", "TransformerBlock.forward options",  # of any attention inside
+    "set_backend.__exit__ error", "HilbertAttentionFunction.setup_context ctx", "HilbertAttentionFunction.setup_context inputs", "HilbertAttentionFunction.backward ctx",
+    "HilbertSettings.to_dict return", "HilbertSettings.from_dict values", "StandardizedRingConfig.to_dict return", "StandardizedRingConfig.from_dict values",  # JSON
+}
+
+
+def vague(annotation) -> bool:
+    "Does `Any` hide in it, or a container that does not say of what?"
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    return re.search(r"\b(Any|object)\b|\b([Cc]allable|dict|list|tuple|type|Sequence|Mapping|Iterator|MappingProxyType)\b(?!\[)", text) is not None
+
+
+def test_vague():
+    assert all(map(vague, (dict, Callable, "Any", "int | list", tuple | None, "dict[str, Any]"))) and not any(map(vague, (int, "dict[str, int]", tuple[int, ...], Callable[[int], str])))
+
+
+def test_every_parameter_and_result_is_annotated():
+    assert len(PUBLIC) > 90
+    missing, unclear = [], set()
+    for name, function in PUBLIC.items():
+        signature = inspect.signature(function)
+        parameters = {p.name: p.annotation for i, p in enumerate(signature.parameters.values()) if i or p.name not in ("self", "cls")}
+        if not name.endswith("__init__"): parameters["return"] = signature.return_annotation
+        missing += [f"{name} {key}" for key, annotation in parameters.items() if annotation is inspect.Parameter.empty]
+        unclear |= {f"{name} {key}" for key, annotation in parameters.items() if vague(annotation)}
+    assert not missing and unclear == ANY
+
+
+def test_every_field_is_annotated_in_full():
+    "Of public dataclasses."
+    fields = [(cls, f) for cls in map(h.__dict__.get, h.__all__) if dataclasses.is_dataclass(cls) for f in dataclasses.fields(cls)]
+    assert len(fields) > 60 and not [f"{cls.__name__}.{f.name}" for cls, f in fields if vague(f.type)]
+
+
+def named(function) -> dict:
+    "The annotations of all that a function takes by name, the keys of its `**options` included; None where that is any name."
+    result = {}
+    for p in inspect.signature(function, eval_str=True).parameters.values():
+        if p.kind is not p.VAR_KEYWORD: result[p.name] = p.annotation
+        elif p.annotation is Any: result[p.name] = None
+        else: result |= get_type_hints(*get_args(p.annotation))
+    return result
+
+
+OVERLOADED = [h.hilbert_attention, h.dilated_attention, h.block_sparse_attention, h.block_sparse_ring_attention, h.window_attention, h.neighborhood_attention, h.hilbert_window_attention,
+              h.hilbert_slide_attention, h.tiles_shared_attention, h.ring_attention, h.ring_dilated_attention, integrations.prefix_attention, sdpa_attention, sdpa_mask_attention]
+
+
+@pytest.mark.parametrize("function", OVERLOADED, ids=lambda f: f.__name__)
+def test_overloads_say_what_the_function_takes(function):
+    "Same names, same types, whatever `return_lse` is; and the function itself still shows the signature that is documented."
+    flag = "need_lse" if "need_lse" in inspect.signature(function).parameters else "return_lse"
+    overloads, own = get_overloads(function), named(function)
+    assert len(overloads) == 3 and own.pop(flag) is bool and "options" not in inspect.signature(function).parameters
+    for overload in overloads:
+        theirs = named(overload)
+        assert theirs.pop(flag) in (Literal[False], Literal[True], bool) and theirs == own
+
+
+def test_every_function_with_a_flag_is_overloaded():
+    flagged = {name for name, function in PUBLIC.items() if {"return_lse", "need_lse"} & inspect.signature(function).parameters.keys()}
+    assert flagged == {f.__name__ for f in OVERLOADED} & set(h.__all__) and len(flagged) == 11
+
+
+PASSED_ON = [  # what passes its options on, to what, and which of them it sets itself
+    (h.HilbertAttentionCoreWithSDPA, h.HilbertAttentionCore, {"use_custom_backward", "backend"}), (h.HilbertDilatedAttention, h.DilatedAttention, set()),
+    (h.HilbertAttentionTritonWrapper, h.HilbertDilatedAttention, set()), (h.DilatedSelfAttention, h.MultiheadDilatedAttention, set()), (h.RingDilatedAttention, h.DilatedAttention, set()),
+    (h.MultiheadDilatedAttention, h.DilatedAttention, set()), (h.HilbertAttentionMixin.setup_hilbert, h.DilatedAttention, {"dropout"}), (h.RingBlockSparseAttention, h.BlockSparseAttention, set()),
+    (h.RingDilatedAttentionHilbertCore, h.RingDilatedAttention, set()), (h.RingDilatedAttentionHilbertOptimizedFixed, h.RingDilatedAttention, set()),
+    (h.BlockSparseRingDilatedAttentionHilbertPostPattern, h.RingBlockSparseAttention, {"pattern", "placement", "curve"}),
+    (h.HilbertAttentionTritonWrapper.forward, h.DilatedAttention.forward, set()), (h.HilbertAttentionMixin.compute_hilbert_attention, h.DilatedAttention.forward, {"is_causal"}),
+    (h.RingDilatedAttentionHilbertOptimizedFixed.forward, h.RingDilatedAttention.forward, set()), (h.RingBlockSparseAttention.block_lists, h.BlockSparseAttention.block_lists, set()),
+    (h.StandardizedRingConfig.replace, h.StandardizedRingConfig, set()), (h.create_dilated_attention, h.StandardizedRingConfig, set()),
+    (h.create_multihead_dilated_attention, h.StandardizedRingConfig, set()), (h.create_standardized_ring_attention, h.StandardizedRingConfig, set()),
+    (h.use_hilbert_attention, h.HilbertSettings, set()), (h.register_hilbert_attention, h.HilbertSettings, set()), (h.convert_attention, h.HilbertSettings, set()),
+    (h.convert_vit, h.HilbertSettings, set()), (h.use_hilbert_processor, h.HilbertSettings, set()),
+    (h.hilbert_attention_kernel, attention_forward, set()), (h.standard_attention_kernel, attention_forward, {"order"}),
+    (h.explain_backend, h.hilbert_attention, {"v", "return_lse"}), (h.explain_backend, h.dilated_attention, {"v", "return_lse"}),
+]
+
+
+@pytest.mark.parametrize("function, target, sets", PASSED_ON, ids=lambda x: getattr(x, "__qualname__", ""))
+def test_options_are_those_of_the_target(function, target, sets):
+    "Every option is known to the target, and each of its parameters can be given."
+    (options,) = (p.annotation for p in inspect.signature(function, eval_str=True).parameters.values() if p.kind is p.VAR_KEYWORD)
+    keys, known, given = get_type_hints(*get_args(options)).keys(), named(target), named(function)
+    others = set(named(h.hilbert_attention)) | set(named(h.dilated_attention)) if function is h.explain_backend else set()
+    assert keys <= known.keys() | others and not keys & sets
+    assert known.keys() - {"self"} - sets <= given.keys()
+
+
+def mypy(*arguments: str | Path, cwd: Path, cache: Path) -> tuple[int, str]:
+    "As a user runs it, with the package's own files as mypy finds them when they are installed: their errors are not the user's."
+    done = subprocess.run([sys.executable, "-m", "mypy", "--cache-dir", cache, "--no-error-summary", "--show-error-codes", *arguments], cwd=cwd, env={**os.environ, "MYPYPATH": str(ROOT)},
+                          capture_output=True, text=True, timeout=280)
+    assert not done.stderr, done.stderr
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path: return tmp_path_factory.mktemp("mypy")
+
+
+STRICT = ("--strict", "--follow-imports=silent", "--config-file=")
+
+
+def test_a_user_has_no_errors(cache, tmp_path): assert mypy(*STRICT, TESTS / "typed_user.py", cwd=tmp_path, cache=cache) == (0, "")
+
+
+MISTAKES = '''
+import torch
+from torch import Tensor
+
+import hilbert_attn
+from hilbert_attn import (DilatedAttention, HilbertAttentionCore, HilbertSettings, MultiheadDilatedAttention, NeighborhoodPattern, RingDilatedAttention, SegmentPattern, StandardizedRingConfig, WindowPattern,
+                          block_sparse_attention, create_dilated_attention, curve_order, dilated_attention, explain_backend, hilbert_attention, neighborhood_attention, ring_attention, window_attention)
+
+q = torch.randn(1, 2, 64, 8)
+hilbert_attention(q, q, q, segment_length=16)  # call-overload: it is segment_size
+hilbert_attention(q, q, q, scale="0.5")  # call-overload: no number
+hilbert_attention(q, q, q, None)  # call-overload: all else goes by name
+out: Tensor = hilbert_attention(q, q, q, return_lse=True)  # assignment: a pair
+hilbert_attention(q, q, q, return_lse=True).shape  # attr-defined: a pair
+number: float = hilbert_attention(q, q, q, return_lse=True)[1]  # assignment: a tensor
+hilbert_attention(q, q, q, return_lse=bool(q.any())).shape  # union-attr: perhaps a pair
+dilated_attention(q, q, q, 16)  # call-overload: no rates
+dilated_attention(q, q, q, [16], [1], segment_size=16)  # call-overload: of one branch
+window_attention(q, q, q, (8, 8), 4, causal=True)  # call-overload: windows have no causality
+neighborhood_attention(q, q, q, (8, 8), 3, causal="yes")  # arg-type: no bool
+block_sparse_attention(q, q, q, SegmentPattern(64, 16))  # call-overload: a mask or lists
+ring_attention(q, q, q, dropout_p=0.1)  # call-overload: a ring has no dropout
+explain_backend((1, 2, 64, 8), return_lse=True)  # call-arg: it explains either
+HilbertAttentionCore(dim=32, head=4)  # call-arg: it is heads
+DilatedAttention([16], [1], curve=3)  # arg-type: no name
+MultiheadDilatedAttention(32, 4, kernel=3)  # call-arg: unknown
+RingDilatedAttention([16], [1], sizes=(3, 4))  # call-arg: unknown
+StandardizedRingConfig(dims=32)  # call-arg: it is dim
+create_dilated_attention("hilbert", ring="2")  # call-arg: it is ring_size
+HilbertSettings(segment_size="16")  # arg-type: no number
+WindowPattern((8, 8), "4")  # arg-type: no number, though a sequence
+NeighborhoodPattern((8, 8), 3).pairs().shape  # attr-defined: a number
+curve_order("8")  # arg-type: no grid
+hilbert_attn.hilbert_atention(q, q, q)  # attr-defined: misspelt
+'''
+
+
+def test_mistakes_are_found(cache, tmp_path):
+    "Each of them, and on no other line; with the error that is meant."
+    (script := tmp_path / "mistakes.py").write_text(MISTAKES)
+    code, said = mypy(*STRICT, script, cwd=tmp_path, cache=cache)
+    found = {int(line): kind for line, kind in re.findall(r"^mistakes\.py:(\d+): error: .*\[([a-z-]+)\]$", said, re.M)}
+    assert code == 1 and found == {i: kind[1] for i, line in enumerate(MISTAKES.splitlines(), 1) if (kind := re.search(r"  # ([a-z-]+): ", line))}, said
+
+
+def test_the_package_itself(cache): assert mypy(cwd=ROOT, cache=cache) == (0, "")
+
+
+def test_what_is_typed_runs():
+    subprocess.run([sys.executable, "-c", "import typed_user; typed_user.tour()"], cwd=TESTS, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, check=True, capture_output=True, timeout=120)
