@@ -38,6 +38,21 @@ def test_stored_tables_are_those_of_today(name, tmp_path):
     assert shown(notebook.cells) == stored, f"run nbs/{name}.ipynb again, then `make export`"
 
 
+@pytest.mark.parametrize("name, says, never", [
+    ("20_claims_on_trial", [("**not tried**", 11), ("no measurement is stored: run `python tools/", 11), ("run `python tools/run_claims.py papers`", 1)], "**holds**|**holds only|**does not hold**|The share reported"),
+    ("21_which_backend_when", [("No run of the suite `crossover` is stored", 4), ("No run of the suite `gpu` is stored", 1)], "the policy agrees|clearly wins"),
+    ("23_long_sequences", [("No run is stored yet: `python tools/run_long.py`", 1)], "1,048,576"),
+    ("24_benchmarks", [("No run is stored**: `hilbert-attn bench cpu`", 1)], "GFLOP/s|## ")])
+def test_pages_say_so_where_nothing_is_stored(name, says, never, tmp_path):
+    notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
+    assert any(word in text for word in never.split("|") for text in shown(notebook.cells) or [""]) or name == "23_long_sequences"
+    notebook.cells.insert(0, nbformat.v4.new_code_cell("import hilbert_attn.bench\nhilbert_attn.bench.load_runs = lambda *a, **k: []"))
+    NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
+    text = "\n".join(shown(notebook.cells))
+    for words, count in says: assert text.count(words) >= count, f"{words!r}: {text.count(words)} times"
+    assert not [word for word in never.split("|") if word in text]
+
+
 def test_readme_cites_as_the_citation_file_says():
     cff = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     entry = dict(re.findall(r"^  (\w+) = \{(.*)\},$", re.search(r"@software\{hilbert_attn,\n(.*?)^\}", (ROOT / "README.md").read_text(), re.M | re.S)[1], re.M))
