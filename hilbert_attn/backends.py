@@ -181,8 +181,8 @@ class _Backend:
         if self.name != "triton": return None
         if not _HAS_TRITON: return "the package triton is not installed"
         if device.type == "cpu": return None if _interpreted() else "it needs a CUDA GPU (on a CPU it runs only in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before Python starts)"
-        if device.type != "cuda": return f"it needs a CUDA GPU, not {device.type}"
-        return None if capability is None or capability >= (8, 0) else f"it needs compute capability 8.0 or newer, and this GPU has {capability[0]}.{capability[1]}"
+        if device.type != "cuda" or capability is None: return f"it needs a CUDA GPU, not {device.type}"
+        return None if capability >= (8, 0) else f"it needs compute capability 8.0 or newer, and this GPU has {capability[0]}.{capability[1]}"
 
 
 _BACKENDS = {b.name: b for b in (

@@ -860,8 +860,7 @@ class _DenseRing(torch.autograd.Function):
         ring.check_usable()
         dout, dlse, lse = _upstream(out, lse, dout, dlse)
         dq, dkv = torch.zeros_like(q, dtype=lse.dtype, memory_format=torch.contiguous_format), ()
-        returning = None  # gradients on their way: to the next rank,
-        full_turn: Any = None  # and home
+        full_turn: Any = None  # a turn, and its gradients on their way home
         def come_home(turn, gradients, flight):
             nonlocal dkv
             flight.wait()

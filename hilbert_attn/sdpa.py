@@ -232,7 +232,9 @@ class _Operands:
     def _allowed(self, order, key_mask, causal) -> Tensor | None: # bool, broadcastable to (B, 1, segments, residues, M, J)
         "What the triangle does not say: the key mask, and causality where it is no triangle."
         allowed = None
-        if causal and self.tokens and not self.block.triangular: allowed = (self.tokens["k"][..., None, :] <= self.tokens["q"][..., None])[None, None]
+        if causal and not self.block.triangular:
+            assert self.tokens is not None  # without an order, every block that is not seen whole is a triangle
+            allowed = (self.tokens["k"][..., None, :] <= self.tokens["q"][..., None])[None, None]
         if key_mask is not None:
             tokens = self.tokens["k"] if self.tokens else self.block.positions("k", key_mask.device)
             keys = key_mask[:, tokens][:, None, ..., None, :]

@@ -106,6 +106,19 @@ def test_memory_falls_with_the_number_of_ranks(results):
             assert two < 0.63 * one and four < 0.54 * two, (name, direction, one, two, four)
 
 
+@pytest.mark.parametrize("limit", [1, 6144, 20000, 1 << 30])
+@pytest.mark.parametrize("combine", ["lse", "heads"])
+def test_turns_take_every_head_once(limit, combine):
+    plan = plan_ring(96, 4, (8, None), (2, 1), batch=3, heads=6, kv_heads=3, head_dim=16, dtype=torch.float64, dilation_mode="residue", combine=combine)
+    branch, each = plan.branches[1], 2 * 24 * 16 * 8  # bytes of one head's K and V in a shard
+    with mock.patch.dict(ring._TURN_BYTES, cpu=limit): turns = plan.turns(1)
+    sizes = [(t.batch[1] - t.batch[0]) * (t.kv_heads[1] - t.kv_heads[0]) for t in turns]
+    count = branch.kv_heads[1] - branch.kv_heads[0]
+    assert all(size == 1 or size * each <= limit for size in sizes) and (limit > 1 or len(turns) == 3 * count) and (limit < 1 << 30 or len(turns) == 1)
+    assert sorted((b, kv) for t in turns for b in range(*t.batch) for kv in range(*t.kv_heads)) == [(b, kv) for b in range(3) for kv in range(count)]
+    assert all(branch.kv_of[h] in range(*t.kv_heads) for t in turns for h in range(*t.heads)) and sorted((b, h) for t in turns for b in range(*t.batch) for h in range(*t.heads)) == [(b, h) for b in range(3) for h in range(len(branch.kv_of))]
+
+
 @pytest.mark.timeout(500)
 def test_agrees_with_torchs_own_ring(results):
     for world in (2, 3, 4):
