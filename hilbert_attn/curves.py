@@ -7,8 +7,6 @@ __all__ = ['CURVES', 'hilbert_decode', 'hilbert_encode', 'as_grid', 'curve_order
            'new_figure', 'plot_curve', 'segment_map', 'Locality', 'locality']
 
 # %% ../nbs/00_curves.ipynb #5b9dcb4e
-import threading
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt, prod
@@ -17,6 +15,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from .common import Cache
+from .common import define_operator as _define_operator  # until every module takes it from there
 
 # %% ../nbs/00_curves.ipynb #6b76e754
 def _check_bits(bits: int, ndim: int):
@@ -221,37 +222,7 @@ def _compute_order(grid: tuple[int, ...], curve: str) -> np.ndarray:
     return order[order < grid[0]]
 
 
-class _OrderCache:
-    "The most recently used orders, at most `max_entries` of them and `max_bytes` in all; safe under threads."
-
-    def __init__(self, max_entries: int = 256, max_bytes: int = 1 << 28):
-        self.max_entries, self.max_bytes = max_entries, max_bytes
-        self.entries, self.bytes, self.lock = OrderedDict[tuple, tuple[Tensor, int]](), 0, threading.Lock()
-
-    def get(self, key, compute) -> Tensor:
-        with self.lock:
-            if key in self.entries:
-                tensor, version = self.entries[key]
-                if tensor._version == version:
-                    self.entries.move_to_end(key)
-                    return tensor
-                self._drop(key)
-        with torch.inference_mode(False): tensor = compute()  # inference tensors do not count writes
-        with self.lock:
-            if key in self.entries: self._drop(key)  # another thread was faster; either result is right
-            self.entries[key] = tensor, tensor._version
-            self.bytes += tensor.nbytes
-            while len(self.entries) > self.max_entries or (self.bytes > self.max_bytes and len(self.entries) > 1):
-                self._drop(next(iter(self.entries)))
-        return tensor
-
-    def _drop(self, key): self.bytes -= self.entries.pop(key)[0].nbytes
-
-    def clear(self):
-        with self.lock: self.entries.clear(); self.bytes = 0
-
-
-_orders = _OrderCache()
+_orders = Cache()
 
 
 def _cached_order(grid: tuple[int, ...], curve: str, device: torch.device) -> Tensor:
@@ -286,27 +257,6 @@ def create_hilbert_mapping(
 ) -> Tensor: # int32 (N,)
     "The Hilbert order of a plain sequence, folded to a near-square: `curve_order(seq_len)` as int32."
     return curve_order(seq_len).to(torch.int32)
-
-# %% ../nbs/00_curves.ipynb #719055b4
-def _define_operator(
-    name: str, # operator hilbert_attn::name
-    schema: str, # its arguments and results
-) -> torch.library.Library: # to register implementations with
-    "Defines an operator, or defines it anew: a notebook develops what the imported package already holds."
-    libraries = vars(torch.library).setdefault("_hilbert_attn_operators", {})  # one place for package and notebook
-    if name in libraries: libraries.pop(name)._destroy()
-    libraries[name] = library = torch.library.Library("hilbert_attn", "FRAGMENT")
-    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
-    return library
-
-
-def _curve_order_op(grid: Sequence[int], curve: str, device: torch.device) -> Tensor:
-    return _cached_order(tuple(grid), curve, device).clone()  # a compiler may reuse an operator's output as scratch
-
-
-_library = _define_operator("curve_order", "(SymInt[] grid, str curve, Device device) -> Tensor")
-_library.impl("curve_order", _curve_order_op, "CompositeExplicitAutograd")
-torch.library.register_fake("hilbert_attn::curve_order", lambda grid, curve, device: torch.empty(prod(grid), dtype=torch.int64, device=device), lib=_library)
 
 # %% ../nbs/00_curves.ipynb #d52a3ab4
 _PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hilbertcurve.hilbertcurve import HilbertCurve
 
-from hilbert_attn.curves import (CURVES, _compute_order, _OrderCache, as_grid, create_hilbert_mapping, curve_order, hilbert_decode, hilbert_encode, inverse_order,
+from hilbert_attn.curves import (CURVES, _compute_order, as_grid, create_hilbert_mapping, curve_order, hilbert_decode, hilbert_encode, inverse_order,
                                  locality, segment_map)
 
 
@@ -133,18 +133,6 @@ def test_cache_gives_back_the_same_tensor_and_notices_writes():
     assert curve_order([9, 11]) is a
     a.add_(1)
     assert is_permutation(curve_order((9, 11)).numpy())
-
-
-def test_cache_is_bounded():
-    cache = _OrderCache(max_entries=3, max_bytes=100)
-    for key in range(10): cache.get(key, lambda: torch.zeros(4, dtype=torch.int64))  # 32 bytes each
-    assert len(cache.entries) == 3 and cache.bytes == 96
-    cache.get("large", lambda: torch.zeros(50, dtype=torch.int64))
-    assert list(cache.entries) == ["large"] and cache.bytes == 400
-    made = []
-    cache = _OrderCache(max_entries=2)
-    for key in "abacab": cache.get(key, lambda: made.append(key) or torch.zeros(1))
-    assert "".join(made) == "abcb"  # a, used last, outlives b
 
 
 def test_cache_under_threads():

@@ -84,13 +84,13 @@ def test_title_stands_alone(notebook):
 
 def test_number_order_is_dependency_order():
     "Exported cells import only from modules of lower numbers, and names straight from where they live."
-    exports, imports = {}, []  # module -> number such as "10" or "10b", (number, module or module.name)
+    exports, imports = {}, []  # module -> its notebook, such as "10b_block_kernels"; (notebook, module or module.name)
     for notebook in NOTEBOOKS:
         code = sources(notebook)
         module = next((m[1] for text in code if (m := re.search(r"^#\| *default_exp +(\S+)", text, re.M))), None)
         if module is None: continue
-        number, path = notebook.name.partition("_")[0], ["hilbert_attn", *module.split(".")]
-        assert re.fullmatch(r"\d\d[a-z]?", number), notebook.name
+        number, path = notebook.stem, ["hilbert_attn", *module.split(".")]  # the names of the files sort as they depend
+        assert re.match(r"\d\d[a-z]?_", number), notebook.name
         exports[".".join(path)] = number
         for node in (node for text in code if re.search(r"^#\| *export", text, re.M) for node in ast.walk(ast.parse(text))):
             if isinstance(node, ast.Import): imports += [(number, alias.name) for alias in node.names]
