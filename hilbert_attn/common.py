@@ -82,7 +82,8 @@ def is_plain(
 ) -> bool:
     "Is this a tensor with memory of its own, not one of a trace or a transform?"
     if type(x) is not Tensor or x.device.type == "meta": return False
-    return not (torch._is_functional_tensor(x) or torch._C._functorch.is_functorch_wrapped_tensor(x))
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return not (wrapped or torch._is_functional_tensor(x))
 
 # %% ../nbs/00_common.ipynb #364ed6f7
 def _writes(tensors: Sequence[Tensor]) -> tuple[int, ...]: return tuple(x._version for x in tensors)
@@ -95,7 +96,7 @@ class Cache:
         self,
         max_entries: int = 256, # values to keep
         max_bytes: int = 1 << 28, # bytes to keep; the newest value stays, however large
-        tensors: Callable[[Any], Sequence[Tensor]] = lambda value: (value,), # of a value
+        tensors: Callable = lambda value: (value,), # the tensors of a value
     ):
         self.max_entries, self.max_bytes, self.tensors = max_entries, max_bytes, tensors
         self.clear()
@@ -117,7 +118,7 @@ class Cache:
         key = (key, None if source is None else id(source))
         with self.lock:
             if (found := self._look_up(key)) is not None: return found[0]
-        with torch.inference_mode(False): value = compute()  # inference tensors count no writes
+        with torch.inference_mode(False): value = compute()  # others count no writes
         if all(map(is_plain, self.tensors(value))): self._keep(key, value, source)
         return value
 
@@ -134,21 +135,28 @@ class Cache:
 
     def _keep(self, key, value, source: Tensor | None):
         with self.lock:
-            self.entries[key] = value, source, self._state(value, source)  # the source lives on, so its id is its own
+            # the source is kept alive: its id stays its own
+            self.entries[key] = value, source, self._state(value, source)
             self.entries.move_to_end(key)
-            while len(self.entries) > self.max_entries or self.nbytes > self.max_bytes and len(self.entries) > 1:
-                self.entries.popitem(last=False)
+            while self._too_much(): self.entries.popitem(last=False)
+
+    def _too_much(self) -> bool:
+        if len(self.entries) == 1: return False
+        return len(self.entries) > self.max_entries or self.nbytes > self.max_bytes
 
     @property
-    def nbytes(self) -> int: return sum(x.nbytes for entry in self.entries.values() for x in self.tensors(entry[0]))
+    def nbytes(self) -> int:
+        "Bytes of all tensors that are kept."
+        return sum(x.nbytes for value, *_ in self.entries.values() for x in self.tensors(value))
 
 # %% ../nbs/00_common.ipynb #923424bb
 def define_operator(
     name: str, # operator hilbert_attn::name
     schema: str, # its arguments and results
 ) -> torch.library.Library: # to register implementations with
-    "Defines an operator, or defines it anew: a notebook develops what the imported package already holds."
-    libraries = vars(torch.library).setdefault("_hilbert_attn_operators", {})  # of package and notebook
+    "Defines an operator, or defines it anew, as a notebook does with one of the package."
+    # one place for the package and the notebook
+    libraries = vars(torch.library).setdefault("_hilbert_attn_operators", {})
     if name in libraries: libraries.pop(name)._destroy()
     libraries[name] = library = torch.library.Library("hilbert_attn", "FRAGMENT")
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))

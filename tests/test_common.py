@@ -9,8 +9,15 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from hilbert_attn.common import (Cache, hide_masked, is_plain, true_or_false, unit_stride,
-                                 whole_number, whole_numbers)
+from hilbert_attn.common import (
+    Cache,
+    hide_masked,
+    is_plain,
+    true_or_false,
+    unit_stride,
+    whole_number,
+    whole_numbers,
+)
 from hilbert_attn.curves import curve_order
 
 
