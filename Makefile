@@ -17,6 +17,9 @@ demo: $(BIN)/.demo  ## attention along five curves on a photo: a table, pictures
 test: $(BIN)/.all  ## run the tests (ARGS="-k curves -x" goes to pytest); those of the site need Chromium, and skip without
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+full: $(BIN)/.all  ## run the long grids too (ARGS as for test)
+	FULL=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
 lab: $(BIN)/.all  ## open the notebooks in JupyterLab
 	$(INTERPRET) $(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
@@ -72,4 +75,4 @@ $(BIN)/.all: $(SETUP) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
 	@touch $(BIN)/.runtime $(BIN)/.demo $(BIN)/.docs $@
 
-.PHONY: help quickstart demo test lab docs export readme wheel newcomer gpu clean distclean
+.PHONY: help quickstart demo test full lab docs export readme wheel newcomer gpu clean distclean
