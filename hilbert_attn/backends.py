@@ -19,6 +19,7 @@ from typing import Any, Literal, Unpack, get_type_hints, overload
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .common import Cache, define_operator, hide_masked, is_plain, true_or_false
 from .curves import _parse_curve, as_grid, curve_order
@@ -149,7 +150,8 @@ def _check_order(order: Tensor, n: int, device: torch.device) -> Tensor:
         given = f"shape {tuple(order.shape)}, dtype {order.dtype}" if isinstance(order, Tensor) else type(order).__name__
         raise ValueError(f"order is given with {given}: expected an int64 tensor of shape ({n},)")
     if order.device != device: raise ValueError(f"order is on {order.device} and q on {device}: they must be on one device")
-    if torch.compiler.is_compiling() or not is_plain(order): return torch.ops.hilbert_attn.checked_order(order)
+    traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    if traced or not is_plain(order): return torch.ops.hilbert_attn.checked_order(order)
     return _permutations.get("order", lambda: _checked(order), source=order)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backends import CurveOptions, _Call, _autocast, _check_inputs, _hide, _pick, _resolve_order, _run, _wants_expression
 from .common import true_or_false
-from .operators import AttentionOperator
+from .operators import AttentionOperator, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import default_scale, merge_attention
 from .sdpa import _grouped_backward, _grouped_forward, _like
@@ -115,6 +115,18 @@ def _run_mixture(call: _Call, q: Tensor, k: Tensor, v: Tensor, triton: bool) -> 
         patterns[0].mode, offsets, call.causal, scale, call.dropout_p, triton)
 
 
+def _run_apart(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, custom_backward: bool) -> tuple[Tensor, Tensor]:
+    "Each branch by itself, merged by plain PyTorch; gradients of the branches are summed in float32."
+    wide = [x.to(lse_dtype(x.dtype)) for x in (q, k, v)]
+    outs, lses = [], []
+    for branch in call.pattern.branches:
+        out, lse = _run(replace(call, pattern=branch.pattern), *wide, backend, True, custom_backward)
+        outs.append(out)
+        lses.append(lse + log(branch.copies))
+    out, lse = merge_attention(outs, lses)
+    return out.to(q.dtype), lse
+
+
 def _run_dilated(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | Any]:
     "Runs a checked call with several branches on a backend."
     pattern: DilatedPattern = call.pattern
@@ -126,8 +138,7 @@ def _run_dilated(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, nee
     if backend in ("reference", "sdpa_mask"): return _run(call, q, k, v, backend, need_lse)  # these take any pattern with a mask, or counts
     if backend == "triton" or not plain and q.device.type == "cpu" and not call.dropout_p:
         return _run_mixture(call, q, *_hide(k, v, call.key_mask), backend == "triton")
-    parts = [_run(replace(call, pattern=b.pattern), q, k, v, backend, True, custom_backward) for b in pattern.branches]
-    return merge_attention([out for out, _ in parts], [lse + log(b.copies) for (_, lse), b in zip(parts, pattern.branches)])
+    return _run_apart(call, q, k, v, backend, custom_backward)
 
 # %% ../nbs/08_dilated.ipynb #2506b004
 class BranchOptions(CurveOptions, total=False):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .common import unit_stride
-from .operators import AttentionOperator
+from .operators import AttentionOperator, lse_dtype
 from .patterns import Pattern, SegmentPattern, attention_mask, _members
 from .reference import PatternOptions, default_scale, masked_attention
 
@@ -38,7 +38,8 @@ def _masked_sdpa(
     scale: float | None, # None is 1 / sqrt(D)
     dropout_p: float = 0.0, # probability of dropping an attention weight
 ) -> Tensor: # (B, H, N, D)
-    "SDPA with a mask; rows without keys give 0."
+    "SDPA with a mask; rows without keys give 0. SDPA has no forward-mode derivative: there it is written out."
+    if torch.autograd.forward_ad._current_level >= 0: return masked_attention(q, k, v, mask, scale, dropout_p)[0]
     empty = ~mask.any(-1, keepdim=True)
     if mask.dtype == torch.bool: allowed = mask | empty
     else: allowed = mask.double().log().masked_fill(empty, 0).to(q.dtype)
@@ -322,6 +323,14 @@ class _Operands:
             view.add_(part) if add else view.copy_(part)
         if not isinstance(heads, slice): x[:, heads] = target
 
+    def mask(self, sizes, layout) -> Tensor: # bool, broadcastable to (outer, inner, M, J)
+        "All that decides whether a pair is attended."
+        q_count, k_count = self.block.q[2], self.block.k[2]
+        mask = torch.ones(1, 1, q_count, k_count, dtype=torch.bool, device=self.tokens["q"].device)
+        if self.block.triangular: mask = mask.tril()
+        if self.allowed is None: return mask
+        return mask & _merge(self.allowed.expand(*sizes, *self.allowed.shape[-2:]), layout, copy=True)
+
     def bias(self, sizes, layout) -> Tensor | None: # (outer, inner, M, J), strided over what it does not depend on
         if self.allowed is None: return None
         rows = self.allowed.shape[-2]
@@ -421,26 +430,36 @@ _groups_attention = AttentionOperator(
     "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, float scale")
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55eb
-def _grouped_expression(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, order: Tensor | None, causal: bool, key_mask: Tensor | None, dropout_p: float,
-                        scale: float | None, need_lse: bool) -> tuple[Tensor, Tensor | None]:
+def _grouped_expression(
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # (B, H_kv, N, D)
+    v: Tensor, # (B, H_kv, N, D)
+    pattern: SegmentPattern,
+    order: Tensor | None, # int64 (N,)
+    causal: bool,
+    key_mask: Tensor | None, # bool (B, N)
+    dropout_p: float,
+    scale: float | None,
+    need_lse: bool, # True: sums are in float32, gradients too
+) -> tuple[Tensor, Tensor | None]: # out, lse
     "The blocks as plain differentiable PyTorch, on any device."
-    nothing = (q.sum() + k.sum() + v.sum()).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)  # gradients are 0, not missing, where no group exists
-    out, lse = q.new_zeros(q.shape) + nothing, q.new_full(q.shape[:3], -torch.inf, dtype=torch.promote_types(q.dtype, torch.float32)) + nothing
+    dtype, wide = q.dtype, lse_dtype(q.dtype)
+    if need_lse: q, k, v = (x.to(wide) for x in (q, k, v))
+    nothing = (q.sum() + k.sum() + v.sum()).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
+    out = q.new_zeros(q.shape) + nothing  # gradients are 0, not missing, where no group exists
+    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide) + nothing
     tokens = torch.arange(q.shape[2], device=q.device) if order is None else order
     for unit in _units(q, k, pattern, causal, True):
         ops = _Operands(unit, tokens, key_mask, causal, q.dtype)
-        (part_q, part_k, part_v), layout = _merge_all([ops.read(x, side) for x, side in ((q, "q"), (k, "k"), (v, "k"))])
+        parts, layout = _merge_all([ops.read(x, side) for x, side in ((q, "q"), (k, "k"), (v, "k"))])
         sizes = (*q[:, unit.q_heads].shape[:2], unit.block.segments, unit.block.residues)
-        mask = torch.ones(1, 1, unit.block.q[2], unit.block.k[2], dtype=torch.bool, device=q.device)
-        if unit.block.triangular: mask = mask.tril()
-        if ops.allowed is not None: mask = mask & _merge(ops.allowed.expand(*sizes, *ops.allowed.shape[-2:]), layout, copy=True)
+        mask = ops.mask(sizes, layout)
         if need_lse:
-            wide = lse.dtype
-            part_out, part_lse = masked_attention(part_q.to(wide), part_k.to(wide), part_v.to(wide), mask, default_scale(q) if scale is None else scale, dropout_p)
+            part_out, part_lse = masked_attention(*parts, mask, scale, dropout_p)
             ops.write(lse, _split(part_lse, layout, sizes), "q")
-        else: part_out = _masked_sdpa(part_q, part_k, part_v, mask, scale, dropout_p)
-        ops.write(out, _split(part_out.to(q.dtype), layout, sizes), "q")
-    return out, lse if need_lse else None
+        else: part_out = _masked_sdpa(*parts, mask, scale, dropout_p)
+        ops.write(out, _split(part_out, layout, sizes), "q")
+    return out.to(dtype), lse if need_lse else None
 
 # %% ../nbs/06_sdpa.ipynb #61b76078
 class SdpaOptions(PatternOptions, total=False):

@@ -179,7 +179,10 @@ def test_dropout_keeps_its_expectation_and_its_mask(backend, rounds):
     (dict(segment_lengths=[8, 0], dilation_rates=[1, 1]), "segment_size=0"), (dict(segment_lengths=[8, 4], dilation_rates=[1, 5]), "dilation_rate=5"),
     (dict(segment_lengths=[8], dilation_rates=[0]), "dilation_rate=0"), (dict(combine="sum"), "'lse', 'heads'"), (dict(segment_lengths=[8] * 3, dilation_rates=[1] * 3, combine="heads"), "each branch needs a head"),
     (dict(dilation_mode="both"), "known modes"), (dict(offsets=[0, 1, 2]), "offsets has 3 entries"), (dict(offsets=-1), "at least 0"), (dict(dilation_mode="residue", offsets=1), "residue"),
-    (dict(curve="peano"), "known curves"), (dict(grid=(5, 5)), "grid"), (dict(dropout_p=1.0), "dropout_p"), (dict(backend="fast"), "known backends"), (dict(scale=-1.0), "scale")])
+    (dict(curve="peano"), "known curves"), (dict(grid=(5, 5)), "grid"), (dict(dropout_p=1.0), "dropout_p"), (dict(segment_lengths=[8, 20.9]), r"segment_lengths=\[8, 20.9\]: expected whole numbers"),
+    (dict(segment_lengths="24", dilation_rates=[1]), "segment_lengths='24': expected a whole number"), (dict(segment_lengths=[8, True]), "expected whole numbers"),
+    (dict(dilation_rates=[1, 2.0]), "dilation_rates=.*: expected whole numbers"), (dict(causal="False"), "causal='False': expected True or False"), (dict(offsets=1.0), "offsets=1.0: expected a whole number"),
+    (dict(backend="fast"), "known backends"), (dict(scale=-1.0), "scale")])
 def test_bad_arguments(options, message):
     q = torch.randn(1, 2, 20, 16)
     with pytest.raises(ValueError, match=message): dilated_attention(q, q, q, **{**dict(segment_lengths=[8, 20], dilation_rates=[1, 2]), **options})

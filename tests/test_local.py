@@ -432,6 +432,10 @@ BAD = [
 ]
 
 
+BAD += [(dict(window=2.0), "window=2.0: expected a whole number"), (dict(window="2"), "window='2': expected a whole number"), (dict(window=(2, 2.5)), "window=2.5"),
+        (dict(shift=0.5), "shift=0.5: expected a whole number"), (dict(return_lse=1), "return_lse=1"), (dict(grid=(4, 4.0)), "grid")]
+
+
 @pytest.mark.parametrize("bad, named", BAD, ids=[f"{i}-{named}" for i, (_, named) in enumerate(BAD)])
 def test_bad_window_arguments(bad, named):
     q, k, v = random_inputs(16)
@@ -449,3 +453,13 @@ def test_bad_window_arguments(bad, named):
     lambda q, k, v: window_attention(None, k, v, (4, 4), 2)])
 def test_bad_arguments(f):
     with pytest.raises(ValueError): f(*random_inputs(16))
+
+
+@each
+def test_a_backend_that_local_patterns_do_not_know_is_refused(n, f, monkeypatch):
+    from hilbert_attn import backends
+    monkeypatch.setitem(backends._BACKENDS, "mine", backends._Backend("mine", "hilbert_attn.sdpa:sdpa_attention", "of somebody else"))
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "mine"))
+    q, k, v = random_inputs(n)
+    registers = [x[:, :, :2] for x in (k, v)]
+    with pytest.raises(RuntimeError, match="backend 'mine' does not compute local patterns.*'sdpa'"): f(q, k, v, backend="mine", registers=registers)
