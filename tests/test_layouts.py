@@ -1,5 +1,5 @@
 """Every public function on every backend: tensors and upstream gradients of any layout, NaN where keys are masked, against the oracle."""
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_local import LocalCase, kernels, local_cases
 
+import hilbert_attn.local as local
 from hilbert_attn import block_sparse_attention, dilated_attention, hilbert_attention
 from hilbert_attn.backends import _check_call, _run
 from hilbert_attn.dilated import _check_dilated, _run_dilated
@@ -17,23 +18,37 @@ from hilbert_attn.reference import assert_matches_oracle
 try: from test_triton import quick_interpreter  # noqa: F401
 except pytest.skip.Exception: pass
 
-BACKENDS = ("auto", "sdpa", "sdpa_mask", "reference", pytest.param("triton", marks=pytest.mark.skipif(not kernels, reason="triton is not installed")))
+BACKENDS = ("auto", "sdpa", "sdpa_mask", "reference")
+LOCAL = ("window", "neighborhood", "hilbert_window", "hilbert_slide", "tiles_shared")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 with_expression = pytest.mark.parametrize("backend", (*BACKENDS, "expression"))
+needs_triton = pytest.mark.skipif(not kernels, reason="triton is not installed")
+many, some = settings(max_examples=EXAMPLES), settings(max_examples=EXAMPLES // 3)  # the interpreter is slow
 
 
-@with_expression
-@settings(max_examples=EXAMPLES)
-@given(case=cases(max_n=90, head_dims=(16, 20, 32, 64)))
-def test_segments(backend, case: Case):
-    if backend == "triton": case = replace(case, n=min(case.n, 40), d=min(case.d, 32))
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch): monkeypatch.setattr(local, "_BLOCK_SIZE", (16, 16))
 
+
+def check_segments(backend, case: Case):
     def attention(q, k, v, pattern, *, order, causal, key_mask, scale):
         options = dict(curve=None, grid=None, order=order, segment_size=case.w, dilation_rate=case.r, dilation_mode=case.mode, offsets=case.offsets,
                        causal=causal, key_mask=key_mask, scale=scale)
         if backend != "expression": return hilbert_attention(q, k, v, **options, backend=backend, return_lse=True)
         return _run(_check_call(q, k, v, **options, dropout_p=0.0), q, k, v, "sdpa", True, custom_backward=False)
     case.check(attention, spoil=True)
+
+
+@with_expression
+@many
+@given(case=cases(max_n=90, head_dims=(16, 20, 32, 64)))
+def test_segments(backend, case: Case): check_segments(backend, case)
+
+
+@needs_triton
+@some
+@given(case=cases(max_n=20, head_dims=(16,)))
+def test_segments_on_triton(case: Case): check_segments("triton", case)
 
 
 @dataclass
@@ -47,19 +62,15 @@ class Branches:
 
 
 @st.composite
-def mixtures(draw) -> Branches:
-    case = draw(cases(max_n=90, head_dims=(16, 20, 32)))
+def mixtures(draw, **limits) -> Branches:
+    case = draw(cases(**limits))
     lengths = draw(st.lists(st.integers(1, case.n + 9), min_size=1, max_size=3))
     combine = draw(st.sampled_from(COMBINES)) if case.heads >= len(lengths) else "lse"
     return Branches(lengths, [draw(st.integers(1, min(w, 5))) for w in lengths], combine, draw(st.sampled_from(DILATION_MODES)), case)
 
 
-@with_expression
-@settings(max_examples=EXAMPLES)
-@given(branches=mixtures())
-def test_mixtures(backend, branches: Branches):
+def check_mixture(backend, branches: Branches):
     case = branches.case
-    if backend == "triton": case = replace(case, n=min(case.n, 32), d=16)
     options = dict(segment_lengths=branches.lengths, dilation_rates=branches.rates, combine=branches.combine, dilation_mode=branches.mode)
     pattern = DilatedPattern.for_heads(case.n, case.heads, *options.values())
 
@@ -70,14 +81,34 @@ def test_mixtures(backend, branches: Branches):
     case.check(attention, pattern, spoil=True)
 
 
+@with_expression
+@many
+@given(branches=mixtures(max_n=90, head_dims=(16, 20, 32)))
+def test_mixtures(backend, branches: Branches): check_mixture(backend, branches)
+
+
+@needs_triton
+@some
+@given(branches=mixtures(max_n=16, head_dims=(16,)))
+def test_mixtures_on_triton(branches: Branches): check_mixture("triton", branches)
+
+
 @each_backend
-@pytest.mark.parametrize("name", ("window", "neighborhood", "hilbert_window", "hilbert_slide", "tiles_shared"))
-@settings(max_examples=EXAMPLES)
+@pytest.mark.parametrize("name", LOCAL)
+@many
 @given(data=st.data())
 def test_local(name, backend, data):
-    small = dict(max_n=30, head_dims=(16, 20), dtypes=(torch.float32, torch.float64)) if backend == "triton" else dict(max_n=90)
-    case: LocalCase = data.draw(local_cases(**small, names=(name,)))
+    case: LocalCase = data.draw(local_cases(max_n=90, names=(name,)))
     case.check(backend=backend, spoil=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", LOCAL)
+@some
+@given(data=st.data())
+def test_local_on_triton(name, data):
+    case: LocalCase = data.draw(local_cases(max_n=24, head_dims=(16,), dtypes=(torch.float32, torch.float64), names=(name,)))
+    case.check(backend="triton", spoil=True)
 
 
 @dataclass
@@ -94,12 +125,14 @@ class Blocks:
         return seen.tril() if self.case.causal else seen
 
 
-@each_backend
-@settings(max_examples=EXAMPLES)
-@given(blocks=st.builds(Blocks, st.sampled_from(((16, 16), (32, 16), (16, 32))), st.sampled_from((0.3, 0.7, 1.0)), cases(max_n=90, head_dims=(16, 32), dtypes=(torch.float32, torch.float64))))
-def test_blocks(backend, blocks: Blocks):
+def block_cases(**limits):
+    return st.builds(
+        Blocks, st.sampled_from(((16, 16), (32, 16), (16, 32))), st.sampled_from((0.3, 0.7, 1.0)),
+        cases(**limits, dtypes=(torch.float32, torch.float64)))
+
+
+def check_blocks(backend, blocks: Blocks):
     case = blocks.case
-    if backend == "triton": case = blocks.case = replace(case, n=min(case.n, 40))
     heads = case.heads, case.kv_heads, case.kv_heads
     dense, options = random_tensors(case.b, heads, case.n, case.d, case.dtype, case.generator), case.options()
     shape = [-(-case.n // size) for size in blocks.size]
@@ -110,6 +143,18 @@ def test_blocks(backend, blocks: Blocks):
 
     def attention(q, k, v): return block_sparse_attention(q, k, v, chosen, block_size=blocks.size, **options, scale=case.scale, backend=backend, return_lse=True)
     assert_matches_oracle(attention, *placed(case.layout, dense), mask, scale=case.scale, lse_grad=case.lse_grad, seed=case.seed, layout=upstream(case.layout), hidden=hidden)
+
+
+@each_backend
+@many
+@given(blocks=block_cases(max_n=90, head_dims=(16, 32)))
+def test_blocks(backend, blocks: Blocks): check_blocks(backend, blocks)
+
+
+@needs_triton
+@some
+@given(blocks=block_cases(max_n=40, head_dims=(16,)))
+def test_blocks_on_triton(blocks: Blocks): check_blocks("triton", blocks)
 
 
 @given(layouts(), st.integers(0, 99))
