@@ -258,6 +258,19 @@ def create_hilbert_mapping(
     "The Hilbert order of a plain sequence, folded to a near-square: `curve_order(seq_len)` as int32."
     return curve_order(seq_len).to(torch.int32)
 
+# %% ../nbs/00_curves.ipynb #719055b4
+def _curve_order_op(grid: Sequence[int], curve: str, device: torch.device) -> Tensor:
+    return _cached_order(tuple(grid), curve, device).clone()  # a compiler may reuse an operator's output as scratch
+
+
+def _curve_order_fake(grid: Sequence[int], curve: str, device: torch.device) -> Tensor:
+    return torch.empty(prod(grid), dtype=torch.int64, device=device)
+
+
+_library = _define_operator("curve_order", "(SymInt[] grid, str curve, Device device) -> Tensor")
+_library.impl("curve_order", _curve_order_op, "CompositeExplicitAutograd")
+torch.library.register_fake("hilbert_attn::curve_order", _curve_order_fake, lib=_library)
+
 # %% ../nbs/00_curves.ipynb #d52a3ab4
 _PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
 
