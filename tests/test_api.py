@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from ring_processes import tree_environment
 
 import hilbert_attn
 from hilbert_attn import (ATTENTION_TYPES, MultiheadDilatedAttention, StandardizedRingConfig, TransformerBlock, create_dilated_attention, create_multihead_dilated_attention,
@@ -128,7 +129,8 @@ def test_one_process_says_so(name):
 @pytest.mark.timeout(200)
 def test_distributed(tmp_path):
     "Gradients of two processes with half of the batch each are those of one process; so are those of two that share each sequence."
-    workers = [subprocess.Popen([sys.executable, str(HERE / "api_worker.py"), str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    workers = [subprocess.Popen([sys.executable, str(HERE / "api_worker.py"), str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env=tree_environment()) for rank in range(2)]
     try: outputs = [worker.communicate(timeout=180) for worker in workers]
     finally:
         for worker in workers: worker.kill()
