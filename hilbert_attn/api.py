@@ -14,7 +14,9 @@ import difflib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import InitVar, dataclass, field, fields
+from dataclasses import InitVar, dataclass, field, fields, replace
+from math import prod
+from types import MappingProxyType
 from typing import Any, TypedDict, TypeVar, Unpack
 
 import torch
@@ -25,10 +27,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import MEMORY_POLICY, POLICY, BackendChoice, _BACKENDS, _check_backend_name, detect_gpu_architecture, explain_backend
 from .block_sparse import SparsePatternConfig
+from .common import true_or_false, whole_number
 from .curves import _parse_curve, as_grid
 from .modules import (BlockSparseAttention, DilatedAttention, DilatedSelfAttention, HilbertAttentionTritonWrapper, HilbertDilatedAttention, MultiheadDilatedAttention, RingBlockSparseAttention, RingDilatedAttention,
-                      SharedBlockOptions, SharedBranchOptions, _one_of)
-from .patterns import COMBINES, DILATION_MODES, SegmentPattern, _branch_lists
+                      SharedBlockOptions, SharedBranchOptions, _one_of, branches, grid_or_none, share)
+from .patterns import COMBINES, DILATION_MODES, SegmentPattern
 
 # %% ../nbs/13_api.ipynb #ac31dce4
 class Settings(TypedDict, total=False):
@@ -114,16 +117,17 @@ class StandardizedRingConfig(_Aliases):
             if any(v is not None for v in (getattr(self, name), *aliases.values())): put(name, _one_of(name, getattr(self, name), **aliases))
         for name in ("dim", "heads", "ring_size", "block_size"):
             value = getattr(self, name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1): raise ValueError(f"{name}={value!r}: must be an integer of at least 1")
+            if value is not None or name == "ring_size": put(name, whole_number(name, value, 1))
+        for name in ("use_hilbert", "checkpointing", "causal", "bias"): put(name, true_or_false(name, getattr(self, name)))
         if self.dim is not None and self.heads is not None and self.dim % self.heads: raise ValueError(f"dim={self.dim} is no multiple of heads={self.heads}")
-        for name, value in zip(("segment_lengths", "dilation_rates"), _branch_lists(self.segment_lengths, self.dilation_rates)): put(name, tuple(value))
+        for name, value in zip(("segment_lengths", "dilation_rates"), branches(self.segment_lengths, self.dilation_rates)): put(name, value)
         for w, r in zip(self.segment_lengths, self.dilation_rates): SegmentPattern(w, w, r)  # names the value that does not fit
-        if not 0 <= self.dropout < 1: raise ValueError(f"dropout={self.dropout}: must be at least 0 and less than 1")
-        if self.sparsity is not None and not 0 <= self.sparsity < 1: raise ValueError(f"sparsity={self.sparsity}: must be at least 0 and less than 1; it is the share of blocks left out")
+        put("dropout", share("dropout", self.dropout))
+        if self.sparsity is not None: put("sparsity", share("sparsity", self.sparsity))
         for name, known in (("combine", COMBINES), ("dilation_mode", DILATION_MODES), ("layout", ("contiguous", "zigzag"))):
             if getattr(self, name) not in (None, *known): raise ValueError(f"{name}={getattr(self, name)!r}: known ones are {', '.join(map(repr, known))}")
         if self.dtype != "auto": put("dtype", _dtype(self.dtype))
-        if self.grid is not None: put("grid", as_grid(self.grid))
+        put("grid", grid_or_none(self.grid))
         if self.device is not None: put("device", str(torch.device(self.device)))
         _parse_curve(self.curve)
         _check_backend_name(self.backend)
@@ -266,6 +270,14 @@ def _block_sparse(config: StandardizedRingConfig) -> nn.Module:
 def _block_sparse_ring(config: StandardizedRingConfig) -> nn.Module:
     return _block_layer(config, RingBlockSparseAttention, group=config.group, ring_size=config.ring_size if config.ring_size > 1 else None)
 
+# %% ../nbs/13_api.ipynb #5c1d0c03
+def _type_named(attention_type: str) -> AttentionType:
+    "The registered type; a `ValueError` for an unknown name."
+    if attention_type not in ATTENTION_TYPES:
+        near = difflib.get_close_matches(str(attention_type), ATTENTION_TYPES, 1)
+        raise ValueError(f"attention_type={attention_type!r} is not known" + (f"; did you mean {near[0]!r}?" if near else "") + " Known types:\n" + "\n".join(f"  {t.name!r}: {t.about}" for t in ATTENTION_TYPES.values()) + "\n  'auto': chooses one, see explain_attention_type")
+    return ATTENTION_TYPES[attention_type]
+
 # %% ../nbs/13_api.ipynb #d5e39e44
 @dataclass(frozen=True)
 class AutoRule:
@@ -297,24 +309,48 @@ class AttentionChoice:
         lines = [f"{self.type}: {self.reason}" + ("; checkpointing" if self.checkpointing else "")]
         return "\n".join(lines + ([str(self.backend)] if self.backend else ["  give seq_len (or a grid) and sizes to hear about backend and memory"]))
 
+# %% ../nbs/13_api.ipynb #5c1d0c01
+def _length(config: StandardizedRingConfig, seq_len: int | None) -> int | None:
+    "How many tokens: those of the grid, where there is one."
+    cells = None if config.grid is None else prod(as_grid(config.grid))
+    if seq_len is None: return cells
+    if cells not in (None, whole_number("seq_len", seq_len, 1)):
+        raise ValueError(f"seq_len={seq_len} and grid={config.grid} with {cells} cells: they must agree")
+    return seq_len
 
+
+def _explained(layer: Any, config: StandardizedRingConfig, shape: tuple[int, int, int, int], layers: int, memory: int | None) -> BackendChoice:
+    "What a layer does for q of this shape, in its own numbers."
+    batch, heads, seq_len, head_dim = shape
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    choice = explain_backend(shape, dtype=config.parameter_dtype, device=device, backend=config.backend, layers=layers, memory=memory, ranks=config.ring_size)
+    name, reason, rejected = layer.choose_backend(device, seq_len)
+    pairs = batch * layer.pairs(seq_len, heads)
+    return replace(choice, backend=name, reason=reason, rejected=MappingProxyType(rejected), pairs=pairs, density=pairs / (batch * heads * seq_len ** 2), flops=4.0 * head_dim * pairs)
+
+# %% ../nbs/13_api.ipynb #5c1d0c02
 def explain_attention_type(
     config: StandardizedRingConfig, # the settings
     seq_len: int | None = None, # N; None: the grid's, if there is one
     *,
+    attention_type: str = "auto", # a name in `ATTENTION_TYPES`, or "auto"
     batch: int = 1, # B
     layers: int = 1, # of the model
     memory: int | None = None, # bytes at hand; None: what the device has free now
 ) -> AttentionChoice: # print it
-    "Which type `'auto'` takes for these settings, and why."
-    rule = next(rule for rule in AUTO_RULES if rule.type in ATTENTION_TYPES and rule.holds(config))
-    n = seq_len if seq_len is not None else None if config.grid is None else torch.Size(as_grid(config.grid)).numel()
-    if n is None or config.dim is None or config.heads is None: return AttentionChoice(rule.type, rule.reason, config.checkpointing, None)
-    device = config.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    backend = explain_backend((batch, config.heads, n, config.dim // config.heads), dtype=config.parameter_dtype, device=device, backend=config.backend, layers=layers, memory=memory,
-                              ranks=config.ring_size, segment_lengths=config.segment_lengths, dilation_rates=config.dilation_rates, dilation_mode=config.dilation_mode or "longnet",
-                              combine=config.combine or "lse")
-    return AttentionChoice(rule.type, rule.reason, config.checkpointing or backend.strategy != "store", backend)
+    "Which type `'auto'` takes for these settings, or what another type does, and why: in the numbers of the layer that would be built."
+    if not isinstance(config, StandardizedRingConfig): raise ValueError(f"config is a {type(config).__name__}: expected a StandardizedRingConfig")
+    batch, layers = whole_number("batch", batch, 1), whole_number("layers", layers, 1)
+    reason = "asked for"
+    if attention_type == "auto":
+        rule = next(rule for rule in AUTO_RULES if rule.type in ATTENTION_TYPES and rule.holds(config))
+        attention_type, reason = rule.type, rule.reason
+    n, kind = _length(config, seq_len), _type_named(attention_type)
+    if n is None or config.dim is None or config.heads is None: return AttentionChoice(kind.name, reason, config.checkpointing, None)
+    layer = kind.build(config)
+    if not hasattr(layer, "pairs"): return AttentionChoice(kind.name, reason, config.checkpointing, None)  # a type of somebody's own
+    backend = _explained(layer, config, (batch, config.heads, n, config.dim // config.heads), layers, memory)
+    return AttentionChoice(kind.name, reason, config.checkpointing or backend.strategy != "store", backend)
 
 # %% ../nbs/13_api.ipynb #8bc9f353
 def _configured(attention_type: str, config: StandardizedRingConfig | None, settings: Mapping[str, Any]) -> tuple[AttentionType, StandardizedRingConfig]:
@@ -323,10 +359,7 @@ def _configured(attention_type: str, config: StandardizedRingConfig | None, sett
     if attention_type == "auto":
         choice = explain_attention_type(config)
         attention_type, config = choice.type, config.replace(checkpointing=choice.checkpointing)
-    if attention_type not in ATTENTION_TYPES:
-        near = difflib.get_close_matches(str(attention_type), ATTENTION_TYPES, 1)
-        raise ValueError(f"attention_type={attention_type!r} is not known" + (f"; did you mean {near[0]!r}?" if near else "") + " Known types:\n" + "\n".join(f"  {t.name!r}: {t.about}" for t in ATTENTION_TYPES.values()) + "\n  'auto': chooses one, see explain_attention_type")
-    return ATTENTION_TYPES[attention_type], config
+    return _type_named(attention_type), config
 
 
 def create_dilated_attention(
@@ -471,7 +504,7 @@ class BlockSparseRingDilatedAttentionHilbertPostPattern(RingBlockSparseAttention
         block_size: int = 128, # tokens per block, without `sparse_config`
         **options: "Unpack[RingBlockOptions]", # of `RingBlockSparseAttention`
     ):
-        lengths, rates = _branch_lists(segment_lengths, dilation_rates)
+        lengths, rates = branches(segment_lengths, dilation_rates)
         pattern = sparse_config or SparsePatternConfig("dilated_sparse", block_size, window=min(lengths), dilation_rates=tuple(rates))
         super().__init__(pattern, dropout, ring_size=ring_size, placement="post_pattern", curve="hilbert" if use_post_pattern else None, block_size=block_size, **options)
 

@@ -9,8 +9,10 @@ __all__ = ['BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
 import os
+import threading
 import warnings
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import isfinite, prod
 from numbers import Real
@@ -262,50 +264,162 @@ MEMORY_POLICY = (
 )
 
 # %% ../nbs/07_backends.ipynb #fb6774c3
-_forced: list[str] = ["auto"]
-_warned: set[str] = set()
-
-
 def _check_backend_name(name: str, source: str = "backend") -> str:
-    if name not in BACKENDS: raise ValueError(f"{source}={name!r}: known backends are {', '.join(map(repr, BACKENDS))}")
-    return name
+    "A name of a backend; a `ValueError` for anything else."
+    if isinstance(name, str) and name in BACKENDS: return name
+    known = ", ".join(map(repr, BACKENDS))
+    raise ValueError(f"{source}={name!r}: known backends are {known}")
+
+# %% ../nbs/07_backends.ipynb #5a1d0c31
+class _ProcessDefault:
+    """The backend that plain calls of `set_backend` force; the newest call counts.
+
+    A call that turns out to open a `with` block takes itself out again."""
+
+    def __init__(self):
+        self.name = "auto"
+        self.calls: list[tuple[weakref.ref, str]] = []
+        self.unlock()
+        os.register_at_fork(after_in_child=self.unlock)
+
+    def unlock(self): self.lock = threading.Lock()
+
+    def add(self, call: "set_backend"):
+        with self.lock:
+            if self.calls and self.calls[-1][0]() is None:  # it can no longer open a block
+                del self.calls[:-1]
+            self.calls.append((weakref.ref(call), call.name))
+            self.name = call.name
+
+    def remove(self, call: "set_backend"):
+        with self.lock:
+            self.calls = [entry for entry in self.calls if entry[0]() is not call]
+            self.name = self.calls[-1][1] if self.calls else "auto"
 
 
+_process_default = _ProcessDefault()
+
+# %% ../nbs/07_backends.ipynb #5a1d0c32
+class _Thread(threading.local):
+    "The blocks of this thread once more: a compiled graph can be guarded by these."
+    def __init__(self): self.names: tuple[str, ...] = ()
+
+
+_thread = _Thread()
+_blocks: ContextVar[tuple[str, ...]] = ContextVar("hilbert_attn_backends", default=())
+
+
+def _enter_blocks(names: tuple[str, ...]):
+    _blocks.set(names)
+    _thread.names = names
+
+
+def _open_blocks() -> tuple[str, ...]:
+    "The `with` blocks around this call, outermost first; in a backward, those around it."
+    if torch.compiler.is_compiling(): return _thread.names
+    names = _blocks.get()
+    if names or torch._C._current_graph_task_id() == -1: return names
+    # A thread of autograd's has no context of its own: it carries the caller's.
+    if not torch._C._is_key_in_tls("context"): return names
+    context = torch._C._get_obj_in_tls("context")
+    return names if context is None else context.get(_blocks, ())
+
+# %% ../nbs/07_backends.ipynb #5a1d0c33
 class set_backend:
-    "Forces a backend for the process, or only inside a `with` block; `'auto'` gives the choice back to the policy."
+    """Forces a backend: for the process, or for what runs inside a `with` block.
+
+    The innermost block wins over the process. A block holds for its own thread or task,
+    and for the threads of a backward that it starts. `'auto'` gives the choice back to the policy."""
 
     def __init__(self, name: str): # one of `BACKENDS`
-        self.previous = _forced[0]
-        _forced[0] = _check_backend_name(name)
+        self.name = _check_backend_name(name)
+        _process_default.add(self)
 
-    def __enter__(self) -> "set_backend": return self
-    def __exit__(self, *error: object) -> None: _forced[0] = self.previous
-    def __repr__(self) -> str: return f"set_backend({_forced[0]!r})"
+    def __enter__(self) -> "set_backend":
+        _process_default.remove(self)
+        _enter_blocks((*_blocks.get(), self.name))
+        return self
+
+    def __exit__(self, *error: object) -> None: _enter_blocks(_blocks.get()[:-1])
+    def __repr__(self) -> str: return f"set_backend({self.name!r})"
+
+# %% ../nbs/07_backends.ipynb #5a1d0c34
+def _forced(backend: str) -> tuple[str, str]:
+    "The backend that somebody forces, and who; 'auto' where nobody does."
+    if _check_backend_name(backend) != "auto": return backend, "the argument backend"
+    blocks = _open_blocks()
+    name = blocks[-1] if blocks else _process_default.name
+    if name != "auto": return name, "set_backend"
+    source = "HILBERT_ATTN_BACKEND"
+    return _check_backend_name(os.environ.get(source) or "auto", source), source
+
+# %% ../nbs/07_backends.ipynb #5a1d0c35
+_warned: set[str] = set()
+_FUSED = ("triton",)  # kernels alone: there is no PyTorch expression to differentiate
+_PASSED_OVER = {
+    "reference": "for tests: float64 and O(N^2)",
+    "sdpa_mask": "computes all N^2 scores and masks them",
+}
 
 
-def _choose(backend: str, device: torch.device, tokens: int | None = None) -> tuple[str, str, dict[str, str]]:
-    "Name of the backend to use, the reason in words, and why each other one was rejected. Rows with a length count only where `tokens` is given."
+def _blocked(device: torch.device, custom_backward: bool) -> dict[str, str]:
+    "Backends that cannot run a call, and why."
     capability = _capability(device)
     reasons = {name: b.why_not(device, capability) for name, b in _BACKENDS.items()}
-    blocked = {name: reason for name, reason in reasons.items() if reason}
-    name, source = _check_backend_name(backend), "the argument backend"
-    if name == "auto": name, source = _forced[0], "set_backend"
-    if name == "auto": name, source = _check_backend_name(os.environ.get("HILBERT_ATTN_BACKEND") or "auto", "HILBERT_ATTN_BACKEND"), "HILBERT_ATTN_BACKEND"
-    others = {"reference": "for tests: float64 and O(N^2)", "sdpa_mask": "computes all N^2 scores and masks them", "triton": "is not the policy's first choice here",
-              "sdpa": "cutting so few tokens into groups costs more than it saves" if tokens else "is not the policy's first choice here"}
-    if name != "auto":
-        if name in blocked:
-            able = ", ".join(repr(b) for b in _BACKENDS if b not in blocked)
-            raise RuntimeError(f"backend {name!r}, asked for by {source}, cannot run on {device}: {blocked[name]}. Backends that can: {able}, or 'auto'.")
-        return name, f"forced by {source}", {b: blocked.get(b, f"{name!r} was forced") for b in _BACKENDS if b != name}
-    if torch.compiler.is_compiling(): tokens = None  # a compiled graph should not depend on a length
+    if not custom_backward:
+        for name in _FUSED: reasons[name] = "it has no plain PyTorch expression to differentiate, which custom_backward=False asks for"
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def _check_forced(name: str, source: str, device: torch.device, blocked: dict[str, str]):
+    if name not in blocked: return
+    able = ", ".join(repr(b) for b in _BACKENDS if b not in blocked)
+    raise RuntimeError(f"backend {name!r}, asked for by {source}, cannot run on {device}: {blocked[name]}. "
+                       f"Backends that can: {able}, or 'auto'.")
+
+# %% ../nbs/07_backends.ipynb #5a1d0c36
+def _warn_once(name: str, device: torch.device, why: str):
+    if name in _warned: return
+    _warned.add(name)
+    warnings.warn(f"hilbert_attn: backend {name!r} is preferred on {device} but {why}; using the next one that can run",
+                  stacklevel=4)
+
+
+def _by_policy(device: torch.device, tokens: int | None, blocked: dict[str, str]) -> tuple[str, str]:
+    "The first row of the policy that fits and can run: name and reason. Rows with a length count only where `tokens` is given."
     for row in POLICY:
-        if row.device not in (device.type, "any") or row.max_tokens is not None and (tokens is None or tokens > row.max_tokens): continue
-        if row.backend not in blocked: return row.backend, row.reason, {b: blocked.get(b, others.get(b, "")) for b in _BACKENDS if b != row.backend}
-        if row.backend not in _warned:
-            _warned.add(row.backend)
-            warnings.warn(f"hilbert_attn: backend {row.backend!r} is preferred on {device} but {blocked[row.backend]}; using the next one that can run", stacklevel=3)
+        if row.device not in (device.type, "any"): continue
+        if row.max_tokens is not None and (tokens is None or tokens > row.max_tokens): continue
+        if row.backend not in blocked: return row.backend, row.reason
+        _warn_once(row.backend, device, blocked[row.backend])
     raise RuntimeError(f"no backend can run on {device}: {blocked}")
+
+# %% ../nbs/07_backends.ipynb #5a1d0c37
+def _choose(
+    backend: str, # what the caller asks for
+    device: torch.device,
+    tokens: int | None = None, # N, where the policy may go by it
+    custom_backward: bool = True, # False: only backends that are plain PyTorch
+) -> tuple[str, str, dict[str, str]]: # name, reason in words, why each other one was rejected
+    "The backend to use."
+    blocked = _blocked(device, custom_backward)
+    name, source = _forced(backend)
+    if name != "auto":
+        _check_forced(name, source, device, blocked)
+        others = {b: f"{name!r} was forced" for b in _BACKENDS}
+        return name, f"forced by {source}", _rejected(name, others | blocked)
+    others = dict.fromkeys(_BACKENDS, "is not the policy's first choice here") | _PASSED_OVER
+    if not custom_backward:
+        name, reason = "sdpa", "the plain PyTorch expression on the groups is what custom_backward=False asks for"
+        return name, reason, _rejected(name, others | blocked)
+    if tokens: others["sdpa"] = "cutting so few tokens into groups costs more than it saves"
+    if torch.compiler.is_compiling(): tokens = None  # a graph should not depend on a length
+    name, reason = _by_policy(device, tokens, blocked)
+    return name, reason, _rejected(name, others | blocked)
+
+
+def _rejected(name: str, reasons: dict[str, str]) -> dict[str, str]:
+    return {b: reason for b, reason in reasons.items() if b != name}
 
 # %% ../nbs/07_backends.ipynb #e28e77a1
 _EXPRESSIONS = ("reference", "sdpa_mask", "sdpa")  # backends that can be written in plain PyTorch

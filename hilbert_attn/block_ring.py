@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .backends import _autocast, _check_tensors
+from .backends import _autocast, _check_backend_name, _check_tensors
+from .common import true_or_false
 from .block_sparse import BlockLists, _both_ways, attend_blocks
-from .ring import _agree, _digest, _outside_graphs, _ring_of, _swap, shard_sizes
+from .ring import Together, _check_scale, _outside_graphs, agree, begin, digest, ring_of, shard_sizes, swap
 
 # %% ../nbs/10c_block_ring.ipynb #0d6a05b5
 def lists_order(
@@ -127,28 +128,33 @@ def plan_block_ring(
 # %% ../nbs/10c_block_ring.ipynb #f188ab33
 class _Fetch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, k, v, plan, ring):
+    def forward(ctx, k, v, plan, ring, number):
         first, others = plan.edges[ring.rank], [rank for rank in range(ring.size) if rank != ring.rank]
-        ctx.plan, ctx.ring, ctx.shape, ctx.own = plan, ring, k.shape, {dst: torch.from_numpy(plan.parcel(ring.rank, dst) - first).to(k.device) for dst in range(ring.size)}
+        ctx.number, ctx.plan, ctx.ring, ctx.shape, ctx.own = number, plan, ring, k.shape, {dst: torch.from_numpy(plan.parcel(ring.rank, dst) - first).to(k.device) for dst in range(ring.size)}
         received = {src: k.new_empty(2, *k.shape[:2], n, k.shape[3]) for src in others if (n := len(plan.parcel(src, ring.rank)))}
         def pack(index): return torch.stack([k.index_select(2, index), v.index_select(2, index)])
         sends = {dst: pack(ctx.own[dst]) for dst in others if len(ctx.own[dst])}
-        if ring.size > 1: _swap(ring, "block_sparse_ring_attention", sends, received)
+        if ring.size > 1: swap(ring, "block_sparse_ring_attention", number, sends, received)
         received[ring.rank] = pack(ctx.own[ring.rank])
         ctx.sources = sorted(received)
         return tuple(torch.cat([received[src][i] for src in ctx.sources], 2) for i in range(2))
 
     @staticmethod
     def backward(ctx, dk, dv):
+        with begin(ctx.ring, "block_sparse_ring_attention, backward", ctx.number): total = _Fetch.send_back(ctx, dk, dv)
+        return *total.to(dk.dtype), None, None, None
+
+    @staticmethod
+    def send_back(ctx, dk, dv) -> Tensor: # (2, B, H_kv, n, D): the gradients of this rank's rows
         ring, wide = ctx.ring, torch.promote_types(dk.dtype, torch.float32)
         parts = torch.stack([dk, dv]).to(wide).split([len(ctx.plan.parcel(src, ring.rank)) for src in ctx.sources], 3)
         parts = dict(zip(ctx.sources, parts))
         arrived = {dst: parts[ring.rank].new_empty(*parts[ring.rank].shape[:3], len(index), ctx.shape[3]) for dst, index in ctx.own.items() if dst != ring.rank and len(index)}
-        if ring.size > 1: _swap(ring, "block_sparse_ring_attention, backward", {src: x for src, x in parts.items() if src != ring.rank}, arrived)
+        if ring.size > 1: swap(ring, "block_sparse_ring_attention, backward", ctx.number, {src: x for src, x in parts.items() if src != ring.rank}, arrived)
         arrived[ring.rank] = parts[ring.rank]
         total = torch.zeros(2, *ctx.shape, dtype=wide, device=dk.device)
         for dst in sorted(arrived): total.index_add_(3, ctx.own[dst], arrived[dst])
-        return *total.to(dk.dtype), None, None
+        return total
 
 
 def _planned(lists: BlockLists, size: int, rank: int) -> tuple[BlockRingPlan, BlockLists]:
@@ -185,7 +191,9 @@ def block_sparse_ring_attention(
     """Exact block-sparse attention over a sequence of which every rank holds a shard, differentiable in q, k, v through output and LSE; only needed blocks travel.
 
     Every rank of the group has to call it, and to call backward, the same number of times. `ValueError` on every rank where arguments are wrong or differ between ranks; `RuntimeError` where a rank is lost."""
-    ring, error = _ring_of(group), None
+    ring, error = ring_of(group), None
+    ring.check_usable()
+    number = ring.next_call()
     common, local = {}, {}
     try:
         if all(isinstance(x, Tensor) for x in (q, k, v)): q, k, v = _autocast(q, k, v)
@@ -193,15 +201,18 @@ def block_sparse_ring_attention(
         if not isinstance(lists, BlockLists): raise ValueError(f"lists is a {type(lists).__name__}: expected BlockLists of the whole sequence")
         if lists.device != q.device: raise ValueError(f"the block lists are on {lists.device} and q on {q.device}: they must be on one device; see BlockLists.to")
         if any(n not in (1, size) for n, size in zip(lists.groups, q.shape)): raise ValueError(f"the block lists are for groups={lists.groups} (batches, heads); q has B={q.shape[0]} and H={q.shape[1]}: expected 1 or as many")
-        if scale is not None and not 0 < scale < float("inf"): raise ValueError(f"scale={scale}: must be positive and finite, or None for 1 / sqrt(D)")
+        _check_scale(scale)
+        _check_backend_name(backend)
+        return_lse = true_or_false("return_lse", return_lse)
         plan, own = _planned(lists, ring.size, ring.rank)
         if q.shape[2] != plan.sizes[ring.rank]: raise ValueError(f"q has {q.shape[2]} positions on rank {ring.rank} of {ring.size}: the block lists are for {lists.num_queries} tokens, of which this rank holds {plan.sizes[ring.rank]}")
         common = dict(seq_len=lists.num_queries, batch=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3], dtype=q.dtype, device=q.device.type, layout="contiguous", scale=scale,
-                      order=_digest(lists_order(lists)), block_size=lists.block_size, blocks=len(lists.rows.index), causal=lists.causal,
+                      order=digest(lists_order(lists)), block_size=lists.block_size, blocks=len(lists.rows.index), causal=lists.causal,
                       requires_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
         local = dict(rows=q.shape[2])
-    except ValueError as found: error = found
-    _agree(ring, "block_sparse_ring_attention", common, local, error)
-    k, v = _Fetch.apply(k, v, plan, ring)
-    out, lse = attend_blocks(q, k, v, own, scale=scale, backend=backend)
+    except Exception as found: error = found
+    agree(ring, "block_sparse_ring_attention", dict(call=number, stage="begin", **common), local, error)
+    with Together(ring, "block_sparse_ring_attention", number):
+        k, v = _Fetch.apply(k, v, plan, ring, number)
+        out, lse = attend_blocks(q, k, v, own, scale=scale, backend=backend)
     return (out, lse) if return_lse else out

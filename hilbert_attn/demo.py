@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PATCH', 'MASKED', 'NAIVE', 'Photo', 'load_photo', 'photo_tokens', 'project_tokens', 'draw_curve', 'draw_segments',
            'patch_weights', 'weight_kept', 'draw_attention', 'demo_candidates', 'compare_orders', 'demo_table',
-           'write_report', 'DemoResult', 'run_demo']
+           'which_order', 'write_report', 'DemoResult', 'run_demo']
 
 # %% ../nbs/16_demo.ipynb #e73a3a76
 import base64
@@ -303,6 +303,22 @@ def demo_table(
                   both_ms="fwd+bwd ms", both_over_masked="x masked", both_over_naive="x naive")
     return "\n\n".join(format_table(part, formats, titles) for part, formats in (([row for row in rows if row["error"] is not None], keeps), (rows, takes)))
 
+# %% ../nbs/16_demo.ipynb #b84e2d19
+def which_order(
+    rows: list[dict], # from `compare_orders`
+) -> str: # three sentences
+    "What the comparison says about the choice of an order."
+    of = {row["name"]: row for row in rows if row["name"] in CURVES}
+    most = max(of, key=lambda name: of[name]["reach"])
+    fastest = min(of, key=lambda name: of[name]["both_ms"])
+    reach = ", ".join(f"{name} {of[name]['reach']:.1%}" for name in dict.fromkeys((most, "hilbert", "row_major")))
+    return (f"Weight kept: {reach}. Segments of Morton's order and of tiles are squares where their size is a power of four, "
+            "and can fall apart at other sizes; Hilbert's are one piece at any size, on any grid: the choice where sizes vary.\n"
+            f"Time: {fastest} is the fastest here. Rows need no gathering, and all orders have equally many pairs: "
+            "a model that lays its tokens along the curve once, at its door, pays for the order once and not in every layer "
+            "(`HilbertOrder`, then `curve=None`).\n"
+            "Rows are the choice where tokens are a sequence, or where segments are so long that they hold many whole rows.")
+
 # %% ../nbs/16_demo.ipynb #8197171b
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fbfaf7; --card: #ffffff; --ink: #22262d; --soft: #666e7a; --line: #e3e1da; --accent: #2f5fd0; --bar: #b9bec9; --tint: #eef2fb; }
@@ -583,6 +599,7 @@ def write_report(
     best = max(CURVES, key=lambda curve: measures[curve].neighbors_kept)
     def grid_of(view, kind, names, caption): return f'<div class="panels {kind}">' + "\n".join(_canvas(view, x, caption(x)) for x in names) + "</div>"
     def fallback(name, text): return f'<noscript><img src="{pictures[name]}" alt="{text}"></noscript>'
+    advice = "\n".join(f"<p>{html.escape(line)}</p>" for line in which_order(rows).replace("`", "").splitlines())
     row, col = patch
     body = f"""
 <header class="hero">
@@ -629,6 +646,9 @@ each head and throws {1 - ours['share']:.0%} of them away, and naive PyTorch als
 {_table_html(rows, _TIMES, '<tr><th></th><th colspan="3" class="over">forward</th><th colspan="3" class="over">forward + backward</th></tr>')}
 <p><em>&times; masked</em> and <em>&times; naive</em> say how many times faster than these baselines. The five orders have equally many pairs; only row-major needs no gathering.</p>
 
+<h2>The choice</h2>
+{advice}
+
 <h2>The proof</h2>
 <p>Every order was checked before it was timed: output, dQ, dK and dV against a dense masked softmax in float64, for {checked}. An output may be twice as far off as PyTorch's own masked attention on the same inputs, a gradient
 three times, plus a few roundings. The table shows what came closest to that bound. All {len(checks)} passed, or this page would not exist; the closest call was {worst['name']}, at {worst['error'] / worst['allowed']:.0%} of what is allowed.</p>
@@ -664,7 +684,7 @@ class DemoResult:
         legend = (f"Pairs are per head, times are medians; 'x masked' and 'x naive' say how many times faster than {MASKED} and {NAIVE}.\n"
                   "'neighbours kept' is the share of neighbouring patches in the same segment, 'weight kept' that of the dense attention weight.\n"
                   f"Each order's output and gradients match the float64 oracle (checked: {heads} head{'s' * (heads > 1)}).")
-        return "\n".join([head, "", demo_table(self.rows), "", legend, "", f"{self.seconds:.0f} s. Open {self.files['report.html']}"])
+        return "\n".join([head, "", demo_table(self.rows), "", legend, "", which_order(self.rows), "", f"{self.seconds:.0f} s. Open {self.files['report.html']}"])
 
 
 def run_demo(

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from ring_processes import check_tree
 from torch.nn.parallel import DistributedDataParallel
 
 from hilbert_attn import HilbertAttentionCore, HilbertAttentionCoreWithSDPA, RingDilatedAttentionHilbertCore
@@ -20,6 +21,7 @@ def step(module, x):
 
 
 def main(rank: int, store: str):
+    check_tree()
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60))
     groups = [dist.new_group([r]) for r in range(2)]  # a ring of one: the processes share the batch, not the sequence
     makers = {name: lambda name=name: create_standardized_ring_attention(name, **SETTINGS, group=groups[rank]) for name in ATTENTION_TYPES}

@@ -1,15 +1,26 @@
 """Run by `test_block_ring.py` in each of P gloo processes: block-sparse attention over shards, against float64 and against the plan."""
 import sys
 from datetime import timedelta
+from unittest import mock
 
 import torch
 import torch.distributed as dist
+from ring_processes import check_tree, outcome
 
 import hilbert_attn.block_ring as block_ring
-from hilbert_attn.block_ring import block_sparse_ring_attention, lists_order, plan_block_ring
+from hilbert_attn.block_ring import (
+    block_sparse_ring_attention,
+    lists_order,
+    plan_block_ring,
+)
 from hilbert_attn.block_sparse import block_lists, lists_from_block_mask
 from hilbert_attn.curves import curve_order
-from hilbert_attn.patterns import NeighborhoodPattern, SegmentPattern, SlidePattern, WindowPattern
+from hilbert_attn.patterns import (
+    NeighborhoodPattern,
+    SegmentPattern,
+    SlidePattern,
+    WindowPattern,
+)
 from hilbert_attn.reference import assert_matches_oracle
 from hilbert_attn.ring import shard_sequence, unshard_sequence
 
@@ -34,8 +45,11 @@ def check(rank, size, name, lists, kv_heads=4, dtype=torch.float32, scale=None):
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, h, 77, 16, dtype=torch.float64, generator=generator).to(dtype) for h in (4, kv_heads, kv_heads))
     order, moved = lists_order(lists), []
-    swap = block_ring._swap
-    block_ring._swap = lambda ring, what, sends, receives: moved.append(sum(x.numel() for x in receives.values())) or swap(ring, what, sends, receives)
+    swap = block_ring.swap
+    def counted(ring, what, number, sends, receives):
+        moved.append(sum(x.numel() for x in receives.values()))
+        swap(ring, what, number, sends, receives)
+    block_ring.swap = counted
 
     def attention(q, k, v):
         shards = [shard_sequence(x, None, 2, order) for x in (q, k, v)]
@@ -55,7 +69,7 @@ def check(rank, size, name, lists, kv_heads=4, dtype=torch.float32, scale=None):
     G = lists.groups
     dense = lists.mask().view(*G, 77, 77).expand(2 if G[0] > 1 else 1, 4 if G[1] > 1 else 1, 77, 77)
     assert_matches_oracle(lambda q, k, v: attention(*(Whole.apply(x) for x in (q, k, v))), q, k, v, dense, scale=scale)
-    block_ring._swap = swap
+    block_ring.swap = swap
     plan = plan_block_ring(lists, size)
     expected = plan.elements_received(rank, 2, kv_heads, 16)
     back = 2 * 2 * kv_heads * 16 * sum(len(plan.parcel(rank, dst)) for dst in range(size) if dst != rank)
@@ -63,7 +77,31 @@ def check(rank, size, name, lists, kv_heads=4, dtype=torch.float32, scale=None):
     assert sum(plan.rows_received(r) for r in range(size)) == sum(len(plan.parcel(a, b)) for a in range(size) for b in range(size) if a != b)
 
 
+def errors(rank, size, lists):
+    "What goes wrong on rank 1 is the same error on all ranks, and the next call works."
+    n = plan_block_ring(lists, size).sizes[rank]
+    q = torch.randn(1, 1, n, 16, requires_grad=True)
+    def failing(name): return mock.patch.object(block_ring, name, side_effect=MemoryError("no memory left"))
+
+    def attend():
+        if rank == 1:
+            with failing("attend_blocks"): block_sparse_ring_attention(q, q, q, lists)
+        else: block_sparse_ring_attention(q, q, q, lists)
+    def scale(): block_sparse_ring_attention(q, q, q, lists, scale="1" if rank == 1 else None)
+    def backend(): block_sparse_ring_attention(q, q, q, lists, backend="bogus" if rank == 1 else "auto")
+    def orders():
+        outs = [block_sparse_ring_attention(q, q, q, lists) for _ in range(2)]
+        for out in outs if rank != 1 else outs[::-1]: out.sum().backward()
+
+    wanted = {attend: ("MemoryError", "no memory left (on rank 1)"), scale: ("ValueError", "scale='1'"), backend: ("ValueError", "backend='bogus'"), orders: ("ValueError", "call is ")}
+    for function, (kind, text) in wanted.items():
+        found = outcome(function)
+        assert found["type"] == kind and text in found["message"] and found["took"] < 10, (function, found)
+        block_sparse_ring_attention(q, q, q, lists).sum().backward()
+
+
 def main(rank: int, size: int, store: str):
+    check_tree()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=40))
     for name, lists, options in cases(): check(rank, size, name, lists, **options)
@@ -78,6 +116,7 @@ def main(rank: int, size: int, store: str):
         except ValueError as error: assert "this rank holds" in str(error) and "rank 1" in str(error), error
         else: raise AssertionError("a short shard was not noticed")
         block_sparse_ring_attention(q, q, q, lists)  # and the group still works
+        errors(rank, size, next(iter(cases()))[1])
     dist.destroy_process_group()
 
 

@@ -1,28 +1,30 @@
 """What the processes of test_ring.py run: `python ring_worker.py SUITE,... RANK WORLD STORE RESULTS`; one JSON line per result."""
-import json
-import os
-import sys
-import time
-import traceback
 import weakref
-from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from pathlib import Path
+from itertools import permutations
 from unittest import mock
 
 import torch
 import torch.distributed as dist
+from ring_processes import attempt, main, outcome
 from torch.utils._python_dispatch import TorchDispatchMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import hilbert_attn.reference as reference
 import hilbert_attn.ring as ring_module
 from hilbert_attn.backends import hilbert_attention
 from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import SegmentPattern, attention_mask
-from hilbert_attn.reference import assert_matches_oracle, masked_attention
-from hilbert_attn.ring import plan_ring, ring_attention, ring_dilated_attention, shard_positions, shard_sequence, shard_sizes, unshard_sequence
+from hilbert_attn.reference import assert_matches_oracle
+from hilbert_attn.ring import (
+    plan_ring,
+    ring_attention,
+    ring_dilated_attention,
+    shard_positions,
+    shard_sequence,
+    shard_sizes,
+    unshard_sequence,
+)
 
 
 @dataclass(frozen=True)
@@ -228,102 +230,13 @@ def check(case, group, rank, world):
     return dict(report=str(report), received=found["elements"])
 
 
-def attempt(results, name, function, *arguments):
-    "Runs one check and writes down how it went."
-    start = time.perf_counter()
-    try: entry = dict(ok=True, **(function(*arguments) or {}))
-    except Exception: entry = dict(ok=False, error=traceback.format_exc()[-3000:])
-    results.write(json.dumps(dict(name=name, seconds=round(time.perf_counter() - start, 3), **entry)) + "\n")
-    results.flush()
-    return entry["ok"]
-
-
 def numbers(results, rank, world):
     "All cases at all world sizes; the larger first, so that ranks which are done leave."
-    groups = {p: dist.new_group(list(range(p)), timeout=timedelta(seconds=60)) for p in WORLDS}
+    groups = {p: dist.new_group(list(range(p)), timeout=timedelta(seconds=20)) for p in WORLDS}
     for p in sorted(WORLDS, reverse=True):
         if rank >= p: continue
         for case in CASES:
             with mock.patch.dict(ring_module._TURN_BYTES, {} if case.turn_bytes is None else dict(cpu=case.turn_bytes)): attempt(results, f"{p} {case}", check, case, groups[p], rank, p)
-
-
-@contextmanager
-def on_rank(ring_rank, rank, name, action):
-    "On one rank, `action` runs before the first call of a function of hilbert_attn.ring; on the others nothing changes."
-    original, calls = getattr(ring_module, name), []
-    def wrapped(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 1: action()
-        return original(*args, **kwargs)
-    with mock.patch.object(ring_module, name, wrapped if rank == ring_rank else original): yield
-
-
-def outcome(function):
-    "Name, text and seconds of what a call raises; an error if it returns."
-    start = time.perf_counter()
-    try: function()
-    except Exception as error: return dict(type=type(error).__name__, message=str(error), took=round(time.perf_counter() - start, 2))
-    raise AssertionError("returned a result")
-
-
-def faults(results, rank, world):
-    "What goes wrong on one rank, and what all ranks say; the last one takes rank 1 with it."
-    def tensors(batch=1, heads=2, n=8, dtype=torch.float32): return [torch.randn(batch, heads, n, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
-    def works(group): return ring_attention(*tensors(), group=group).sum().backward()
-    short = [dist.new_group(list(range(world)), timeout=timedelta(seconds=2)) for _ in range(6)]
-    orders = [torch.randperm(24, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-    odd = rank == 1
-    mismatches = dict(
-        shape=lambda: ring_attention(*tensors(heads=4 if odd else 2)),
-        dtype=lambda: ring_attention(*tensors(dtype=torch.float64 if odd else torch.float32)),
-        order=lambda: ring_attention(*tensors(), causal=True, order=orders[odd]),
-        layout=lambda: ring_attention(*tensors(), causal=True, layout="zigzag" if odd else "contiguous"),
-        segments=lambda: ring_dilated_attention(*tensors(), (8, 16), (1, 2 + odd)),
-        function=lambda: ring_dilated_attention(*tensors(), (24,), (1,)) if odd else ring_attention(*tensors()),
-        argument=lambda: ring_attention(tensors()[0], *tensors(n=7 if odd else 8)[1:]),
-        everywhere=lambda: ring_attention(*tensors(), segment_size=4, dilation_rate=5),
-        uneven_zigzag=lambda: ring_attention(*tensors(n=9 if odd else 8), layout="zigzag"),
-        check=lambda: ring_attention(*tensors(), check="never" if odd else None),
-        unshard=lambda: unshard_sequence(tensors()[0], dim=2 if odd else 1))
-    for name, call in mismatches.items():
-        attempt(results, name, outcome, call)
-        attempt(results, name + ", then usable", works, None)
-
-    def remembered(): # with check="once", a rank calls with another shape after all have agreed on the first
-        def call(heads): return ring_attention(*tensors(heads=heads), group=short[0], check="once")
-        call(2)
-        found = outcome(lambda: call(4 if odd else 2))
-        return found | dict(again=outcome(lambda: works(short[0])))
-    attempt(results, "remembered", remembered)
-
-    def stalls(kernel, group):
-        dist.barrier()
-        with on_rank(1, rank, kernel, lambda: time.sleep(4)): found = outcome(lambda: works(group))
-        return found | dict(again=outcome(lambda: works(group)))
-    attempt(results, "stalls forward", stalls, "_kernel", short[1])
-    attempt(results, "stalls backward", stalls, "_kernel_backward", short[2])
-
-    def fails():
-        raise MemoryError("no memory left")
-    def raises(kernel, group):
-        dist.barrier()
-        with on_rank(1, rank, kernel, fails): found = outcome(lambda: works(group))
-        return found | dict(again=outcome(lambda: works(group)))
-    attempt(results, "raises forward", raises, "_kernel", short[3])
-    attempt(results, "raises backward", raises, "_kernel_backward", short[4])
-
-    def beside(): # an exchange is under way while segments inside the shard are computed, and that fails on one rank
-        def call(): return ring_dilated_attention(*tensors(), (4, 24), (1, 2), dilation_mode="longnet")
-        with mock.patch.object(ring_module, "hilbert_attention", side_effect=MemoryError("no memory left")) if odd else nullcontext():
-            found = outcome(call) if odd else dict(type=call() is None)
-        call()
-        return found
-    attempt(results, "raises beside", beside)
-
-    dist.barrier()
-    def exits():
-        with on_rank(1, rank, "_kernel", lambda: os._exit(3)): return outcome(lambda: works(short[5]))
-    attempt(results, "exits", exits)
 
 
 def memory(results, rank, world):
@@ -346,9 +259,62 @@ def memory(results, rank, world):
             for backward in (False, True): attempt(results, f"{p} {name}, {'forward and backward' if backward else 'forward'}", peak, groups[p], p, *heads, options, backward)
 
 
+def relaid(x, name):
+    "The same values, lying in memory in another way."
+    if name == "contiguous": return x
+    if name == "last stride 2": return torch.stack([x, x.detach() + 1], -1).flatten(-2)[..., ::2]
+    if name == "rows in steps": return torch.stack([x, x.detach() + 1], 3).flatten(2, 3)[:, :, ::2]
+    if name == "an offset": return torch.cat([x.detach(), x], 2)[:, :, x.shape[2]:]
+    order = [int(axis) for axis in name]
+    return x.permute(order).contiguous().permute([order.index(axis) for axis in range(4)])
+
+
+LAYOUTS_IN_MEMORY = ("last stride 2", "rows in steps", "an offset", *("".join(map(str, order)) for order in permutations(range(4))))
+
+
+def strides(results, rank, world):
+    "Any strides of q, k, v and of the upstream gradients of out and LSE."
+    calls = dict(dense={}, causal=dict(causal=True, layout="zigzag"), inside=dict(segment_size=3), across=dict(segment_size=10, dilation_rate=3),
+                 both=dict(segment_lengths=(3, 20), dilation_rates=(1, 2)))
+
+    def compare(group, options, dtype):
+        function = ring_dilated_attention if "segment_lengths" in options else ring_attention
+        generator = torch.Generator().manual_seed(rank)
+        q, k, v, dout = (torch.randn(2, h, 6, 8, dtype=dtype, generator=generator) for h in (4, 2, 2, 4))
+        dlse = torch.randn(2, 4, 6, generator=generator).to(torch.promote_types(dtype, torch.float32))
+
+        def run(*names):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            out, lse = function(*(relaid(x, name) for x, name in zip(leaves, names)), group=group, return_lse=True, **options)
+            upstream = relaid(dout, names[3]), relaid(dlse[..., None].expand(-1, -1, -1, 2).contiguous(), names[4])[..., 0]
+            return out, lse, *torch.autograd.grad((out, lse), leaves, upstream)
+
+        limit = 1e-5 if dtype == torch.float32 else 0.06 # bfloat16: rounded in another order
+        expected = run(*["contiguous"] * 5)
+        names = LAYOUTS_IN_MEMORY
+        for i in range(len(names)):
+            for a, e in zip(run(*(names[(i + shift) % len(names)] for shift in range(5))), expected): torch.testing.assert_close(a, e, rtol=limit, atol=limit)
+
+        found = [] # one head for all, and one number as the gradient of all
+        for copy in (lambda x: x, lambda x: x.contiguous()):
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+            inputs = [copy(x[:, :1].expand_as(x)) for x in leaves]
+            out, lse = function(*inputs, group=group, return_lse=True, **options)
+            found.append((out, lse, *torch.autograd.grad((out, lse), leaves, (copy(dout[:, :, :1, :1].expand_as(dout)), copy(dlse[:, :1, :1].expand_as(dlse))))))
+        for a, e in zip(*found): torch.testing.assert_close(a, e, rtol=limit, atol=limit)
+
+    groups = {p: dist.new_group(list(range(p))) for p in (1, 2, 4)}
+    for p in (4, 2, 1):
+        if rank >= p: continue
+        for name, options in calls.items():
+            for dtype in (torch.float32, torch.bfloat16): attempt(results, f"{p} {name} {dtype}", compare, groups[p], options, dtype)
+
+
 def torch_ring(results, rank, world):
     "PyTorch's own ring, made for GPUs, on the CPU's flash operators; contiguous, and balanced as our zigzag."
-    from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
+    from torch.distributed.tensor.experimental._context_parallel import (
+        _attention as theirs,
+    )
 
     def compare(group, size, causal, balanced):
         generator, layout, n = torch.Generator().manual_seed(1), "zigzag" if balanced else "contiguous", 32 * size
@@ -467,13 +433,13 @@ def sharding(results, rank, world):
             if not torch.equal(unshard_sequence(shard_sequence(x)), x): raise AssertionError(n)
     attempt(results, "lengths vary", varying)
 
-    def agreements(): # one small all-gather per call; with check="once", one per kind of call
-        counts = {}
-        for check in ("every", "once"):
-            counts[check] = []
-            for n in (16, 16, 16):
-                with Messages() as messages: ring_attention(*[torch.randn(1, 2, n, 8)] * 3, segment_size=8, check=check)
-                counts[check].append(dict(messages.others))
+    def agreements(): # two small all-gathers per call, and two more on the way back where ranks send
+        counts = []
+        for options in (dict(segment_size=8), dict(segment_size=32, dilation_rate=2), {}):
+            x = [torch.randn(1, 2, 16, 8, requires_grad=True) for _ in range(3)]
+            with Messages() as messages: out = ring_attention(*x, **options)
+            with Messages() as back: out.sum().backward()
+            counts.append([messages.others, back.others])
         return dict(counts=counts)
     attempt(results, "agreements", agreements)
 
@@ -489,10 +455,4 @@ def sharding(results, rank, world):
     attempt(results, "twice", twice)
 
 
-if __name__ == "__main__":
-    suites, rank, world, store, folder = sys.argv[1].split(","), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4], Path(sys.argv[5])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60))
-    for suite in suites:
-        with open(folder / f"{suite}-{rank}.jsonl", "w") as results: globals()[suite](results, rank, world)
-    os._exit(0)  # without waiting for ranks that a test has left behind
+if __name__ == "__main__": main(globals())

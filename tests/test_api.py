@@ -4,6 +4,7 @@ import inspect
 import io
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from ring_processes import tree_environment
 
 import hilbert_attn
 from hilbert_attn import (ATTENTION_TYPES, MultiheadDilatedAttention, StandardizedRingConfig, TransformerBlock, create_dilated_attention, create_multihead_dilated_attention,
@@ -127,7 +129,8 @@ def test_one_process_says_so(name):
 @pytest.mark.timeout(200)
 def test_distributed(tmp_path):
     "Gradients of two processes with half of the batch each are those of one process; so are those of two that share each sequence."
-    workers = [subprocess.Popen([sys.executable, str(HERE / "api_worker.py"), str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for rank in range(2)]
+    workers = [subprocess.Popen([sys.executable, str(HERE / "api_worker.py"), str(rank), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                env=tree_environment()) for rank in range(2)]
     try: outputs = [worker.communicate(timeout=180) for worker in workers]
     finally:
         for worker in workers: worker.kill()
@@ -198,6 +201,63 @@ def test_auto_explains_itself():
     small = explain_attention_type(StandardizedRingConfig(dim=64, heads=4), 1000, memory=10**9)
     large = explain_attention_type(StandardizedRingConfig(dim=64, heads=4), 10**6, layers=12, memory=10**9)
     assert not small.checkpointing and large.checkpointing and "checkpoint" in str(large) and "sdpa" in str(small)
+
+
+def attended_pairs(layer, n, heads):
+    "Counts what a layer does: with equal scores, a row of weights is its keys' counts over their sum, and some key counts once."
+    q, v = torch.zeros(1, n, heads, n), torch.eye(n)[None, :, None].expand(1, n, heads, n)
+    inside = [getattr(layer, name, lambda x: x) for name in ("shard", "unshard")]
+    weights = inside[1](layer(*(inside[0](x) for x in (q, q, v))))
+    smallest = weights.masked_fill(weights == 0, 2).amin(-1)
+    return sum(round(1 / w) for w in smallest.flatten().tolist() if w < 2)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(use_hilbert=False), dict(causal=True), dict(combine="heads"), dict(combine="lse"), dict(dilation_mode="keys"),
+                                     dict(dilation_mode="longnet"), dict(dilation_mode="residue"), dict(dilation_mode="longnet", combine="heads"), dict(sparsity=0.5),
+                                     dict(sparsity=0.2, block_size=5), dict(segment_lengths=[5, 7, 24], dilation_rates=[1, 3, 4]), dict(grid=None), dict(grid=(30, 1))], ids=str)
+@pytest.mark.parametrize("name", [*TYPES, "auto"])
+def test_the_explanation_counts_what_the_layer_does(name, changes):
+    config = StandardizedRingConfig(**{**SETTINGS, **changes})
+    n = 24 if config.grid is None else torch.Size(config.grid).numel()
+    choice = explain_attention_type(config, n, attention_type=name, batch=3)
+    layer = create_dilated_attention(choice.type, config.replace(causal=False))  # causality is not counted
+    assert choice.backend.pairs == 3 * attended_pairs(layer, n, 4)
+    assert choice.backend.flops == 4 * 8 * choice.backend.pairs and choice.backend.density == choice.backend.pairs / (3 * 4 * n * n)
+    assert f"{choice.backend.pairs:,} pairs" in str(choice)
+
+
+@pytest.mark.parametrize("name", TYPES)
+@pytest.mark.parametrize("backend", ("auto", "sdpa_mask"))
+def test_the_explanation_names_the_backend_that_runs(name, backend, monkeypatch):
+    used, choose = [], hilbert_attn.backends._choose
+    def noted(*a, **options):
+        used.append(choose(*a, **options)[0])
+        return used[-1], "", {}
+    config = StandardizedRingConfig(**{**SETTINGS, "backend": backend})
+    expected = explain_attention_type(config, attention_type=name).backend.backend
+    layer, q = create_dilated_attention(name, config), torch.zeros(1, 24, 4, 8)
+    for module in ("backends", "dilated", "modules", "block_sparse"): monkeypatch.setattr(f"hilbert_attn.{module}._choose", noted)
+    layer(q, q, q)
+    assert used[0] == expected
+
+
+def test_an_explanation_for_a_type_of_ones_own_and_for_no_type():
+    with pytest.raises(ValueError, match="attention_type='ringg' is not known; did you mean 'ring'"): explain_attention_type(StandardizedRingConfig(), attention_type="ringg")
+    with pytest.raises(ValueError, match="config is a dict: expected a StandardizedRingConfig"): explain_attention_type(dict(dim=32))
+    with pytest.raises(ValueError, match=r"seq_len=25 and grid=\(4, 6\) with 24 cells: they must agree"): explain_attention_type(StandardizedRingConfig(**SETTINGS), 25)
+    for name, value in (("seq_len", 24.0), ("batch", "2"), ("layers", 0)):
+        with pytest.raises(ValueError, match=f"{name}={value!r}: "): explain_attention_type(StandardizedRingConfig(dim=32, heads=4), **{"seq_len": 24, name: value})
+    with pytest.raises(TypeError, match="sequence_length"): explain_attention_type(StandardizedRingConfig(), sequence_length=24)
+
+
+@pytest.mark.parametrize("name, values", [
+    ("segment_lengths", [[20.9, 4, 4], "24", [True, 4, 4], float("nan"), None]), ("dilation_rates", [[1, 2.5, 4], "124"]), ("dim", [32.0, "32", True, float("nan")]),
+    ("heads", [4.0, "4"]), ("ring_size", [1.0, True, None]), ("block_size", [8.0, "8"]), ("dropout", [float("nan"), "0.1", None, True]), ("sparsity", [float("nan"), "0.5", True]),
+    *((name, ["False", 0, 1, None, float("nan")]) for name in ("causal", "use_hilbert", "checkpointing", "bias")), ("grid", [(4, 2.5), "24", float("nan")])], ids=str)
+def test_settings_are_what_they_seem(name, values):
+    for value in values:
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: ") + "(expected|must)"): StandardizedRingConfig(**{name: value})
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: ")): create_dilated_attention("standard", **{name: value})
 
 
 def test_which_when_is_the_policy():

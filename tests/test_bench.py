@@ -12,7 +12,7 @@ import torch
 
 import hilbert_attn
 from hilbert_attn import bench
-from hilbert_attn.bench import (BRANCH_CALLS, CHECKPOINTED, DENSE, MASKED, MASKED_HILBERT, MATMUL, NAIVE, ONE_CALL, OURS, OURS_HILBERT, OURS_HILBERT_LSE, OURS_LSE, STORED, SUITES, Candidate, bench_cpu, bench_rows,
+from hilbert_attn.bench import (BRANCH_CALLS, CHECKPOINTED, DENSE, MASKED, MASKED_HILBERT, MATMUL, NAIVE, ONE_CALL, OURS, OURS_HILBERT, OURS_HILBERT_LSE, OURS_LSE, RESHAPED, GATHERED, STORED, SUITES, Candidate, Case, bench_cpu, bench_rows,
                                 bench_targets, check_exact, compare_runs, dilated_targets, environment, format_run, format_table, latest_runs, load_run, load_runs, machine_limits, machine_slug, measure, measurements,
                                 peak_memory, plot_run, race_rows, report_run, results_folder, run_suite, run_tables, save_run)
 from hilbert_attn.patterns import SegmentPattern, attention_mask
@@ -147,12 +147,34 @@ def toy() -> dict: return bench_cpu(quick=True, progress=False)
 
 
 def test_the_suite_runs_all_its_rows(toy):
-    forward = {NAIVE, MASKED, MASKED_HILBERT, DENSE, OURS, OURS_HILBERT, MATMUL}
+    forward = {NAIVE, MASKED, MASKED_HILBERT, DENSE, RESHAPED, GATHERED, OURS, OURS_HILBERT, MATMUL}
     assert {row["name"] for row in toy["rows"] if row["direction"] == "forward"} == forward
     assert {row["name"] for row in toy["rows"] if row["direction"] == "forward+backward"} == forward | {OURS_LSE, OURS_HILBERT_LSE}
     assert set(toy["checks"]) == {row["name"] for row in toy["rows"]} - {MATMUL}
     assert all(0 < row["p20"] <= row["median"] <= row["p80"] for row in toy["rows"] + toy["sweep"])
     assert all(0 < case["peak_extra_bytes"] for case in toy["memory"])
+
+
+def test_groups_made_by_hand_give_the_same_bits():
+    by_hand = {RESHAPED: OURS, GATHERED: OURS_HILBERT}
+    of = {candidate.name: candidate for candidate in bench._cpu_candidates(bench.CPU_QUICK)}
+    q, k, v, upstream = (torch.randn(1, 2, 256, 64) for _ in range(4))
+    for theirs, ours in by_hand.items():
+        assert torch.equal(of[theirs].forward(q, k, v)(), of[ours].forward(q, k, v)())
+        gradients = [of[name].backward(q, k, v, upstream, None)() for name in (theirs, ours)]
+        assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("side, depth", [(2, 2), (2, 15), (64, 100), (256, 1024), (1024, 1024), (1024, 8191)])
+def test_the_matrix_product_has_the_size_that_was_asked_for(side, depth):
+    assert bench._matmul_of(2 * side * side * depth) == (side, side, depth)
+
+
+def test_the_limit_does_as_many_operations_as_the_attention():
+    case = Case({}, (1, 2, 256, 64), list, pairs=8192)
+    for direction, products in (("forward", 2), ("forward+backward", 7)):
+        rows, columns = case.calls(direction)[MATMUL]().shape
+        assert 2 * rows * rows * columns == products * 2 * 64 * 8192
 
 
 def test_runs_survive_their_file(toy, tmp_path):
@@ -166,7 +188,7 @@ def test_runs_survive_their_file(toy, tmp_path):
 
 def synthetic(**times) -> dict:
     "A run with these times in seconds, forward; backward takes three times as long."
-    names = dict(matmul=MATMUL, naive=NAIVE, masked=MASKED, masked_hilbert=MASKED_HILBERT, dense=DENSE, ours=OURS, hilbert=OURS_HILBERT, lse=OURS_LSE, hilbert_lse=OURS_HILBERT_LSE)
+    names = dict(matmul=MATMUL, naive=NAIVE, reshaped=RESHAPED, gathered=GATHERED, masked=MASKED, masked_hilbert=MASKED_HILBERT, dense=DENSE, ours=OURS, hilbert=OURS_HILBERT, lse=OURS_LSE, hilbert_lse=OURS_HILBERT_LSE)
     rows = [dict(name=names[name], direction=direction, median=factor * t, p20=factor * t, p80=factor * t, repeats=3, pairs=1600 if name == "dense" else 100)
             for direction, factor in (("forward", 1), ("forward+backward", 3)) for name, t in times.items() if direction != "forward" or "lse" not in name]
     return dict(quick=False, suite="cpu", config=bench.CPU_CONFIG, environment=environment(), rows=rows, memory=[dict(ordered=True, backward=True, tokens=32768, peak_extra_bytes=50, qkv_bytes=20)])
@@ -178,6 +200,11 @@ def test_ratios_and_targets():
     assert of[OURS, "forward"]["over_masked"] == 15 and of[OURS_HILBERT, "forward"]["over_masked"] == 9  # each against the mask of its own order
     assert of[OURS_HILBERT, "forward+backward"]["over_naive"] == 25
     assert of[OURS, "forward"]["share_of_limit"] == 0.5 and of[DENSE, "forward"]["share_of_limit"] == 0.8  # dense has 16 times the pairs
+    assert all(row["over_reshaped"] is None for row in bench_rows(run))  # as in runs from before these were contenders
+    by_hand = synthetic(matmul=1.0, naive=100.0, masked=30.0, masked_hilbert=36.0, reshaped=1.5, gathered=3.0, dense=20.0, ours=2.0, hilbert=4.0)
+    relative = {(row["name"], row["direction"]): row["over_reshaped"] for row in bench_rows(by_hand)}
+    assert relative[OURS, "forward"] == relative[OURS_HILBERT, "forward"] == relative[OURS, "forward+backward"] == 0.75
+    assert relative[GATHERED, "forward"] == relative[RESHAPED, "forward"] == 1
     met = {target["what"]: target["met"] for target in bench_targets(run)}
     assert [met[f"{name}: {what}"] for name in (OURS, OURS_HILBERT) for what in (
         "forward, times faster than masked SDPA", "forward, times faster than naive PyTorch", "forward, time / one matmul of the same FLOPs",

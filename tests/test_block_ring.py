@@ -1,10 +1,9 @@
 """Block-sparse attention over a sharded sequence: exact on 1 to 4 processes, and what travels is the plan."""
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from ring_processes import run_processes
 
 from hilbert_attn.block_ring import lists_order, plan_block_ring
 from hilbert_attn.block_sparse import block_lists
@@ -17,11 +16,9 @@ HERE = Path(__file__).parent
 @pytest.mark.timeout(150)
 @pytest.mark.parametrize("size", (1, 2, 3, 4))
 def test_against_the_oracle_and_the_plan(size, tmp_path):
-    workers = [subprocess.Popen([sys.executable, str(HERE / "block_ring_worker.py"), str(rank), str(size), str(tmp_path / "store")], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for rank in range(size)]
-    try: outputs = [worker.communicate(timeout=120)[0] for worker in workers]
-    finally:
-        for worker in workers: worker.kill()
-    assert all(worker.returncode == 0 for worker in workers), "\n".join(outputs)
+    commands = [[HERE / "block_ring_worker.py", rank, size, tmp_path / "store"] for rank in range(size)]
+    done = run_processes(commands, tmp_path, 120)
+    assert all(code == 0 for code, _ in done), "\n".join(output for _, output in done)
 
 
 def test_windows_inside_a_shard_need_nothing():

@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
 from hilbert_attn.curves import CURVES, curve_order, inverse_order, segment_map
-from hilbert_attn.demo import MASKED, NAIVE, Photo, _page_data, load_photo, patch_weights, photo_tokens, project_tokens, run_demo, weight_kept, write_report
+from hilbert_attn.demo import MASKED, NAIVE, Photo, _page_data, load_photo, patch_weights, photo_tokens, project_tokens, run_demo, weight_kept, which_order, write_report
 
 
 def picture(width, height, mode="RGB"):
@@ -44,6 +44,19 @@ def test_rows(result):
     assert {row["pairs"] for row in result.rows} == {4 * 32 ** 2 + 7 ** 2, 135 ** 2}
     assert next(row for row in result.rows if row["name"] == MASKED)["forward_over_masked"] == 1
     for name in CURVES: assert re.search(rf"^{name} .* \d\.\de-\d\d ", str(result), re.M)
+
+
+def test_the_choice_of_an_order_follows_the_figures(result):
+    rows = [dict(row) for row in result.rows]
+    of = {row["name"]: row for row in rows}
+    of["morton"]["reach"], of["hilbert"]["reach"], of["row_major"]["reach"] = 0.999, 0.5, 0.25
+    of["snake"]["both_ms"] = 1e-3
+    words = which_order(rows)
+    assert "Weight kept: morton 99.9%, hilbert 50.0%, row_major 25.0%." in words
+    assert "Time: snake is the fastest here." in words
+    assert which_order(result.rows) in str(result)
+    page = result.files["report.html"].read_text()
+    assert "<h2>The choice</h2>" in page and "is the fastest here" in page
 
 
 def test_report_is_one_page(result):

@@ -5,7 +5,8 @@ import io
 import pytest
 import torch
 
-from hilbert_attn import HilbertAttentionCore, curve_order
+from hilbert_attn import BlockSparseAttention, DilatedAttention, HilbertAttentionCore, MultiheadDilatedAttention
+from hilbert_attn import NeighborhoodPattern, RingBlockSparseAttention, RingDilatedAttention, SparsePatternConfig, curve_order
 from hilbert_attn.patterns import SegmentPattern, attention_mask
 from hilbert_attn.reference import masked_attention
 
@@ -59,6 +60,7 @@ def test_gradients_agree_in_every_mode(options):
                   layer(**options, use_custom_backward=False).eval(), torch.compile(layer(**options), fullgraph=True, backend="aot_eager")):
         torch.testing.assert_close(results(other, x), expected, rtol=1e-3, atol=2e-5)
         assert all(g.any() for g in results(other, x))
+    torch._dynamo.reset()
 
 
 def test_gradcheck_float64():
@@ -159,3 +161,102 @@ def test_bad_tokens():
     m = layer(segment_size=30, grid=(7, 11))
     with pytest.raises(ValueError, match=r"x has shape \(2, 77, 40\): expected \(B, N, 48\)"): m(tokens()[..., :40])
     with pytest.raises(ValueError, match=r"grid=\(7, 11\) has 77 cells and q has N=70"): m(tokens()[:, :70])
+
+
+GRID = (6, 8)
+FREE = {  # projection-free layers over 48 tokens
+    "dilated": lambda **options: DilatedAttention([12, 48], [1, 2], dilation_mode="residue", curve="hilbert", grid=GRID, **options),
+    "heads": lambda **options: DilatedAttention([12, 48], [1, 2], combine="heads", dilation_mode="residue", **options),
+    "ring": lambda **options: RingDilatedAttention([12, 48], [1, 2], dilation_mode="residue", grid=GRID, **options),
+    "blocks": lambda **options: BlockSparseAttention(sparsity=0.3, block_size=8, grid=GRID, **options),
+    "post-pattern": lambda **options: BlockSparseAttention(NeighborhoodPattern(GRID, 5), placement="post_pattern", block_size=8, grid=GRID, **options),
+    "post-pattern blocks": lambda **options: BlockSparseAttention(SparsePatternConfig("local_window", 8, window=16), placement="post_pattern", grid=GRID, **options),
+    "post-pattern ring": lambda **options: RingBlockSparseAttention(NeighborhoodPattern(GRID, 5), placement="post_pattern", block_size=8, grid=GRID, **options),
+}
+
+
+def seen_tokens(module, q, k, v, **options):
+    "bool (N, N): whether a value reaches an output; values are one-hot, so that outputs are attention weights."
+    out = module(q, k, v, **options)  # (1, N, H, N)
+    return (out != 0).any(2)[0]
+
+
+@pytest.mark.parametrize("name", FREE)
+@pytest.mark.parametrize("where", ("setting", "call", "both"))
+def test_no_layer_lets_the_future_leak(name, where):
+    q, k = (torch.randn(1, 48, 2, 48, generator=torch.Generator().manual_seed(s)) for s in range(2))
+    v = torch.eye(48)[None, :, None].expand(1, 48, 2, 48)
+    module = FREE[name](causal=where != "call")
+    shard = getattr(module, "shard", lambda x: x)
+    unshard = getattr(module, "unshard", lambda x: x)
+    def seen(module, **options):
+        out = unshard(module(shard(q), shard(k), shard(v), **options))
+        return (out != 0).any(2)[0]
+    options = {} if where == "setting" else dict(is_causal=True)
+    causal, free = seen(module, **options), seen(FREE[name]())
+    assert torch.equal(causal, free.tril()) and not torch.equal(causal, free) and causal.diagonal().all()
+
+
+def multihead():
+    torch.manual_seed(0)
+    return MultiheadDilatedAttention(16, 2, batch_first=True, segment_lengths=[24], dilation_rates=[1])
+
+
+def test_padding_is_what_is_ignored():
+    "True = ignore, as in torch; float padding and the package's own key_mask (True = attend) say the same."
+    module, x = multihead(), torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(1))
+    padding = torch.arange(24) >= torch.tensor([[20], [10]])
+    expected = [module(x[b:b + 1, :n])[0] for b, n in ((0, 20), (1, 10))]  # the tokens that stay, alone
+    float_padding = torch.zeros(2, 24).masked_fill(padding, -torch.inf)
+    for options in (dict(key_padding_mask=padding), dict(key_padding_mask=float_padding), dict(key_mask=~padding)):
+        out = module(x, **options)[0]
+        torch.testing.assert_close(out[:1, :20], expected[0])
+        torch.testing.assert_close(out[1:, :10], expected[1])
+    single = module(x[0], key_padding_mask=padding[0])[0]
+    torch.testing.assert_close(single[:20], expected[0][0])
+
+
+def test_both_masks_must_let_a_key_through():
+    module, x = multihead(), torch.randn(1, 24, 16, generator=torch.Generator().manual_seed(1))
+    padding, key_mask = torch.arange(24)[None] >= 18, torch.arange(24)[None] >= 6
+    out = module(x, key_padding_mask=padding, key_mask=key_mask)[0]
+    torch.testing.assert_close(out[:, 6:18], module(x[:, 6:18])[0])
+    assert not torch.allclose(out, module(x, key_padding_mask=padding)[0]) and not torch.allclose(out, module(x, key_mask=key_mask)[0])
+
+
+CORE, BRANCHED = lambda **o: HilbertAttentionCore(**{**dict(hidden_dim=48, num_heads=4), **o}), DilatedAttention  # noqa: E731
+
+
+@pytest.mark.parametrize("make, name, values", [
+    (CORE, "hidden_dim", [48.0, "48", True, float("nan"), 0]), (CORE, "num_heads", [4.0, "4", 0]), (CORE, "num_kv_heads", [2.0, True]), (CORE, "head_dim", [12.0, 0]),
+    (CORE, "segment_size", [2.5, "24", float("nan"), True, 0, [16]]), (CORE, "dilation_rate", [1.5, "2", 0]), (CORE, "offsets", [0.5, "1", [0.0, 1, 0, 1]]),
+    (CORE, "dropout", [float("nan"), "0.1", True, -0.1, 1.0, None]), (CORE, "grid", [(4, 2.5), "24", (4, True)]),
+    *((CORE, name, ["False", 0, 1, None, 2.5]) for name in ("causal", "bias", "checkpoint", "use_custom_backward")),
+    (BRANCHED, "segment_lengths", [[20.9, 30, 40], "24", [True, 4, 4], 0, float("nan"), [], None]), (BRANCHED, "dilation_rates", [[1, 2.5, 4], "124", -4]),
+    (BRANCHED, "dropout", [float("nan"), "0.1"]), (BRANCHED, "offsets", [0.5, "1", -1]), (BRANCHED, "grid", [(4, 2.5), "24"]),
+    *((BRANCHED, name, ["False", 0, None]) for name in ("causal", "checkpoint", "use_custom_backward")),
+    (RingDilatedAttention, "ring_size", [2.0, "2", 0]), (RingDilatedAttention, "overlap", ["False", 1]),
+    (BlockSparseAttention, "sparsity", [float("nan"), "0.5", 1.0, True]), (BlockSparseAttention, "block_size", [16.0, "16", 0]),
+    *((BlockSparseAttention, name, ["False", 0]) for name in ("causal", "checkpoint")),
+    *((lambda name=name, **o: MultiheadDilatedAttention(48, 4, **o), name, ["False", 0, None]) for name in ("bias", "batch_first", "add_zero_attn", "add_bias_kv")),
+    (lambda **o: MultiheadDilatedAttention(num_heads=4, **o), "embed_dim", [48.0, "48"])], ids=str)
+def test_settings_are_what_they_seem(make, name, values):
+    "The error names argument, value and rule."
+    import re
+    for value in values:
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: ") + "(expected|must)"): make(**{name: value})
+
+
+def test_switches_of_a_call_are_what_they_seem():
+    x, q = tokens(), torch.randn(1, 24, 2, 8)
+    with pytest.raises(ValueError, match="use_hilbert='False': expected True or False"): layer(segment_size=30)(x, "False")
+    for module in (DilatedAttention(8, 1), RingDilatedAttention(8, 1), BlockSparseAttention(block_size=8)):
+        with pytest.raises(ValueError, match="is_causal='False': expected True or False"): module(q, q, q, "False")
+    with pytest.raises(ValueError, match="is_causal='False': expected True or False"): multihead()(x[..., :16], is_causal="False")
+
+
+def test_numbers_of_numpy_are_numbers():
+    np = pytest.importorskip("numpy")
+    module = CORE(segment_size=np.int64(16), dropout=np.float32(0.5), causal=np.bool_(True), grid=np.array([7, 11]))
+    assert (module.segment_size, module.dropout, module.causal, module.grid) == (16, 0.5, True, (7, 11))
+    assert DilatedAttention(np.array([8, 16]), [np.int32(1), 2]).segment_lengths == (8, 16)

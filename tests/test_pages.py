@@ -71,8 +71,80 @@ def test_readme_cites_as_the_citation_file_says():
 
 def test_headline_numbers_are_those_of_the_results():
     run = [run for run in bench.load_runs("cpu") if not run["quick"]][-1]
-    over = {row["direction"]: row["over_masked"] for row in bench.bench_rows(run) if row["name"] == bench.OURS}
-    assert f"**{over['forward']:.0f}x, {over['forward+backward']:.0f}x** | faster than SDPA with a mask" in (ROOT / "README.md").read_text()
+    rows = {(row["name"], row["direction"]): row for row in bench.bench_rows(run)}
+    along, plain = (
+        [rows[name, direction]["over_masked"] for direction in bench.FLOPS_PER_PAIR]
+        for name in (bench.OURS_HILBERT, bench.OURS)
+    )
+    readme = (ROOT / "README.md").read_text()
+    headline = "as fast along the Hilbert curve as SDPA with a dense mask"
+    assert f"**{along[0]:.0f}x, {along[1]:.0f}x** | {headline}" in readme
+    assert f"({plain[0]:.0f}x, {plain[1]:.0f}x without an order)" in readme
+
+
+def test_the_headline_names_the_contender_that_users_write_themselves(results):
+    "Stored or not yet stored: in either case it is in the headline and in the table."
+    path = next(results.glob("*/cpu.json"))
+    runs = json.loads(path.read_text())
+    for row in [row for row in runs[-1]["rows"] if row["name"] in (bench.RESHAPED, bench.GATHERED)]:
+        runs[-1]["rows"].remove(row)
+    path.write_text(json.dumps(runs))
+    before = start_page()
+    assert "(gather + SDPA + scatter) is not measured yet: `hilbert-attn bench cpu` does it" in before
+    assert "are not in this stored run yet" in before
+    for name, ours in ((bench.RESHAPED, bench.OURS), (bench.GATHERED, bench.OURS_HILBERT)):
+        found = [row for row in runs[-1]["rows"] if row["name"] == ours]
+        runs[-1]["rows"] += [row | dict(name=name, median=1.25 * row["median"]) for row in found]
+    path.write_text(json.dumps(runs))
+    after = start_page()
+    assert "it is 1.25x, 1.25x as fast as the same groups made by hand (gather + SDPA + scatter)" in after
+    assert "and 1.25x, 1.25x without an order (reshape + SDPA)" in after
+    assert after.count("not measured yet") < before.count("not measured yet")
+    assert f"| {bench.GATHERED} |" in after and "are not in this stored run yet" not in after
+
+
+def start_page() -> str:
+    "What the cells of the start page that quote the suite `cpu` show."
+    names = dict(Path=Path, json=json, re=re, hilbert_attn=hilbert_attn, said=[])
+    names |= {name: getattr(bench, name) for name in dir(bench) if not name.startswith("__")}
+    names["Markdown"] = names["said"].append
+    for cell in cells("index"):
+        quotes = re.search(r'newest\("cpu"\)|\btable\b|facts|times_of', cell.source)
+        if cell.cell_type == "code" and quotes: exec(cell.source, names)
+    return "\n".join(names["said"])
+
+
+def verdict_of(number: int, figures: dict) -> str:
+    "The verdict that 20_claims_on_trial gives to these figures."
+    names = page("20_claims_on_trial", "verdict on a CPU")
+    judge = next(entry[4] for entry in names["CLAIMS"] if entry[0] == number)
+    return judge(figures)[0]
+
+
+def test_a_claim_holds_only_where_its_figure_is_reached():
+    timing = dict(median=1.0, p20=1.0, p80=1.0, repeats=3)
+    times = dict(manual=timing, SDPA=timing)
+    for warm, cold, verdict in ((1.2, 4.9, "does not"), (1.2, 41, "holds only"), (40, 41, "holds")):
+        figures = dict(times=times, ratio=warm, cold=dict(first=dict(manual=cold, sdpa=1)))
+        assert verdict_of(1, figures).startswith(verdict)
+    for rate, verdict in ((359e3, "does not hold"), (823e3, "holds")):
+        seconds = dict(median=2**20 / rate, peak_extra_bytes=1)
+        row = dict(kind="segments", tokens=2**20, errors=dict(out=1e-7), rows_with_output=1, rows_checked=9)
+        row |= {"forward": seconds, "forward+backward": seconds}
+        assert verdict_of(10, dict(rows=[row], config=dict(heads=1, head_dim=64))) == verdict
+
+
+def test_the_verdict_on_lengths_follows_from_what_ran(monkeypatch):
+    "Claim 9, with runs in which masks win to 8K, and nothing longer than was claimed was ever run."
+    crossover = bench.load_runs("crossover")[-1]
+    assert verdict_of(9, crossover) == "does not hold"
+    wins = [dict(row, tokens=8192 * (row["tokens"] == 64) + row["tokens"]) for row in crossover["rows"] if row["tokens"] <= 64]
+    longer = crossover | dict(rows=wins, config=crossover["config"] | dict(tokens=[16, 32, 48, 8256]))
+    assert verdict_of(9, longer).startswith("holds only")
+    shorter = {"long": [], "memory": []}
+    stored = bench.load_runs
+    monkeypatch.setattr(bench, "load_runs", lambda suite, *rest: shorter.get(suite, stored(suite, *rest)))
+    assert verdict_of(9, longer) == "holds"
 
 
 @pytest.fixture

@@ -3,66 +3,38 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from ring_processes import ROOT, run_ranks, said
+from ring_worker import CASES, WORLDS, branch_masks
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hilbert_attn import ring
 from hilbert_attn.dilated import dilated_attention
-from hilbert_attn.patterns import attention_mask
+from hilbert_attn.patterns import SegmentPattern, attention_mask
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
-from hilbert_attn.ring import LAYOUTS, plan_ring, ring_attention, ring_dilated_attention, shard_positions, shard_sequence, shard_sizes, unshard_sequence
+from hilbert_attn.ring import (
+    LAYOUTS,
+    plan_ring,
+    ring_attention,
+    ring_dilated_attention,
+    shard_positions,
+    shard_sequence,
+    shard_sizes,
+    unshard_sequence,
+)
 from hilbert_attn.sdpa import _flash_backward
-from ring_worker import CASES, WORLDS, branch_masks
-
-WORKER, ROOT = Path(__file__).with_name("ring_worker.py"), Path(__file__).resolve().parent.parent
-
-
-def run_ranks(suites: list[str], world: int, folder: Path, seconds: float) -> dict[str, dict[str, list[dict]]]: # suite -> name -> what each rank wrote
-    "Runs the suites in `world` processes, and leaves none behind."
-    command = [sys.executable, str(WORKER), ",".join(suites)]
-    logs = [open(folder / f"log{rank}", "w+") for rank in range(world)]
-    processes = [subprocess.Popen([*command, str(rank), str(world), str(folder / "store"), str(folder)], stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}) for rank, log in enumerate(logs)]
-    try:
-        for process in processes: process.wait(seconds)
-    except subprocess.TimeoutExpired: pass
-    finally:
-        for process in processes:
-            if process.poll() is None: process.kill()
-            process.wait()
-    found: dict[str, dict[str, list[dict]]] = {}
-    for suite in suites:
-        for rank in range(world):
-            path = folder / f"{suite}-{rank}.jsonl"
-            for line in path.read_text().splitlines() if path.exists() else ():
-                entry = json.loads(line)
-                found.setdefault(suite, {}).setdefault(entry.pop("name"), []).append(entry | dict(rank=rank))
-    found["logs"] = {str(rank): [dict(text=Path(log.name).read_text()[-2000:])] for rank, log in enumerate(logs)}
-    for log in logs: log.close()
-    return found
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     "Everything that needs no rank to be lost, in one set of processes."
-    return run_ranks(["numbers", "sharding", "memory", "torch_ring", "meshes"], 4, tmp_path_factory.mktemp("ring"), 400)
-
-
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory): return run_ranks(["faults"], 3, tmp_path_factory.mktemp("faults"), 120)
-
-
-def said(results, suite, name, ranks):
-    "What the ranks wrote about a check; fails where one is missing or went wrong."
-    entries = results.get(suite, {}).get(name, [])
-    for entry in entries: assert entry["ok"], f"rank {entry['rank']}: {entry['error']}"
-    assert [entry["rank"] for entry in entries] == list(ranks), f"{name}: results of ranks {[entry['rank'] for entry in entries]}, expected {list(ranks)}; logs: {results['logs']}"
-    return entries
+    return run_ranks("ring_worker.py", ["numbers", "sharding", "memory", "torch_ring", "meshes", "strides"], 4, tmp_path_factory.mktemp("ring"), 400)
 
 
 @pytest.mark.timeout(500)
@@ -87,9 +59,18 @@ def test_runs_are_bit_identical(results): said(results, "sharding", "twice", ran
 
 
 @pytest.mark.timeout(500)
-def test_local_segments_send_nothing(results):
+def test_calls_open_and_close_with_64_bytes(results):
     for entry in said(results, "sharding", "agreements", range(4)):
-        assert entry["counts"] == dict(every=[{"c10d.allgather_.default": 1}] * 3, once=[{"c10d.allgather_.default": 1}, {}, {}])
+        twice = {"c10d.allgather_.default": 2}
+        assert entry["counts"] == [[twice, {}], [twice, twice], [twice, twice]]
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+@pytest.mark.parametrize("name", ["dense", "causal", "inside", "across", "both"])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_any_strides(results, world, name, dtype):
+    said(results, "strides", f"{world} {name} {dtype}", range(world))
 
 
 @pytest.mark.timeout(500)
@@ -136,39 +117,6 @@ def test_whole_mesh_is_refused(results):
     for entry in said(results, "meshes", "whole mesh", range(4)): assert entry["type"] == "ValueError" and "2-D device mesh" in entry["message"] and "mesh['ring']" in entry["message"]
 
 
-MISMATCHES = dict(
-    shape="heads is 2 on ranks 0, 2, 4 on rank 1", dtype="dtype is torch.float32 on ranks 0, 2, torch.float64 on rank 1", order="order is 24 tokens #", layout="layout is contiguous on ranks 0, 2, zigzag on rank 1",
-    segments="dilation_rates is (1, 2) on ranks 0, 2, (1, 3) on rank 1", function="function is ring_attention on ranks 0, 2, ring_dilated_attention on rank 1", argument="B, N and D must agree (on rank 1)",
-    everywhere="dilation_rate=5: must not exceed segment_size=4", uneven_zigzag="layout='zigzag' needs 9, 8, 8", check="check='never': known ways are 'every', 'once' (on rank 1)", unshard="dim is 1 on ranks 0, 2, 2 on rank 1")
-
-
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("name", MISMATCHES)
-def test_mismatch_is_the_same_error_on_all_ranks(faults, name):
-    entries = said(faults, "faults", name, range(3))
-    assert {entry["type"] for entry in entries} == {"ValueError"} and len({entry["message"] for entry in entries}) == 1
-    assert MISMATCHES[name] in entries[0]["message"] and max(entry["took"] for entry in entries) < 10
-    said(faults, "faults", name + ", then usable", range(3))
-
-
-@pytest.mark.timeout(200)
-@pytest.mark.parametrize("name, ranks", [("remembered", range(3)), ("stalls forward", range(3)), ("stalls backward", range(3)), ("raises forward", range(3)), ("raises backward", range(3)), ("exits", (0, 2))])
-def test_a_lost_rank_is_an_error_on_the_others(faults, name, ranks):
-    entries = said(faults, "faults", name, ranks)
-    for entry in entries:
-        failed = name.startswith("raises") and entry["rank"] == 1
-        assert entry["type"] == "RuntimeError" and entry["took"] < 10
-        assert ("stopped in the middle of a round: MemoryError: no memory left" if failed else "lost contact with the other ranks") in entry["message"]
-        assert "The process group cannot be used any more" in entry["message"] and "destroy_process_group" in entry["message"]
-        if name != "remembered": assert ("backward" if "backward" in name else "forward") in entry["message"]
-        if name != "exits": assert entry["again"]["type"] == "RuntimeError" and "still unusable" in entry["again"]["message"] and entry["again"]["took"] < 1
-
-
-@pytest.mark.timeout(200)
-def test_an_error_beside_the_exchange_leaves_the_group_usable(faults):
-    assert [entry["type"] for entry in said(faults, "faults", "raises beside", range(3))] == [False, "MemoryError", False]
-
-
 @st.composite
 def plans(draw):
     world, n, heads, kv = draw(st.integers(1, 5)), draw(st.integers(5, 60)), draw(st.sampled_from([1, 2, 4])), draw(st.sampled_from([1, 2]))
@@ -200,6 +148,107 @@ def test_plan_sends_what_is_attended_and_nothing_else(options):
             elements += 2 * 8 * int(sent.sum())
         if plan.kind(0) == "ring": elements = 2 * 8 * plan.kv_heads * (n - plan.sizes[dst])
         assert plan.traffic(dst).elements == elements
+
+
+def computed_pairs(plan, rank):
+    "How often each pair of positions is computed for each query head, from the tasks of a rank."
+    n, branch = plan.seq_len, plan.branches[0]
+    counts = torch.zeros(plan.heads, n, n, dtype=torch.long)
+    held = [shard_positions(plan.sizes, r, plan.layout) for r in range(plan.world_size)]
+    work = [] # task, key/value heads of its source, positions of its queries and keys
+    if plan.kind(0) == "exchange":
+        parts, arriving, tasks = ring._exchange_tasks(plan, rank)
+        for task in tasks:
+            kv_held = range(plan.kv_heads) if task.source < len(parts) else arriving[task.source - len(parts)].kv_heads
+            work.append((task, kv_held, task.query_positions.positions(), task.key_positions.positions()))
+    else:
+        turn, = plan.turns(0)
+        for src in range(plan.world_size):
+            for task in ring._ring_tasks(plan, 0, rank, src, turn):
+                queries, keys = held[rank][task.queries.positions()], held[src][task.keys.positions()]
+                work.append((task, range(plan.kv_heads), queries, keys))
+    for task, kv_held, queries, keys in work:
+        seen = torch.ones(len(queries), len(keys), dtype=torch.bool)
+        if task.visible != "all": seen = keys <= queries[:, None]
+        for heads, kv_heads in task.heads:
+            heads, kv_heads = (torch.arange(64)[x].tolist() for x in (heads, kv_heads))
+            assert [branch.kv_of[h] for h in heads] == [kv_held[kv] for kv in kv_heads]
+            for h in heads: counts[h, queries[:, None], keys] += seen
+    return counts
+
+
+@st.composite
+def shared_segments(draw):
+    "One branch whose segments cross shards, with residues at the end of short segments among them."
+    w, world = draw(st.integers(2, 30)), draw(st.integers(2, 4))
+    n, kv = draw(st.integers(world, 60)), draw(st.sampled_from([1, 2]))
+    r, heads = draw(st.integers(1, min(w, 12))), kv * draw(st.sampled_from([1, 2]))
+    mode = draw(st.sampled_from(["residue", "keys", "longnet"]))
+    offsets = None if mode == "residue" else tuple(draw(st.lists(st.integers(0, r - 1), min_size=heads, max_size=heads)))
+    return dict(seq_len=n, world_size=world, segment_lengths=(w,), dilation_rates=(r,), heads=heads, kv_heads=kv, head_dim=8, causal=draw(st.booleans()), dilation_mode=mode, offsets=offsets,
+                layout=draw(st.sampled_from(LAYOUTS)))
+
+
+@settings(max_examples=150)
+@given(shared_segments())
+@example(dict(seq_len=60, world_size=4, segment_lengths=(24,), dilation_rates=(12,), heads=1, kv_heads=1, head_dim=8, causal=False, dilation_mode="keys", offsets=(11,)))
+@example(dict(seq_len=36, world_size=3, segment_lengths=(24,), dilation_rates=(12,), heads=2, kv_heads=1, head_dim=8, causal=True, dilation_mode="keys", offsets=(11, 0)))
+def test_every_attended_pair_is_computed_once(options):
+    plan = plan_ring(**options)
+    if plan.kind(0) == "local": return
+    n, branch = plan.seq_len, plan.branches[0]
+    mask = attention_mask(branch.pattern, causal=plan.causal)[0].expand(plan.heads, n, n)
+    for rank in range(plan.world_size):
+        inside = torch.zeros(n, dtype=torch.bool) # queries in segments of the shard itself, computed elsewhere
+        for part in plan.parts(0, rank) if plan.kind(0) == "exchange" else ():
+            if not part.shared: inside[part.start:part.stop] = True
+        held = torch.zeros(n, dtype=torch.bool)
+        held[shard_positions(plan.sizes, rank, plan.layout)] = True
+        expected = mask & (held & ~inside)[:, None]
+        assert computed_pairs(plan, rank).equal(expected.long())
+
+
+@pytest.mark.parametrize("world, n, w, r, offset", [(4, 60, 24, 12, 11), (3, 59, 24, 12, 11), (3, 35, 24, 12, 11), (1, 35, 24, 12, 11)])
+def test_residues_that_a_short_last_segment_lacks(world, n, w, r, offset):
+    "In mode keys, the last segment may have no key at all: its rows are empty, not wrong."
+    plan = plan_ring(n, world, (w,), (r,), dilation_mode="keys", offsets=offset)
+    mask = attention_mask(SegmentPattern.for_heads(n, 1, w, r, "keys", offset))[0, 0]
+    if plan.kind(0) == "exchange":
+        for rank in range(world):
+            found = computed_pairs(plan, rank)[0]
+            rows = found.any(1)
+            assert found[rows].equal(mask[rows].long())
+    q, k, v = (torch.randn(1, 1, n, 16, dtype=torch.float64) for _ in range(3))
+    assert_matches_oracle(lambda *x: ring_attention(*x, segment_size=w, dilation_rate=r, dilation_mode="keys", offsets=offset, return_lse=True), q, k, v, mask)
+
+
+@pytest.mark.parametrize("triangle, masked", [(False, False), (True, False), (False, True)])
+def test_plain_kernels(triangle, masked):
+    "The matrix products for devices without a kernel, some rows at a time: against the definition, with a scale of their own."
+    n, m = (19, 19) if triangle else (19, 23)
+    q, k, v, dout = (torch.randn(2, 3, size, 16, dtype=torch.float64) for size in (n, m, m, n))
+    mask = torch.ones(n, m, dtype=torch.bool)
+    if triangle: mask = mask.tril()
+    if masked: mask = torch.rand(n, m) < 0.4
+    mask[5, 0] = True
+    bias = torch.zeros(n, m, dtype=torch.float64).masked_fill(~mask, -torch.inf) if masked else None
+    dlse = torch.randn(2, 3, n, dtype=torch.float64).masked_fill(~mask.any(-1), 0)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact = masked_attention(*leaves, mask, scale=0.37)
+    wanted = torch.autograd.grad(exact, leaves, (dout, dlse))
+    rows = [slice(start, min(start + 4, n)) for start in range(0, n, 4)]
+    with mock.patch.object(ring, "_row_chunks", lambda q, k: rows):
+        out, lse = ring._plain_kernel(q, k, v, triangle, bias, 0.37)
+        grads = ring._plain_backward(dout, dlse, q, k, v, out, lse.masked_fill(lse.isneginf(), 0), triangle, bias, 0.37)
+    for a, e in zip((out, lse, *grads), (*exact, *wanted)): torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 3, 1 << 14)])
+def test_row_chunks_cover_the_rows(shape):
+    b, h, m = shape
+    q, k = torch.empty(b, h, 1000, 1), torch.empty(b, h, m, 1)
+    rows = [i for chunk in ring._row_chunks(q, k) for i in range(chunk.start, chunk.stop)]
+    assert rows == list(range(1000))
 
 
 @pytest.mark.parametrize("mode", ["residue", "keys", "longnet"])
@@ -328,7 +377,9 @@ def test_inference_mode():
 
 @pytest.mark.parametrize("arguments, message", [
     (dict(layout="ring"), "known layouts are 'contiguous', 'zigzag'"), (dict(scale=-1.0), "scale=-1.0: must be positive"), (dict(group=3), "expected a process group"), (dict(order=torch.zeros(6).long()), "order is no permutation"),
-    (dict(order=torch.arange(5)), "shape (6,)"), (dict(dilation_rate=7), "must not exceed segment_size"), (dict(dilation_mode="heads"), "known modes"), (dict(offsets=(1, 2, 3)), "offsets has 3 entries")])
+    (dict(order=torch.arange(5)), "shape (6,)"), (dict(backend="bogus"), "backend='bogus': known backends are"), (dict(causal="False"), "causal='False': expected True or False"), (dict(segment_size=2.5), "segment_size=2.5: expected a whole number"),
+    (dict(segment_size=[3]), "segment_size=[3]: expected a whole number"), (dict(dilation_rate=True), "dilation_rate=True: expected a whole number"), (dict(offsets=1.5), "offsets=1.5: expected a whole number"), (dict(scale="1"), "scale='1': must be positive"), (dict(scale=float("nan")), "scale=nan"),
+    (dict(overlap=1), "overlap=1: expected True or False"), (dict(dilation_rate=7), "must not exceed segment_size"), (dict(dilation_mode="heads"), "known modes"), (dict(offsets=(1, 2, 3)), "offsets has 3 entries")])
 def test_wrong_arguments(arguments, message):
     q = torch.randn(1, 2, 6, 16)
     with pytest.raises(ValueError) as error: ring_attention(q, q, q, **arguments)
@@ -336,12 +387,20 @@ def test_wrong_arguments(arguments, message):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (dict(segment_lengths=(2, 4), dilation_rates=(1,)), "segment_lengths=[2, 4] and dilation_rates=[1]: expected as many"), (dict(segment_lengths=(), dilation_rates=()), "at least one"), (dict(combine="sum"), "known ways are 'lse', 'heads'"),
+    (dict(segment_lengths=(2, 4), dilation_rates=(1,)), "segment_lengths=[2, 4] and dilation_rates=[1]: expected as many"), (dict(segment_lengths=(), dilation_rates=()), "at least one"), (dict(segment_lengths="24"), "segment_lengths='24': expected a whole number"), (dict(segment_lengths=[20.9, 6]), "expected a whole number"), (dict(dilation_rates=("1", 2)), "expected whole numbers"), (dict(combine="sum"), "known ways are 'lse', 'heads'"),
     (dict(segment_lengths=(2, 3, 6), dilation_rates=(1, 1, 1), combine="heads"), "each branch needs a head"), (dict(offsets=(0, 1, 2)), "expected one per head (2)")])
 def test_wrong_branches(arguments, message):
     q = torch.randn(1, 2, 6, 16)
     with pytest.raises(ValueError) as error: ring_dilated_attention(q, q, q, **(dict(segment_lengths=(2, 6), dilation_rates=(1, 2)) | arguments))
     assert message in str(error.value)
+
+
+def test_numpy_integers_are_numbers():
+    q = torch.randn(1, 2, 6, 16)
+    expected = ring_attention(q, q, q, segment_size=4, dilation_rate=2)
+    assert ring_attention(q, q, q, segment_size=np.int64(4), dilation_rate=np.int32(2)).equal(expected)
+    expected = ring_dilated_attention(q, q, q, (2, 6), (1, 2))
+    assert ring_dilated_attention(q, q, q, np.array([2, 6]), np.array([1, 2])).equal(expected)
 
 
 def test_shards_without_a_group():
