@@ -11,6 +11,7 @@ import importlib.util
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -367,7 +368,9 @@ def _blocked(device: torch.device, custom_backward: bool) -> dict[str, str]:
     capability = _capability(device)
     reasons = {name: b.why_not(device, capability) for name, b in _BACKENDS.items()}
     if not custom_backward:
-        for name in _FUSED: reasons[name] = "it has no plain PyTorch expression to differentiate, which custom_backward=False asks for"
+        for name in _FUSED: reasons[name] = (
+            "it has no plain PyTorch expression to differentiate, "
+            "which custom_backward=False and forward-mode derivatives ask for")
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -422,9 +425,6 @@ def _rejected(name: str, reasons: dict[str, str]) -> dict[str, str]:
     return {b: reason for b, reason in reasons.items() if b != name}
 
 # %% ../nbs/07_backends.ipynb #e28e77a1
-_EXPRESSIONS = ("reference", "sdpa_mask", "sdpa")  # backends that can be written in plain PyTorch
-
-
 def _wants_expression(custom_backward: bool) -> bool:
     "Must the call be differentiated by PyTorch alone, backwards or forwards?"
     return not custom_backward or torch.autograd.forward_ad._current_level >= 0
@@ -432,13 +432,7 @@ def _wants_expression(custom_backward: bool) -> bool:
 
 def _pick(backend: str, q: Tensor, tokens: int | None = None, custom_backward: bool = True) -> str:
     "The name of the backend for a call."
-    name, reason, _ = _choose(backend, q.device, tokens)
-    if name in _EXPRESSIONS or not _wants_expression(custom_backward): return name
-    if not reason.startswith("forced"): return "sdpa"
-    able = ", ".join(map(repr, _EXPRESSIONS))
-    raise RuntimeError(
-        f"backend {name!r}, {reason}, has no plain PyTorch expression, which custom_backward=False "
-        f"and forward-mode derivatives need. Backends that have: {able}, or 'auto'.")
+    return _choose(backend, q.device, tokens, not _wants_expression(custom_backward))[0]
 
 
 def _hide(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:

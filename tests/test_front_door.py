@@ -351,9 +351,9 @@ def test_the_plain_expression_of_a_forced_backend(monkeypatch):
     x = rand(1, 2, 80, 8)
     for name in ("reference", "sdpa_mask", "sdpa"):
         with set_backend(name): assert backends._pick("auto", x, 80, custom_backward=False) == name
-    with set_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton', forced by set_backend, has no plain PyTorch expression.*'sdpa'"):
+    with set_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton', asked for by set_backend.*no plain PyTorch expression.*'sdpa'"):
         backends._pick("auto", x, 80, custom_backward=False)
-    monkeypatch.setattr(backends, "_choose", lambda *_: ("triton", "fused", {}))
+    monkeypatch.setattr(backends, "POLICY", (backends.PolicyRow("any", "triton", "fused"),))
     assert backends._pick("auto", x, 80, custom_backward=False) == "sdpa" and backends._pick("auto", x, 80) == "triton"
     calls = []
     monkeypatch.setattr(backends, "sdpa_mask_attention", lambda q, *a, **o: calls.append(1) or (q, q))
