@@ -29,7 +29,8 @@ from .backends import _autocast, _check_call, _check_order, _hide, _pick, _wants
 from .curves import _define_operator, curve_order, inverse_order
 from .patterns import NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
 from .reference import PatternOptions, default_scale, masked_attention
-from .sdpa import _dense_backward, _flash, _like, _masked_sdpa
+from .sdpa import _masked_sdpa
+from .tiles import dense_backward as _dense_backward, flash as _flash, like as _like
 
 if TYPE_CHECKING: from torch.nn.attention.flex_attention import BlockMask
 else:

@@ -6,8 +6,8 @@
 __all__ = ['dilated_attention']
 
 # %% ../nbs/08_dilated.ipynb #351ea893
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from math import log
 from typing import Any, Literal, Unpack, overload
 
@@ -19,59 +19,94 @@ from .common import true_or_false
 from .operators import AttentionOperator, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import default_scale, merge_attention
-from .sdpa import _grouped_backward, _grouped_forward, _like
+from .sdpa import attend_segments, attend_segments_backward
+from .tiles import like, mix
 
 # %% ../nbs/08_dilated.ipynb #844334b1
-def _patterns(q: Tensor, segment_sizes, dilation_rates, mode: str, offsets) -> list[SegmentPattern]:
-    heads = q.shape[1]
-    return [SegmentPattern.for_heads(q.shape[2], heads, w, r, mode, offsets[i * heads:(i + 1) * heads]) for i, (w, r) in enumerate(zip(segment_sizes, dilation_rates))]
+@dataclass(frozen=True)
+class _Mixture:
+    "Several branches, as the operator receives them."
+    segment_sizes: Sequence[int]
+    dilation_rates: Sequence[int]
+    copies: Sequence[int] # how often each branch counts
+    mode: str
+    offsets: Sequence[int] # of all heads of the first branch, then of the second, ...
+    causal: bool
+    scale: float
+    dropout_p: float
+    triton: bool # on the fused kernels
+
+    def branches(self, q: Tensor) -> Iterator[tuple[SegmentPattern, int]]:
+        "Patterns, and how often each counts."
+        heads, sizes = q.shape[1], zip(self.segment_sizes, self.dilation_rates, self.copies)
+        for i, (w, r, copies) in enumerate(sizes):
+            offsets = self.offsets[i * heads:(i + 1) * heads]
+            yield SegmentPattern.for_heads(q.shape[2], heads, w, r, self.mode, offsets), copies
+
+# %% ../nbs/08_dilated.ipynb #6e82ee5d
+def _kernel_options(mixture: _Mixture, pattern: SegmentPattern, order, key_mask, seeds, i: int):
+    "Arguments of the fused kernels for the `i`-th branch."
+    settings = pattern.segment_size, pattern.dilation_rate, pattern.mode, pattern.offsets
+    seed = None if seeds is None else seeds[i:i + 1]
+    return settings, dict(
+        order=order, key_mask=key_mask, causal=mixture.causal, scale=mixture.scale,
+        dropout_p=mixture.dropout_p, seed=seed)
 
 
-def _triton_options(pattern: SegmentPattern, order, key_mask, seeds, i: int, causal: bool, scale: float, dropout_p: float):
-    return (pattern.segment_size, pattern.dilation_rate, pattern.mode, pattern.offsets), dict(
-        order=order, key_mask=key_mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=None if seeds is None else seeds[i:i + 1])
-
-
-def _dilated_forward(q, k, v, order, key_mask, seeds, segment_sizes, dilation_rates, copies, mode, offsets, causal, scale, dropout_p, triton):
-    wide = torch.promote_types(q.dtype, torch.float32)
+def _forward_on_kernels(q, k, v, order, key_mask, seeds, mixture: _Mixture) -> tuple[Tensor, Tensor]:
+    from hilbert_attn.kernels.forward import attention_forward
     out: Any = None  # of the branches so far
     lse: Any = None
-    for i, (pattern, count) in enumerate(zip(_patterns(q, segment_sizes, dilation_rates, mode, offsets), copies)):
-        if not triton:
-            out, lse = _grouped_forward(q, k, v, order, key_mask, pattern, causal, scale, out if out is None else (out, lse), count)
-            out = out.to(wide)
-            continue
-        from hilbert_attn.kernels.forward import attention_forward
-        settings, options = _triton_options(pattern, order, key_mask, seeds, i, causal, scale, dropout_p)
-        part_out, part_lse = attention_forward(q, k, v, *settings, **options)
-        if count > 1: part_lse = part_lse + log(count)
-        if out is None: out, lse = part_out.to(wide), part_lse
-        else:
-            out.lerp_(part_out.to(wide), (part_lse - lse).sigmoid_().nan_to_num_(0.0)[..., None])  # NaN: neither side has keys
-            lse = torch.logaddexp(lse, part_lse)
-    return _like(out, q), lse
+    for i, (pattern, copies) in enumerate(mixture.branches(q)):
+        settings, options = _kernel_options(mixture, pattern, order, key_mask, seeds, i)
+        part, part_lse = attention_forward(q, k, v, *settings, **options)
+        part, part_lse = part.to(part_lse.dtype), part_lse + log(copies)
+        out, lse = (part, part_lse) if out is None else mix(out, lse, part, part_lse)
+    return out, lse
 
 
-def _dilated_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, segment_sizes, dilation_rates, copies, mode, offsets, causal, scale, dropout_p, triton):
-    wide = torch.promote_types(q.dtype, torch.float32)
-    grads: Any = None
-    for i, (pattern, count) in enumerate(zip(_patterns(q, segment_sizes, dilation_rates, mode, offsets), copies)):
-        own_lse = lse - log(count) if count > 1 else lse
-        if not triton:
-            grads = _grouped_backward(dout, dlse, q, k, v, out, own_lse, order, key_mask, pattern, causal, scale, grads)
-            grads = tuple(g.to(wide) for g in grads)
+def _forward_on_tiles(q, k, v, order, key_mask, mixture: _Mixture) -> tuple[Tensor, Tensor]:
+    before: Any = None
+    for pattern, copies in mixture.branches(q):
+        out, lse = attend_segments(
+            q, k, v, order, key_mask, pattern, mixture.causal, mixture.scale, before, copies)
+        before = out.to(lse.dtype), lse
+    return before
+
+
+def _dilated_forward(q, k, v, order, key_mask, seeds, *settings) -> tuple[Tensor, Tensor]:
+    mixture = _Mixture(*settings)
+    if mixture.triton: out, lse = _forward_on_kernels(q, k, v, order, key_mask, seeds, mixture)
+    else: out, lse = _forward_on_tiles(q, k, v, order, key_mask, mixture)
+    return like(out, q), lse
+
+# %% ../nbs/08_dilated.ipynb #36c3b700
+def _share_on_kernels(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, mixture, pattern, i, grads):
+    from hilbert_attn.kernels.backward import attention_backward
+    settings, options = _kernel_options(mixture, pattern, order, key_mask, seeds, i)
+    share = attention_backward(q, k, v, out, lse, dout, dlse, *settings, **options)
+    if grads is None: return [x.to(lse_dtype(x.dtype)) for x in share]
+    return [grad.add_(x) for grad, x in zip(grads, share)]
+
+
+def _dilated_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, *settings) -> tuple[Tensor, ...]:
+    mixture, grads = _Mixture(*settings), None
+    for i, (pattern, copies) in enumerate(mixture.branches(q)):
+        own = lse - log(copies)
+        if mixture.triton:
+            grads = _share_on_kernels(
+                dout, dlse, q, k, v, out, own, order, key_mask, seeds, mixture, pattern, i, grads)
             continue
-        from hilbert_attn.kernels.backward import attention_backward
-        settings, options = _triton_options(pattern, order, key_mask, seeds, i, causal, scale, dropout_p)
-        share = attention_backward(q, k, v, out, own_lse, dout, dlse, *settings, **options)
-        grads = tuple(x.to(wide) for x in share) if grads is None else tuple(g.add_(x) for g, x in zip(grads, share))
-    return tuple(_like(g, x) for g, x in zip(grads, (q, k, v)))
+        share = attend_segments_backward(
+            dout, dlse, q, k, v, out, own, order, key_mask, pattern, mixture.causal, mixture.scale, grads)
+        grads = [x.to(lse_dtype(x.dtype)) for x in share]
+    return tuple(like(grad, x) for grad, x in zip(grads, (q, k, v)))
 
 
 _mixture_attention = AttentionOperator(
     "dilated", _dilated_forward, _dilated_backward, ["order", "key_mask", "seeds"],
-    "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, bool causal, float scale, "
-    "float dropout_p, bool triton", "CompositeExplicitAutograd")
+    "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, "
+    "bool causal, float scale, float dropout_p, bool triton", "CompositeExplicitAutograd")
 
 # %% ../nbs/08_dilated.ipynb #b0da3890
 def _check_dilated(q, k, v, *, segment_lengths, dilation_rates, combine, dilation_mode, offsets, grid, curve, order, causal, key_mask, dropout_p, scale) -> _Call:

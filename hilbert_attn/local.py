@@ -11,7 +11,7 @@ import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import product
+from itertools import pairwise, product
 from math import prod
 from typing import Any, Literal, Unpack, overload
 
@@ -23,9 +23,12 @@ from .backends import _Call, _autocast, _check_inputs, _hide, _pick, _resolve_or
 from .common import define_operator, true_or_false, whole_number
 from .operators import AttentionOperator
 from .curves import _parse_curve, as_grid, curve_order
-from .patterns import NeighborhoodPattern, Pattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
+from .patterns import (
+    Lattice, NeighborhoodPattern, Pattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern,
+    even_sizes, nearest, shifted_borders)
 from .reference import CallOptions, PatternOptions, default_scale, masked_attention, reference_attention
-from .sdpa import _dense_backward, _flash, _like, _masked_sdpa, sdpa_mask_attention
+from .sdpa import _masked_sdpa, sdpa_mask_attention
+from .tiles import Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows
 
 # %% ../nbs/11_local.ipynb #e852fb88
 _BOXED = ("window", "segment", "tiles") # kinds whose queries attend their own box
@@ -33,18 +36,16 @@ _BOXED = ("window", "segment", "tiles") # kinds whose queries attend their own b
 
 def _intervals(kind: str, n: int, size: int, causal: bool) -> tuple[np.ndarray, np.ndarray]: # (n,), (n,)
     "First and last key of each of the `n` members of an axis."
-    g = np.arange(n)
-    if kind == "slide": return np.maximum(g - size // 2, 0), np.minimum(g + size // 2, n - 1)
-    if causal: return np.maximum(g - size + 1, 0), g
-    first = np.clip(g - size // 2, 0, n - size)
-    return first, first + size - 1
+    member = torch.arange(n)
+    if kind != "slide": first, last = nearest(member, n, size, causal)
+    else: first, last = ((member + sign * (size // 2)).clamp(0, n - 1) for sign in (-1, 1))
+    return first.numpy(), last.numpy()
 
 
 def _boxes(kind: str, n: int, size: int, shift: int) -> np.ndarray:
-    "Borders of the boxes of an axis, first and last included: `size` long from `shift` on, or `size` of them ('tiles'), the longer ones first."
-    if kind in ("window", "segment"): return np.unique(np.r_[0, np.arange(shift, n, size), n])
-    short, longer = divmod(n, size)
-    return np.cumsum([0] + [short + 1] * longer + [short] * (size - longer))
+    "Borders of the boxes of an axis, first and last included: `size` long, or `size` of them ('tiles')."
+    if kind == "tiles": return np.cumsum([0, *even_sizes(n, size)])
+    return shifted_borders(n, size, shift).numpy()
 
 # %% ../nbs/11_local.ipynb #596540c8
 @dataclass(frozen=True)
@@ -58,35 +59,55 @@ class _Run:
     k: tuple[int, int, int] # of the keys
     seen: tuple[tuple[int, int], ...] | None # first and last key of each query of a tile, counted from its first key; None: all
 
+# %% ../nbs/11_local.ipynb #c7e1ab71
+def _alike(rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    "First and end of each stretch of equal rows."
+    changes = np.flatnonzero((rows[1:] != rows[:-1]).any(1)) + 1
+    yield from pairwise([0, *changes.tolist(), len(rows)])
 
+
+def _progressions(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    "First and end of each stretch with one step from value to value, and the step."
+    steps, first = np.diff(values), 0
+    while first < len(values):
+        step = int(steps[first]) if first < len(steps) else 0
+        other = np.flatnonzero(steps[first:] != step)
+        end = first + 1 + int(other[0]) if len(other) else len(values)
+        yield first, end, step if end - first > 1 else 0
+        first = end
+
+
+def _stretches(borders: np.ndarray, low: np.ndarray, high: np.ndarray) -> Iterator[tuple]:
+    "Tiles that look alike: their number, queries, keys (start, stride, count), and what each query sees."
+    for a, b in _alike(np.diff(borders)[:, None]):  # tiles a … b - 1 have as many queries
+        t, at = int(borders[a + 1] - borders[a]), int(borders[a])
+        seen = np.stack([x[at:at + (b - a) * t].reshape(-1, t) for x in (low, high)], -1)
+        start = seen[:, 0, 0].copy()
+        seen -= start[:, None, None]  # (tiles, t, 2)
+        for x, y in _alike(seen.reshape(b - a, -1)):  # the same pairs
+            keys = int(seen[x, -1, 1]) + 1
+            full = (seen[x] == (0, keys - 1)).all()
+            pairs = None if full else tuple(map(tuple, seen[x].tolist()))
+            for first, end, stride in _progressions(start[x:y]):
+                queries = at + (x + first) * t, t, t
+                yield end - first, queries, (int(start[x + first]), stride, keys), pairs
+
+# %% ../nbs/11_local.ipynb #785c4f62
 def _runs(kind: str, n: int, size: int, step: int, causal: bool, side: int) -> list[_Run]:
     "Cuts an axis of length `n` into runs; `step` is the dilation of a neighbourhood or the shift of a window."
-    found, dilation, shift = [], *((step, 0) if kind == "neighborhood" else (1, step))
-    for first, classes, members in ((0, n % dilation, n // dilation + 1), (n % dilation, dilation - n % dilation, n // dilation)):
-        if not classes or not members: continue
+    dilation, shift = (step, 0) if kind == "neighborhood" else (1, step)
+    members, longer = divmod(n, dilation)
+    found = []
+    for first, classes, count in ((0, longer, members + 1), (longer, dilation - longer, members)):
+        if not classes or not count: continue
         if kind in _BOXED:
-            borders = _boxes(kind, members, size, shift)
+            borders = _boxes(kind, count, size, shift)
             low, high = (np.repeat(x, np.diff(borders)) for x in (borders[:-1], borders[1:] - 1))
         else:
-            borders = np.r_[np.arange(0, members, side), members]
-            low, high = _intervals(kind, members, size, causal)
-        counts = np.diff(borders)
-        edges = [0, *(np.flatnonzero(np.diff(counts)) + 1), len(counts)]
-        for a, b in zip(edges, edges[1:]):  # tiles a … b - 1 have as many queries
-            t, s = int(counts[a]), int(borders[a])
-            seen = np.stack([x[s:s + (b - a) * t].reshape(-1, t) for x in (low, high)], -1)  # (tiles, t, 2)
-            start = seen[:, 0, 0].copy()
-            seen -= start[:, None, None]
-            move, changes = np.diff(start), np.flatnonzero((seen[1:] != seen[:-1]).any((1, 2))) + 1
-            for x, y in zip([0, *changes], [*changes, b - a]):  # tiles x … y - 1 look the same
-                while x < y:
-                    stride = int(move[x]) if y - x > 1 else 0
-                    other = np.flatnonzero(move[x:y - 1] != stride)
-                    end = int(x + 1 + other[0]) if len(other) else int(y)
-                    keys = int(seen[x, -1, 1]) + 1
-                    full = (seen[x] == (0, keys - 1)).all()
-                    found.append(_Run(first, classes, dilation, int(end - x), (int(s + x * t), t, t), (int(start[x]), stride, keys), None if full else tuple(map(tuple, seen[x].tolist()))))
-                    x = end
+            borders = np.r_[np.arange(0, count, side), count]
+            low, high = _intervals(kind, count, size, causal)
+        for numbers in _stretches(borders, low, high):
+            found.append(_Run(first, classes, dilation, *numbers))
     return found
 
 # %% ../nbs/11_local.ipynb #c3fa1317
@@ -106,6 +127,17 @@ class _Unit:
     "Equal tiles of the grid, one run per axis."
     grid: tuple[int, ...]
     runs: tuple[_Run, ...]
+
+    def lattice(self, side: str) -> Lattice: # over the cells: classes and tiles of each axis, places of each axis
+        "Where the queries or the keys of the tiles lie."
+        first, tiles, places = 0, [], []
+        for axis, run in enumerate(self.runs):
+            cell = prod(self.grid[axis + 1:])
+            start, stride, count = getattr(run, side)
+            first += cell * (run.first + run.step * start)
+            tiles += [(run.classes, cell), (run.tiles, cell * run.step * stride)]
+            places.append((count, cell * run.step))
+        return Lattice(first, tuple(tiles), tuple(places))
 
     @property
     def tiles(self) -> int: return prod(run.classes * run.tiles for run in self.runs)
@@ -147,17 +179,11 @@ def _plan(kind: str, grid: tuple[int, ...], size: tuple[int, ...], step: tuple[i
     return tuple(_Unit(grid, runs) for runs in product(*(_runs(kind, *axis) for axis in zip(grid, size, step, causal, sides))))
 
 # %% ../nbs/11_local.ipynb #6366952e
-def _lattice(x: Tensor, unit: _Unit, side: str, group: int = 1) -> Tensor: # (B, classes, tiles of each axis …, H / group, group, places of each axis …, ...)
+def _lattice(x: Tensor, unit: _Unit, side: str, group: int = 1) -> Tensor: # (B, tiles …, H / group, group, places …, ...)
     "The tiles of `x` (B, H, cells of the grid, ...) as a strided view."
-    (b, h, n, *rest), offset = x.stride(), x.storage_offset()
-    sizes, strides, counts, steps = [x.shape[0]], [b], [], []
-    for axis, run in enumerate(unit.runs):
-        cell, (start, stride, count) = n * prod(unit.grid[axis + 1:]), getattr(run, side)
-        offset += cell * (run.first + run.step * start)
-        sizes += [run.classes, run.tiles]
-        strides += [cell, cell * run.step * stride]
-        counts.append(count); steps.append(cell * run.step)
-    return x.as_strided((*sizes, x.shape[1] // group, group, *counts, *x.shape[3:]), (*strides, group * h, h, *steps, *rest), offset)
+    lattice = unit.lattice(side)
+    view, tiles = lattice.view(x).unflatten(1, (-1, group)), len(lattice.tiles)
+    return view.movedim((1, 2), (1 + tiles, 2 + tiles))
 
 
 def _on_lattice(part: Tensor, lattice: Tensor, axes: int) -> Tensor:
@@ -237,51 +263,154 @@ def _cut(unit: _Unit, most: int) -> Iterator[_Unit]:
     yield unit
 
 
+@dataclass
+class _Keys:
+    "Keys or values as the tiles read them."
+    grid: Tensor # (B, H_kv, cells, D), in order
+    always: Tensor | None # (B, H_kv, R, D): those that everybody attends
+
+
 class _Part:
     "Some batches and heads of a call."
 
     def __init__(self, local: _Local, group: int, batch: slice, heads: slice, order: Tensor | None, key_mask: Tensor | None, dtype: torch.dtype):
         self.local, self.group, self.order, self.dtype = local, group, order, dtype
-        self.index = {"q": (batch, slice(heads.start * group, heads.stop * group)), "k": (batch, heads)}
+        stacked = slice(heads.start * group, heads.stop * group)
+        self.index = {"q": (batch, stacked), "k": (batch, heads)}
         self.key_mask = None if key_mask is None else key_mask[batch, None]  # (B, 1, keys)
         self.cells = slice(local.shared, local.shared + prod(local.grid))
 
-    def rows(self, x: Tensor, side: str) -> Tensor: return x[self.index[side]]
+    def rows(self, x: Tensor | None, side: str) -> Tensor | None:
+        return None if x is None else x[self.index[side]]
 
-    def on_grid(self, x: Tensor) -> Tensor: # (B, heads, cells, ...): a view where there is no order
+    def on_grid(self, x: Tensor | None) -> Tensor | None: # (B, heads, cells, ...): a view where there is no order
         "The rows of the grid's cells, in order."
+        if x is None: return None
         x = x[:, :, self.cells]
         return x if self.order is None else x.index_select(2, self.order)
 
     def always(self, x: Tensor) -> Tensor | None: # (B, heads, R, ...), None where there are none
         "The keys that everybody attends."
-        parts = [part for part in (x[:, :, :self.cells.start], x[:, :, self.cells.stop:]) if part.shape[2]]
-        return None if not parts else parts[0] if len(parts) == 1 else torch.cat(parts, 2)
+        ends = x[:, :, :self.cells.start], x[:, :, self.cells.stop:]
+        parts = [part for part in ends if part.shape[2]]
+        if len(parts) > 1: return torch.cat(parts, 2)
+        return parts[0] if parts else None
+
+    def keys(self, x: Tensor) -> _Keys:
+        always = self.always(x)
+        return _Keys(self.on_grid(x), None if always is None else always.to(self.dtype))
+
+    def room(self, x: Tensor) -> Tensor: # (B, heads, cells, ...)
+        "Where results of the cells go: into `x` itself, or aside until they are brought back from their order."
+        cells = x[:, :, self.cells]
+        return cells if self.order is None else torch.zeros(cells.shape, dtype=x.dtype)
 
     def write_back(self, x: Tensor, part: Tensor):
         "Puts rows in the grid's order to where their tokens are."
         if self.order is not None: x[:, :, self.cells].index_copy_(2, self.order, part.to(x.dtype))
 
-    def units(self, k: Tensor, always: int) -> Iterator[_Unit]:
+    def room_for_keys(self, x: Tensor) -> _Keys:
+        "The same for gradients of keys, which are added to."
+        always = self.always(x)
+        return _Keys(self.room(x), None if always is None else torch.zeros_like(always))
+
+    def write_keys_back(self, x: Tensor, keys: _Keys):
+        self.write_back(x, keys.grid)
+        if keys.always is None: return
+        shared = self.local.shared
+        x[:, :, :shared] = keys.always[:, :, :shared]
+        x[:, :, self.cells.stop:] = keys.always[:, :, shared:]
+
+    def tiles(self, k: Tensor) -> Iterator["_LocalTile"]:
+        "The tiles of the grid, as many at a time as fit into a chunk."
+        extra = k.shape[2] - prod(self.local.grid)
         for unit in self.local.plan(self.group):
-            yield from _cut(unit, max(1, _TILE_CHUNK // max(1, k.shape[0] * k.shape[1] * k.shape[3] * (unit.keys + always))))
+            row = k.shape[0] * k.shape[1] * k.shape[3] * (unit.keys + extra)
+            for some in _cut(unit, max(1, _TILE_CHUNK // max(1, row))):
+                yield _LocalTile(self, some, k.shape[0], k.shape[1], extra)
 
-    def bias(self, unit: _Unit, k: Tensor, key_mask: Tensor | None, always_mask: Tensor | None, always: int) -> tuple[Tensor | None, Tensor | None]: # (T, heads, M, J + R), (T, 1, M)
-        "0 or -inf for each pair of a tile, strided over what it does not depend on; and which queries have no keys."
-        allowed = None if unit.full else torch.from_numpy(unit.mask)[None, None]
-        if key_mask is not None:
-            keys = _read(key_mask, unit, "k", 1, torch.bool)[:, :, None]  # (T, 1, 1, J)
-            allowed = keys if allowed is None else allowed & keys
-        if allowed is None: return None, None
+# %% ../nbs/11_local.ipynb #377719c1
+class _LocalTile(Tile):
+    "A unit of a part, as the loop over tiles sees it: outer are batches and tiles, inner the key/value heads."
+
+    def __init__(self, part: _Part, unit: _Unit, batches: int, heads: int, extra: int):
+        self.part, self.unit, self.extra = part, unit, extra
+        self.sizes, self.no_keys = (batches * unit.tiles, heads), None
+
+    def read(self, queries, keys):
+        group, dtype = self.part.group, self.part.dtype
+        rows = [None if x is None else _read(x, self.unit, "q", group, dtype) for x in queries]
+        return rows, [_read(x.grid, self.unit, "k", 1, dtype, x.always) for x in keys]
+
+    def _allowed(self) -> Tensor | None: # bool, broadcastable to (T, 1, M, J)
+        mask = None if self.unit.full else torch.from_numpy(self.unit.mask)[None, None]
+        if self.part.key_mask is None: return mask
+        seen = _read(self.part.on_grid(self.part.key_mask), self.unit, "k", 1, torch.bool)[:, :, None]
+        return seen if mask is None else mask & seen
+
+    def bias(self) -> Tensor | None: # (T, heads, M, J + R), strided over what it does not depend on
+        allowed, part = self._allowed(), self.part
+        if allowed is None: return None
         tiles, _, rows, keys = allowed.shape
-        bias = torch.zeros(tiles, 1, rows, keys + always, dtype=self.dtype)
+        bias = torch.zeros(tiles, 1, rows, keys + self.extra, dtype=part.dtype)
         bias[..., :keys].masked_fill_(~allowed, -torch.inf)
-        if always_mask is not None: bias[..., keys:].unflatten(0, (len(always_mask), -1)).masked_fill_(~always_mask[:, None, :, None], -torch.inf)
-        empty = (bias == -torch.inf).all(-1).expand(-1, -1, unit.queries).repeat(1, 1, self.group) if key_mask is not None else None
-        if rows > 1: bias = bias.repeat(1, 1, self.group, 1)
-        return bias.expand(len(k) * unit.tiles, k.shape[1], self.group * unit.queries, -1), empty
+        if part.key_mask is not None:
+            always = part.always(part.key_mask)
+            if always is not None:
+                end = bias[..., keys:].unflatten(0, (len(always), -1))
+                end.masked_fill_(~always[:, None, :, None], -torch.inf)
+            empty = (bias == -torch.inf).all(-1).expand(-1, -1, self.unit.queries)
+            self.no_keys = empty.repeat(1, 1, part.group)
+        if rows > 1: bias = bias.repeat(1, 1, part.group, 1)
+        return bias.expand(*self.sizes, part.group * self.unit.queries, -1)
 
+    def empty(self) -> Tensor | None: return self.no_keys
 
+    def write(self, x, batch, model, add=False):
+        _write(x, batch, self.unit, self.part.group)
+        return x
+
+    def add(self, x, batch, model, add=False):
+        keys = self.unit.keys
+        _add(x.grid, batch[:, :, :keys], self.unit)
+        if x.always is not None:
+            x.always += batch[:, :, keys:].unflatten(0, (len(x.always), -1)).sum(1)
+        return x
+
+# %% ../nbs/11_local.ipynb #08fd83fa
+class _SharedTile(Tile):
+    "The shared tokens of a part: their queries, and all keys."
+
+    def __init__(self, part: _Part): self.part, self.count = part, part.local.shared
+
+    def read(self, queries, keys):
+        group, dtype = self.part.group, self.part.dtype
+        def stacked(x): # (B, H, N, ...) -> (B, H_kv, group * shared, ...)
+            return x[:, :, :self.count].unflatten(1, (-1, group)).flatten(2, 3).to(dtype)
+        rows = [None if x is None else stacked(x) for x in queries]
+        self.sizes = rows[0].shape[:3]
+        return rows, [x.to(dtype) for x in keys]
+
+    def bias(self) -> Tensor | None:
+        mask = self.part.key_mask
+        if mask is None: return None
+        bias = torch.zeros(mask.shape, dtype=self.part.dtype).masked_fill_(~mask, -torch.inf)
+        return bias[:, :, None].expand(*self.sizes, -1)
+
+    def empty(self) -> Tensor | None: # (B, 1, 1)
+        mask = self.part.key_mask
+        return None if mask is None else ~mask.any(-1, keepdim=True)
+
+    def write(self, x, batch, model, add=False):
+        rows = batch.unflatten(2, (self.part.group, -1)).flatten(1, 2)
+        x[:, :, :self.count] = rows
+        return x
+
+    def add(self, x, batch, model, add=False):
+        x += batch
+        return x
+
+# %% ../nbs/11_local.ipynb #084845a9
 def _parts(q: Tensor, k: Tensor, order: Tensor | None, key_mask: Tensor | None, local: _Local, dtype: torch.dtype) -> Iterator[_Part]:
     "Cuts a call so that a single tile of a part, or its tokens in order, take no more memory than a chunk, if a single head allows it."
     (B, heads, keys, D), cells, group = k.shape, prod(local.grid), q.shape[1] // k.shape[1]
@@ -293,86 +422,68 @@ def _parts(q: Tensor, k: Tensor, order: Tensor | None, key_mask: Tensor | None, 
         for j in range(0, heads, h): yield _Part(local, group, slice(i, min(i + b, B)), slice(j, min(j + h, heads)), order, key_mask, dtype)
 
 # %% ../nbs/11_local.ipynb #6112e38f
-def _stacked(x: Tensor, group: int) -> Tensor: return x.unflatten(1, (-1, group)).flatten(2, 3)  # (B, H, M, ...) -> (B, H_kv, group * M, ...)
-
-
-def _unstacked(x: Tensor, group: int) -> Tensor: return x.unflatten(2, (group, -1)).flatten(1, 2)
-
-
-def _key_bias(mask: Tensor | None, like: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    "Bias and empty rows of queries that attend every key of `mask` (B, 1, keys)."
-    if mask is None: return None, None
-    bias = torch.zeros(mask.shape, dtype=like.dtype).masked_fill_(~mask, -torch.inf)[:, :, None]
-    return bias.expand(*like.shape[:3], k.shape[2]), ~mask.any(-1, keepdim=True)  # (B, 1, 1)
-
-
-def _local_forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_mask: Tensor | None, local: _Local, scale: float) -> tuple[Tensor, Tensor]:
+def _local_forward(
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # (B, H_kv, M, D): shared tokens, cells, registers
+    v: Tensor, # (B, H_kv, M, D)
+    order: Tensor | None, # int64 (cells,)
+    key_mask: Tensor | None, # bool (B, M)
+    local: _Local,
+    scale: float,
+) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE on the CPU, some tiles at a time."
-    wide = torch.promote_types(q.dtype, torch.float32)
-    out, lse = torch.empty_like(q), q.new_empty(q.shape[:3], dtype=wide)
+    out, lse = torch.empty_like(q), new_lse(q)
     if not q.numel(): return out, lse
-    for part in _parts(q, k, order, key_mask, local, wide):
-        qs, ks, vs, outs, lses = (part.rows(x, side) for x, side in zip((q, k, v, out, lse), "qkkqq"))
-        always, always_v = ((x if x is None else x.to(wide)) for x in (part.always(ks), part.always(vs)))
-        grid_q, grid_k, grid_v = map(part.on_grid, (qs, ks, vs))
-        mask, always_mask = (None, None) if part.key_mask is None else (part.on_grid(part.key_mask), part.always(part.key_mask))
-        results = [x[:, :, part.cells] if order is None else torch.empty(x[:, :, part.cells].shape, dtype=x.dtype) for x in (outs, lses)]
-        extra = 0 if always is None else always.shape[2]
-        for unit in part.units(ks, extra):
-            bias, empty = part.bias(unit, ks, mask, always_mask, extra)
-            o, l = _flash(_read(grid_q, unit, "q", part.group, wide), _read(grid_k, unit, "k", 1, wide, always), _read(grid_v, unit, "k", 1, wide, always_v), attn_mask=bias, scale=scale)
-            if empty is not None: l = l.masked_fill(empty, -torch.inf)
-            for x, y in zip(results, (o, l)): _write(x, y, unit, part.group)
-        for x, y in zip((outs, lses), results): part.write_back(x, y)
+    for part in _parts(q, k, order, key_mask, local, lse.dtype):
+        own_q, own_out, own_lse = (part.rows(x, "q") for x in (q, out, lse))
+        own_k, own_v = (part.rows(x, "k") for x in (k, v))
+        results = part.room(own_out), part.room(own_lse)
+        grid_q, keys, values = part.on_grid(own_q), part.keys(own_k), part.keys(own_v)
+        attend_tiles(part.tiles(own_k), grid_q, keys, values, *results, scale)
+        part.write_back(own_out, results[0])
+        part.write_back(own_lse, results[1])
         if local.shared:
-            dense = [_stacked(qs[:, :, :local.shared], part.group).to(wide), ks.to(wide), vs.to(wide)]
-            bias, empty = _key_bias(part.key_mask, *dense[:2])
-            o, l = _flash(*dense, attn_mask=bias, scale=scale)
-            if empty is not None: l = l.masked_fill(empty, -torch.inf)
-            for x, y in ((outs, o), (lses, l)): x[:, :, :local.shared] = _unstacked(y, part.group)
+            attend_tiles([_SharedTile(part)], own_q, own_k, own_v, own_out, own_lse, scale)
     return out, lse
 
+# %% ../nbs/11_local.ipynb #0ff4e9f7
+def _part_backward(part: _Part, rows: list, k: Tensor, v: Tensor, grads: Sequence[Tensor], scale: float):
+    "Gradients of a part; `rows` are its dout, dlse, q, out and lse, `grads` where its dq, dk, dv go."
+    dout, dlse, q, out, lse = map(part.on_grid, rows)
+    dq, dk, dv = grads
+    room = part.room(dq), part.room_for_keys(dk), part.room_for_keys(dv)
+    attend_tiles_backward(
+        part.tiles(k), dout, dlse, q, part.keys(k), part.keys(v), out, lse, room, scale)
+    part.write_back(dq, room[0])
+    part.write_keys_back(dk, room[1])
+    part.write_keys_back(dv, room[2])
+    if not part.local.shared: return
+    dout, dlse, q, out, lse = rows
+    attend_tiles_backward([_SharedTile(part)], dout, dlse, q, k, v, out, lse, grads, scale)
 
-def _each(function, xs) -> list[Any]: return [None if x is None else function(x) for x in xs]
 
-
-def _local_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, order: Tensor | None, key_mask: Tensor | None, local: _Local,
-                    scale: float) -> tuple[Tensor, Tensor, Tensor]:
+def _local_backward(
+    dout: Tensor, # (B, H, N, D)
+    dlse: Tensor | None, # (B, H, N)
+    q: Tensor, # from here on as in the forward
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    order: Tensor | None,
+    key_mask: Tensor | None,
+    local: _Local,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]: # dq, dk, dv
     "Gradients of q, k, v on the CPU, some tiles at a time."
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = lse.dtype
     dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
-    if not q.numel(): return dq, _like(dk, k), _like(dv, v)
-    gone = lse == -torch.inf
-    lse, dlse = lse.masked_fill(gone, 0), None if dlse is None else dlse.masked_fill(gone, 0)
-    for part in _parts(q, k, order, key_mask, local, wide):
-        rows = _each(lambda x: part.rows(x, "q"), (q, dout, out, lse, dlse))
-        ks, vs, dks, dvs = (part.rows(x, "k") for x in (k, v, dk, dv))
-        always, always_v = ((x if x is None else x.to(wide)) for x in (part.always(ks), part.always(vs)))
-        grid_rows = _each(part.on_grid, rows)
-        grid_k, grid_v = map(part.on_grid, (ks, vs))
-        mask, always_mask = (None, None) if part.key_mask is None else (part.on_grid(part.key_mask), part.always(part.key_mask))
-        results = [x[:, :, part.cells] if order is None else getattr(torch, make)(x[:, :, part.cells].shape, dtype=x.dtype) for x, make in zip((part.rows(dq, "q"), dks, dvs), ("empty", "zeros", "zeros"))]
-        extra = 0 if always is None else always.shape[2]
-        always_grads = [] if always is None else [torch.zeros_like(always), torch.zeros_like(always)]
-        for unit in part.units(ks, extra):
-            bias, _ = part.bias(unit, ks, mask, always_mask, extra)
-            tile_q, tile_dout, tile_out, tile_lse, tile_dlse = _each(lambda x: _read(x, unit, "q", part.group, wide), grid_rows)
-            grads = _dense_backward(tile_dout, tile_dlse, tile_q, _read(grid_k, unit, "k", 1, wide, always), _read(grid_v, unit, "k", 1, wide, always_v), tile_out, tile_lse, False, bias, scale)
-            _write(results[0], grads[0], unit, part.group)
-            for x, grad in zip(results[1:], grads[1:]): _add(x, grad[:, :, :unit.keys], unit)
-            for x, grad in zip(always_grads, grads[1:]): x += grad[:, :, unit.keys:].unflatten(0, (len(x), -1)).sum(1)
-        for x, y in zip((part.rows(dq, "q"), dks, dvs), results): part.write_back(x, y)
-        for x, grad in zip((dks, dvs), always_grads):
-            x[:, :, :local.shared] = grad[:, :, :local.shared]
-            x[:, :, part.cells.stop:] = grad[:, :, local.shared:]
-        if local.shared:
-            first = _each(lambda x: _stacked(x[:, :, :local.shared], part.group).to(wide), rows)
-            dense_k, dense_v = ks.to(wide), vs.to(wide)
-            grads = _dense_backward(first[1], first[4], first[0], dense_k, dense_v, first[2], first[3], False, _key_bias(part.key_mask, first[0], dense_k)[0], scale)
-            part.rows(dq, "q")[:, :, :local.shared] = _unstacked(grads[0], part.group)
-            dks += grads[1]
-            dvs += grads[2]
-    return dq, _like(dk, k), _like(dv, v)
+    lse, dlse = without_empty_rows(lse, dlse)
+    for part in _parts(q, k, order, key_mask, local, wide) if q.numel() else ():
+        rows = [part.rows(x, "q") for x in (dout, dlse, q, out, lse)]
+        own_k, own_v, own_dk, own_dv = (part.rows(x, "k") for x in (k, v, dk, dv))
+        _part_backward(part, rows, own_k, own_v, (part.rows(dq, "q"), own_dk, own_dv), scale)
+    return dq, like(dk, k), like(dv, v)
 
 # %% ../nbs/11_local.ipynb #f0f19a84
 _LOCAL = "str kind, SymInt[] grid, SymInt[] size, SymInt[] step, bool[] causal, SymInt shared"

@@ -31,7 +31,8 @@ from .curves import inverse_order
 from .dilated import dilated_attention
 from .patterns import DilatedPattern, Progression, SegmentPattern
 from .reference import default_scale, merge_attention
-from .sdpa import _as_slice, _dense_backward, _flash
+from .sdpa import _as_slice
+from .tiles import dense_backward as _dense_backward, flash as _flash
 
 # %% ../nbs/09_ring.ipynb #bc15d314
 LAYOUTS = ("contiguous", "zigzag")

@@ -1,7 +1,7 @@
 """Every backend against the float64 oracle: fuzz, gradcheck, memory, operators."""
 import pytest
 import torch
-from cases import Case, cases
+from cases import Case, Memory, cases
 from hypothesis import example, given
 from torch.library import opcheck
 
@@ -9,7 +9,8 @@ from hilbert_attn import backends, dilated_attention, hilbert_attention, hilbert
 from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import DILATION_MODES, SegmentPattern
 from hilbert_attn.reference import reference_attention
-from hilbert_attn.sdpa import _grouped_expression, sdpa_attention, sdpa_mask_attention
+from hilbert_attn.sdpa import _grouped_expression, _masked_sdpa, sdpa_attention, sdpa_mask_attention
+from hilbert_attn.tiles import dense_backward as _dense_backward, flash as _flash
 
 
 ONE_KEY_FOR_TWO_RESIDUES = Case(1, 1, 1, 2, 16, 2, 2, "keys", None, "none", True, False, torch.float32, "BHND", None, False, 0)
@@ -83,11 +84,12 @@ def test_repeats_are_bit_identical():
 
 def test_no_order_means_no_copies():
     "Contiguous and transposed inputs go to the kernel as views, and the result keeps their layout."
-    from hilbert_attn.sdpa import _blocks, _merge_all, _view
+    from hilbert_attn.sdpa import _best_layout, _blocks, _merge
     pattern = SegmentPattern(64, 16, 4)
     (block,) = _blocks(pattern, 0, False, False)
     for x in (torch.randn(2, 3, 64, 8), torch.randn(2, 64, 3, 8).transpose(1, 2)):
-        (merged,), _ = _merge_all([_view(x, block, "q")])
+        view = block.q.view(x)
+        merged = _merge(view, _best_layout([view]), copy=False)
         assert merged.data_ptr() == x.data_ptr()
         out, _ = sdpa_attention(x, x, x, pattern)
         assert out.stride() == x.stride()
@@ -223,3 +225,20 @@ def test_vmap_and_per_sample_gradients():
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     expected = torch.autograd.grad(hilbert_attention(*leaves, segment_size=16).sin().sum(), leaves)
     torch.testing.assert_close(grads, expected)
+
+
+OVERLAPPING = Memory((0, 2, 3, 1), expanded=(2,))  # the strides of a row's elements and of its head are both 1
+
+
+@pytest.mark.parametrize("memory", (Memory((0, 1, 3, 2)), Memory(steps=(1, 1, 2, 3)), Memory(expanded=(3,)), Memory(expanded=(2,)), Memory(offset=3), OVERLAPPING), ids=str)
+def test_the_kernels_of_torch_get_what_they_can_read(memory):
+    "Below the operators too, where the ring calls them: forward and backward, and SDPA with a mask."
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dout = (memory(torch.randn(1, 1, 20, 16, generator=generator)) for _ in range(4))
+    tidy = [x.contiguous() for x in (q, k, v)]
+    out, lse = _flash(*tidy, scale=0.25)
+    torch.testing.assert_close(_flash(q, k, v, scale=0.25), (out, lse))
+    expected = _dense_backward(dout.contiguous(), None, *tidy, out, lse, False, None, 0.25)
+    torch.testing.assert_close(_dense_backward(dout, None, q, k, v, out, lse, False, None, 0.25), expected)
+    mask = torch.ones(20, 20, dtype=torch.bool)
+    torch.testing.assert_close(_masked_sdpa(q, k, v, mask, 0.25), out)

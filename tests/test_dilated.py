@@ -5,7 +5,7 @@ from cases import layouts, placed, random_tensors, upstream
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import hilbert_attn.sdpa as sdpa
+import hilbert_attn.tiles as tiles
 from hilbert_attn import COMBINES, CURVES, DILATION_MODES, DilatedPattern, curve_order, dilated_attention, hilbert_attention, set_backend
 from hilbert_attn.dilated import _check_dilated, _run_dilated
 from hilbert_attn.reference import assert_matches_oracle, compare_to_oracle
@@ -140,8 +140,8 @@ def test_one_branch_is_hilbert_attention():
 
 def test_branches_that_are_alike_are_computed_once(monkeypatch):
     computed = []
-    flash = sdpa._flash
-    monkeypatch.setattr(sdpa, "_flash", lambda q, k, *rest, **options: computed.append(q[..., 0].numel() * k.shape[-2]) or flash(q, k, *rest, **options))
+    flash = tiles.flash
+    monkeypatch.setattr(tiles, "flash", lambda q, k, *rest, **options: computed.append(q[..., 0].numel() * k.shape[-2]) or flash(q, k, *rest, **options))
     q, k, v = (torch.randn(1, 2, 64, 16) for _ in range(3))
     dilated_attention(q, k, v, [16, 64, 200, 64], [1, 1, 1, 1], curve=None, backend="sdpa")
     assert sum(computed) == DilatedPattern.for_heads(64, 2, [16, 64], [1, 1]).pairs() == 2 * 64 * (16 + 64)

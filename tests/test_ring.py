@@ -28,7 +28,7 @@ from hilbert_attn.ring import (
     shard_sizes,
     unshard_sequence,
 )
-from hilbert_attn.sdpa import _flash_backward
+from hilbert_attn.tiles import flash_backward as _flash_backward
 
 
 @pytest.fixture(scope="module")

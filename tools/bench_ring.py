@@ -23,7 +23,7 @@ from hilbert_attn.bench import FLOPS_PER_PAIR, _resident, _timing_rows, describe
 from hilbert_attn.patterns import SegmentPattern, attention_mask
 from hilbert_attn.reference import assert_matches_oracle, default_scale
 from hilbert_attn.ring import plan_ring, ring_attention, shard_sequence, unshard_sequence
-from hilbert_attn.sdpa import _dense_backward, _flash
+from hilbert_attn.tiles import dense_backward as _dense_backward, flash as _flash
 
 CONFIG = dict(batch=1, heads=2, tokens=4096, head_dim=64, dtype="float32", repeats=5, worlds=[1, 2], memory_worlds=[1, 2, 4], inside=1024, across=4096, rate=4, memory_tokens=8192, memory_heads=12, link_bytes=1 << 24)
 QUICK = CONFIG | dict(heads=2, tokens=256, repeats=2, inside=64, across=256, memory_worlds=[2], memory_tokens=512, memory_heads=2, link_bytes=1 << 16)
