@@ -11,17 +11,19 @@ import importlib.util
 import os
 import threading
 import warnings
-import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import isfinite, prod
+from numbers import Real
 from types import MappingProxyType
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, Unpack, get_type_hints, overload
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .common import Cache, define_operator, hide_masked, is_plain, true_or_false
 from .curves import _parse_curve, as_grid, curve_order
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import PatternOptions, reference_attention
@@ -120,35 +122,68 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor):
     if not q.device == k.device == v.device: raise ValueError(f"q, k, v are on {q.device}, {k.device}, {v.device}: they must be on one device")
 
 
-_known_permutations: dict[int, tuple[weakref.ref, int]] = {}  # id -> (tensor, its number of writes when it was checked)
+def _is_permutation(order: Tensor) -> bool:
+    n = order.numel()
+    if not bool(((order >= 0) & (order < n)).all()): return False
+    seen = torch.zeros(n, dtype=torch.bool, device=order.device)
+    return bool(seen.index_fill_(0, order, True).all())
+
+
+def _checked(order: Tensor) -> Tensor:
+    "The order in int64; a `ValueError` unless it is a permutation."
+    order = order.long()
+    if _is_permutation(order): return order
+    raise ValueError(f"order is no permutation: it must hold each of 0 … {order.numel() - 1} once")
+
+
+_permutations = Cache()  # orders that were checked, until somebody writes into them
+_order_library = define_operator("checked_order", "(Tensor order) -> Tensor")
+_order_library.impl("checked_order", lambda order: _checked(order).clone(), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "hilbert_attn::checked_order",
+    lambda order: torch.empty_like(order, dtype=torch.int64),
+    lib=_order_library,
+)
 
 
 def _check_order(order: Tensor, n: int, device: torch.device) -> Tensor:
+    "A permutation in int64. Where its numbers are not known yet, as in a graph, the graph checks them."
     if not isinstance(order, Tensor) or order.shape != (n,) or order.dtype not in (torch.int64, torch.int32):
         given = f"shape {tuple(order.shape)}, dtype {order.dtype}" if isinstance(order, Tensor) else type(order).__name__
         raise ValueError(f"order is given with {given}: expected an int64 tensor of shape ({n},)")
     if order.device != device: raise ValueError(f"order is on {order.device} and q on {device}: they must be on one device")
-    if torch.compiler.is_compiling() or order.is_inference(): return order.long()
-    known = _known_permutations.get(id(order))
-    if known is None or known[0]() is not order or known[1] != order._version:
-        inside = bool(((order >= 0) & (order < n)).all())
-        if not inside or bool((torch.zeros(n, dtype=torch.bool, device=device).index_fill_(0, order.long(), True) == 0).any()):
-            raise ValueError(f"order is no permutation: it must hold each of 0 … {n - 1} once")
-        if len(_known_permutations) > 256: _known_permutations.clear()
-        _known_permutations[id(order)] = weakref.ref(order), order._version
-    return order.long()
+    traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    if traced or not is_plain(order): return torch.ops.hilbert_attn.checked_order(order)
+    return _permutations.get("order", lambda: _checked(order), source=order)
+
+
+def _check_number(name: str, value: Any) -> float:
+    "A real number; a `ValueError` for anything else, texts, bools and tensors included."
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)):
+        raise ValueError(f"{name}={value!r}: expected a number")
+    return value
+
+
+def _check_key_mask(key_mask: Tensor | None, shape: tuple[int, int], device: torch.device):
+    if key_mask is None: return
+    if isinstance(key_mask, Tensor):
+        if key_mask.dtype == torch.bool and key_mask.shape == shape and key_mask.device == device: return
+        given = f"{key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}"
+    else: given = type(key_mask).__name__
+    raise ValueError(f"key_mask is {given}: expected bool of shape (B, N) = {shape} on {device}, True = attend")
 
 
 def _check_inputs(q, k, v, *, grid, key_mask, dropout_p, scale):
     "Checks what all patterns have in common; raises `ValueError`."
     _check_tensors(q, k, v)
     n = q.shape[2]
-    if grid is not None and prod(as_grid(grid)) != n: raise ValueError(f"grid={grid!r} has {prod(as_grid(grid))} cells and q has N={n} tokens: they must agree")
-    if key_mask is not None and (not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool or key_mask.shape != (q.shape[0], n) or key_mask.device != q.device):
-        given = f"{key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}" if isinstance(key_mask, Tensor) else type(key_mask).__name__
-        raise ValueError(f"key_mask is {given}: expected bool of shape (B, N) = {(q.shape[0], n)} on {q.device}, True = attend")
-    if not 0 <= dropout_p < 1: raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and less than 1")
-    if scale is not None and not (isfinite(scale) and scale > 0): raise ValueError(f"scale={scale}: must be positive and finite, or None for 1 / sqrt(D); to turn the sign, negate q")
+    if grid is not None and prod(as_grid(grid)) != n:
+        raise ValueError(f"grid={grid!r} has {prod(as_grid(grid))} cells and q has N={n} tokens: they must agree")
+    _check_key_mask(key_mask, (q.shape[0], n), q.device)
+    if not 0 <= _check_number("dropout_p", dropout_p) < 1:
+        raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and less than 1")
+    if scale is not None and not (isfinite(_check_number("scale", scale)) and scale > 0):
+        raise ValueError(f"scale={scale}: must be positive and finite, or None for 1 / sqrt(D); to turn the sign, negate q")
 
 
 def _resolve_order(q, *, grid, curve, order, dense: bool) -> Tensor | None:
@@ -164,7 +199,7 @@ def _check_call(q, k, v, *, grid, curve, order, segment_size, dilation_rate, dil
     _check_inputs(q, k, v, grid=grid, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
     pattern = SegmentPattern.for_heads(q.shape[2], q.shape[1], segment_size, dilation_rate, dilation_mode, offsets)
     order = _resolve_order(q, grid=grid, curve=curve, order=order, dense=pattern.segment_size >= q.shape[2] and pattern.dilation_rate == 1)
-    return _Call(pattern, order, bool(causal), key_mask, float(dropout_p), scale)
+    return _Call(pattern, order, true_or_false("causal", causal), key_mask, float(dropout_p), scale)
 
 # %% ../nbs/07_backends.ipynb #29a01b2a
 @dataclass(frozen=True)
@@ -387,12 +422,47 @@ def _rejected(name: str, reasons: dict[str, str]) -> dict[str, str]:
     return {b: reason for b, reason in reasons.items() if b != name}
 
 # %% ../nbs/07_backends.ipynb #e28e77a1
-def _run(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | Any]:
+_EXPRESSIONS = ("reference", "sdpa_mask", "sdpa")  # backends that can be written in plain PyTorch
+
+
+def _wants_expression(custom_backward: bool) -> bool:
+    "Must the call be differentiated by PyTorch alone, backwards or forwards?"
+    return not custom_backward or torch.autograd.forward_ad._current_level >= 0
+
+
+def _pick(backend: str, q: Tensor, tokens: int | None = None, custom_backward: bool = True) -> str:
+    "The name of the backend for a call."
+    name, reason, _ = _choose(backend, q.device, tokens)
+    if name in _EXPRESSIONS or not _wants_expression(custom_backward): return name
+    if not reason.startswith("forced"): return "sdpa"
+    able = ", ".join(map(repr, _EXPRESSIONS))
+    raise RuntimeError(
+        f"backend {name!r}, {reason}, has no plain PyTorch expression, which custom_backward=False "
+        f"and forward-mode derivatives need. Backends that have: {able}, or 'auto'.")
+
+
+def _hide(k: Tensor, v: Tensor, key_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    "Keys and values without what the mask removes."
+    return hide_masked(k, key_mask), hide_masked(v, key_mask)
+
+
+def _run(
+    call: _Call, # checked
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # (B, H_kv, N, D)
+    v: Tensor, # (B, H_kv, N, D)
+    backend: str, # from `_pick`
+    need_lse: bool, # False: None may stand in its place
+    custom_backward: bool = True, # False: differentiate the plain PyTorch expression
+) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N)
     "Runs a checked call on a backend."
+    k, v = _hide(k, v, call.key_mask)
     options: PatternOptions = dict(order=call.order, causal=call.causal, key_mask=call.key_mask, dropout_p=call.dropout_p, scale=call.scale)
-    if not custom_backward: return sdpa_attention(q, k, v, call.pattern, **options, need_lse=need_lse, custom_backward=False)
-    if backend == "sdpa": return sdpa_attention(q, k, v, call.pattern, **options, need_lse=need_lse)
-    if backend == "sdpa_mask": return sdpa_mask_attention(q, k, v, call.pattern, **options, need_lse=need_lse)
+    plain = _wants_expression(custom_backward)
+    if backend == "sdpa":
+        return sdpa_attention(q, k, v, call.pattern, **options, need_lse=need_lse, custom_backward=not plain)
+    if backend == "sdpa_mask":
+        return sdpa_mask_attention(q, k, v, call.pattern, **options, need_lse=need_lse)
     if backend == "reference":
         out, lse = reference_attention(q, k, v, call.pattern, **options)
         return out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32))
@@ -454,7 +524,8 @@ def hilbert_attention(
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor): q, k, v = _autocast(q, k, v)
     call = _check_call(q, k, v, grid=grid, curve=curve, order=order, segment_size=segment_size, dilation_rate=dilation_rate, dilation_mode=dilation_mode,
                        offsets=offsets, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    out, lse = _run(call, q, k, v, _choose(backend, q.device, q.shape[2])[0], return_lse)
+    return_lse = true_or_false("return_lse", return_lse)
+    out, lse = _run(call, q, k, v, _pick(backend, q, q.shape[2]), return_lse)
     return (out, lse) if return_lse else out
 
 # %% ../nbs/07_backends.ipynb #d946d4fb
@@ -523,6 +594,20 @@ class ExplainOptions(SegmentOptions, total=False):
     dilation_rates: int | Sequence[int]
     combine: str
 
+
+_ONE_BRANCH = ("segment_size", "dilation_rate")
+_BRANCHES = ("segment_lengths", "dilation_rates", "combine")
+
+
+def _check_options(options: dict[str, Any]):
+    "Names of arguments of one of the two functions, not of both, and nothing misspelt."
+    name, others = "hilbert_attention", _BRANCHES
+    if "segment_lengths" in options: name, others = "dilated_attention", _ONE_BRANCH
+    known = [x for x in get_type_hints(ExplainOptions) if x not in others]
+    for option, value in options.items():
+        if option not in known:
+            raise ValueError(f"{option}={value!r}: {name} has no such argument; known are {', '.join(known)}")
+
 # %% ../nbs/07_backends.ipynb #81913ecb
 def explain_backend(
     q: Tensor | Sequence[int], # queries, or only their shape (B, H, N, D)
@@ -538,6 +623,7 @@ def explain_backend(
     **options: "Unpack[ExplainOptions]", # the other arguments of `hilbert_attention` or `dilated_attention`
 ) -> BackendChoice: # print it
     "Which backend a call would take, the least work it has to do, why not another, and how to train with it."
+    _check_options(options)
     if not isinstance(q, Tensor): q = torch.empty(tuple(q), dtype=dtype, device="meta")
     else: device, q = q.device, q.to("meta")
     device = torch.device(device)

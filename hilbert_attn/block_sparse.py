@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .backends import _autocast, _check_call, _check_order, _choose
+from .backends import _autocast, _check_call, _check_order, _hide, _pick, _wants_expression
 from .curves import _define_operator, curve_order, inverse_order
 from .patterns import NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
 from .reference import PatternOptions, default_scale, masked_attention
@@ -990,7 +990,7 @@ def block_sdpa_attention(
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "Block-sparse attention through dense kernels on gathered blocks, differentiable in q, k, v; time and memory follow the blocks."
     scale = default_scale(q) if scale is None else float(scale)
-    if q.device.type != "cpu" or dropout_p: return _block_expression(q, k, v, lists, key_mask, dropout_p, scale)
+    if q.device.type != "cpu" or dropout_p or _wants_expression(True): return _block_expression(q, k, v, lists, key_mask, dropout_p, scale)
     return torch.ops.hilbert_attn.block_forward(q, k, v, key_mask, scale, *lists_to_operands(lists))
 
 # %% ../nbs/10_block_sparse.ipynb #e0184a12
@@ -1093,7 +1093,8 @@ def attend_blocks(
     need_lse: bool = True, # False where nobody uses the LSE: it may then be None
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N)
     "Runs a checked call on the backend that the policy, or somebody, chooses."
-    name = _choose(backend, q.device)[0]
+    name = _pick(backend, q)
+    k, v = _hide(k, v, key_mask)
     if name == "sdpa_mask": return block_sdpa_mask_attention(q, k, v, lists, key_mask=key_mask, dropout_p=dropout_p, scale=scale, need_lse=need_lse)
     function = _BLOCK_BACKENDS[name]
     if isinstance(function, str):

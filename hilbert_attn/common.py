@@ -38,6 +38,7 @@ def whole_numbers(
     least: int | None = None, # the smallest that is allowed
 ) -> tuple[int, ...]: # at least one
     "One size or several; a `ValueError` for anything else."
+    if isinstance(values, (int, torch.SymInt)): return (whole_number(name, values, least),)
     if isinstance(values, str) or not (isinstance(values, Sequence) or hasattr(values, "tolist")):
         return (whole_number(name, values, least),)
     items = values.tolist() if hasattr(values, "tolist") else values

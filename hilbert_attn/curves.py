@@ -16,13 +16,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common import Cache
+from .common import Cache, is_plain, whole_number, whole_numbers
 from .common import define_operator as _define_operator  # until every module takes it from there
 
 # %% ../nbs/00_curves.ipynb #6b76e754
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
 def _check_bits(bits: int, ndim: int):
-    if bits < 1 or ndim < 1 or bits * ndim > 62:
+    if whole_number("bits", bits) < 1 or whole_number("ndim", ndim) < 1 or bits * ndim > 62:
         raise ValueError(f"bits={bits} and ndim={ndim}: both must be at least 1, and bits * ndim at most 62 to fit int64")
+
+
+def _as_int64(name: str, x: Tensor, end: int) -> Tensor:
+    "Whole numbers in int64, where nothing overflows; each at least 0 and less than `end`."
+    if not isinstance(x, Tensor) or x.dtype not in _INTEGERS:
+        given = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} is {given}: expected a tensor of whole numbers")
+    x = x.long()
+    if is_plain(x) and x.numel() and not torch.compiler.is_compiling():
+        least, most = x.aminmax()
+        if least < 0 or most >= end:
+            raise ValueError(f"{name} holds {int(least)} to {int(most)}: each must be at least 0 and less than {end}")
+    return x
 
 
 def hilbert_decode(
@@ -32,6 +48,7 @@ def hilbert_decode(
 ) -> Tensor: # coordinates, int64, shape (*index.shape, ndim)
     "Coordinates of positions on the classic Hilbert curve (Skilling 2004); a `ValueError` where `bits*ndim > 62`."
     _check_bits(bits, ndim)
+    index = _as_int64("index", index, 2 ** (bits * ndim))
     x = [torch.zeros_like(index) for _ in range(ndim)]
     for bit in range(bits * ndim):  # spread the interleaved bits over the axes, the first axis holding the highest
         axis, level = ndim - 1 - bit % ndim, bit // ndim
@@ -54,9 +71,9 @@ def hilbert_encode(
     bits: int, # the grid has side 2**bits
 ) -> Tensor: # positions on the curve, int64, shape (...)
     "Positions of coordinates on the classic Hilbert curve, the inverse of `hilbert_decode`."
-    ndim = coords.shape[-1]
+    ndim = coords.shape[-1] if isinstance(coords, Tensor) and coords.ndim else 0
     _check_bits(bits, ndim)
-    x = list(coords.unbind(-1))
+    x = list(_as_int64("coords", coords, 2 ** bits).unbind(-1))
     for level in range(bits - 1, 0, -1):
         low = (1 << level) - 1
         for axis in range(ndim):
@@ -194,10 +211,11 @@ def as_grid(
     grid: int | Sequence[int], # N, (N,), (H, W) or (T, H, W)
 ) -> tuple[int, ...]: # the same as a tuple
     "The grid as a tuple of one to three positive sizes, or a `ValueError`."
-    dims = tuple(grid) if isinstance(grid, Sequence) else (grid,)
-    if not 1 <= len(dims) <= 3 or any(isinstance(n, (bool, float, str)) or n < 1 for n in dims):
-        raise ValueError(f"grid={grid!r}: expected N, (H, W) or (T, H, W), each at least 1")
-    return tuple(int(n) if isinstance(n, np.integer) else n for n in dims)
+    try: dims = whole_numbers("grid", grid, 1)
+    except ValueError: dims = ()
+    if not 1 <= len(dims) <= 3:
+        raise ValueError(f"grid={grid!r}: expected N, (H, W) or (T, H, W), whole numbers, each at least 1")
+    return dims
 
 
 def _parse_curve(curve: str) -> tuple[str, tuple[int, ...]]:

@@ -14,8 +14,9 @@ from typing import Any, Literal, Unpack, overload
 import torch
 from torch import Tensor
 
-from .backends import CurveOptions, _Call, _autocast, _check_inputs, _choose, _resolve_order, _run
-from .curves import _define_operator
+from .backends import CurveOptions, _Call, _autocast, _check_inputs, _hide, _pick, _resolve_order, _run, _wants_expression
+from .common import true_or_false
+from .operators import AttentionOperator, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import default_scale, merge_attention
 from .sdpa import _grouped_backward, _grouped_forward, _like
@@ -67,37 +68,10 @@ def _dilated_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, seg
     return tuple(_like(g, x) for g, x in zip(grads, (q, k, v)))
 
 
-_OPTIONS = ("Tensor? order, Tensor? key_mask, Tensor? seeds, SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, bool causal, float scale, "
-            "float dropout_p, bool triton")
-_forward_library = _define_operator("dilated_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)")
-_backward_library = _define_operator("dilated_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)")
-
-
-def _dilated_forward_fake(q, k, v, *options): return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def _dilated_backward_fake(dout, dlse, q, k, v, *options): return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, order, key_mask, seeds, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, order, key_mask, seeds)
-    ctx.set_materialize_grads(False)  # an LSE that nobody uses has no gradient, rather than a gradient of zeros
-
-
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, order, key_mask, seeds = ctx.saved_tensors
-    if dout is None and dlse is None: return (None,) * 15
-    if dout is None: dout = torch.zeros_like(out)
-    grads = torch.ops.hilbert_attn.dilated_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, *ctx.options)
-    return (*grads, *(None,) * 12)
-
-
-_forward_library.impl("dilated_forward", _dilated_forward, "CompositeExplicitAutograd")
-_backward_library.impl("dilated_backward", _dilated_backward, "CompositeExplicitAutograd")
-torch.library.register_fake("hilbert_attn::dilated_forward", _dilated_forward_fake, lib=_forward_library)
-torch.library.register_fake("hilbert_attn::dilated_backward", _dilated_backward_fake, lib=_backward_library)
-torch.library.register_autograd("hilbert_attn::dilated_forward", _backward, setup_context=_setup_context, lib=_forward_library)
+_mixture_attention = AttentionOperator(
+    "dilated", _dilated_forward, _dilated_backward, ["order", "key_mask", "seeds"],
+    "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, bool causal, float scale, "
+    "float dropout_p, bool triton", "CompositeExplicitAutograd")
 
 # %% ../nbs/08_dilated.ipynb #b0da3890
 def _check_dilated(q, k, v, *, segment_lengths, dilation_rates, combine, dilation_mode, offsets, grid, curve, order, causal, key_mask, dropout_p, scale) -> _Call:
@@ -105,7 +79,7 @@ def _check_dilated(q, k, v, *, segment_lengths, dilation_rates, combine, dilatio
     _check_inputs(q, k, v, grid=grid, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
     pattern = DilatedPattern.for_heads(q.shape[2], q.shape[1], segment_lengths, dilation_rates, combine, dilation_mode, offsets)
     order = _resolve_order(q, grid=grid, curve=curve, order=order, dense=pattern.is_dense)
-    return _Call(pattern, order, bool(causal), key_mask, float(dropout_p), scale)
+    return _Call(pattern, order, true_or_false("causal", causal), key_mask, float(dropout_p), scale)
 
 
 def _kv_heads(x: Tensor, first: int, last: int, group: int) -> Tensor:
@@ -115,27 +89,56 @@ def _kv_heads(x: Tensor, first: int, last: int, group: int) -> Tensor:
     return x[:, [h // group for h in range(first, last)]]
 
 
+def _run_heads(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool) -> tuple[Tensor, Tensor | Any]:
+    "Each branch on its own heads."
+    group, outs, lses = q.shape[1] // k.shape[1], [], []
+    for branch in call.pattern.branches:
+        own = replace(call, pattern=branch.pattern)
+        heads = q[:, slice(*branch.heads)], _kv_heads(k, *branch.heads, group), _kv_heads(v, *branch.heads, group)
+        out, lse = _run(own, *heads, backend, need_lse, custom_backward)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, 1), torch.cat(lses, 1) if need_lse else None
+
+
+def _run_mixture(call: _Call, q: Tensor, k: Tensor, v: Tensor, triton: bool) -> tuple[Tensor, Tensor]:
+    "All branches in one operator."
+    branches = call.pattern.branches
+    patterns = [b.pattern for b in branches]
+    seeds = None
+    if call.dropout_p: seeds = torch.randint(2 ** 63 - 1, (len(branches),), dtype=torch.int64, device=q.device)
+    offsets = [p.offsets[h % len(p.offsets)] for p in patterns for h in range(q.shape[1])]
+    scale = default_scale(q) if call.scale is None else float(call.scale)
+    return _mixture_attention(
+        q, k, v, call.order, call.key_mask, seeds,
+        [p.segment_size for p in patterns], [p.dilation_rate for p in patterns], [b.copies for b in branches],
+        patterns[0].mode, offsets, call.causal, scale, call.dropout_p, triton)
+
+
+def _run_apart(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, custom_backward: bool) -> tuple[Tensor, Tensor]:
+    "Each branch by itself, merged by plain PyTorch; gradients of the branches are summed in float32."
+    wide = [x.to(lse_dtype(x.dtype)) for x in (q, k, v)]
+    outs, lses = [], []
+    for branch in call.pattern.branches:
+        out, lse = _run(replace(call, pattern=branch.pattern), *wide, backend, True, custom_backward)
+        outs.append(out)
+        lses.append(lse + log(branch.copies))
+    out, lse = merge_attention(outs, lses)
+    return out.to(q.dtype), lse
+
+
 def _run_dilated(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_lse: bool, custom_backward: bool = True) -> tuple[Tensor, Tensor | Any]:
     "Runs a checked call with several branches on a backend."
     pattern: DilatedPattern = call.pattern
-    group = q.shape[1] // k.shape[1]
-    if pattern.combine == "heads":
-        parts = [_run(replace(call, pattern=b.pattern), q[:, slice(*b.heads)], _kv_heads(k, *b.heads, group), _kv_heads(v, *b.heads, group), backend, need_lse, custom_backward)
-                 for b in pattern.branches]
-        return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1) if need_lse else None
+    plain = _wants_expression(custom_backward)
+    if pattern.combine == "heads": return _run_heads(call, q, k, v, backend, need_lse, custom_backward)
     if len(pattern.branches) == 1:
         out, lse = _run(replace(call, pattern=pattern.branches[0].pattern), q, k, v, backend, need_lse, custom_backward)
         return out, lse + log(pattern.branches[0].copies) if need_lse else None
     if backend in ("reference", "sdpa_mask"): return _run(call, q, k, v, backend, need_lse)  # these take any pattern with a mask, or counts
-    if backend == "triton" and custom_backward or backend == "sdpa" and q.device.type == "cpu" and custom_backward and not call.dropout_p:
-        seeds = torch.randint(2 ** 63 - 1, (len(pattern.branches),), dtype=torch.int64, device=q.device) if call.dropout_p else None
-        patterns = [b.pattern for b in pattern.branches]
-        offsets = [p.offsets[h % len(p.offsets)] for p in patterns for h in range(q.shape[1])]
-        return torch.ops.hilbert_attn.dilated_forward(
-            q, k, v, call.order, call.key_mask, seeds, [p.segment_size for p in patterns], [p.dilation_rate for p in patterns], [b.copies for b in pattern.branches], patterns[0].mode, offsets,
-            call.causal, default_scale(q) if call.scale is None else float(call.scale), call.dropout_p, backend == "triton")
-    parts = [_run(replace(call, pattern=b.pattern), q, k, v, backend, True, custom_backward) for b in pattern.branches]
-    return merge_attention([out for out, _ in parts], [lse + log(b.copies) for (_, lse), b in zip(parts, pattern.branches)])
+    if backend == "triton" or not plain and q.device.type == "cpu" and not call.dropout_p:
+        return _run_mixture(call, q, *_hide(k, v, call.key_mask), backend == "triton")
+    return _run_apart(call, q, k, v, backend, custom_backward)
 
 # %% ../nbs/08_dilated.ipynb #2506b004
 class BranchOptions(CurveOptions, total=False):
@@ -178,5 +181,6 @@ def dilated_attention(
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor): q, k, v = _autocast(q, k, v)
     call = _check_dilated(q, k, v, segment_lengths=segment_lengths, dilation_rates=dilation_rates, combine=combine, dilation_mode=dilation_mode, offsets=offsets, grid=grid, curve=curve,
                           order=order, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    out, lse = _run_dilated(call, q, k, v, _choose(backend, q.device, q.shape[2])[0], return_lse)
+    return_lse = true_or_false("return_lse", return_lse)
+    out, lse = _run_dilated(call, q, k, v, _pick(backend, q, q.shape[2]), return_lse)
     return (out, lse) if return_lse else out

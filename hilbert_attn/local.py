@@ -13,15 +13,16 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 from math import prod
-from numbers import Integral
 from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import _Call, _autocast, _check_inputs, _choose, _resolve_order, _run
-from .curves import _define_operator, _parse_curve, as_grid, curve_order
+from .backends import _Call, _autocast, _check_inputs, _hide, _pick, _resolve_order, _run, _wants_expression
+from .common import define_operator, true_or_false, whole_number
+from .operators import AttentionOperator
+from .curves import _parse_curve, as_grid, curve_order
 from .patterns import NeighborhoodPattern, Pattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
 from .reference import CallOptions, PatternOptions, default_scale, masked_attention, reference_attention
 from .sdpa import _dense_backward, _flash, _like, _masked_sdpa, sdpa_mask_attention
@@ -375,48 +376,26 @@ def _local_backward(dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: 
 
 # %% ../nbs/11_local.ipynb #f0f19a84
 _LOCAL = "str kind, SymInt[] grid, SymInt[] size, SymInt[] step, bool[] causal, SymInt shared"
-_OPTIONS = f"Tensor? order, Tensor? key_mask, {_LOCAL}, float scale"
-_forward_library = _define_operator("local_forward", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor out, Tensor lse)")
-_backward_library = _define_operator("local_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_OPTIONS}) -> (Tensor dq, Tensor dk, Tensor dv)")
 
 
-def _local_of(kind, grid, size, step, causal, shared) -> _Local: return _Local(kind, tuple(grid), tuple(size), tuple(step), tuple(causal), shared)
+def _local_of(kind, grid, size, step, causal, shared) -> _Local:
+    return _Local(kind, tuple(grid), tuple(size), tuple(step), tuple(causal), shared)
 
 
-def _forward_op(q, k, v, order, key_mask, *options): return _local_forward(q, k, v, order, key_mask, _local_of(*options[:-1]), options[-1])
+def _forward_op(q, k, v, order, key_mask, *options):
+    *fields, scale = options
+    return _local_forward(q, k, v, order, key_mask, _local_of(*fields), scale)
 
 
 def _backward_op(dout, dlse, q, k, v, out, lse, order, key_mask, *options):
-    return _local_backward(dout, dlse, q, k, v, out, lse, order, key_mask, _local_of(*options[:-1]), options[-1])
+    *fields, scale = options
+    return _local_backward(dout, dlse, q, k, v, out, lse, order, key_mask, _local_of(*fields), scale)
 
 
-def _forward_fake(q, k, v, *options): return torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-def _backward_fake(dout, dlse, q, k, v, *options): return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-
-
-def _setup_context(ctx, inputs, output):
-    q, k, v, order, key_mask, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, order, key_mask)
-    ctx.set_materialize_grads(False)  # an LSE that nobody uses has no gradient, rather than a gradient of zeros
-
-
-def _backward(ctx, dout, dlse):
-    q, k, v, out, lse, order, key_mask = ctx.saved_tensors
-    if dout is None and dlse is None: return (None,) * 12
-    if dout is None: dout = torch.zeros_like(out)
-    return *torch.ops.hilbert_attn.local_backward(dout, dlse, q, k, v, out, lse, order, key_mask, *ctx.options), *(None,) * 9
-
-
-_forward_library.impl("local_forward", _forward_op, "CPU")
-_backward_library.impl("local_backward", _backward_op, "CPU")
-torch.library.register_fake("hilbert_attn::local_forward", _forward_fake, lib=_forward_library)
-torch.library.register_fake("hilbert_attn::local_backward", _backward_fake, lib=_backward_library)
-torch.library.register_autograd("hilbert_attn::local_forward", _backward, setup_context=_setup_context, lib=_forward_library)
+_tiles_attention = AttentionOperator("local", _forward_op, _backward_op, ["order", "key_mask"], f"{_LOCAL}, float scale")
 
 # %% ../nbs/11_local.ipynb #f5a6ff5d
-_tiles_library = _define_operator("local_tiles", f"({_LOCAL}, SymInt group, SymInt most, Device device) -> Tensor[]")
+_tiles_library = define_operator("local_tiles", f"({_LOCAL}, SymInt group, SymInt most, Device device) -> Tensor[]")
 
 
 def _tile_units(local: _Local, group: int, most: int) -> Iterator[_Unit]:
@@ -473,14 +452,6 @@ def _local_expression(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key
     return torch.cat(outs, 2).index_select(2, back), torch.cat(lses, 2).index_select(2, back) if need_lse else None
 
 # %% ../nbs/11_local.ipynb #4d0baf86
-def _check_numbers(per_axis: bool, **named):
-    "Sizes are whole numbers, or sequences of them where they may differ from axis to axis; what they may be is the pattern's business."
-    for name, value in named.items():
-        values = value if per_axis and isinstance(value, Sequence) else (value,)
-        if not all(isinstance(x, Integral) and not isinstance(x, bool) for x in values):
-            raise ValueError(f"{name}={value!r}: expected a whole number{', or one per axis of the grid' if per_axis else ''}")
-
-
 def _check_call(q, k, v, registers, *, grid, curve, key_mask, dropout_p, scale) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     "Checks everything but the pattern; queries, then keys, values and key mask with the registers behind the tokens."
     if registers is not None and (not isinstance(registers, (tuple, list)) or len(registers) != 2 or not all(isinstance(x, Tensor) for x in registers)):
@@ -513,7 +484,9 @@ class _WithRegisters:
 def _attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, local: _Local, grid, curve: str | None, dropout_p: float, scale: float | None, backend: str,
             return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
     "Runs a checked call; `grid` and `curve` say how its cells are laid out, in patterns over positions also which cells these are."
-    name, pattern, (N, M) = _choose(backend, q.device)[0], local.pattern(), (q.shape[2], k.shape[2])
+    return_lse = true_or_false("return_lse", return_lse)
+    name, pattern, (N, M) = _pick(backend, q), local.pattern(), (q.shape[2], k.shape[2])
+    k, v = _hide(k, v, key_mask)
     cells, number = q[:, :, local.shared:], default_scale(q) if scale is None else float(scale)
     if name == "triton": out, lse = _block_attention(q, k, v, key_mask, local, grid, curve, dropout_p, number)
     else:
@@ -525,19 +498,16 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, local: _Lo
             else:
                 out, lse = reference_attention(q, k, v, dense, **options)
                 out, lse = out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32))
+        elif name != "sdpa": raise RuntimeError(f"backend {name!r} does not compute local patterns. Backends that do: 'reference', 'sdpa_mask', 'sdpa', 'triton', or 'auto'.")
         else:
             if local.kind == "tiles" and local.size[0] > 1 and local.step[0]: order = (torch.arange(cells.shape[2], device=q.device) if order is None else order).roll(-local.step[0])
-            if q.device.type != "cpu" or dropout_p: out, lse = _local_expression(q, k, v, order, key_mask, local, dropout_p, scale, return_lse)
-            else: out, lse = torch.ops.hilbert_attn.local_forward(q, k, v, order, key_mask, *local.fields(), number)
+            plain = _wants_expression(True)
+            if q.device.type != "cpu" or dropout_p or plain: out, lse = _local_expression(q, k, v, order, key_mask, local, dropout_p, scale, return_lse or plain)
+            else: out, lse = _tiles_attention(q, k, v, order, key_mask, *local.fields(), number)
     return (out, lse) if return_lse else out
 
 # %% ../nbs/11_local.ipynb #57526f8f
 _BLOCK_SIZE = (128, 128) # slots per block of queries and of keys
-
-_BLOCKS = f"Tensor? key_mask, Tensor? seed, {_LOCAL}, SymInt[] layout, str curve, float scale, float dropout_p"
-_block_forward_library = _define_operator("local_block_forward", f"(Tensor q, Tensor k, Tensor v, {_BLOCKS}) -> (Tensor out, Tensor lse)")
-_block_backward_library = _define_operator("local_block_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {_BLOCKS}) -> (Tensor dq, Tensor dk, Tensor dv)")
-
 
 def _lists(q: Tensor, k: Tensor, fields, layout: Sequence[int], curve: str):
     "The block lists of a call; cached where they are built."
@@ -558,33 +528,15 @@ def _block_backward_op(dout, dlse, q, k, v, out, lse, key_mask, seed, *options):
     return _block_kernels().block_attention_backward(q, k, v, out, lse, dout, dlse, _lists(q, k, fields, layout, curve), key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
 
 
-def _like_rows(x: Tensor) -> Tensor: return torch.empty_like(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous())
-
-
-def _block_setup_context(ctx, inputs, output):
-    q, k, v, key_mask, seed, *ctx.options = inputs
-    ctx.save_for_backward(q, k, v, *output, key_mask, seed)
-    ctx.set_materialize_grads(False)
-
-
-def _block_backward(ctx, dout, dlse):
-    q, k, v, out, *rest = ctx.saved_tensors
-    if dout is None and dlse is None: return (None,) * 15
-    if dout is None: dout = torch.zeros_like(out)
-    return *torch.ops.hilbert_attn.local_block_backward(dout, dlse, q, k, v, out, *rest, *ctx.options), *(None,) * 12
-
-
-_block_forward_library.impl("local_block_forward", _block_forward_op, "CompositeExplicitAutograd")
-_block_backward_library.impl("local_block_backward", _block_backward_op, "CompositeExplicitAutograd")
-torch.library.register_fake("hilbert_attn::local_block_forward", lambda q, *rest: (_like_rows(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))), lib=_block_forward_library)
-torch.library.register_fake("hilbert_attn::local_block_backward", lambda dout, dlse, q, k, v, *rest: tuple(map(_like_rows, (q, k, v))), lib=_block_backward_library)
-torch.library.register_autograd("hilbert_attn::local_block_forward", _block_backward, setup_context=_block_setup_context, lib=_block_forward_library)
+_on_blocks = AttentionOperator(
+    "local_block", _block_forward_op, _block_backward_op, ["key_mask", "seed"],
+    f"{_LOCAL}, SymInt[] layout, str curve, float scale, float dropout_p", "CompositeExplicitAutograd")
 
 
 def _block_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, local: _Local, grid, curve: str | None, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
     "The pattern on the block-sparse kernels."
     seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p else None
-    return torch.ops.hilbert_attn.local_block_forward(q, k, v, key_mask, seed, *local.fields(), list(as_grid(grid)), curve or "row_major", scale, float(dropout_p))
+    return _on_blocks(q, k, v, key_mask, seed, *local.fields(), list(as_grid(grid)), curve or "row_major", scale, float(dropout_p))
 
 # %% ../nbs/11_local.ipynb #837fe475
 class LocalOptions(CallOptions, total=False):
@@ -622,7 +574,6 @@ def window_attention(
 
     The curve is *post-pattern*: the result is the same for all. Raises `ValueError` for arguments that do not fit."""
     q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    _check_numbers(True, window=window, shift=shift)
     pattern = WindowPattern(grid, window, shift)
     return _attend(q, k, v, key_mask, _Local("window", pattern.grid, pattern.window, pattern.shift, (False,) * len(pattern.grid)), grid, curve, dropout_p, scale, backend, return_lse)
 
@@ -656,8 +607,6 @@ def neighborhood_attention(
 
     The curve is *post-pattern*: the result is the same for all. Raises `ValueError` for arguments that do not fit, such as a kernel longer than a residue class."""
     q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    _check_numbers(True, kernel_size=kernel_size, dilation=dilation)
-    if not all(isinstance(x, bool) for x in (causal if isinstance(causal, Sequence) else (causal,))): raise ValueError(f"causal={causal!r}: expected True or False, or one of them per axis of the grid")
     pattern = NeighborhoodPattern(grid, kernel_size, dilation, causal)
     return _attend(q, k, v, key_mask, _Local("neighborhood", pattern.grid, pattern.kernel_size, pattern.dilation, pattern.causal), grid, curve, dropout_p, scale, backend, return_lse)
 
@@ -689,11 +638,12 @@ def hilbert_window_attention(
 
     The curve is *global*: it changes the result. Raises `ValueError` for arguments that do not fit."""
     q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    _check_numbers(False, window=window)
+    window = whole_number("window", window, 1)
+    return_lse = true_or_false("return_lse", return_lse)
     local = _Local("segment", (q.shape[2],), (window,), (0,))
     if k.shape[2] > q.shape[2]: return _attend(q, k, v, key_mask, local, grid, curve, dropout_p, scale, backend, return_lse)
     order = _resolve_order(q, grid=grid, curve=curve, order=None, dense=window >= q.shape[2])
-    out, lse = _run(_Call(local.pattern(), order, False, key_mask, float(dropout_p), scale), q, k, v, _choose(backend, q.device)[0], return_lse)
+    out, lse = _run(_Call(local.pattern(), order, False, key_mask, float(dropout_p), scale), q, k, v, _pick(backend, q), return_lse)
     return (out, lse) if return_lse else out
 
 # %% ../nbs/11_local.ipynb #158d3c2d
@@ -724,7 +674,7 @@ def hilbert_slide_attention(
 
     The curve is *global*: it changes the result. Raises `ValueError` for arguments that do not fit."""
     q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    _check_numbers(False, window=window)
+    window = whole_number("window", window, 1)
     return _attend(q, k, v, key_mask, _Local("slide", (q.shape[2],), (window,), (0,)), grid, curve, dropout_p, scale, backend, return_lse)
 
 # %% ../nbs/11_local.ipynb #7cdc38ee
@@ -757,8 +707,8 @@ def tiles_shared_attention(
 
     The curve is *global*: it changes the result. Raises `ValueError` for arguments that do not fit."""
     q, k, v, key_mask = _check_call(q, k, v, registers, grid=None, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    _check_numbers(False, tiles=tiles, offset=offset, shared=shared)
-    TilesSharedPattern(q.shape[2], tiles, offset, shared)  # checks them
+    pattern = TilesSharedPattern(q.shape[2], tiles, offset, shared)
+    tiles, offset, shared = pattern.tiles, pattern.offset, pattern.shared
     rest = q.shape[2] - shared
     if grid is not None and prod(as_grid(grid)) != rest: raise ValueError(f"grid={grid!r} has {prod(as_grid(grid))} cells, and q has {q.shape[2]} tokens of which {shared} are shared: expected {rest} cells")
     return _attend(q, k, v, key_mask, _Local("tiles", (rest,), (tiles,), (offset % rest,), shared=shared), rest if grid is None else grid, curve, dropout_p, scale, backend, return_lse)

@@ -47,7 +47,7 @@ def _register_vmap(op: Any, foldable: Sequence[bool], library: torch.library.Lib
     def rule(info, dims, *arguments):
         size, folded = info.batch_size, []
         for dim, argument, can_fold in zip(dims, arguments, foldable):
-            if not can_fold and dim is not None: raise ValueError(f"{_NO_MAP} {op}")
+            if not can_fold and isinstance(dim, int): raise ValueError(f"{_NO_MAP} {op}")
             folded.append(_fold(argument, dim, size) if can_fold else argument)
         results = op(*folded)
         return tuple(x.unflatten(0, (size, -1)) for x in results), (0,) * len(results)

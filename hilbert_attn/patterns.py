@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from .common import true_or_false, whole_number, whole_numbers
 from .curves import as_grid, curve_order, inverse_order, new_figure
 
 # %% ../nbs/01_patterns.ipynb #e9cac7ac
@@ -58,17 +59,19 @@ class SegmentPattern:
     offsets: tuple[int, ...] = (0,) # o_h, one per query head, or one for all heads; unused by "residue"
 
     def __post_init__(self):
-        w, r = self.segment_size, self.dilation_rate
-        if self.seq_len < 1: raise ValueError(f"seq_len={self.seq_len}: must be at least 1")
-        if w < 1: raise ValueError(f"segment_size={w}: must be at least 1")
-        if r < 1: raise ValueError(f"dilation_rate={r}: must be at least 1")
-        if r > w: raise ValueError(f"dilation_rate={r}: must not exceed segment_size={w}, or some segments would have no keys")
+        for name in ("seq_len", "segment_size", "dilation_rate"):
+            object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
+        object.__setattr__(self, "offsets", whole_numbers("offsets", self.offsets))
+        w, r, offsets = self.segment_size, self.dilation_rate, self.offsets
+        if r > w:
+            raise ValueError(f"dilation_rate={r}: must not exceed segment_size={w}, or some segments would have no keys")
         if self.mode not in DILATION_MODES:
-            raise ValueError(f"dilation_mode={self.mode!r}: known modes are {', '.join(map(repr, DILATION_MODES))}")
-        if not self.offsets or any(not 0 <= o < r for o in self.offsets):
-            raise ValueError(f"offsets={self.offsets}: each must be at least 0 and less than dilation_rate={r}")
-        if self.mode == "residue" and any(self.offsets):
-            raise ValueError(f"offsets={self.offsets}: dilation_mode='residue' has no offsets, every query uses its own residue")
+            known = ", ".join(map(repr, DILATION_MODES))
+            raise ValueError(f"dilation_mode={self.mode!r}: known modes are {known}")
+        if any(not 0 <= o < r for o in offsets):
+            raise ValueError(f"offsets={offsets}: each must be at least 0 and less than dilation_rate={r}")
+        if self.mode == "residue" and any(offsets):
+            raise ValueError(f"offsets={offsets}: dilation_mode='residue' has no offsets, every query uses its own residue")
 
     @classmethod
     def for_heads(
@@ -81,11 +84,14 @@ class SegmentPattern:
         offsets: int | Sequence[int] | None = None, # one for all heads, one per head, or None for the mode's default
     ) -> "SegmentPattern":
         "The pattern with the mode's default offsets: 0 for `keys`, `h mod r` for `longnet`."
-        if offsets is None: offsets = tuple(h % max(dilation_rate, 1) for h in range(num_heads)) if mode == "longnet" else 0
-        offsets = (offsets,) if isinstance(offsets, int) else tuple(int(o) for o in offsets)
-        if len(offsets) not in (1, num_heads): raise ValueError(f"offsets has {len(offsets)} entries: expected one per head ({num_heads}), or a single one")
+        rate = whole_number("dilation_rate", dilation_rate, 1)
+        if offsets is not None: offsets = whole_numbers("offsets", offsets)
+        elif mode == "longnet": offsets = tuple(h % rate for h in range(num_heads))
+        else: offsets = (0,)
+        if len(offsets) not in (1, num_heads):
+            raise ValueError(f"offsets has {len(offsets)} entries: expected one per head ({num_heads}), or a single one")
         if len(set(offsets)) == 1: offsets = offsets[:1]
-        return cls(seq_len, seq_len if segment_size is None else segment_size, dilation_rate, mode, offsets)
+        return cls(seq_len, seq_len if segment_size is None else segment_size, rate, mode, offsets)
 
     def segments(self) -> Iterator[tuple[int, int]]:
         "First position and length of each segment."
@@ -207,18 +213,20 @@ class Branch:
     copies: int = 1 # how many of the branches asked for are this one
 
 
-def _branch_lists(segment_lengths, dilation_rates) -> tuple[list[int], list[int]]:
-    lengths, rates = ([value] if isinstance(value, int) else [int(x) for x in value] for value in (segment_lengths, dilation_rates))
-    if not lengths or len(lengths) != len(rates): raise ValueError(f"segment_lengths={lengths} and dilation_rates={rates}: expected as many of each, at least one")
+def _branch_lists(segment_lengths, dilation_rates) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    lengths, rates = whole_numbers("segment_lengths", segment_lengths), whole_numbers("dilation_rates", dilation_rates)
+    if len(lengths) != len(rates):
+        raise ValueError(f"segment_lengths={lengths} and dilation_rates={rates}: expected as many of each, at least one")
     return lengths, rates
 
 
-def _head_offsets(offsets, num_heads: int, mode: str) -> list[int]:
+def _head_offsets(offsets, num_heads: int, mode: str) -> tuple[int, ...]:
     "The residue of each head, before it is taken modulo a branch's rate."
-    if offsets is None: return list(range(num_heads)) if mode == "longnet" else [0] * num_heads
-    offsets = [offsets] if isinstance(offsets, int) else [int(o) for o in offsets]
-    if len(offsets) not in (1, num_heads): raise ValueError(f"offsets has {len(offsets)} entries: expected one per head ({num_heads}), or a single one")
-    if min(offsets) < 0: raise ValueError(f"offsets={tuple(offsets)}: each must be at least 0")
+    if offsets is None: return tuple(range(num_heads)) if mode == "longnet" else (0,) * num_heads
+    offsets = whole_numbers("offsets", offsets)
+    if len(offsets) not in (1, num_heads):
+        raise ValueError(f"offsets has {len(offsets)} entries: expected one per head ({num_heads}), or a single one")
+    if min(offsets) < 0: raise ValueError(f"offsets={offsets}: each must be at least 0")
     return offsets * (num_heads // len(offsets))
 
 
@@ -287,10 +295,12 @@ class DilatedPattern:
         return self.counts(order) > 0
 
 # %% ../nbs/01_patterns.ipynb #6d08eaba
-def _per_axis(value, ndim: int, name: str) -> tuple:
-    values = (value,) * ndim if isinstance(value, (int, bool)) else tuple(value)
+def _per_axis(name: str, value, ndim: int, check=whole_number) -> tuple:
+    "One value for all axes, or one per axis, each checked."
+    several = isinstance(value, (list, tuple)) or getattr(value, "ndim", 0) > 0
+    values = tuple(value) if several else (value,) * ndim
     if len(values) != ndim: raise ValueError(f"{name}={value!r}: expected one value, or one per axis of the {ndim}-D grid")
-    return values
+    return tuple(check(name, x) for x in values)
 
 
 class _SeparablePattern:
@@ -327,7 +337,8 @@ class WindowPattern(_SeparablePattern):
 
     def __post_init__(self):
         object.__setattr__(self, "grid", as_grid(self.grid))
-        for name in ("window", "shift"): object.__setattr__(self, name, _per_axis(getattr(self, name), len(self.grid), name))
+        for name in ("window", "shift"):
+            object.__setattr__(self, name, _per_axis(name, getattr(self, name), len(self.grid)))
         if any(n < 1 for n in self.window): raise ValueError(f"window={self.window}: each side must be at least 1")
         if any(not 0 <= s < w for s, w in zip(self.shift, self.window)): raise ValueError(f"shift={self.shift}: each must be at least 0 and less than window={self.window}")
 
@@ -349,7 +360,8 @@ class NeighborhoodPattern(_SeparablePattern):
 
     def __post_init__(self):
         object.__setattr__(self, "grid", as_grid(self.grid))
-        for name in ("kernel_size", "dilation", "causal"): object.__setattr__(self, name, _per_axis(getattr(self, name), len(self.grid), name))
+        for name, check in (("kernel_size", whole_number), ("dilation", whole_number), ("causal", true_or_false)):
+            object.__setattr__(self, name, _per_axis(name, getattr(self, name), len(self.grid), check))
         for n, k, d in zip(self.grid, self.kernel_size, self.dilation):
             if k < 1 or d < 1: raise ValueError(f"kernel_size={self.kernel_size}, dilation={self.dilation}: each must be at least 1")
             if k > n // d: raise ValueError(f"kernel_size={k} with dilation={d} does not fit an axis of length {n}: its smallest residue class has {n // d} members")
@@ -375,7 +387,7 @@ class SlidePattern:
     window: int # window // 2 positions on either side
 
     def __post_init__(self):
-        if self.seq_len < 1 or self.window < 1: raise ValueError(f"seq_len={self.seq_len}, window={self.window}: both must be at least 1")
+        for name in ("seq_len", "window"): object.__setattr__(self, name, whole_number(name, getattr(self, name), 1))
 
     def pairs(self, num_heads: int = 1) -> int:
         "Counts the attended pairs, summed over the heads."
@@ -402,6 +414,7 @@ class TilesSharedPattern:
     shared: int = 0 # number of shared tokens
 
     def __post_init__(self):
+        for name in ("seq_len", "tiles", "offset", "shared"): object.__setattr__(self, name, whole_number(name, getattr(self, name)))
         rest = self.seq_len - self.shared
         if self.shared < 0 or rest < 1: raise ValueError(f"shared={self.shared}: must be at least 0 and less than seq_len={self.seq_len}")
         if not 1 <= self.tiles <= rest: raise ValueError(f"tiles={self.tiles}: must be at least 1 and at most the {rest} tokens that are not shared")

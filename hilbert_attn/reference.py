@@ -103,74 +103,149 @@ class OracleReport:
     baseline: dict[str, float] # of same-precision masked SDPA
     allowed: dict[str, float] # by the rule
 
+    def keeps(self, name: str) -> bool:
+        return self.errors[name] <= self.allowed[name]  # False for NaN
+
     @property
-    def ok(self) -> bool: return all(self.errors[name] <= self.allowed[name] for name in self.errors)  # False for NaN
+    def ok(self) -> bool: return all(map(self.keeps, self.errors))
 
     def __str__(self) -> str:
-        rows = [f"{name:>4} {self.errors[name]:9.2e} {self.baseline[name]:9.2e} {self.allowed[name]:9.2e}" for name in self.errors]
-        return "\n".join(["       error      sdpa   allowed", *(row + ("" if self.errors[row.split()[0]] <= self.allowed[row.split()[0]] else "  <-- too large") for row in rows)])
+        lines = ["       error      sdpa   allowed"]
+        for name in self.errors:
+            numbers = self.errors[name], self.baseline[name], self.allowed[name]
+            line = f"{name:>4} " + " ".join(f"{x:9.2e}" for x in numbers)
+            lines.append(line if self.keeps(name) else line + "  <-- too large")
+        return "\n".join(lines)
+
+# %% ../nbs/02_reference.ipynb #aeb0e929
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype: return torch.float64 if dtype == torch.float64 else torch.float32
+def _tidy(x: Tensor) -> Tensor:
+    "A contiguous leaf with the values of `x`."
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
-def _with_grads(attention: Callable, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, dlse: Tensor | None) -> dict[str, Tensor]:
-    "Runs `attention(q, k, v) -> (out, lse)` on fresh leaves and returns outputs and gradients by name; rows without keys pass no LSE gradient."
-    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in (q, k, v)]
+def _same_layout(x: Tensor) -> Tensor:
+    "A leaf with the values, the strides and the offset of `x`, gaps in memory included."
+    storage = x.detach().untyped_storage().clone()
+    copy = torch.empty(0, dtype=x.dtype, device=x.device)
+    return copy.set_(storage, x.storage_offset(), x.shape, x.stride())
+
+# %% ../nbs/02_reference.ipynb #d22ca07e
+def _with_grads(
+    attention: Callable, # attention(q, k, v) -> (out, lse)
+    leaves: Sequence[Tensor], # q, k, v
+    dout: Tensor, # upstream gradient of out
+    dlse: Tensor | None, # of lse; a row without keys has to ignore it
+) -> dict[str, Tensor]: # out, lse, dq, dk, dv
+    "Runs a path on fresh leaves."
+    leaves = [x.requires_grad_() for x in leaves]
     out, lse = attention(*leaves)
     roots, upstream = [out], [dout.to(out.dtype)]
-    if dlse is not None: roots, upstream = [out, lse], upstream + [dlse.to(lse.dtype).masked_fill(lse == -torch.inf, 0)]
+    if dlse is not None:
+        roots.append(lse)
+        upstream.append(dlse.to(lse.dtype))
     grads = torch.autograd.grad(roots, leaves, upstream)
-    return dict(out=out.detach(), lse=lse.detach(), **dict(zip(("dq", "dk", "dv"), grads)))
+    return dict(out=out.detach(), lse=lse.detach(), dq=grads[0], dk=grads[1], dv=grads[2])
 
-
-def _sdpa_yardstick(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> tuple[Tensor, Tensor]:
+# %% ../nbs/02_reference.ipynb #17929af0
+def _sdpa_yardstick(
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # (B, H_kv, M, D)
+    v: Tensor, # (B, H_kv, M, D)
+    mask: Tensor, # bool or int
+    scale: float | None, # None is 1 / sqrt(D)
+) -> tuple[Tensor, Tensor]: # out, lse
     "Masked SDPA in the precision of its inputs, with the LSE from the accumulator's precision."
     empty = ~mask.any(-1, keepdim=True)  # some of SDPA's kernels give NaN for a row without keys
-    allowed = mask | empty if mask.dtype == torch.bool else mask.double().log().masked_fill(empty, 0).to(q.dtype)
-    out = F.scaled_dot_product_attention(q, k, v, allowed, scale=scale, enable_gqa=True).masked_fill(empty, 0)
+    if mask.dtype == torch.bool: allowed = mask | empty
+    else: allowed = mask.double().log().masked_fill(empty, 0).to(q.dtype)
+    out = F.scaled_dot_product_attention(q, k, v, allowed, scale=scale, enable_gqa=True)
     wide = _accumulator(q.dtype)
-    return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
+    lse = masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
+    return out.masked_fill(empty, 0), lse
+
+# %% ../nbs/02_reference.ipynb #1d78ea42
+def _largest_terms(
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # (B, H_kv, M, D)
+    v: Tensor, # (B, H_kv, M, D)
+    dout: Tensor, # (B, H, N, D)
+    mask: Tensor, # bool or int
+    factor: float, # what scores are multiplied with
+) -> dict[str, float]: # by name of the result
+    "The largest intermediate term of each result; of a dot product the sum of its absolute terms."
+    group = q.shape[1] // k.shape[1]
+    q, dout = (x.double().abs() for x in (q, dout))
+    k, v = (x.double().abs().repeat_interleave(group, 1) for x in (k, v))
+    def largest(a, b): return factor * (a @ b.mT).masked_fill(mask == 0, 0).max().item()
+    score, dp = largest(q, k), largest(dout, v)
+    q, k, v, dout = (x.max().item() for x in (q, k, v, dout))
+    return dict(out=score * v, lse=score, dq=dp * k, dk=dp * q, dv=score * dout)
+
+# %% ../nbs/02_reference.ipynb #c10f5952
+def _check_kind(name: str, ours: Tensor, exact: Tensor, dtype: torch.dtype):
+    "Shape, dtype, and which rows are empty: no tolerance for these."
+    if ours.shape != exact.shape:
+        shapes = tuple(ours.shape), tuple(exact.shape)
+        raise AssertionError(f"{name} has shape {shapes[0]}, expected {shapes[1]}")
+    if ours.dtype != dtype:
+        raise AssertionError(f"{name} has dtype {ours.dtype}, expected {dtype}")
+    if name == "lse" and not torch.equal(ours == -torch.inf, exact == -torch.inf):
+        raise AssertionError("lse is -inf at other rows than the oracle's")
 
 
+def _error(x: Tensor, exact: Tensor) -> float:
+    return (x.double() - exact).masked_fill(exact == -torch.inf, 0).abs().max().item()
+
+# %% ../nbs/02_reference.ipynb #6ca23c9c
+def _upstream(q: Tensor, seed: int, lse_grad: bool) -> tuple[Tensor, Tensor | None]:
+    "Random gradients of out and LSE."
+    generator = torch.Generator(q.device).manual_seed(seed)
+    options = dict(dtype=torch.float64, device=q.device, generator=generator)
+    dout = torch.randn(q.shape, **options).to(q.dtype)
+    if not lse_grad: return dout, None
+    return dout, torch.randn(q.shape[:-1], **options).to(_accumulator(q.dtype))
+
+# %% ../nbs/02_reference.ipynb #b373f4f2
 def compare_to_oracle(
     attention: Callable, # attention(q, k, v) -> (out, lse)
-    q: Tensor, # queries (B, H, N, D), any strides
+    q: Tensor, # queries (B, H, N, D), any strides: `attention` gets them as they are
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
-    mask: Tensor, # what `attention` claims to compute: bool, broadcastable to (B, H, N, N), or int: how often each key counts
+    mask: Tensor, # what it claims: bool, broadcastable to (B, H, N, N), or int: how often each key counts
     *,
     scale: float | None = None, # the scale that `attention` uses; None is 1 / sqrt(D)
     lse_grad: bool = True, # send a random gradient into the LSE too
     seed: int = 0, # of the upstream gradients
+    layout: Callable[[Tensor], Tensor] | None = None, # lays the upstream gradients out in memory
+    hidden: Sequence[Tensor] | None = None, # k and v for `attention` alone; they differ where the mask hides
 ) -> OracleReport: # errors, baseline and bounds of out, lse, dq, dk, dv
     "Measures outputs, LSE and gradients of a path against the float64 oracle and against same-precision SDPA."
-    generator = torch.Generator(q.device).manual_seed(seed)
-    dout = torch.randn(q.shape, dtype=torch.float64, device=q.device, generator=generator).to(q.dtype)
-    dlse = torch.randn(q.shape[:-1], dtype=torch.float64, device=q.device, generator=generator).to(_accumulator(q.dtype)) if lse_grad else None
-    oracle = _with_grads(lambda q, k, v: masked_attention(q.double(), k.double(), v.double(), mask, scale), q.double(), k.double(), v.double(), dout, dlse)
-    ours = _with_grads(attention, q, k, v, dout, dlse)
-    sdpa = _with_grads(lambda q, k, v: _sdpa_yardstick(q, k, v, mask, scale), q, k, v, dout, dlse)
-    factor, group = default_scale(q) if scale is None else abs(scale), q.shape[1] // k.shape[1]
-    wide_q, wide_k, wide_v = (x.detach().double().repeat_interleave(group if x is not q else 1, 1) for x in (q, k, v))
-    def largest_term(a, b): return factor * (a.abs() @ b.abs().transpose(-2, -1)).masked_fill(mask == 0, 0).max().item()  # of the terms of a dot product, not of its value
-    score, dp = largest_term(wide_q, wide_k), largest_term(dout.double(), wide_v)
-    largest_q, largest_k, largest_v, largest_dout = (x.abs().max().item() for x in (wide_q, wide_k, wide_v, dout))
-    terms = dict(out=score * largest_v, lse=score, dq=dp * largest_k, dk=dp * largest_q, dv=score * largest_dout)
+    upstream = _upstream(q, seed, lse_grad)
+    if layout is not None: upstream = [x if x is None else layout(x) for x in upstream]
+    tidy = [x if x is None else x.contiguous() for x in upstream]
+    def exact(q, k, v): return masked_attention(q, k, v, mask, scale)
+    def yardstick(q, k, v): return _sdpa_yardstick(q, k, v, mask, scale)
+    oracle = _with_grads(exact, [_tidy(x).double() for x in (q, k, v)], *tidy)
+    sdpa = _with_grads(yardstick, [_tidy(x) for x in (q, k, v)], *tidy)
+    ours = _with_grads(attention, [_same_layout(x) for x in (q, *(hidden or (k, v)))], *upstream)
+    factor = default_scale(q) if scale is None else abs(scale)
+    terms = _largest_terms(q, k, v, tidy[0], mask, factor)
     errors, baseline, allowed = {}, {}, {}
     for name, exact in oracle.items():
-        if ours[name].shape != exact.shape: raise AssertionError(f"{name} has shape {tuple(ours[name].shape)}, expected {tuple(exact.shape)}")
         dtype = _accumulator(q.dtype) if name == "lse" else q.dtype
-        if ours[name].dtype != dtype: raise AssertionError(f"{name} has dtype {ours[name].dtype}, expected {dtype}")
-        if name == "lse" and not torch.equal(ours[name] == -torch.inf, exact == -torch.inf): raise AssertionError("lse is -inf at other rows than the oracle's")
-        def error(x): return (x.double() - exact).masked_fill(exact == -torch.inf, 0).abs().max().item()
+        _check_kind(name, ours[name], exact, dtype)
+        errors[name], baseline[name] = _error(ours[name], exact), _error(sdpa[name], exact)
         largest = exact.masked_fill(exact == -torch.inf, 0).abs().max().item()
-        floor = torch.finfo(dtype).eps * largest + torch.finfo(_accumulator(dtype)).eps * max(8.0, 8 * largest, 2 * terms[name])
-        errors[name], baseline[name] = error(ours[name]), error(sdpa[name])
+        accumulated = max(8.0, 8 * largest, 2 * terms[name])
+        floor = torch.finfo(dtype).eps * largest + torch.finfo(_accumulator(dtype)).eps * accumulated
         allowed[name] = (2 if name in ("out", "lse") else 3) * baseline[name] + floor
     return OracleReport(errors, baseline, allowed)
 
-
+# %% ../nbs/02_reference.ipynb #6fe6b0ea
 def assert_matches_oracle(
     attention: Callable, # attention(q, k, v) -> (out, lse)
     q: Tensor, # queries (B, H, N, D)

@@ -1,5 +1,7 @@
 """Random attention calls, shared by the tests of all backends."""
+import os
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from hypothesis import strategies as st
@@ -10,15 +12,80 @@ from hilbert_attn.reference import assert_matches_oracle
 
 HEAD_DIMS = (16, 24, 32, 48, 64, 80, 128, 256)
 LAYOUTS = ("BHND", "BNHD", "fused", "gaps")
+EXAMPLES = int(os.environ.get("LAYOUT_CASES", 300 if os.environ.get("FULL") == "1" else 60))
 
 
-def laid_out(layout: str, b: int, heads: tuple[int, int, int], n: int, d: int, dtype: torch.dtype, generator: torch.Generator):
-    "Random q, k, v with these heads, in memory as different callers leave them."
+@dataclass(frozen=True)
+class Memory:
+    "How a tensor of up to four dims lies in memory; what lies between its elements is NaN."
+    order: tuple[int, ...] = (0, 1, 2, 3) # the dims, from the outermost to the innermost
+    steps: tuple[int, ...] = (1, 1, 1, 1) # every how many places an element of a dim stands
+    expanded: tuple[int, ...] = () # dims along which one element is repeated
+    offset: int = 0 # elements of the storage before the first one
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        "The values of `x`, elsewhere in memory; along an expanded dim only its first ones."
+        order = [dim for dim in self.order if dim < x.ndim]
+        first = x
+        for dim in self.expanded:
+            if dim < x.ndim: first = first.narrow(dim, 0, min(1, x.shape[dim]))
+        room = [first.shape[dim] * self.steps[dim] for dim in order]
+        storage = torch.full((self.offset + prod(room),), torch.nan, dtype=x.dtype)
+        view = storage[self.offset:].view(room)[tuple(slice(None, None, self.steps[dim]) for dim in order)]
+        view = view.permute([order.index(dim) for dim in range(x.ndim)])
+        return view.copy_(first).expand(x.shape)
+
+
+@st.composite
+def memories(draw, expandable=(0, 1, 2, 3)) -> Memory:
+    expanded = draw(st.sampled_from([(), (), (), *((dim,) for dim in expandable), tuple(expandable)]))
+    steps = tuple(draw(st.sampled_from((1, 1, 2, 3))) for _ in range(4))
+    return Memory(tuple(draw(st.permutations(range(4)))), steps, expanded, draw(st.integers(0, 5)))
+
+
+@st.composite
+def layouts(draw, masked: bool = False):
+    "A name of `LAYOUTS`, or four memories: of q, k, v and of the upstream gradients."
+    if draw(st.integers(0, 3)) == 0: return draw(st.sampled_from(LAYOUTS))
+    own = (1, 3) if masked else (0, 1, 2, 3)  # masked keys hold other values than their neighbours
+    return draw(memories()), draw(memories(own)), draw(memories(own)), draw(memories())
+
+
+def placed(layout, tensors):
+    "Tensors (B, H, N, D) laid out in memory as different callers leave them."
+    if layout == "fused": return torch.cat([x.transpose(1, 2) for x in tensors], 2).transpose(1, 2).split([x.shape[1] for x in tensors], 1)
+    if layout == "BNHD": return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
+    if layout == "gaps":
+        def wide(x):
+            b, h, n, d = x.shape
+            room = x.new_full((b, h + 1, 2 * n, d + 3), torch.nan)
+            room[:, 1:, ::2, :d] = x
+            return room[:, 1:, ::2, :d]
+        return [wide(x) for x in tensors]
+    if layout == "BHND": return list(tensors)
+    return [memory(x) for memory, x in zip(layout, tensors)]
+
+
+def upstream(layout):
+    "How the upstream gradients lie in memory."
+    return None if isinstance(layout, str) else layout[3]
+
+
+def random_tensors(b, heads, n, d, dtype, generator):
     def rand(*shape): return torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype)
-    if layout == "fused": return rand(b, n, sum(heads), d).transpose(1, 2).split(heads, 1)
-    if layout == "BNHD": return tuple(rand(b, n, h, d).transpose(1, 2) for h in heads)
-    if layout == "gaps": return tuple(rand(b, h + 1, 2 * n, d + 3)[:, 1:, ::2, :d] for h in heads)
-    return tuple(rand(b, h, n, d) for h in heads)
+    return [rand(b, h, n, d) for h in heads]
+
+
+def laid_out(layout, b: int, heads: tuple[int, int, int], n: int, d: int, dtype: torch.dtype, generator: torch.Generator):
+    "Random q, k, v with these heads, in memory as different callers leave them."
+    return placed(layout, random_tensors(b, heads, n, d, dtype, generator))
+
+
+def spoilt(layout, q, k, v, key_mask, generator):
+    "k and v, laid out, with NaN and infinities where a key is masked."
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.randint(3, (k.shape[2], k.shape[3]), generator=generator)]
+    def spoil(x): return torch.where(key_mask[:, None, :, None], x, bad.to(x.dtype))
+    return placed(layout, [q, spoil(k), spoil(v)])[1:]
 
 
 @dataclass
@@ -37,7 +104,7 @@ class Case:
     causal: bool
     key_mask: bool
     dtype: torch.dtype
-    layout: str
+    layout: str | tuple[Memory, ...]
     scale: float | None
     lse_grad: bool
     seed: int
@@ -48,8 +115,6 @@ class Case:
     @property
     def pattern(self) -> SegmentPattern: return SegmentPattern.for_heads(self.n, self.heads, self.w, self.r, self.mode, self.offsets)
 
-    def tensors(self): return laid_out(self.layout, self.b, (self.heads, self.kv_heads, self.kv_heads), self.n, self.d, self.dtype, self.generator)
-
     def options(self) -> dict:
         order = None
         if self.order == "random": order = torch.randperm(self.n, generator=self.generator)
@@ -57,12 +122,15 @@ class Case:
         mask = torch.rand(self.b, self.n, generator=self.generator) < 0.6 if self.key_mask else None
         return dict(order=order, causal=self.causal, key_mask=mask)
 
-    def check(self, attention, **options):
-        "`attention` has the signature of a backend; it must match the oracle."
-        q, k, v = self.tensors()
+    def check(self, attention, pattern=None, spoil: bool = False, **options):
+        "`attention` has the signature of a backend; it must match the oracle. `spoil`: masked keys hold NaN."
+        pattern = pattern or self.pattern
+        heads = self.heads, self.kv_heads, self.kv_heads
+        dense = random_tensors(self.b, heads, self.n, self.d, self.dtype, self.generator)
         common = self.options()
-        return assert_matches_oracle(lambda q, k, v: attention(q, k, v, self.pattern, **common, scale=self.scale, **options), q, k, v,
-                                     attention_mask(self.pattern, **common), scale=self.scale, lse_grad=self.lse_grad, seed=self.seed)
+        hidden = spoilt(self.layout, *dense, common["key_mask"], self.generator) if spoil and self.key_mask else None
+        return assert_matches_oracle(lambda q, k, v: attention(q, k, v, pattern, **common, scale=self.scale, **options), *placed(self.layout, dense),
+                                     attention_mask(pattern, **common), scale=self.scale, lse_grad=self.lse_grad, seed=self.seed, layout=upstream(self.layout), hidden=hidden)
 
 
 @st.composite
@@ -75,6 +143,7 @@ def cases(draw, max_n: int = 90, head_dims=HEAD_DIMS, dtypes=(torch.float32, tor
     if mode != "residue":
         one = st.integers(0, r - 1)
         offsets = draw(st.none() | one | st.lists(one, min_size=heads, max_size=heads).map(tuple))
+    masked = draw(st.booleans())
     return Case(draw(st.integers(1, 2)), heads, kv_heads, n, draw(st.sampled_from(head_dims)), w, r, mode, offsets,
-                draw(st.sampled_from(("none", "random", *CURVES))), draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from(dtypes)),
-                draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from((None, 0.3))), draw(st.booleans()), draw(st.integers(0, 2**31)))
+                draw(st.sampled_from(("none", "random", *CURVES))), draw(st.booleans()), masked, draw(st.sampled_from(dtypes)),
+                draw(layouts(masked)), draw(st.sampled_from((None, 0.3))), draw(st.booleans()), draw(st.integers(0, 2**31)))

@@ -5,6 +5,7 @@ from cases import Case, cases
 from hypothesis import example, given
 from torch.library import opcheck
 
+from hilbert_attn import backends, dilated_attention, hilbert_attention, hilbert_slide_attention, hilbert_window_attention, neighborhood_attention, tiles_shared_attention, window_attention
 from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import DILATION_MODES, SegmentPattern
 from hilbert_attn.reference import reference_attention
@@ -123,3 +124,102 @@ def test_dropout_keeps_the_mean_and_scales_the_gradient():
     assert not kept[..., ~attended].any() and 0.55 < kept[..., attended].double().mean() < 0.85
     (grad,) = torch.autograd.grad(weights, eye, torch.ones_like(weights))
     torch.testing.assert_close(grad, weights.detach().transpose(-2, -1) @ torch.ones_like(weights))
+
+
+NAN_CALLS = [
+    ("pairs", lambda **o: hilbert_attention(o.pop("q"), o.pop("k"), o.pop("v"), curve=None, segment_size=2, **o)),
+    ("alone", lambda **o: hilbert_attention(o.pop("q"), o.pop("k"), o.pop("v"), curve=None, segment_size=1, **o)),
+    ("dilated", lambda **o: dilated_attention(o.pop("q"), o.pop("k"), o.pop("v"), [3, 12], [1, 4], dilation_mode="residue", curve=None, **o)),
+    ("window", lambda **o: window_attention(o.pop("q"), o.pop("k"), o.pop("v"), (7, 10), 3, **o)),
+    ("neighborhood", lambda **o: neighborhood_attention(o.pop("q"), o.pop("k"), o.pop("v"), (7, 10), 3, **o)),
+]
+
+
+@pytest.mark.parametrize("poisoned", "qkv")
+@pytest.mark.parametrize("name, call", NAN_CALLS, ids=[name for name, _ in NAN_CALLS])
+def test_nan_that_is_attended_gives_nan(name, call, poisoned):
+    "Also where a group has fewer keys than the CPU kernel takes at a time; forward and backward, as the definition has it."
+    generator = torch.Generator().manual_seed(0)
+    x = {name: torch.randn(1, 1, 70, 16, generator=generator) for name in "qkv"}
+    x[poisoned][0, 0, 30, 3] = torch.nan
+    leaves = {name: y.clone().requires_grad_() for name, y in x.items()}
+    out, lse = call(**leaves, backend="sdpa", return_lse=True)
+    dq, dk, _ = torch.autograd.grad(out.sin().sum() + lse.sin().sum(), leaves.values())
+
+    zeros = torch.zeros(1, 1, 70, 70)
+    seen = call(q=zeros, k=zeros, v=torch.eye(70)[None, None], backend="reference")[0, 0] > 0  # who attends whom
+    rows = torch.arange(70) == 30 if poisoned == "q" else seen[:, 30]
+    def nan_rows(x): return x[0, 0].isnan().reshape(70, -1).any(1)
+    exactly = name != "neighborhood"  # there a tile holds keys that some of its queries do not attend
+    for x in (out, dq) if poisoned == "v" else (out, lse, dq):
+        assert nan_rows(x)[rows].all() and (not exactly or nan_rows(x).equal(rows))
+    if poisoned != "v": assert nan_rows(dk)[seen[rows].any(0)].all()
+
+
+def test_zeros_are_not_taken_for_nan():
+    "A query alone with its key, all zeros: the log-sum-exp is 0, as the kernel says of NaN."
+    x = torch.zeros(1, 1, 70, 16)
+    out, lse = hilbert_attention(x, x, x, segment_size=1, return_lse=True)
+    assert not out.any() and not lse.any()
+
+
+@pytest.mark.parametrize("where", ("causal", "other segment"))
+def test_what_nobody_removed_must_be_finite(where):
+    "NaN in keys that are unattended for other reasons than the mask may or may not reach a row, as in SDPA; finite garbage never does."
+    q, k, v = (torch.randn(1, 1, 96, 16) for _ in range(3))
+    options = dict(segment_size=96 if where == "causal" else 24, causal=where == "causal", curve=None)
+    before = hilbert_attention(q, k, v, **options)[:, :, :24]
+    k[:, :, 24:], v[:, :, 24:] = 1e4 * torch.randn(72, 16), 1e30
+    assert hilbert_attention(q, k, v, **options)[:, :, :24].equal(before)
+
+
+FORWARD = [
+    ("hilbert", lambda q, k, v, **o: hilbert_attention(q, k, v, segment_size=16, causal=True, **o)),
+    ("keys", lambda q, k, v, **o: hilbert_attention(q, k, v, segment_size=16, dilation_rate=2, dilation_mode="keys", key_mask=torch.arange(72)[None] % 5 > 0, **o)),
+    ("lse", lambda q, k, v, **o: hilbert_attention(q, k, v, segment_size=16, return_lse=True, **o)[1]),
+    ("mixture", lambda q, k, v, **o: dilated_attention(q, k, v, [16, 72], [1, 2], **o)),
+    ("heads", lambda q, k, v, **o: dilated_attention(q, k, v, [16, 72], [1, 2], combine="heads", **o)),
+    ("window", lambda q, k, v, **o: window_attention(q, k, v, (8, 9), 3, **o)),
+    ("neighborhood", lambda q, k, v, **o: neighborhood_attention(q, k, v, (8, 9), 3, **o)),
+    ("hilbert window", lambda q, k, v, **o: hilbert_window_attention(q, k, v, (8, 9), 10, **o)),
+    ("hilbert slide", lambda q, k, v, **o: hilbert_slide_attention(q, k, v, (8, 9), 10, **o)),
+    ("tiles", lambda q, k, v, **o: tiles_shared_attention(q, k, v, tiles=3, shared=2, **o)),
+]
+
+
+@pytest.mark.parametrize("name, f", FORWARD, ids=[name for name, _ in FORWARD])
+@pytest.mark.parametrize("backend", ("auto", "sdpa", "sdpa_mask", "reference"))
+def test_forward_mode_is_right(backend, name, f):
+    generator = torch.Generator().manual_seed(0)
+    x, t = ([torch.randn(1, h, 72, 16, dtype=torch.float64, generator=generator) for h in (2, 1, 1)] for _ in range(2))
+    def run(*x): return f(*x, backend=backend)
+    tangent = torch.func.jvp(run, tuple(x), tuple(t))[1]
+    step = 1e-6
+    there, back = (run(*(a + sign * step * b for a, b in zip(x, t))) for sign in (1, -1))
+    assert tangent.any()
+    torch.testing.assert_close(tangent, (there - back) / (2 * step), atol=1e-7, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name, f", FORWARD, ids=[name for name, _ in FORWARD])
+def test_forward_mode_on_the_kernels_is_refused(name, f, monkeypatch):
+    monkeypatch.setattr(backends, "_interpreted", lambda: True)
+    x = [torch.randn(1, h, 72, 16) for h in (2, 1, 1)]
+    with pytest.raises(RuntimeError, match="forward-mode derivatives need"): torch.func.jvp(lambda q: f(q, *x[1:], backend="triton"), (x[0],), (x[0],))
+
+
+def test_forward_over_reverse():
+    y = torch.randn(1, 1, 66, 2, dtype=torch.float64)
+    def loss(q, **o): return hilbert_attention(q, y, y, segment_size=3, curve=None, **o)[0, 0, :2].sum()
+    expected = torch.autograd.functional.hessian(lambda q: loss(q, backend="reference"), y)
+    torch.testing.assert_close(torch.func.hessian(loss)(y), expected)
+    torch.testing.assert_close(torch.func.jacfwd(loss)(y), torch.func.grad(loss)(y))
+
+
+def test_vmap_and_per_sample_gradients():
+    q, k, v = (torch.randn(3, 2, 72, 16, dtype=torch.float64) for _ in range(3))
+    def f(q, k, v): return hilbert_attention(q[None], k[None], v[None], segment_size=16)[0]
+    torch.testing.assert_close(torch.func.vmap(f)(q, k, v), hilbert_attention(q, k, v, segment_size=16))
+    grads = torch.func.vmap(torch.func.grad(lambda *x: f(*x).sin().sum(), (0, 1, 2)))(q, k, v)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    expected = torch.autograd.grad(hilbert_attention(*leaves, segment_size=16).sin().sum(), leaves)
+    torch.testing.assert_close(grads, expected)

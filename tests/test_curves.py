@@ -157,7 +157,29 @@ def test_orders_made_under_inference_mode_can_be_used_in_training():
     x[order].sum().backward()
 
 
-@pytest.mark.parametrize("grid", [0, -1, (), (2, 0), (1, 2, 3, 4), 2.5, "ab", (True, 2)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32])
+def test_narrow_coordinates_do_not_overflow(dtype):
+    coords = torch.tensor([[5, 100, 37], [127, 0, 64]])
+    expected = hilbert_encode(coords, 20)
+    assert hilbert_encode(coords.to(dtype), 20).equal(expected) and hilbert_encode(coords.to(dtype), 20).dtype == torch.int64
+    assert hilbert_decode(torch.tensor([100, 3], dtype=dtype), 20, 3).equal(hilbert_decode(torch.tensor([100, 3]), 20, 3))
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: hilbert_encode(torch.tensor([[0, 4]]), 2), "coords holds 0 to 4: each must be at least 0 and less than 4"),
+    (lambda: hilbert_encode(torch.tensor([[-1, 2]]), 2), "coords holds -1 to 2"),
+    (lambda: hilbert_encode(torch.tensor([[0.0, 1.0]]), 2), "coords is torch.float32: expected a tensor of whole numbers"),
+    (lambda: hilbert_encode([[0, 1]], 2), "bits=2 and ndim=0|coords is list"),
+    (lambda: hilbert_encode(torch.tensor([[0, 1]]), 2.0), "bits=2.0: expected a whole number"),
+    (lambda: hilbert_decode(torch.tensor([16]), 2, 2), "index holds 16 to 16: each must be at least 0 and less than 16"),
+    (lambda: hilbert_decode(torch.tensor([1.5]), 2, 2), "index is torch.float32"),
+    (lambda: hilbert_decode(torch.tensor([1]), 40, 2), "bits=40 and ndim=2"),
+])
+def test_coordinates_and_positions_are_checked(call, message):
+    with pytest.raises(ValueError, match=message): call()
+
+
+@pytest.mark.parametrize("grid", [0, -1, (), (2, 0), (1, 2, 3, 4), 2.5, "ab", (True, 2), float("nan"), np.array([2.0, 3.0]), (2, "3")])
 def test_bad_grids(grid):
     with pytest.raises(ValueError, match="grid="): as_grid(grid)
 

@@ -1,7 +1,7 @@
 """Several branches: output, LSE and gradients are those of one softmax over the multiset of keys, counted by loops."""
 import pytest
 import torch
-from cases import LAYOUTS, laid_out
+from cases import layouts, placed, random_tensors, upstream
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -43,7 +43,7 @@ def calls(draw, max_n=40):
     mode = draw(st.sampled_from(DILATION_MODES))
     offsets = None if mode == "residue" else draw(st.none() | st.integers(0, 6) | st.lists(st.integers(0, 6), min_size=heads, max_size=heads))
     return dict(n=n, heads=heads, kv_heads=kv_heads, d=draw(st.sampled_from((16, 24, 64))), b=draw(st.integers(1, 2)), lengths=lengths, rates=rates, combine=combine, mode=mode, offsets=offsets,
-                order=draw(st.sampled_from(("none", "random", *CURVES))), causal=draw(st.booleans()), key_mask=draw(st.booleans()), layout=draw(st.sampled_from(LAYOUTS)),
+                order=draw(st.sampled_from(("none", "random", *CURVES))), causal=draw(st.booleans()), key_mask=draw(st.booleans()), layout=draw(layouts()),
                 dtype=draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16))), scale=draw(st.sampled_from((None, 0.3))), lse_grad=draw(st.booleans()),
                 seed=draw(st.integers(0, 2**31)))
 
@@ -51,7 +51,7 @@ def calls(draw, max_n=40):
 def check(case, run=None, **options):
     generator = torch.Generator().manual_seed(case["seed"])
     n, b = case["n"], case["b"]
-    q, k, v = laid_out(case["layout"], b, (case["heads"], case["kv_heads"], case["kv_heads"]), n, case["d"], case["dtype"], generator)
+    q, k, v = placed(case["layout"], random_tensors(b, (case["heads"], case["kv_heads"], case["kv_heads"]), n, case["d"], case["dtype"], generator))
     order = None if case["order"] == "none" else torch.randperm(n, generator=generator) if case["order"] == "random" else curve_order(n, case["order"])
     key_mask = torch.rand(b, n, generator=generator) < 0.6 if case["key_mask"] else None
     counts = counted(n, case["heads"], case["lengths"], case["rates"], case["combine"], case["mode"], case["offsets"], order, case["causal"])[None]
@@ -60,7 +60,7 @@ def check(case, run=None, **options):
     def attention(q, k, v):
         if run: return run(q, k, v, segment_lengths=case["lengths"], dilation_rates=case["rates"], grid=None, dropout_p=0.0, **arguments)
         return dilated_attention(q, k, v, case["lengths"], case["rates"], **arguments, return_lse=True, **{"backend": "sdpa", **options})
-    assert_matches_oracle(attention, q, k, v, counts, scale=case["scale"], lse_grad=case["lse_grad"], seed=case["seed"])
+    assert_matches_oracle(attention, q, k, v, counts, scale=case["scale"], lse_grad=case["lse_grad"], seed=case["seed"], layout=upstream(case["layout"]))
 
 
 @given(calls())
@@ -179,7 +179,10 @@ def test_dropout_keeps_its_expectation_and_its_mask(backend, rounds):
     (dict(segment_lengths=[8, 0], dilation_rates=[1, 1]), "segment_size=0"), (dict(segment_lengths=[8, 4], dilation_rates=[1, 5]), "dilation_rate=5"),
     (dict(segment_lengths=[8], dilation_rates=[0]), "dilation_rate=0"), (dict(combine="sum"), "'lse', 'heads'"), (dict(segment_lengths=[8] * 3, dilation_rates=[1] * 3, combine="heads"), "each branch needs a head"),
     (dict(dilation_mode="both"), "known modes"), (dict(offsets=[0, 1, 2]), "offsets has 3 entries"), (dict(offsets=-1), "at least 0"), (dict(dilation_mode="residue", offsets=1), "residue"),
-    (dict(curve="peano"), "known curves"), (dict(grid=(5, 5)), "grid"), (dict(dropout_p=1.0), "dropout_p"), (dict(backend="fast"), "known backends"), (dict(scale=-1.0), "scale")])
+    (dict(curve="peano"), "known curves"), (dict(grid=(5, 5)), "grid"), (dict(dropout_p=1.0), "dropout_p"), (dict(segment_lengths=[8, 20.9]), r"segment_lengths=\[8, 20.9\]: expected whole numbers"),
+    (dict(segment_lengths="24", dilation_rates=[1]), "segment_lengths='24': expected a whole number"), (dict(segment_lengths=[8, True]), "expected whole numbers"),
+    (dict(dilation_rates=[1, 2.0]), "dilation_rates=.*: expected whole numbers"), (dict(causal="False"), "causal='False': expected True or False"), (dict(offsets=1.0), "offsets=1.0: expected a whole number"),
+    (dict(backend="fast"), "known backends"), (dict(scale=-1.0), "scale")])
 def test_bad_arguments(options, message):
     q = torch.randn(1, 2, 20, 16)
     with pytest.raises(ValueError, match=message): dilated_attention(q, q, q, **{**dict(segment_lengths=[8, 20], dilation_rates=[1, 2]), **options})

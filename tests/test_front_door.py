@@ -2,10 +2,12 @@
 import re
 import warnings
 
+import numpy as np
 import pytest
 import torch
 from cases import Case, cases
 from hypothesis import given, settings
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import hilbert_attn
 from hilbert_attn import backends
@@ -53,11 +55,54 @@ X = torch.zeros(2, 4, 12, 8)
     (dict(dropout_p=1.0), "dropout_p=1.0: must be"),
     (dict(scale=float("nan")), "scale=nan: must be positive and finite"),
     (dict(scale=-1.0), "scale=-1.0: must be positive and finite"),
+    (dict(causal="False"), "causal='False': expected True or False"),
+    (dict(causal=1), "causal=1: expected True or False"),
+    (dict(return_lse="no"), "return_lse='no': expected True or False"),
+    (dict(segment_size=2.5), "segment_size=2.5: expected a whole number"),
+    (dict(segment_size=4.0), "segment_size=4.0: expected a whole number"),
+    (dict(segment_size=float("nan")), "segment_size=nan: expected a whole number"),
+    (dict(segment_size=True), "segment_size=True: expected a whole number"),
+    (dict(segment_size="4"), "segment_size='4': expected a whole number"),
+    (dict(segment_size=4, dilation_rate=2.0), "dilation_rate=2.0: expected a whole number"),
+    (dict(segment_size=4, dilation_rate=2, dilation_mode="keys", offsets=0.5), "offsets=0.5: expected a whole number"),
+    (dict(grid=(3, 4.0)), r"grid=\(3, 4.0\): expected N, \(H, W\)"),
+    (dict(grid="12"), "grid='12': expected N"),
+    (dict(dropout_p="0.1"), "dropout_p='0.1': expected a number"),
+    (dict(scale="1"), "scale='1': expected a number"),
+    (dict(scale=torch.tensor(1.0)), r"scale=tensor\(1.\): expected a number"),
     (dict(backend="cudnn"), "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', 'triton', 'flex'"),
 ])
 def test_bad_input_is_answered_with_a_sentence(arguments, message, monkeypatch):
     monkeypatch.setattr(backends, "_run", lambda *a, **k: pytest.fail("a kernel was started"))
     with pytest.raises(ValueError, match=message): hilbert_attention(**{"q": X, "k": X, "v": X, **arguments})
+
+
+def test_numpy_numbers_are_numbers():
+    x = rand(1, 2, 96, 8)
+    options = dict(segment_size=np.int32(24), dilation_rate=np.int64(2), causal=np.True_, scale=np.float64(0.5), grid=np.array([8, 12]))
+    plain = dict(segment_size=24, dilation_rate=2, causal=True, scale=0.5, grid=(8, 12))
+    assert torch.equal(hilbert_attention(x, x, x, **options), hilbert_attention(x, x, x, **plain))
+
+
+@pytest.mark.parametrize("order", (torch.zeros(96, dtype=torch.int64), torch.arange(1, 97), torch.arange(96).flip(0) - 1))
+@pytest.mark.parametrize("mode", ("eager", "inference", "inference order", "compiled", "traced"))
+def test_an_order_that_is_no_permutation_is_refused_everywhere(order, mode):
+    x = rand(1, 2, 96, 8)
+    def f(x, order): return hilbert_attention(x, x, x, order=order, segment_size=24)
+    def run(order):
+        if mode == "compiled": return torch.compile(f, fullgraph=True, backend="aot_eager")(x, order)
+        if mode == "traced": return make_fx(f)(x, order)(x, order)
+        with torch.inference_mode(mode != "eager"): return f(x, order.clone() if mode == "inference order" else order)
+    right = torch.randperm(96, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(run(right), f(x, right))
+    with pytest.raises(ValueError, match="order is no permutation"): run(order)
+
+
+def test_a_compiled_graph_checks_each_order():
+    x, good = rand(1, 2, 96, 8), torch.arange(96).flip(0)
+    f = torch.compile(lambda x, order: hilbert_attention(x, x, x, order=order, segment_size=24), fullgraph=True, backend="aot_eager")
+    f(x, good)
+    with pytest.raises(ValueError, match="order is no permutation"): f(x, good.clamp(min=1))
 
 
 def test_an_order_is_checked_again_after_a_write():
@@ -217,6 +262,21 @@ def test_explain_backend():
     with pytest.raises(ValueError, match="dilation_rate=0"): explain_backend((1, 1, 8, 8), dilation_rate=0)
 
 
+@pytest.mark.parametrize("options, message", [
+    (dict(segmentsize=4), "segmentsize=4: hilbert_attention has no such argument; known are .*segment_size"),
+    (dict(segment_size=4, dilation_rates=[2]), r"dilation_rates=\[2\]: hilbert_attention has no such argument"),
+    (dict(segment_lengths=[4], dilation_rates=[1], segment_size=4), "segment_size=4: dilated_attention has no such argument"),
+])
+def test_explain_backend_knows_its_options(options, message):
+    with pytest.raises(ValueError, match=message): explain_backend((1, 2, 96, 8), **options)
+
+
+def test_explain_backend_takes_all_arguments_of_the_functions():
+    common = dict(grid=(8, 12), curve="hilbert", order=None, dilation_mode="residue", offsets=None, causal=True, key_mask=None, dropout_p=0.0, scale=None)
+    assert explain_backend((1, 2, 96, 8), segment_size=24, dilation_rate=2, **common).backend == "sdpa"
+    assert explain_backend((1, 2, 96, 8), segment_lengths=[24], dilation_rates=[2], combine="lse", **common).backend == "sdpa"
+
+
 def test_policy_by_length():
     rows = {row.max_tokens for row in backends.POLICY if row.device == "cpu" and row.backend == "sdpa_mask"}
     (longest,) = rows
@@ -283,3 +343,22 @@ def test_lse_merges_segments_of_keys():
     b, lse_b = masked_attention(q, k, v, (torch.arange(32)[:, None] >= 16) & (torch.arange(32) < 16))
     out, lse = merge_attention([a, b], [lse_a, lse_b])
     torch.testing.assert_close((out, lse), hilbert_attention(q, k, v, causal=True, return_lse=True))
+
+
+def test_the_plain_expression_of_a_forced_backend(monkeypatch):
+    "`custom_backward=False` keeps to the backend that was forced, or is refused; the policy's choice may give way."
+    monkeypatch.setattr(backends, "_interpreted", lambda: True)
+    x = rand(1, 2, 80, 8)
+    for name in ("reference", "sdpa_mask", "sdpa"):
+        with set_backend(name): assert backends._pick("auto", x, 80, custom_backward=False) == name
+    with set_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton', forced by set_backend, has no plain PyTorch expression.*'sdpa'"):
+        backends._pick("auto", x, 80, custom_backward=False)
+    monkeypatch.setattr(backends, "_choose", lambda *_: ("triton", "fused", {}))
+    assert backends._pick("auto", x, 80, custom_backward=False) == "sdpa" and backends._pick("auto", x, 80) == "triton"
+    calls = []
+    monkeypatch.setattr(backends, "sdpa_mask_attention", lambda q, *a, **o: calls.append(1) or (q, q))
+    backends._run(backends._check_call(x, x, x, **OPTIONS), x, x, x, "sdpa_mask", False, custom_backward=False)
+    assert calls
+
+
+OPTIONS = dict(grid=None, curve=None, order=None, segment_size=16, dilation_rate=1, dilation_mode="residue", offsets=None, causal=False, key_mask=None, dropout_p=0.0, scale=None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
-from cases import LAYOUTS, laid_out
+from cases import layouts, placed, random_tensors, spoilt, upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.library import opcheck
@@ -108,7 +108,7 @@ class LocalCase:
     registers: int
     key_mask: str # "none", "tokens" or "all"
     dtype: torch.dtype
-    layout: str
+    layout: str | tuple
     scale: float | None
     lse_grad: bool
     chunk: int
@@ -133,15 +133,18 @@ class LocalCase:
         function = {"window": window_attention, "hilbert_window": hilbert_window_attention, "hilbert_slide": hilbert_slide_attention}[self.name]
         return function(q, k, v, self.grid, options.pop("window"), **options)
 
-    def check(self, device="cpu", **more):
+    def check(self, device="cpu", spoil=False, **more):
         mask = self.keys()
         n, r = len(mask), self.registers
         mask = torch.cat([mask, torch.ones(n, r, dtype=torch.bool)], 1)[None, None]
-        q, k, v = laid_out(self.layout, self.b, (self.heads, self.kv_heads, self.kv_heads), n + r, self.d, self.dtype, self.generator)
-        q, key_mask = q[:, :, :n], None
+        dense = random_tensors(self.b, (self.heads, self.kv_heads, self.kv_heads), n + r, self.d, self.dtype, self.generator)
+        q, k, v = placed(self.layout, dense)
+        q, key_mask, hidden = q[:, :, :n], None, None
         if self.key_mask != "none":
             key_mask = torch.rand(self.b, n + (r if self.key_mask == "all" else 0), generator=self.generator) < 0.5
-            mask = mask & torch.cat([key_mask, torch.ones(self.b, n + r - key_mask.shape[1], dtype=torch.bool)], 1)[:, None, None]
+            whole = torch.cat([key_mask, torch.ones(self.b, n + r - key_mask.shape[1], dtype=torch.bool)], 1)
+            mask = mask & whole[:, None, None]
+            if spoil: hidden = spoilt(self.layout, *dense, whole, self.generator)
 
         def attention(q, k, v):
             registers = (k[:, :, n:].to(device), v[:, :, n:].to(device)) if r else None
@@ -151,20 +154,22 @@ class LocalCase:
         before = [getattr(local, name) for name in names]
         for name, value in zip(names, (self.chunk, self.chunk, self.key_cost, 200 * self.key_cost)): setattr(local, name, value)
         local._plan.cache_clear()
-        try: return poison(lambda: assert_matches_oracle(attention, q, k, v, mask, scale=self.scale, lse_grad=self.lse_grad, seed=self.seed))
+        try: return poison(lambda: assert_matches_oracle(
+            attention, q, k, v, mask, scale=self.scale, lse_grad=self.lse_grad, seed=self.seed, layout=upstream(self.layout), hidden=hidden))
         finally:
             for name, value in zip(names, before): setattr(local, name, value)
             local._plan.cache_clear()
 
 
 @st.composite
-def local_cases(draw, max_n: int = 90, head_dims=(16, 20, 32, 64), dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16), layouts=LAYOUTS) -> LocalCase:
+def local_cases(draw, max_n: int = 90, head_dims=(16, 20, 32, 64), dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+                names=("window", "neighborhood", "neighborhood", "hilbert_window", "hilbert_slide", "tiles_shared")) -> LocalCase:
     ndim = draw(st.integers(1, 3))
     grid = draw(st.sampled_from([(1, 13), (13, 1), (1, 1, 7), (1,), (1, 1)])) if draw(st.integers(0, 7)) == 0 else ()
     while not grid or math.prod(grid) > max_n:
         grid = tuple(draw(st.integers(1, (max_n, 12, 6)[ndim - 1])) for _ in range(ndim))
         if math.prod(grid) > max_n: grid = tuple(max(1, n // 2) for n in grid)
-    name = draw(st.sampled_from(("window", "neighborhood", "neighborhood", "hilbert_window", "hilbert_slide", "tiles_shared")))
+    name = draw(st.sampled_from(names))
     n = math.prod(grid)
     if name == "window":
         window = tuple(draw(st.integers(1, side + 2)) for side in grid)
@@ -175,8 +180,9 @@ def local_cases(draw, max_n: int = 90, head_dims=(16, 20, 32, 64), dtypes=(torch
     elif name == "tiles_shared": options = dict(tiles=draw(st.integers(1, min(n, 7))), offset=draw(st.integers(-n, 2 * n)), shared=draw(st.integers(0, 5)))
     else: options = dict(window=draw(st.integers(1, n + 5)))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]))
+    key_mask = draw(st.sampled_from(("none", "none", "tokens", "all")))
     return LocalCase(name, grid, options, draw(st.sampled_from((None, *CURVES))), draw(st.integers(1, 2)), kv_heads * group, kv_heads, draw(st.sampled_from(head_dims)), draw(st.sampled_from((0, 0, 1, 4))),
-                     draw(st.sampled_from(("none", "none", "tokens", "all"))), draw(st.sampled_from(dtypes)), draw(st.sampled_from(layouts)), draw(st.sampled_from((None, 0.3))), draw(st.booleans()),
+                     key_mask, draw(st.sampled_from(dtypes)), draw(layouts(key_mask != "none")), draw(st.sampled_from((None, 0.3))), draw(st.booleans()),
                      draw(st.sampled_from((1 << 20, 3000, 1))), draw(st.sampled_from((14, 2, 0))), draw(st.integers(0, 2**31)))
 
 
@@ -426,6 +432,10 @@ BAD = [
 ]
 
 
+BAD += [(dict(window=2.0), "window=2.0: expected a whole number"), (dict(window="2"), "window='2': expected a whole number"), (dict(window=(2, 2.5)), "window=2.5"),
+        (dict(shift=0.5), "shift=0.5: expected a whole number"), (dict(return_lse=1), "return_lse=1"), (dict(grid=(4, 4.0)), "grid")]
+
+
 @pytest.mark.parametrize("bad, named", BAD, ids=[f"{i}-{named}" for i, (_, named) in enumerate(BAD)])
 def test_bad_window_arguments(bad, named):
     q, k, v = random_inputs(16)
@@ -443,3 +453,13 @@ def test_bad_window_arguments(bad, named):
     lambda q, k, v: window_attention(None, k, v, (4, 4), 2)])
 def test_bad_arguments(f):
     with pytest.raises(ValueError): f(*random_inputs(16))
+
+
+@each
+def test_a_backend_that_local_patterns_do_not_know_is_refused(n, f, monkeypatch):
+    from hilbert_attn import backends
+    monkeypatch.setitem(backends._BACKENDS, "mine", backends._Backend("mine", "hilbert_attn.sdpa:sdpa_attention", "of somebody else"))
+    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "mine"))
+    q, k, v = random_inputs(n)
+    registers = [x[:, :, :2] for x in (k, v)]
+    with pytest.raises(RuntimeError, match="backend 'mine' does not compute local patterns.*'sdpa'"): f(q, k, v, backend="mine", registers=registers)

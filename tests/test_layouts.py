@@ -1,0 +1,176 @@
+"""Every public function on every backend: tensors and upstream gradients of any layout, NaN where keys are masked, against the oracle."""
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cases import EXAMPLES, Case, Memory, cases, layouts, placed, random_tensors, spoilt, upstream
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_local import LocalCase, kernels, local_cases
+
+import hilbert_attn.local as local
+from hilbert_attn import block_sparse_attention, dilated_attention, hilbert_attention
+from hilbert_attn.backends import _check_call, _run
+from hilbert_attn.dilated import _check_dilated, _run_dilated
+from hilbert_attn.patterns import COMBINES, DILATION_MODES, DilatedPattern
+from hilbert_attn.reference import assert_matches_oracle
+
+try: from test_triton import quick_interpreter  # noqa: F401
+except pytest.skip.Exception: pass
+
+BACKENDS = ("auto", "sdpa", "sdpa_mask", "reference")
+LOCAL = ("window", "neighborhood", "hilbert_window", "hilbert_slide", "tiles_shared")
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
+with_expression = pytest.mark.parametrize("backend", (*BACKENDS, "expression"))
+needs_triton = pytest.mark.skipif(not kernels, reason="triton is not installed")
+many, some = settings(max_examples=EXAMPLES), settings(max_examples=EXAMPLES // 3)  # the interpreter is slow
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch): monkeypatch.setattr(local, "_BLOCK_SIZE", (16, 16))
+
+
+def check_segments(backend, case: Case):
+    def attention(q, k, v, pattern, *, order, causal, key_mask, scale):
+        options = dict(curve=None, grid=None, order=order, segment_size=case.w, dilation_rate=case.r, dilation_mode=case.mode, offsets=case.offsets,
+                       causal=causal, key_mask=key_mask, scale=scale)
+        if backend != "expression": return hilbert_attention(q, k, v, **options, backend=backend, return_lse=True)
+        return _run(_check_call(q, k, v, **options, dropout_p=0.0), q, k, v, "sdpa", True, custom_backward=False)
+    case.check(attention, spoil=True)
+
+
+@with_expression
+@many
+@given(case=cases(max_n=90, head_dims=(16, 20, 32, 64)))
+def test_segments(backend, case: Case): check_segments(backend, case)
+
+
+@needs_triton
+@some
+@given(case=cases(max_n=20, head_dims=(16,)))
+def test_segments_on_triton(case: Case): check_segments("triton", case)
+
+
+@dataclass
+class Branches:
+    "Several branches over the tensors of a case."
+    lengths: list[int]
+    rates: list[int]
+    combine: str
+    mode: str
+    case: Case
+
+
+@st.composite
+def mixtures(draw, **limits) -> Branches:
+    case = draw(cases(**limits))
+    lengths = draw(st.lists(st.integers(1, case.n + 9), min_size=1, max_size=3))
+    combine = draw(st.sampled_from(COMBINES)) if case.heads >= len(lengths) else "lse"
+    return Branches(lengths, [draw(st.integers(1, min(w, 5))) for w in lengths], combine, draw(st.sampled_from(DILATION_MODES)), case)
+
+
+def check_mixture(backend, branches: Branches):
+    case = branches.case
+    options = dict(segment_lengths=branches.lengths, dilation_rates=branches.rates, combine=branches.combine, dilation_mode=branches.mode)
+    pattern = DilatedPattern.for_heads(case.n, case.heads, *options.values())
+
+    def attention(q, k, v, pattern, **common):
+        arguments = dict(options, offsets=None, grid=None, curve=None, **common)
+        if backend != "expression": return dilated_attention(q, k, v, **arguments, backend=backend, return_lse=True)
+        return _run_dilated(_check_dilated(q, k, v, dropout_p=0.0, **arguments), q, k, v, "sdpa", True, custom_backward=False)
+    case.check(attention, pattern, spoil=True)
+
+
+@with_expression
+@many
+@given(branches=mixtures(max_n=90, head_dims=(16, 20, 32)))
+def test_mixtures(backend, branches: Branches): check_mixture(backend, branches)
+
+
+@needs_triton
+@some
+@given(branches=mixtures(max_n=16, head_dims=(16,)))
+def test_mixtures_on_triton(branches: Branches): check_mixture("triton", branches)
+
+
+@each_backend
+@pytest.mark.parametrize("name", LOCAL)
+@many
+@given(data=st.data())
+def test_local(name, backend, data):
+    case: LocalCase = data.draw(local_cases(max_n=90, names=(name,)))
+    case.check(backend=backend, spoil=True)
+
+
+@needs_triton
+@pytest.mark.parametrize("name", LOCAL)
+@some
+@given(data=st.data())
+def test_local_on_triton(name, data):
+    case: LocalCase = data.draw(local_cases(max_n=24, head_dims=(16,), dtypes=(torch.float32, torch.float64), names=(name,)))
+    case.check(backend="triton", spoil=True)
+
+
+@dataclass
+class Blocks:
+    "Blocks of positions that attend each other, over the tensors of a case."
+    size: tuple[int, int]
+    share: float # of the blocks that are attended
+    case: Case
+
+    def mask(self, chosen, order) -> torch.Tensor: # bool (N, N) in token order
+        position = torch.arange(self.case.n)
+        if order is not None: position = order.argsort()
+        seen = chosen[position[:, None] // self.size[0], position // self.size[1]]
+        return seen.tril() if self.case.causal else seen
+
+
+def block_cases(**limits):
+    return st.builds(
+        Blocks, st.sampled_from(((16, 16), (32, 16), (16, 32))), st.sampled_from((0.3, 0.7, 1.0)),
+        cases(**limits, dtypes=(torch.float32, torch.float64)))
+
+
+def check_blocks(backend, blocks: Blocks):
+    case = blocks.case
+    heads = case.heads, case.kv_heads, case.kv_heads
+    dense, options = random_tensors(case.b, heads, case.n, case.d, case.dtype, case.generator), case.options()
+    shape = [-(-case.n // size) for size in blocks.size]
+    chosen = torch.rand(shape, generator=case.generator) < blocks.share
+    mask, key_mask = blocks.mask(chosen, options["order"])[None, None], options["key_mask"]
+    if key_mask is not None: mask = mask & key_mask[:, None, None]
+    hidden = spoilt(case.layout, *dense, key_mask, case.generator) if case.key_mask else None
+
+    def attention(q, k, v): return block_sparse_attention(q, k, v, chosen, block_size=blocks.size, **options, scale=case.scale, backend=backend, return_lse=True)
+    assert_matches_oracle(attention, *placed(case.layout, dense), mask, scale=case.scale, lse_grad=case.lse_grad, seed=case.seed, layout=upstream(case.layout), hidden=hidden)
+
+
+@each_backend
+@many
+@given(blocks=block_cases(max_n=90, head_dims=(16, 32)))
+def test_blocks(backend, blocks: Blocks): check_blocks(backend, blocks)
+
+
+@needs_triton
+@some
+@given(blocks=block_cases(max_n=40, head_dims=(16,)))
+def test_blocks_on_triton(blocks: Blocks): check_blocks("triton", blocks)
+
+
+@given(layouts(), st.integers(0, 99))
+def test_the_layouts_are_what_they_say(layout, seed):
+    "Values are kept but for expanded dims, and so are strides and offset by the copy that a test differentiates."
+    from hilbert_attn.reference import _same_layout
+    dense = random_tensors(2, (2, 1, 1), 5, 16, torch.float32, torch.Generator().manual_seed(seed))
+    for i, (x, y) in enumerate(zip(dense, placed(layout, dense))):
+        copy = _same_layout(y)
+        assert y.shape == x.shape and copy.equal(y) and copy.data_ptr() != y.data_ptr()
+        assert copy.stride() == y.stride() and copy.storage_offset() == y.storage_offset()
+        if isinstance(layout, str) or not layout[i].expanded: assert y.equal(x)
+
+
+def test_the_memories_cover_what_callers_do():
+    x = torch.randn(2, 3, 5, 16)
+    assert Memory((0, 1, 3, 2))(x).stride() == (240, 80, 1, 5)
+    assert Memory(steps=(1, 1, 2, 3))(x).stride() == (3 * 2 * 3 * 5 * 16, 2 * 3 * 5 * 16, 2 * 3 * 16, 3)
+    assert Memory(expanded=(3,))(x).stride(-1) == 0 and Memory(offset=4)(x).storage_offset() == 4
