@@ -12,10 +12,9 @@ __all__ = ['ALWAYS', 'BlockPattern', 'PATTERN_TYPES', 'BlockRows', 'BlockLists',
 # %% ../nbs/10_block_sparse.ipynb #3d427476
 import importlib
 import sys
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from math import prod
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
 
@@ -26,7 +25,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends import _autocast, _check_call, _check_order, _choose
-from .curves import _define_operator, curve_order, inverse_order
+from .common import Cache, define_operator, true_or_false, whole_number, whole_numbers
+from .curves import curve_order, inverse_order
 from .patterns import NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
 from .reference import PatternOptions, default_scale, masked_attention
 from .sdpa import _dense_backward, _flash, _like, _masked_sdpa
@@ -72,8 +72,13 @@ class BlockLists:
         "Blocks of queries and of keys."
         return self.rows.start.shape[1] - 1, self.columns.start.shape[1] - 1
 
+    def tensors(self) -> list[Tensor]:
+        "All that is stored."
+        own = self.q_tokens, self.k_tokens, self.lo, self.hi, self.at
+        return [x for x in (*own, *vars(self.rows).values(), *vars(self.columns).values()) if x is not None]
+
     @property
-    def nbytes(self) -> int: return sum(x.nbytes for x in (self.q_tokens, self.k_tokens, self.lo, self.hi, self.at, *vars(self.rows).values(), *vars(self.columns).values()) if x is not None)
+    def nbytes(self) -> int: return sum(x.nbytes for x in self.tensors())
 
     @property
     def num_groups(self) -> int: return prod(self.groups)
@@ -229,107 +234,179 @@ def lists_from_block_mask(
     kinds = (block_mask & some).to(torch.int8) * (1 + full.to(torch.int8))
     return lists_from_kinds(kinds.flatten(0, 1), **layout)
 
-# %% ../nbs/10_block_sparse.ipynb #a75bf402
-def _axis_tables(pattern, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # place (n,); lo, hi by place
-    "Places of the coordinates of one axis, such that each query attends an interval of places, and that interval by the place of the query."
-    n = pattern.grid[axis]
-    x = np.arange(n)
-    if isinstance(pattern, WindowPattern):
-        box = (x - pattern.shift[axis]) // pattern.window[axis] * pattern.window[axis] + pattern.shift[axis]
-        return x, box.clip(0), (box + pattern.window[axis]).clip(max=n) - 1
-    k, d = pattern.kernel_size[axis], pattern.dilation[axis]
-    residue, member = x % d, x // d
-    stride = n // d + 2  # classes do not touch
-    if pattern.causal[axis]: first, last = (member - k + 1).clip(0), member
-    else:
-        first = np.minimum((member - k // 2).clip(0), (n - residue + d - 1) // d - k)
-        last = first + k - 1
-    place = residue * stride + member
-    lo, hi = np.tile(np.arange(d * stride), (2, 1))
-    lo[place], hi[place] = residue * stride + first, residue * stride + last
-    return place, lo, hi
+# %% ../nbs/10_block_sparse.ipynb #1ddc26c7
+def _axis_keys(
+    pattern: NeighborhoodPattern,
+    axis: int,
+) -> np.ndarray: # (n, keys): coordinates that a coordinate attends, n where there are no more
+    "What each coordinate of an axis attends."
+    place, first, last = pattern.axis_bounds(axis)
+    n = len(place)
+    coordinate = np.full(place.max() + 1, n)
+    coordinate[place] = np.arange(n)
+    keys = first[:, None] + np.arange((last - first).max() + 1)
+    there = keys <= last[:, None]
+    return np.where(there, coordinate[np.where(there, keys, 0)], n)
 
-# %% ../nbs/10_block_sparse.ipynb #f47be70a
-def _boxes(coords: np.ndarray, block: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # block (n,), first corner (A, n), last corner (A, n)
-    "Cuts the cells of each block into boxes: runs along the last axis, then equal runs that touch along the others."
-    sizes = coords.max(1) + 2  # one column stays free, so that runs end at the border
-    key = block.astype(np.int64)
-    for x, n in zip(coords, sizes): key = key * n + x
-    key.sort()
-    begin = np.flatnonzero(np.diff(key, prepend=-2) != 1)
-    first, last = key[begin], key[np.append(begin[1:], len(key)) - 1]
-    def corners(key):
-        parts = []
-        for n in sizes[::-1]:
-            key, x = np.divmod(key, n)
-            parts.append(x)
-        return key, np.stack(parts[::-1])
-    (block, first), (_, last) = corners(first), corners(last)
-    for axis in range(len(coords) - 2, -1, -1):
-        others = [x[a] for a in range(len(coords)) if a != axis for x in (first, last)]
-        by = np.lexsort((first[axis], *others, block))
-        block, first, last = block[by], first[:, by], last[:, by]
-        same = (np.diff(block) == 0) & (first[axis, 1:] == last[axis, :-1] + 1)
-        for a in range(len(coords)):
-            if a != axis: same &= (np.diff(first[a]) == 0) & (np.diff(last[a]) == 0)
-        begin = np.flatnonzero(np.append(True, ~same))
-        block, first, last = block[begin], first[:, begin], last[:, np.append(begin[1:], len(block)) - 1]
-    return block, first, last
-
-# %% ../nbs/10_block_sparse.ipynb #19a5339c
-def _spatial(first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    "Indices of boxes along a Z-curve through their centres."
-    code = np.zeros(first.shape[1], np.int64)
-    for axis, x in enumerate((first + last) // 2):
-        for bit in range(int(x.max(initial=1)).bit_length()): code |= (x >> bit & 1) << (bit * len(first) + axis)
-    return np.argsort(code, kind="stable")
+# %% ../nbs/10_block_sparse.ipynb #e1337516
+_WORK = 1 << 17  # pairs at a time
+_ROWS = 256  # rows of blocks at a time, at most
 
 
-def _meeting(a: tuple[np.ndarray, np.ndarray], b: tuple[np.ndarray, np.ndarray], limit: int = 1 << 16):
-    "Yields arrays (i, j) of all pairs of boxes a[i], b[j] (each: first and last corners (A, n)) that have a cell in common, by descent in two trees of bounding boxes."
-    trees = []
-    for first, last in (a, b):
-        levels = []
-        while True:
-            pad = ((0, 0), (0, -first.shape[1] % 4))
-            first, last = np.pad(first, pad, constant_values=_NEVER), np.pad(last, pad, constant_values=-1)
-            levels.append((first.astype(np.int32), last.astype(np.int32)))
-            if first.shape[1] == 4: break
-            first, last = first.reshape(len(first), -1, 4).min(2), last.reshape(len(last), -1, 4).max(2)
-        trees.append(levels)
-    depth = max(map(len, trees))
-    for levels in trees:
-        while len(levels) < depth:
-            first, last = levels[-1][0].min(1, keepdims=True), levels[-1][1].max(1, keepdims=True)
-            levels.append((np.pad(first, ((0, 0), (0, 3)), constant_values=_NEVER), np.pad(last, ((0, 0), (0, 3)), constant_values=-1)))
-    four = np.arange(4)
-    stack = [(depth - 1, np.repeat(four, 4), np.tile(four, 4))]
-    while stack:
-        level, i, j = stack.pop()
-        (a_first, a_last), (b_first, b_last) = (tree[level] for tree in trees)
-        for axis in range(len(a_first)):
-            meet = (a_first[axis][i] <= b_last[axis][j]) & (b_first[axis][j] <= a_last[axis][i])
-            i, j = i[meet], j[meet]
-        if level == 0:
-            if len(i): yield i, j
-            continue
-        for part in range(0, len(i), limit):
-            pi, pj = i[part:part + limit] * 4, j[part:part + limit] * 4
-            stack.append((level - 1, (pi[:, None, None] + four[:, None] + 0 * four).ravel(), (pj[:, None, None] + four + 0 * four[:, None]).ravel()))
+def _chunks(
+    block: np.ndarray, # row of blocks of each item, ascending
+    work: np.ndarray, # pairs of each item
+) -> Iterator[slice]: # of items; a row of blocks is never cut
+    "Cuts items into chunks of about `_WORK` pairs."
+    begin = np.flatnonzero(np.diff(block, prepend=-1))
+    before = (np.cumsum(work) - work)[begin]
+    chunk = before // _WORK + block[begin] // _ROWS
+    first = begin[np.flatnonzero(np.diff(chunk, prepend=-1))]
+    return map(slice, first, np.append(first[1:], len(block)))
 
-# %% ../nbs/10_block_sparse.ipynb #fe886e9a
-def _whole(slots: int, block: int) -> int: return -(-slots // block) * block
+# %% ../nbs/10_block_sparse.ipynb #c3e84a41
+def _block_of(
+    tokens: np.ndarray, # (slots,): token in each slot, -1 in an empty one
+    size: int, # slots per block
+    count: int, # number of tokens
+) -> np.ndarray: # (count,)
+    "The block of each token."
+    slot = np.flatnonzero(tokens >= 0)
+    block = np.empty(count, np.int64)
+    block[tokens[slot]] = slot // size
+    return block
 
+# %% ../nbs/10_block_sparse.ipynb #d3014a9c
+def _neighborhood_pairs(
+    pattern: NeighborhoodPattern,
+    q_tokens: np.ndarray, # token in each query slot
+    k_tokens: np.ndarray, # token in each key slot
+    block_size: tuple[int, int],
+    causal: bool,
+) -> Iterator[tuple]: # rows (queries, 1), key blocks (queries, keys), None: each counts once
+    "The blocks of each query's keys."
+    block = _block_of(k_tokens, block_size[1], pattern.seq_len)
+    table = np.pad(block.reshape(pattern.grid), (0, 1), constant_values=-1)
+    slot = np.flatnonzero(q_tokens >= 0)
+    x, row = np.unravel_index(q_tokens[slot], pattern.grid), slot // block_size[0]
+    own = np.ravel_multi_index(x, table.shape)  # grows with the token
+    axes = [_axis_keys(pattern, axis) for axis in range(len(pattern.grid))]
+    steps = [stride // table.itemsize for stride in table.strides]
+    work = np.full(len(slot), prod(keys.shape[1] for keys in axes))
+    table = table.ravel()
+    for part in _chunks(row, work):
+        cell = np.zeros((part.stop - part.start, 1), np.int64)
+        for keys, step, at in zip(axes, steps, x):
+            cell = (cell[:, :, None] + step * keys[at[part], None]).reshape(len(cell), -1)
+        column = table[cell]
+        if causal: column = np.where(cell <= own[part, None], column, -1)
+        yield row[part, None], column, None
 
-def _in_blocks(values: np.ndarray, slots: np.ndarray, blocks: int, block: int, reduce, empty: int) -> np.ndarray: # (blocks,)
-    "Reduces values at slots over their blocks."
-    cells = np.full(blocks * block, empty, values.dtype)
-    cells[slots] = values
-    return reduce(cells.reshape(blocks, block), 1)
+# %% ../nbs/10_block_sparse.ipynb #6348972a
+def _tally(
+    row: np.ndarray, # of blocks; broadcasts with `column`
+    column: np.ndarray, # of blocks, -1: not to be counted
+    pairs: np.ndarray | None, # to add up; None: 1 each
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # row, column, sum: (entries,) each
+    "Adds up the pairs of each block that occurs."
+    width = column.max() + 1
+    seen = np.zeros(width + 1, bool)
+    seen[column] = True  # -1 is the last one
+    columns, number = np.flatnonzero(seen), np.cumsum(seen) - 1
+    low = row.min()
+    bins = (row - low) * len(columns) + number[column]
+    counts = np.bincount(bins.ravel(), pairs)
+    found = np.flatnonzero(counts)
+    row, column = found // len(columns) + low, columns[found % len(columns)]
+    there = column < width
+    return row[there], column[there], counts[found][there]
 
+# %% ../nbs/10_block_sparse.ipynb #3a1a7160
+def _parts(
+    tokens: np.ndarray, # token in each slot, -1 in an empty one
+    section: np.ndarray, # section of each token, -1: none
+    size: int, # slots per block
+    last_query: int, # tokens behind it are registers, which are late for nobody
+) -> np.ndarray: # (5, parts): block, section, number of tokens, least and greatest token
+    "What blocks hold of sections, by block."
+    slot = np.flatnonzero(np.append(section, -1)[tokens] >= 0)
+    token = tokens[slot]
+    width = section.max(initial=0) + 1
+    key = slot // size * width + section[token]
+    token = np.where(token > last_query, -1, token)
+    by = np.argsort(key, kind="stable")
+    key, token = key[by], token[by]
+    begin = np.flatnonzero(np.diff(key, prepend=-1))
+    if not len(begin): return np.zeros((5, 0), np.int64)
+    least, most = (f.reduceat(token, begin) for f in (np.minimum, np.maximum))
+    return np.stack([*np.divmod(key[begin], width), np.diff(begin, append=len(key)), least, most])
 
-def _pack(sizes: np.ndarray, block: int) -> np.ndarray: # first slot of each class
-    "Slots of classes that lie one behind the other: a class begins a new block where it would otherwise cross a border that it need not cross."
+# %% ../nbs/10_block_sparse.ipynb #792f52f6
+def _ranges(
+    first: np.ndarray, # (n,)
+    last: np.ndarray, # (n,)
+) -> tuple[np.ndarray, np.ndarray]:
+    "All pairs (i, j) with first[i] <= j <= last[i]."
+    count = last - first + 1
+    i = np.repeat(np.arange(len(first)), count)
+    return i, np.arange(len(i)) + (first - (np.cumsum(count) - count))[i]
+
+# %% ../nbs/10_block_sparse.ipynb #735fcad5
+def _section_pairs(
+    q_tokens: np.ndarray, # token in each query slot
+    k_tokens: np.ndarray, # token in each key slot
+    q_section: np.ndarray, # section of each query token, -1: none
+    k_section: np.ndarray, # section of each key token, registers included
+    block_size: tuple[int, int],
+    causal: bool,
+) -> Iterator[tuple]: # rows, columns, pairs: (meetings,) each
+    "Where a part of queries and a part of keys are of one section."
+    last_query = len(q_section) - 1
+    q = _parts(q_tokens, q_section, block_size[0], last_query)
+    k = _parts(k_tokens, k_section, block_size[1], last_query)
+    k = k[:, np.argsort(k[1], kind="stable")]
+    first, last = np.searchsorted(k[1], q[1]), np.searchsorted(k[1], q[1], "right") - 1
+    some = first <= last
+    q, first, last = q[:, some], first[some], last[some]
+    for part in _chunks(q[0], last - first + 1):
+        i, j = _ranges(first[part], last[part])
+        row, _, q_count, q_least, q_most = q[:, part][:, i]
+        column, _, k_count, k_least, k_most = k[:, j]
+        pairs = q_count * k_count
+        if causal: pairs = np.where(k_most <= q_least, pairs, k_least <= q_most)
+        yield row, column, pairs
+
+# %% ../nbs/10_block_sparse.ipynb #134d8e7e
+def _slide_pairs(
+    reach: int, # positions to either side
+    tokens: np.ndarray, # at each position
+    block_size: tuple[int, int],
+    causal: bool,
+) -> Iterator[tuple]: # rows, columns, pairs: one for each query and block of its keys
+    "How many keys each query has in which blocks."
+    n, (BM, BN) = len(tokens), block_size
+    position = np.arange(n)
+    first, last = (position - reach).clip(0), (position + reach).clip(max=n - 1)
+    blocks = np.append(tokens, np.full(-n % BN, n)).reshape(-1, BN)
+    from_start = np.minimum.accumulate(blocks, 1).ravel()
+    to_end = np.minimum.accumulate(blocks[:, ::-1], 1)[:, ::-1].ravel()
+    most = blocks.max(1)
+    for part in _chunks(position // BM, last // BN - first // BN + 1):
+        i, column = _ranges(first[part] // BN, last[part] // BN)
+        i += part.start
+        begin, end = np.maximum(first[i], column * BN), np.minimum(last[i], column * BN + BN - 1)
+        pairs = end - begin + 1
+        if causal:
+            least = np.where(end == last[i], from_start[end], to_end[begin])
+            pairs = np.where(most[column] <= tokens[i], pairs, least <= tokens[i])
+        yield i // BM, column, pairs
+
+# %% ../nbs/10_block_sparse.ipynb #3a966d66
+def _packed(
+    sizes: np.ndarray, # of sections
+    block: int, # slots per block
+) -> np.ndarray: # first slot of each section
+    "Sections one behind the other, none across a border that it need not cross."
     starts, slot = [], 0
     for size in sizes.tolist():
         room = -slot % block
@@ -338,290 +415,298 @@ def _pack(sizes: np.ndarray, block: int) -> np.ndarray: # first slot of each cla
         slot += size
     return np.array(starts, np.int64)
 
+# %% ../nbs/10_block_sparse.ipynb #9dab2185
+def _starts(
+    sizes: Sequence[np.ndarray], # of sections: queries, keys
+    block_size: tuple[int, int],
+) -> Sequence[np.ndarray]: # first slots: queries, keys
+    "Packed sections if that leaves fewer blocks to visit, else sections without gaps."
+    dense = [np.cumsum(n) - n for n in sizes]
+    packed = [_packed(n, block) for n, block in zip(sizes, block_size)]
 
-def _class_starts(q_sizes: np.ndarray, k_sizes: np.ndarray, block_size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    "First query slots and key slots of classes: packed into whole blocks if that leaves fewer blocks to visit, else without gaps."
-    def blocks(starts, sizes, block): return (starts + sizes - 1) // block - starts // block + 1
-    dense = [np.cumsum(sizes) - sizes for sizes in (q_sizes, k_sizes)]
-    packed = [_pack(sizes, block) for sizes, block in zip((q_sizes, k_sizes), block_size)]
-    cost = [int(np.dot(*(blocks(s, n, b) for s, n, b in zip(starts, (q_sizes, k_sizes), block_size)))) for starts in (dense, packed)]
-    return tuple(packed if cost[1] < cost[0] else dense)
+    def visited(starts):
+        ends = [start + n - 1 for start, n in zip(starts, sizes)]
+        blocks = [end // b - start // b + 1 for start, end, b in zip(starts, ends, block_size)]
+        return int(np.dot(*blocks))
 
+    return packed if visited(packed) < visited(dense) else dense
 
+# %% ../nbs/10_block_sparse.ipynb #380716d5
+def _padded(
+    tokens: np.ndarray, # (n,)
+    block: int, # slots per block
+) -> np.ndarray: # (slots,)
+    "Tokens in slots, filled up to whole blocks with -1."
+    return np.append(tokens, np.full(-len(tokens) % block, -1))
+
+# %% ../nbs/10_block_sparse.ipynb #742479bb
+def _side_by_side(
+    tokens: np.ndarray, # (n,), in order
+    section: np.ndarray, # (n,): of each, -1: none
+    sizes: np.ndarray, # of sections
+    starts: np.ndarray, # first slots of sections
+    block: int, # slots per block
+) -> np.ndarray: # (slots,)
+    "Tokens section by section; those without a section follow."
+    alone, end = len(tokens) - sizes.sum(), starts[-1] + sizes[-1]
+    sizes, starts = np.append(sizes, alone), np.append(starts, end)
+    by = np.argsort(np.where(section < 0, len(sizes), section), kind="stable")
+    before = np.cumsum(sizes) - sizes
+    slots = np.full(end + alone, -1)
+    slots[np.arange(len(tokens)) + np.repeat(starts - before, sizes)] = tokens[by]
+    return _padded(slots, block)
+
+# %% ../nbs/10_block_sparse.ipynb #d3dbe121
+def _by_section(
+    tokens: np.ndarray, # (n,), in order
+    sections: Sequence[np.ndarray], # (n,): section of each as a query, as a key
+    block_size: tuple[int, int],
+) -> list[np.ndarray]: # tokens in query slots, in key slots
+    "Lays tokens out section by section."
+    count = max(section.max() for section in sections) + 1
+    sizes = [np.bincount(section[section >= 0], minlength=count) for section in sections]
+    starts = _starts(sizes, block_size)
+    return [_side_by_side(tokens, *side) for side in zip(sections, sizes, starts, block_size)]
+
+# %% ../nbs/10_block_sparse.ipynb #bfc9bf97
 @dataclass
 class _Plan:
-    "What a builder finds out: a layout, bounds, and the blocks that hold pairs, all as arrays."
-    q_slot: np.ndarray # slot of each query token
-    k_slot: np.ndarray # slot of each key token (registers excluded)
-    slots: tuple[int, int] # number of slots, whole blocks
-    lo: np.ndarray # (A, queries)
-    hi: np.ndarray # (A, queries)
-    at: np.ndarray # (A, keys)
-    q_block: np.ndarray # entries: block of queries
-    k_block: np.ndarray # entries: block of keys
-    related: np.ndarray # entries: every query attends every key, causality aside
+    "Where tokens lie, what decides a pair, and where pairs are."
+    q_tokens: np.ndarray # (slots,): token in each query slot, -1: none
+    k_tokens: np.ndarray # (slots,)
+    lo: np.ndarray # (A, N): by token, the least coordinate that a query attends
+    hi: np.ndarray # (A, N): the greatest
+    at: np.ndarray # (A, N): by token, the coordinate of a key
+    pairs: Iterator[tuple] # what `_tally` adds up
 
+# %% ../nbs/10_block_sparse.ipynb #9baf711c
+def _plan_neighborhood(
+    pattern: NeighborhoodPattern,
+    order: np.ndarray, # (N,)
+    block_size: tuple[int, int],
+    causal: bool,
+) -> _Plan:
+    "Residue classes one behind the other, each along the order."
+    x = np.unravel_index(order, pattern.grid)
+    residues = [c % d for c, d in zip(x, pattern.dilation)]
+    residue = np.ravel_multi_index(residues, pattern.dilation)
+    tokens = _by_section(order, (residue, residue), block_size)
+    x = np.unravel_index(np.arange(pattern.seq_len), pattern.grid)
+    bounds = [[table[c] for table in pattern.axis_bounds(axis)] for axis, c in enumerate(x)]
+    at, lo, hi = map(np.stack, zip(*bounds))
+    return _Plan(*tokens, lo, hi, at, _neighborhood_pairs(pattern, *tokens, block_size, causal))
 
-def _next_that_looks_back(lo: np.ndarray) -> np.ndarray: # (places + 1,)
-    "By place: the next place, itself included, whose query attends a smaller place; `_NEVER` if there is none."
-    place = np.arange(len(lo))
-    return np.minimum.accumulate(np.append(np.where(lo < place, place, _NEVER), _NEVER)[::-1])[::-1]
+# %% ../nbs/10_block_sparse.ipynb #2985b7fb
+def _plan_slide(
+    pattern: SlidePattern,
+    order: np.ndarray, # (N,)
+    block_size: tuple[int, int],
+    causal: bool,
+) -> _Plan:
+    "Positions are slots."
+    reach = pattern.window // 2
+    at = np.empty((1, len(order)), np.int64)
+    at[0, order] = np.arange(len(order))
+    tokens = [_padded(order, block) for block in block_size]
+    return _Plan(*tokens, at - reach, at + reach, at, _slide_pairs(reach, order, block_size, causal))
 
+# %% ../nbs/10_block_sparse.ipynb #f8c9a25c
+def _windows(
+    pattern: WindowPattern,
+    tokens: np.ndarray, # (N,), in order
+) -> np.ndarray: # (N,)
+    "The window of each token: numbers in the order in which windows are met."
+    corner = 0
+    for axis, x in enumerate(np.unravel_index(tokens, pattern.grid)):
+        _, first, _ = pattern.axis_bounds(axis)
+        corner = corner * pattern.grid[axis] + first[x]
+    _, met, window = np.unique(corner, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(met))[window]
 
-def _not_later(q: tuple, k: tuple, los: list[np.ndarray], after: list[np.ndarray]) -> np.ndarray: # bool (pairs,)
-    "Of pairs of boxes (first and last corners (A, pairs)) that meet: does a query attend a key with token index <= its own? Tokens are numbered from the first axis on."
-    result = np.ones(q[0].shape[1], bool)
-    for q_first, q_last, k_first, k_last, lo, after in zip(*(x[::-1] for x in (*q, *k, los, after))):  # from the last axis to the first
-        equal = np.maximum(q_first, k_first) <= np.minimum(q_last, k_last)
-        x = after[np.maximum(q_first, k_first + 1).clip(max=len(lo))]  # the best query: its interval begins first
-        less = x <= q_last
-        less &= lo[np.where(less, x, 0)] <= k_last
-        result = less | equal & result
-    return result
+# %% ../nbs/10_block_sparse.ipynb #716db5a9
+def _sections(
+    pattern: "WindowPattern | TilesSharedPattern | SegmentPattern",
+    order: np.ndarray, # tokens that are not shared
+) -> tuple[np.ndarray, np.ndarray]: # by position: section as a query, as a key, -1: none
+    "The sections of a pattern: all queries of a section attend all its keys."
+    if isinstance(pattern, WindowPattern): return (_windows(pattern, order),) * 2
+    position = np.arange(len(order))
+    if isinstance(pattern, TilesSharedPattern):
+        tile = np.repeat(np.arange(pattern.tiles), pattern.tile_sizes())
+        return (tile[(position - pattern.offset) % len(order)],) * 2
+    segment, inside = np.divmod(position, pattern.segment_size)
+    residue = inside % pattern.dilation_rate
+    if pattern.mode == "residue": return (segment * pattern.dilation_rate + residue,) * 2
+    chosen = np.where(residue == pattern.offsets[0], segment, -1)
+    return (segment if pattern.mode == "keys" else chosen), chosen
 
+# %% ../nbs/10_block_sparse.ipynb #365be9d3
+def _mixed(
+    tokens: np.ndarray, # token in each slot
+    section: np.ndarray, # of each token
+    size: int, # slots per block
+) -> bool:
+    "Does some block hold tokens of several sections?"
+    sections = np.append(section, -2)[tokens].reshape(-1, size)  # -2 in an empty slot
+    first = sections.max(1, keepdims=True)
+    return bool(((sections != first) & (sections != -2)).any())
 
-def _grid_plan(pattern, order: np.ndarray | None, block_size: tuple[int, int], causal: bool) -> tuple[np.ndarray, _Plan]: # tokens in the order of their slots
-    "Windows and neighbourhoods: queries and keys of a block are cut into boxes; a box of queries attends a box."
-    tables = [_axis_tables(pattern, axis) for axis in range(len(pattern.grid))]
-    tokens = np.arange(pattern.seq_len) if order is None else order
-    coords, rest = [], tokens
-    for n in pattern.grid[:0:-1]:
-        rest, x = np.divmod(rest, n)
-        coords.append(x)
-    coords = [rest, *coords[::-1]]
-    q_slot = k_slot = np.arange(len(tokens))
-    if prod(dilation := getattr(pattern, "dilation", (1,))) > 1:  # residue classes one after the other, each along the curve
-        residue = np.ravel_multi_index([x % d for x, d in zip(coords, dilation)], dilation)
-        by = np.argsort(residue, kind="stable")
-        tokens, coords = tokens[by], [x[by] for x in coords]
-        sizes = np.bincount(residue)
-        starts = _class_starts(sizes, sizes, block_size)
-        q_slot, k_slot = (np.repeat(start - (np.cumsum(sizes) - sizes), sizes) + np.arange(len(tokens)) for start in starts)
-    place = np.stack([table[0][x] for table, x in zip(tables, coords)])  # (A, N)
-    lo, hi = (np.stack([table[which][u] for table, u in zip(tables, place)]) for which in (1, 2))
-    slots = _whole(q_slot[-1] + 1, block_size[0]), _whole(k_slot[-1] + 1, block_size[1])
-    nQ, nK = slots[0] // block_size[0], slots[1] // block_size[1]
+# %% ../nbs/10_block_sparse.ipynb #99ab243a
+def _plan_sections(
+    pattern: "WindowPattern | TilesSharedPattern | SegmentPattern",
+    order: np.ndarray, # tokens that are not shared
+    block_size: tuple[int, int],
+    causal: bool,
+    grouped: bool,
+) -> _Plan:
+    "Sections side by side; windows only if asked to. Shared tokens come first, in blocks of their own."
+    sections = _sections(pattern, order)
+    if isinstance(pattern, WindowPattern) and not grouped:
+        tokens = [_padded(order, block) for block in block_size]
+    else: tokens = _by_section(order, sections, block_size)
+    shared = np.arange(pattern.seq_len - len(order))
+    tokens = [np.append(_padded(shared, b), x) for b, x in zip(block_size, tokens)]
+    q_section, k_section = np.full((2, pattern.seq_len), -1)
+    q_section[order], k_section[order] = sections
+    lo, hi = (np.where(q_section < 0, none, q_section) for none in (1, 0))
+    at = np.where(k_section < 0, _NEVER, k_section)
+    bounds = np.stack([lo, hi, at])[:, None]
+    mixed = map(_mixed, tokens, (q_section, k_section), block_size)
+    if not any(mixed): bounds = bounds[:, :0]
+    return _Plan(*tokens, *bounds, _section_pairs(*tokens, q_section, k_section, block_size, causal))
 
-    q_box = k_box = _boxes(place, q_slot // block_size[0])
-    if block_size[0] != block_size[1] or q_slot is not k_slot: k_box = _boxes(place, k_slot // block_size[1])
-    (q_owner, q_first, q_last), (k_owner, k_first, k_last) = ((owner[by], first[:, by], last[:, by]) for owner, first, last in (q_box, k_box) for by in (_spatial(first, last),))
-    reach_from, reach_to = (np.stack([table[which][x] for table, x in zip(tables, corner)]) for which, corner in ((1, q_first), (2, q_last)))
-    after = [_next_that_looks_back(lo) for _, lo, _ in tables]
-    found = []
-    for i, j in _meeting((reach_from, reach_to), (k_first, k_last)):
-        if causal:
-            keep = _not_later((q_first[:, i], q_last[:, i]), (k_first[:, j], k_last[:, j]), [lo for _, lo, _ in tables], after)
-            i, j = i[keep], j[keep]
-        found.append(np.unique(q_owner[i] * nK + k_owner[j]))
-    q_block, k_block = np.divmod(np.unique(np.concatenate(found)) if len(found) > 1 else found[0], nK)
-    related = np.ones(len(q_block), bool)
-    for axis in range(len(tables)):
-        least, most = (_in_blocks(place[axis], k_slot, nK, block_size[1], f, e) for f, e in ((np.min, _NEVER), (np.max, -1)))
-        low, high = _in_blocks(lo[axis], q_slot, nQ, block_size[0], np.max, -1), _in_blocks(hi[axis], q_slot, nQ, block_size[0], np.min, _NEVER)
-        related &= (low[q_block] <= least[k_block]) & (most[k_block] <= high[q_block])
-    if isinstance(pattern, WindowPattern):  # one number per box instead of an interval per axis
-        box = lo[0]
-        for n, x in zip(pattern.grid[1:], lo[1:]): box = box * n + x
-        lo = hi = at = box[None]
-    else:
-        keep = [axis for axis, (u, low, high) in enumerate(tables) if low[u].any() or (high[u] < len(u) - 1).any()]
-        lo, hi, at = lo[keep], hi[keep], place[keep]
-    return tokens, _Plan(q_slot, k_slot, slots, lo, hi, at, q_block, k_block, related)
+# %% ../nbs/10_block_sparse.ipynb #25ea7017
+def _everybodys(
+    plan: _Plan, # with registers among the keys
+    always: np.ndarray, # bool (keys,): attended by everybody
+    shared: int, # so many of them are queries, too
+    block_size: tuple[int, int],
+    causal: bool,
+) -> Iterator[tuple]: # what `_tally` adds up
+    "Where keys are attended by everybody, or queries attend everybody."
+    n, yes, no = plan.lo.shape[1], np.where(always, 0, -1), np.where(always, -1, 0)
+    tokens, rest = (plan.q_tokens, plan.k_tokens), (block_size, causal)
+    if always.any(): yield from _section_pairs(*tokens, np.zeros(n, np.int64), yes, *rest)
+    if shared: yield from _section_pairs(*tokens, yes[:n], no, *rest)
 
-# %% ../nbs/10_block_sparse.ipynb #4fd700b0
-def _minimum_in(tokens: np.ndarray, block: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    "Least of tokens[block, first … last] (blocks, n), for arrays of equal shape; a table of minima over 1, 2, 4, … slots answers each in two looks."
-    table, width = [tokens], 1
-    while 2 * width <= tokens.shape[1]:
-        table.append(np.minimum(table[-1], np.pad(table[-1][:, width:], ((0, 0), (0, width)), constant_values=_NEVER)))
-        width *= 2
-    table, length = np.stack(table), last - first + 1
-    level = np.frexp(length)[1] - 1
-    return np.minimum(table[level, block, first], table[level, block, last - (1 << level) + 1])
+# %% ../nbs/10_block_sparse.ipynb #39f315fe
+def _visited_blocks(
+    plan: _Plan, # with registers among the keys
+    found: Iterable[tuple], # what `_tally` adds up
+    block_size: tuple[int, int],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # query block, key block, full: (entries,) each
+    "The blocks that hold pairs, and which of them are full."
+    queries = (plan.q_tokens >= 0).reshape(-1, block_size[0]).sum(1)
+    tallies = [np.zeros((3, 0), np.int64), *(_tally(*chunk) for chunk in found)]
+    row, column, pairs = map(np.concatenate, zip(*tallies))
+    return row, column, pairs == queries[row] * block_size[1]
 
+# %% ../nbs/10_block_sparse.ipynb #f0cee247
+def _bounds(
+    plan: _Plan, # with registers among the keys
+    always: np.ndarray, # bool (keys,): attended by everybody
+    shared: int, # so many of them are queries, too
+) -> dict[str, Tensor]: # lo, hi, at by slot, int32 (A, slots); nothing where there is nothing to test
+    "Bounds by slot, on those axes that rule anything out."
+    cuts = (plan.lo.max(1) > plan.at.min(1)) | (plan.hi.min(1) < plan.at.max(1))
+    if not cuts.any(): return {}
+    lo, hi, at = plan.lo[cuts], plan.hi[cuts], plan.at[cuts]
+    lo[:, :shared], hi[:, :shared] = 0, _NEVER - 1
+    at = np.pad(at, ((0, 0), (0, len(always) - at.shape[1])))
+    at[0, always] = ALWAYS
 
-def _sections(pattern) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # queries, keys, their sizes (sections,)
-    "Sections of a pattern: all queries of a section attend all its keys. Queries and keys beyond the last section have no partners."
-    n, w, r = pattern.seq_len, pattern.segment_size, pattern.dilation_rate
-    if len(pattern.offsets) > 1: raise ValueError(f"offsets={pattern.offsets}: block lists serve all heads alike; build one per offset, with offsets=(o,), and call once per group of heads")
-    p = np.arange(n)
-    segment, residue = p // w, p % w % r
-    by = np.argsort(segment * r + residue, kind="stable") if r > 1 else p
-    if pattern.mode == "residue": return by, by, *(np.bincount(segment * r + residue),) * 2
-    chosen = residue == pattern.offsets[0]
-    keys = np.concatenate([p[chosen], p[~chosen]])
-    count = np.bincount(segment[chosen], minlength=segment[-1] + 1)
-    return (p, keys, np.bincount(segment), count) if pattern.mode == "keys" else (keys, keys, count, count)
+    def by_slot(values, tokens, empty):
+        values = np.pad(values, ((0, 0), (0, 1)), constant_values=empty)  # for token -1
+        return torch.from_numpy(values[:, tokens].astype(np.int32))
 
+    return dict(lo=by_slot(lo, plan.q_tokens, 1), hi=by_slot(hi, plan.q_tokens, 0),
+                at=by_slot(at, plan.k_tokens, _NEVER))
 
-def _by_window(pattern: WindowPattern, order: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]: # tokens, sizes of the boxes
-    "Tokens box by box: the boxes as the order first meets them, in a box along the order."
-    token = np.arange(pattern.seq_len) if order is None else order
-    box, rest, sizes = 0, token, list[int]()
-    for axis in range(len(pattern.grid) - 1, -1, -1):
-        rest, x = np.divmod(rest, pattern.grid[axis])
-        x = (x - pattern.shift[axis]) // pattern.window[axis]
-        box = box + (x - x.min()) * prod(sizes)
-        sizes.append(int(x.max() - x.min()) + 1)
-    first = np.full(prod(sizes), _NEVER)
-    np.minimum.at(first, box, np.arange(len(token)))
-    by = np.argsort(first[box], kind="stable")
-    counts = np.bincount(box, minlength=len(first))
-    return token[by], counts[np.argsort(first)]
+# %% ../nbs/10_block_sparse.ipynb #e347c524
+def _plan(
+    pattern: "BlockPattern",
+    order: np.ndarray, # tokens that are not shared
+    block_size: tuple[int, int],
+    causal: bool,
+    grouped: bool,
+) -> _Plan:
+    "The plan of any pattern."
+    if isinstance(pattern, NeighborhoodPattern):
+        return _plan_neighborhood(pattern, order, block_size, causal)
+    if isinstance(pattern, SlidePattern): return _plan_slide(pattern, order, block_size, causal)
+    if len(getattr(pattern, "offsets", (0,))) > 1:
+        raise ValueError(
+            f"offsets={pattern.offsets}: block lists serve all heads alike; build one per offset, "
+            "with offsets=(o,), and call once per group of heads")
+    return _plan_sections(pattern, order, block_size, causal, grouped)
 
+# %% ../nbs/10_block_sparse.ipynb #b9d5a066
+def _build(
+    pattern: "BlockPattern",
+    order: Tensor | None, # int64 (N - shared,)
+    block_size: tuple[int, int],
+    causal: bool,
+    registers: int,
+    grouped: bool,
+) -> BlockLists: # on the CPU
+    "Block lists of a pattern."
+    n, shared = pattern.seq_len, getattr(pattern, "shared", 0)
+    along = np.arange(n - shared) if order is None else order.cpu().numpy().astype(np.int64)
+    plan = _plan(pattern, along + shared, block_size, causal, grouped)
+    extra = _padded(np.arange(n, n + registers), block_size[1])
+    plan.k_tokens = np.append(plan.k_tokens, extra)
+    token = np.arange(n + registers)
+    always = (token < shared) | (token >= n)
+    found = chain(plan.pairs, _everybodys(plan, always, shared, block_size, causal))
+    row, column, full = _visited_blocks(plan, found, block_size)
+    blocks = [len(x) // size for x, size in zip((plan.q_tokens, plan.k_tokens), block_size)]
+    rows, columns = _both_ways(np.zeros_like(row), row, column, full, 1, blocks)
+    q_tokens, k_tokens = _unless_plain(plan.q_tokens, n), _unless_plain(plan.k_tokens, n + registers)
+    return BlockLists(
+        block_size, n, n + registers, q_tokens, k_tokens, rows, columns,
+        causal=causal, **_bounds(plan, always, shared))
 
-def _interval_plan(pattern, order: np.ndarray | None, block_size: tuple[int, int], causal: bool) -> tuple[np.ndarray, np.ndarray, _Plan]: # tokens of queries and keys, in the order of their slots
-    "Patterns on positions: the keys are laid out such that each query attends an interval of slots."
-    n, (BM, BN) = pattern.seq_len, block_size
-    shared = getattr(pattern, "shared", 0)
-    base = _whole(shared, BM), _whole(shared, BN)  # shared tokens have blocks of their own
-    token = np.arange(n) if order is None else np.append(np.arange(shared), shared + order) if shared else order  # at each position, behind the shared ones
-    if isinstance(pattern, SlidePattern):
-        queries = keys = q_slot = k_slot = np.arange(n)
-        first, last = (q_slot - pattern.window // 2).clip(0), (q_slot + pattern.window // 2).clip(max=n - 1)
-    else:
-        if isinstance(pattern, TilesSharedPattern):
-            queries = keys = (np.arange(n - shared) + pattern.offset) % (n - shared)
-            q_sizes = k_sizes = np.array(pattern.tile_sizes())
-        elif isinstance(pattern, WindowPattern):
-            token, sizes = _by_window(pattern, order)
-            queries, keys, q_sizes, k_sizes = np.arange(n), np.arange(n), sizes, sizes
-        else: queries, keys, q_sizes, k_sizes = _sections(pattern)
-        sections = list(zip((q_sizes, k_sizes), _class_starts(q_sizes, k_sizes, block_size), base))
-        q_slot, k_slot = (np.append(np.repeat(start - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum()), start[-1] + sizes[-1] + np.arange(n - shared - sizes.sum())) + b
-                          for sizes, start, b in sections)
-        first = base[1] + sections[1][1]
-        last = first + k_sizes - 1
-        alone = n - shared - q_sizes.sum()  # queries without keys: 1 … 0
-        first, last = (np.append(np.repeat(x, q_sizes), np.full(alone, e)) for x, e in ((first, 1), (last, 0)))
-        if shared:
-            queries = keys = np.append(np.arange(shared), shared + queries)
-            q_slot, k_slot = (np.append(np.arange(shared), x) for x in (q_slot, k_slot))
-            first, last = np.append(np.full(shared, base[1]), first), np.append(np.full(shared, k_slot[-1]), last)
-    q_tokens, k_tokens = token[queries], token[keys]
-    slots = _whole(q_slot[-1] + 1, BM), _whole(k_slot[-1] + 1, BN)
-    nQ, nK = slots[0] // BM, slots[1] // BN
+# %% ../nbs/10_block_sparse.ipynb #928e627b
+def _unless_plain(
+    tokens: np.ndarray, # (slots,)
+    count: int, # number of tokens
+) -> Tensor | None: # int32 (slots,)
+    "Token in each slot; None where slot i holds token i."
+    if (tokens[:count] == np.arange(count)).all(): return None
+    return torch.from_numpy(tokens.astype(np.int32))
 
-    some = first <= last
-    begin = _in_blocks(first[some], q_slot[some], nQ, BM, np.min, slots[1]) // BN
-    count = (_in_blocks(last[some], q_slot[some], nQ, BM, np.max, -1) // BN - begin + 1).clip(0)
-    q_block = np.repeat(np.arange(nQ), count)
-    k_block = np.arange(len(q_block)) + np.repeat(begin - (np.cumsum(count) - count), count)
-    least, most = (_in_blocks(k_slot, k_slot, nK, BN, f, e) for f, e in ((np.min, _NEVER), (np.max, -1)))
-    low, high = _in_blocks(first, q_slot, nQ, BM, np.max, -1), _in_blocks(last, q_slot, nQ, BM, np.min, _NEVER)
-    related = (low[q_block] <= least[k_block]) & (most[k_block] <= high[q_block])
-    if causal:  # a block of which only some pairs are related may hold none with key <= query
-        k_cells = np.full(slots[1], _NEVER)
-        k_cells[k_slot] = k_tokens
-        k_cells = k_cells.reshape(nK, BN)
-        q_cells, from_, to = (np.full(slots[0], e) for e in (-1, 1, 0))
-        q_cells[q_slot], from_[q_slot], to[q_slot] = q_tokens, first, last
-        q_cells, from_, to = (x.reshape(nQ, BM) for x in (q_cells, from_, to))
-        maybe = k_cells.min(1)[k_block] <= q_cells.max(1)[q_block]
-        q_block, k_block, related = q_block[maybe], k_block[maybe], related[maybe]
-        keep = np.ones(len(q_block), bool)
-        unsure = np.flatnonzero(~related)
-        for part in np.array_split(unsure, len(unsure) * BM // (1 << 22) + 1):
-            i, j = q_block[part], k_block[part]
-            a, b = np.maximum(from_[i] - j[:, None] * BN, 0), np.minimum(to[i] - j[:, None] * BN, BN - 1)
-            inside = a <= b
-            least = _minimum_in(k_cells, np.broadcast_to(j[:, None], a.shape), np.where(inside, a, 0), np.where(inside, b, 0))
-            keep[part] = (inside & (least <= q_cells[i])).any(1)
-        q_block, k_block, related = q_block[keep], k_block[keep], related[keep]
-    if shared:  # to all
-        own = np.arange(base[1] // BN)
-        q_block, k_block, related = (np.append(x, y) for x, y in ((q_block, np.repeat(np.arange(nQ), len(own))), (k_block, np.tile(own, nQ)), (related, np.ones(nQ * len(own), bool))))
-    at = k_slot.copy()
-    at[:shared] = ALWAYS
-    return q_tokens, k_tokens, _Plan(q_slot, k_slot, slots, first[None], last[None], at[None], q_block, k_block, related)
-
-# %% ../nbs/10_block_sparse.ipynb #fe9db42b
-def _build(pattern, order: Tensor | None, block_size: tuple[int, int], causal: bool, registers: int, grouped: bool) -> BlockLists:
-    order = None if order is None else order.cpu().numpy().astype(np.int64)
-    if order is not None and (order == np.arange(len(order))).all(): order = None
-    if isinstance(pattern, NeighborhoodPattern) or isinstance(pattern, WindowPattern) and not grouped:
-        q_tokens, plan = _grid_plan(pattern, order, block_size, causal)
-        k_tokens = q_tokens
-    else: q_tokens, k_tokens, plan = _interval_plan(pattern, order, block_size, causal)
-    n, blocks = pattern.seq_len, [slots // size for slots, size in zip(plan.slots, block_size)]
-    own = _whole(registers, block_size[1])
-    q_cells, k_cells = np.full(plan.slots[0], -1), np.full(plan.slots[1] + own, -1)
-    q_cells[plan.q_slot], k_cells[plan.k_slot], k_cells[plan.slots[1]:plan.slots[1] + registers] = q_tokens, k_tokens, np.arange(n, n + registers)
-    q_block, k_block, related = plan.q_block, plan.k_block, plan.related
-    if registers:
-        extra = np.arange(blocks[1], blocks[1] + own // block_size[1])
-        q_block, k_block, related = (np.append(x, y) for x, y in ((q_block, np.repeat(np.arange(blocks[0]), len(extra))), (k_block, np.tile(extra, blocks[0])), (related, np.ones(blocks[0] * len(extra), bool))))
-        blocks[1] += len(extra)
-    q, k = q_cells.reshape(blocks[0], -1), k_cells.reshape(blocks[1], -1)
-    full = related & np.all(k >= 0, 1)[k_block]
-    if causal:
-        late = np.where(k >= n, -1, k)
-        exists = (np.where(k < 0, _NEVER, late).min(1)[k_block] <= q.max(1)[q_block])
-        q_block, k_block, related, full = (x[exists] for x in (q_block, k_block, related, full))
-        full &= late.max(1)[k_block] <= np.where(q < 0, _NEVER, q).min(1)[q_block]
-
-    def cells(values, slot, size, fill): # (A, slots)
-        x = np.full((len(values), size), fill, np.int32)
-        x[:, slot] = values
-        return torch.from_numpy(x)
-
-    lo = hi = at = None
-    if not related.all() and len(plan.at):
-        lo, hi, at = cells(plan.lo, plan.q_slot, plan.slots[0], 1), cells(plan.hi, plan.q_slot, plan.slots[0], 0), cells(plan.at, plan.k_slot, plan.slots[1] + own, _NEVER)
-        at[0, plan.slots[1]:plan.slots[1] + registers] = ALWAYS
-
-    def tokens(x, count): # None where slot i holds token i
-        return None if (x[:count] == np.arange(count)).all() else torch.from_numpy(x.astype(np.int32))
-
-    rows, columns = _both_ways(0, q_block, k_block, full, 1, blocks)
-    return BlockLists(block_size, n, n + registers, tokens(q_cells, n), tokens(k_cells, n + registers), rows, columns, (1, 1), lo, hi, at, causal)
-
-
-class _ListCache:
-    "The most recently used block lists, at most so many of them and so many bytes in all."
-    def __init__(self, max_entries: int = 64, max_bytes: int = 1 << 28):
-        self.max_entries, self.max_bytes, self.entries, self.lock = max_entries, max_bytes, OrderedDict[tuple, tuple[BlockLists, int | None, Tensor | None]](), threading.Lock()
-
-    def get(self, key, order: Tensor | None, compute) -> BlockLists:
-        key = (*key, None if order is None else (id(order), order.device))
-        version = None if order is None or order.is_inference() else order._version
-        with self.lock:
-            if (known := self.entries.get(key)) and known[1] == version and not (order is not None and order.is_inference()):
-                self.entries.move_to_end(key)
-                return known[0]
-        with torch.inference_mode(False): lists = compute()
-        with self.lock:
-            self.entries[key] = lists, version, order  # the order is kept alive, so that its id stays its own
-            while len(self.entries) > self.max_entries or (len(self.entries) > 1 and sum(x[0].nbytes for x in self.entries.values()) > self.max_bytes): self.entries.popitem(last=False)
-        return lists
-
-
-_list_cache = _ListCache()
-
-
-def _check_block_size(block_size) -> tuple[int, int]:
-    sizes = (block_size,) * 2 if isinstance(block_size, int) else tuple(block_size)
-    if len(sizes) != 2 or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes): raise ValueError(f"block_size={block_size!r}: expected one number, or two (queries, keys), each at least 1")
-    return sizes
-
-
+# %% ../nbs/10_block_sparse.ipynb #f562b9f8
 BlockPattern: TypeAlias = WindowPattern | NeighborhoodPattern | SlidePattern | TilesSharedPattern | SegmentPattern
 _PATTERNS = (WindowPattern, NeighborhoodPattern, SlidePattern, TilesSharedPattern, SegmentPattern)
+_list_cache = Cache(max_entries=64, max_bytes=1 << 28, tensors=BlockLists.tensors)
 
+# %% ../nbs/10_block_sparse.ipynb #aeb1d954
+def _check_block_size(block_size: Any) -> tuple[int, int]: # of queries, of keys
+    "One number for both, or two."
+    sizes = whole_numbers("block_size", block_size, 1)
+    if len(sizes) == 1 and not isinstance(block_size, Sequence): return sizes * 2
+    if len(sizes) == 2: return sizes
+    raise ValueError(f"block_size={block_size!r}: expected one number, or two (queries, keys), each at least 1")
 
-def _lists(pattern, order: Tensor | None, curve: str | None, options: tuple) -> BlockLists:
-    if curve is not None: order = curve_order(getattr(pattern, "grid", pattern.seq_len - getattr(pattern, "shared", 0)), curve)
-    return _list_cache.get((pattern, *options), order, lambda: _build(pattern, order, *options[:-1]).to(options[-1]))
+# %% ../nbs/10_block_sparse.ipynb #16461fc5
+def _lists(pattern: BlockPattern, order: Tensor | None, curve: str | None, options: tuple) -> BlockLists:
+    "Block lists of checked arguments."
+    if curve is not None:
+        grid = getattr(pattern, "grid", pattern.seq_len - getattr(pattern, "shared", 0))
+        order = curve_order(grid, curve)
+    *layout, device = options
+    return _list_cache.get((pattern, *options), lambda: _build(pattern, order, *layout).to(device), order)
 
-
+# %% ../nbs/10_block_sparse.ipynb #a5155ca4
 def _constant_lists(pattern: int, arguments: tuple, curve: str | None, *options) -> BlockLists:
     "Block lists as a constant of a compiled or exported graph: real tensors, although everything around is being traced."
     with _disable_current_modes(): return _lists(_PATTERNS[pattern](*arguments), None, curve, options)
 
 
-setattr(_constant_lists, "_dynamo_marked_constant", True)  # what torch.compiler.assume_constant_result does, after importing the compiler, which takes seconds
+# what torch.compiler.assume_constant_result does, after importing the compiler, which takes seconds
+setattr(_constant_lists, "_dynamo_marked_constant", True)
 
-
+# %% ../nbs/10_block_sparse.ipynb #23402ed7
 def block_lists(
     pattern: BlockPattern, # WindowPattern, NeighborhoodPattern, SlidePattern, TilesSharedPattern or SegmentPattern
     *,
@@ -633,16 +718,19 @@ def block_lists(
     grouped: bool = False, # WindowPattern: the tokens of a box lie together, the boxes in the order in which `order` meets them
     device: torch.device | str | None = None, # of the result; None is the order's, or the CPU
 ) -> BlockLists: # cached: do not write into it
-    "The blocks that a pattern needs, found by arithmetic: O(N + blocks that are not empty), without an N x N mask. Raises `ValueError` for what does not fit."
+    "The blocks that a pattern needs, counted without an N x N mask. Raises `ValueError` for what does not fit."
     if not isinstance(pattern, _PATTERNS): raise ValueError(f"pattern={pattern!r}: expected a pattern of hilbert_attn.patterns")
-    block_size = _check_block_size(block_size)
-    if registers < 0: raise ValueError(f"registers={registers}: must be at least 0")
     if order is not None and curve is not None: raise ValueError(f"order and curve={curve!r} are both given: expected one of them")
     device = torch.device(device or (order.device if isinstance(order, Tensor) else "cpu"))
-    options = block_size, bool(causal), int(registers), bool(grouped), device
+    options = (
+        _check_block_size(block_size), true_or_false("causal", causal),
+        whole_number("registers", registers, 0), true_or_false("grouped", grouped), device)
     if torch.compiler.is_compiling() and order is None:
-        return _constant_lists(_PATTERNS.index(type(pattern)), tuple(getattr(pattern, f.name) for f in fields(pattern)), curve, *options)
-    if order is not None: order = _check_order(order, pattern.seq_len - getattr(pattern, "shared", 0), order.device if isinstance(order, Tensor) else device)
+        arguments = tuple(getattr(pattern, f.name) for f in fields(pattern))
+        return _constant_lists(_PATTERNS.index(type(pattern)), arguments, curve, *options)
+    if order is not None:
+        n = pattern.seq_len - getattr(pattern, "shared", 0)
+        order = _check_order(order, n, order.device if isinstance(order, Tensor) else device)
     return _lists(pattern, order, curve, options)
 
 # %% ../nbs/10_block_sparse.ipynb #06ad84d3
@@ -913,8 +1001,8 @@ def lists_from_operands(
     return BlockLists(tuple(sizes[:2]), sizes[2], sizes[3], q_tokens, k_tokens, BlockRows(*rows[:3]), BlockRows(*rows[3:]), tuple(sizes[4:]), lo, hi, at, causal)
 
 # %% ../nbs/10_block_sparse.ipynb #42c99b61
-_forward_library = _define_operator("block_forward", f"(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, {_LISTS}) -> (Tensor out, Tensor lse)")
-_backward_library = _define_operator("block_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, float scale, {_LISTS}) -> (Tensor dq, Tensor dk, Tensor dv)")
+_forward_library = define_operator("block_forward", f"(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, {_LISTS}) -> (Tensor out, Tensor lse)")
+_backward_library = define_operator("block_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, float scale, {_LISTS}) -> (Tensor dq, Tensor dk, Tensor dv)")
 
 
 def _block_forward_op(q, k, v, key_mask, scale, *lists): return _block_forward(q, k, v, lists_from_operands(*lists), key_mask, scale)
