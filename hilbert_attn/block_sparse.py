@@ -234,140 +234,93 @@ def lists_from_block_mask(
     kinds = (block_mask & some).to(torch.int8) * (1 + full.to(torch.int8))
     return lists_from_kinds(kinds.flatten(0, 1), **layout)
 
-# %% ../nbs/10_block_sparse.ipynb #1ddc26c7
-def _axis_keys(
-    pattern: NeighborhoodPattern,
-    axis: int,
-) -> np.ndarray: # (n, keys): coordinates that a coordinate attends, n where there are no more
-    "What each coordinate of an axis attends."
+# %% ../nbs/10_block_sparse.ipynb #5ec316d5
+def _axis_keys(pattern: NeighborhoodPattern, axis: int) -> np.ndarray: # (n, keys)
+    "The coordinates that each coordinate of an axis attends; n where there are no more."
     place, first, last = pattern.axis_bounds(axis)
     n = len(place)
-    coordinate = np.full(place.max() + 1, n)
-    coordinate[place] = np.arange(n)
+    coordinate = np.append(np.argsort(place), n)
     keys = first[:, None] + np.arange((last - first).max() + 1)
-    there = keys <= last[:, None]
-    return np.where(there, coordinate[np.where(there, keys, 0)], n)
+    return coordinate[np.where(keys <= last[:, None], keys, n)]
 
-# %% ../nbs/10_block_sparse.ipynb #e1337516
+# %% ../nbs/10_block_sparse.ipynb #6eeb6c64
 _WORK = 1 << 17  # pairs at a time
 _ROWS = 256  # rows of blocks at a time, at most
 
 
-def _chunks(
-    block: np.ndarray, # row of blocks of each item, ascending
-    work: np.ndarray, # pairs of each item
-) -> Iterator[slice]: # of items; a row of blocks is never cut
-    "Cuts items into chunks of about `_WORK` pairs."
-    begin = np.flatnonzero(np.diff(block, prepend=-1))
+def _chunks(row: np.ndarray, work: np.ndarray) -> Iterator[slice]:
+    "Cuts items, sorted by row of blocks, into chunks of whole rows and about `_WORK` pairs."
+    begin = np.flatnonzero(np.diff(row, prepend=-1))
     before = (np.cumsum(work) - work)[begin]
-    chunk = before // _WORK + block[begin] // _ROWS
+    chunk = before // _WORK + row[begin] // _ROWS
     first = begin[np.flatnonzero(np.diff(chunk, prepend=-1))]
-    return map(slice, first, np.append(first[1:], len(block)))
+    return map(slice, first, np.append(first[1:], len(row)))
 
-# %% ../nbs/10_block_sparse.ipynb #c3e84a41
-def _block_of(
-    tokens: np.ndarray, # (slots,): token in each slot, -1 in an empty one
-    size: int, # slots per block
-    count: int, # number of tokens
-) -> np.ndarray: # (count,)
-    "The block of each token."
-    slot = np.flatnonzero(tokens >= 0)
-    block = np.empty(count, np.int64)
-    block[tokens[slot]] = slot // size
-    return block
-
-# %% ../nbs/10_block_sparse.ipynb #d3014a9c
-def _neighborhood_pairs(
-    pattern: NeighborhoodPattern,
-    q_tokens: np.ndarray, # token in each query slot
-    k_tokens: np.ndarray, # token in each key slot
-    block_size: tuple[int, int],
-    causal: bool,
-) -> Iterator[tuple]: # rows (queries, 1), key blocks (queries, keys), None: each counts once
-    "The blocks of each query's keys."
-    block = _block_of(k_tokens, block_size[1], pattern.seq_len)
+# %% ../nbs/10_block_sparse.ipynb #474b3f65
+def _neighborhood_pairs(pattern, q_tokens, k_tokens, block_size, causal) -> Iterator[tuple]:
+    "Yields rows (queries, 1) and key blocks (queries, keys): one for each pair."
+    q_slot, k_slot = (np.flatnonzero(tokens >= 0) for tokens in (q_tokens, k_tokens))
+    block = np.empty(pattern.seq_len, np.int64)
+    block[k_tokens[k_slot]] = k_slot // block_size[1]
     table = np.pad(block.reshape(pattern.grid), (0, 1), constant_values=-1)
-    slot = np.flatnonzero(q_tokens >= 0)
-    x, row = np.unravel_index(q_tokens[slot], pattern.grid), slot // block_size[0]
+    x = np.unravel_index(q_tokens[q_slot], pattern.grid)
     own = np.ravel_multi_index(x, table.shape)  # grows with the token
-    axes = [_axis_keys(pattern, axis) for axis in range(len(pattern.grid))]
     steps = [stride // table.itemsize for stride in table.strides]
-    work = np.full(len(slot), prod(keys.shape[1] for keys in axes))
-    table = table.ravel()
+    axes = [step * _axis_keys(pattern, axis) for axis, step in enumerate(steps)]
+    work = np.full(len(q_slot), prod(keys.shape[1] for keys in axes))
+    table, row = table.ravel(), q_slot // block_size[0]
     for part in _chunks(row, work):
         cell = np.zeros((part.stop - part.start, 1), np.int64)
-        for keys, step, at in zip(axes, steps, x):
-            cell = (cell[:, :, None] + step * keys[at[part], None]).reshape(len(cell), -1)
+        for keys, at in zip(axes, x):
+            cell = (cell[:, :, None] + keys[at[part], None]).reshape(len(cell), -1)
         column = table[cell]
         if causal: column = np.where(cell <= own[part, None], column, -1)
         yield row[part, None], column, None
 
-# %% ../nbs/10_block_sparse.ipynb #6348972a
-def _tally(
-    row: np.ndarray, # of blocks; broadcasts with `column`
-    column: np.ndarray, # of blocks, -1: not to be counted
-    pairs: np.ndarray | None, # to add up; None: 1 each
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # row, column, sum: (entries,) each
-    "Adds up the pairs of each block that occurs."
+# %% ../nbs/10_block_sparse.ipynb #047fd1b2
+def _tally(row, column, pairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Adds up the pairs (None: 1 each) of each block that occurs: rows, columns, sums."
     width = column.max() + 1
     seen = np.zeros(width + 1, bool)
     seen[column] = True  # -1 is the last one
     columns, number = np.flatnonzero(seen), np.cumsum(seen) - 1
     low = row.min()
-    bins = (row - low) * len(columns) + number[column]
-    counts = np.bincount(bins.ravel(), pairs)
+    counts = np.bincount(((row - low) * len(columns) + number[column]).ravel(), pairs)
     found = np.flatnonzero(counts)
     row, column = found // len(columns) + low, columns[found % len(columns)]
     there = column < width
     return row[there], column[there], counts[found][there]
 
-# %% ../nbs/10_block_sparse.ipynb #3a1a7160
-def _parts(
-    tokens: np.ndarray, # token in each slot, -1 in an empty one
-    section: np.ndarray, # section of each token, -1: none
-    size: int, # slots per block
-    last_query: int, # tokens behind it are registers, which are late for nobody
-) -> np.ndarray: # (5, parts): block, section, number of tokens, least and greatest token
-    "What blocks hold of sections, by block."
-    slot = np.flatnonzero(np.append(section, -1)[tokens] >= 0)
+# %% ../nbs/10_block_sparse.ipynb #11418281
+def _parts(tokens, section, size: int, queries: int) -> np.ndarray: # (5, parts)
+    "What blocks hold of sections: block, section, number of tokens, least and greatest token."
+    slot = np.flatnonzero(tokens >= 0)
     token = tokens[slot]
-    width = section.max(initial=0) + 1
+    width = section.max() + 1
     key = slot // size * width + section[token]
-    token = np.where(token > last_query, -1, token)
+    token = np.where(token < queries, token, -1)  # a register is late for nobody
     by = np.argsort(key, kind="stable")
     key, token = key[by], token[by]
     begin = np.flatnonzero(np.diff(key, prepend=-1))
-    if not len(begin): return np.zeros((5, 0), np.int64)
     least, most = (f.reduceat(token, begin) for f in (np.minimum, np.maximum))
     return np.stack([*np.divmod(key[begin], width), np.diff(begin, append=len(key)), least, most])
 
-# %% ../nbs/10_block_sparse.ipynb #792f52f6
-def _ranges(
-    first: np.ndarray, # (n,)
-    last: np.ndarray, # (n,)
-) -> tuple[np.ndarray, np.ndarray]:
+# %% ../nbs/10_block_sparse.ipynb #5516b1db
+def _ranges(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "All pairs (i, j) with first[i] <= j <= last[i]."
     count = last - first + 1
     i = np.repeat(np.arange(len(first)), count)
     return i, np.arange(len(i)) + (first - (np.cumsum(count) - count))[i]
 
-# %% ../nbs/10_block_sparse.ipynb #735fcad5
-def _section_pairs(
-    q_tokens: np.ndarray, # token in each query slot
-    k_tokens: np.ndarray, # token in each key slot
-    q_section: np.ndarray, # section of each query token, -1: none
-    k_section: np.ndarray, # section of each key token, registers included
-    block_size: tuple[int, int],
-    causal: bool,
-) -> Iterator[tuple]: # rows, columns, pairs: (meetings,) each
-    "Where a part of queries and a part of keys are of one section."
-    last_query = len(q_section) - 1
-    q = _parts(q_tokens, q_section, block_size[0], last_query)
-    k = _parts(k_tokens, k_section, block_size[1], last_query)
+# %% ../nbs/10_block_sparse.ipynb #b4f3ad10
+def _section_pairs(q_tokens, k_tokens, q_section, k_section, block_size, causal) -> Iterator[tuple]:
+    "Yields rows, columns and pairs: one for each two parts of one section."
+    q = _parts(q_tokens, q_section, block_size[0], len(q_section))
+    k = _parts(k_tokens, k_section, block_size[1], len(q_section))
     k = k[:, np.argsort(k[1], kind="stable")]
     first, last = np.searchsorted(k[1], q[1]), np.searchsorted(k[1], q[1], "right") - 1
-    some = first <= last
-    q, first, last = q[:, some], first[some], last[some]
+    met = first <= last
+    q, first, last = q[:, met], first[met], last[met]
     for part in _chunks(q[0], last - first + 1):
         i, j = _ranges(first[part], last[part])
         row, _, q_count, q_least, q_most = q[:, part][:, i]
@@ -376,14 +329,9 @@ def _section_pairs(
         if causal: pairs = np.where(k_most <= q_least, pairs, k_least <= q_most)
         yield row, column, pairs
 
-# %% ../nbs/10_block_sparse.ipynb #134d8e7e
-def _slide_pairs(
-    reach: int, # positions to either side
-    tokens: np.ndarray, # at each position
-    block_size: tuple[int, int],
-    causal: bool,
-) -> Iterator[tuple]: # rows, columns, pairs: one for each query and block of its keys
-    "How many keys each query has in which blocks."
+# %% ../nbs/10_block_sparse.ipynb #4fe9929a
+def _slide_pairs(reach: int, tokens: np.ndarray, block_size, causal) -> Iterator[tuple]:
+    "Yields rows, columns and pairs: one for each query and block of its keys."
     n, (BM, BN) = len(tokens), block_size
     position = np.arange(n)
     first, last = (position - reach).clip(0), (position + reach).clip(max=n - 1)
@@ -401,74 +349,53 @@ def _slide_pairs(
             pairs = np.where(most[column] <= tokens[i], pairs, least <= tokens[i])
         yield i // BM, column, pairs
 
-# %% ../nbs/10_block_sparse.ipynb #3a966d66
-def _packed(
-    sizes: np.ndarray, # of sections
-    block: int, # slots per block
-) -> np.ndarray: # first slot of each section
-    "Sections one behind the other, none across a border that it need not cross."
+# %% ../nbs/10_block_sparse.ipynb #dca60609
+def _packed(sizes: np.ndarray, block: int) -> np.ndarray:
+    "First slots of sections one behind the other, none across a border that it need not cross."
     starts, slot = [], 0
     for size in sizes.tolist():
         room = -slot % block
-        if size > room > 0: slot += room
+        if size > room: slot += room
         starts.append(slot)
         slot += size
-    return np.array(starts, np.int64)
+    return np.array(starts)
 
-# %% ../nbs/10_block_sparse.ipynb #9dab2185
-def _starts(
-    sizes: Sequence[np.ndarray], # of sections: queries, keys
-    block_size: tuple[int, int],
-) -> Sequence[np.ndarray]: # first slots: queries, keys
-    "Packed sections if that leaves fewer blocks to visit, else sections without gaps."
-    dense = [np.cumsum(n) - n for n in sizes]
-    packed = [_packed(n, block) for n, block in zip(sizes, block_size)]
+# %% ../nbs/10_block_sparse.ipynb #115165be
+def _starts(sizes, block_size) -> Sequence[np.ndarray]: # of queries, of keys
+    "First slots of sections: packed if that leaves fewer blocks to visit, else without gaps."
+    def blocks(first, n, block): return (-(-(first + n) // block) - first // block) * (n > 0)
 
     def visited(starts):
-        ends = [start + n - 1 for start, n in zip(starts, sizes)]
-        blocks = [end // b - start // b + 1 for start, end, b in zip(starts, ends, block_size)]
-        return int(np.dot(*blocks))
+        q_blocks, k_blocks = map(blocks, starts, sizes, block_size)
+        return q_blocks @ k_blocks
 
+    dense = [np.cumsum(n) - n for n in sizes]
+    packed = [_packed(n, block) for n, block in zip(sizes, block_size)]
     return packed if visited(packed) < visited(dense) else dense
 
-# %% ../nbs/10_block_sparse.ipynb #380716d5
-def _padded(
-    tokens: np.ndarray, # (n,)
-    block: int, # slots per block
-) -> np.ndarray: # (slots,)
+# %% ../nbs/10_block_sparse.ipynb #459397f5
+def _padded(tokens: np.ndarray, block: int) -> np.ndarray:
     "Tokens in slots, filled up to whole blocks with -1."
     return np.append(tokens, np.full(-len(tokens) % block, -1))
 
-# %% ../nbs/10_block_sparse.ipynb #742479bb
-def _side_by_side(
-    tokens: np.ndarray, # (n,), in order
-    section: np.ndarray, # (n,): of each, -1: none
-    sizes: np.ndarray, # of sections
-    starts: np.ndarray, # first slots of sections
-    block: int, # slots per block
-) -> np.ndarray: # (slots,)
-    "Tokens section by section; those without a section follow."
-    alone, end = len(tokens) - sizes.sum(), starts[-1] + sizes[-1]
-    sizes, starts = np.append(sizes, alone), np.append(starts, end)
-    by = np.argsort(np.where(section < 0, len(sizes), section), kind="stable")
+# %% ../nbs/10_block_sparse.ipynb #c9add81b
+def _side_by_side(tokens, section, sizes, starts, block: int) -> np.ndarray:
+    "Tokens in slots, section by section, in a section as they come."
     before = np.cumsum(sizes) - sizes
-    slots = np.full(end + alone, -1)
-    slots[np.arange(len(tokens)) + np.repeat(starts - before, sizes)] = tokens[by]
+    slot = np.arange(len(tokens)) + np.repeat(starts - before, sizes)
+    slots = np.full(slot[-1] + 1, -1)
+    slots[slot] = tokens[np.argsort(section, kind="stable")]
     return _padded(slots, block)
 
-# %% ../nbs/10_block_sparse.ipynb #d3dbe121
-def _by_section(
-    tokens: np.ndarray, # (n,), in order
-    sections: Sequence[np.ndarray], # (n,): section of each as a query, as a key
-    block_size: tuple[int, int],
-) -> list[np.ndarray]: # tokens in query slots, in key slots
-    "Lays tokens out section by section."
+# %% ../nbs/10_block_sparse.ipynb #fff6395c
+def _by_section(tokens, sections, block_size) -> list[np.ndarray]: # of queries, of keys
+    "Tokens in slots, section by section; `sections`: of each token as a query, as a key."
     count = max(section.max() for section in sections) + 1
-    sizes = [np.bincount(section[section >= 0], minlength=count) for section in sections]
+    sizes = [np.bincount(section, minlength=count) for section in sections]
     starts = _starts(sizes, block_size)
     return [_side_by_side(tokens, *side) for side in zip(sections, sizes, starts, block_size)]
 
-# %% ../nbs/10_block_sparse.ipynb #bfc9bf97
+# %% ../nbs/10_block_sparse.ipynb #f6f14a48
 @dataclass
 class _Plan:
     "Where tokens lie, what decides a pair, and where pairs are."
@@ -479,13 +406,8 @@ class _Plan:
     at: np.ndarray # (A, N): by token, the coordinate of a key
     pairs: Iterator[tuple] # what `_tally` adds up
 
-# %% ../nbs/10_block_sparse.ipynb #9baf711c
-def _plan_neighborhood(
-    pattern: NeighborhoodPattern,
-    order: np.ndarray, # (N,)
-    block_size: tuple[int, int],
-    causal: bool,
-) -> _Plan:
+# %% ../nbs/10_block_sparse.ipynb #a4589f93
+def _plan_neighborhood(pattern, order, block_size, causal) -> _Plan:
     "Residue classes one behind the other, each along the order."
     x = np.unravel_index(order, pattern.grid)
     residues = [c % d for c, d in zip(x, pattern.dilation)]
@@ -496,117 +418,78 @@ def _plan_neighborhood(
     at, lo, hi = map(np.stack, zip(*bounds))
     return _Plan(*tokens, lo, hi, at, _neighborhood_pairs(pattern, *tokens, block_size, causal))
 
-# %% ../nbs/10_block_sparse.ipynb #2985b7fb
-def _plan_slide(
-    pattern: SlidePattern,
-    order: np.ndarray, # (N,)
-    block_size: tuple[int, int],
-    causal: bool,
-) -> _Plan:
+# %% ../nbs/10_block_sparse.ipynb #88f61c18
+def _plan_slide(pattern, order, block_size, causal) -> _Plan:
     "Positions are slots."
-    reach = pattern.window // 2
-    at = np.empty((1, len(order)), np.int64)
-    at[0, order] = np.arange(len(order))
+    at, reach = np.argsort(order)[None], pattern.window // 2
     tokens = [_padded(order, block) for block in block_size]
-    return _Plan(*tokens, at - reach, at + reach, at, _slide_pairs(reach, order, block_size, causal))
+    pairs = _slide_pairs(reach, order, block_size, causal)
+    return _Plan(*tokens, at - reach, at + reach, at, pairs)
 
-# %% ../nbs/10_block_sparse.ipynb #f8c9a25c
-def _windows(
-    pattern: WindowPattern,
-    tokens: np.ndarray, # (N,), in order
-) -> np.ndarray: # (N,)
+# %% ../nbs/10_block_sparse.ipynb #eb70e937
+def _windows(pattern, tokens: np.ndarray) -> np.ndarray:
     "The window of each token: numbers in the order in which windows are met."
     corner = 0
     for axis, x in enumerate(np.unravel_index(tokens, pattern.grid)):
-        _, first, _ = pattern.axis_bounds(axis)
-        corner = corner * pattern.grid[axis] + first[x]
+        corner = corner * pattern.grid[axis] + pattern.axis_bounds(axis)[1][x]
     _, met, window = np.unique(corner, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(met))[window]
 
-# %% ../nbs/10_block_sparse.ipynb #716db5a9
-def _sections(
-    pattern: "WindowPattern | TilesSharedPattern | SegmentPattern",
-    order: np.ndarray, # tokens that are not shared
-) -> tuple[np.ndarray, np.ndarray]: # by position: section as a query, as a key, -1: none
-    "The sections of a pattern: all queries of a section attend all its keys."
+# %% ../nbs/10_block_sparse.ipynb #f3395b41
+def _check_one_offset(pattern):
+    if len(pattern.offsets) == 1: return
+    raise ValueError(
+        f"offsets={pattern.offsets}: block lists serve all heads alike; build one per offset, "
+        "with offsets=(o,), and call once per group of heads")
+
+# %% ../nbs/10_block_sparse.ipynb #b6be1881
+def _sections(pattern, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "Sections by position, as a query and as a key: queries attend all keys of their section."
     if isinstance(pattern, WindowPattern): return (_windows(pattern, order),) * 2
     position = np.arange(len(order))
     if isinstance(pattern, TilesSharedPattern):
         tile = np.repeat(np.arange(pattern.tiles), pattern.tile_sizes())
         return (tile[(position - pattern.offset) % len(order)],) * 2
+    _check_one_offset(pattern)
     segment, inside = np.divmod(position, pattern.segment_size)
     residue = inside % pattern.dilation_rate
     if pattern.mode == "residue": return (segment * pattern.dilation_rate + residue,) * 2
-    chosen = np.where(residue == pattern.offsets[0], segment, -1)
-    return (segment if pattern.mode == "keys" else chosen), chosen
+    chosen, nobody = residue == pattern.offsets[0], segment[-1] + 1
+    keys = np.where(chosen, segment, nobody + 1)
+    return (segment if pattern.mode == "keys" else np.where(chosen, segment, nobody)), keys
 
-# %% ../nbs/10_block_sparse.ipynb #365be9d3
-def _mixed(
-    tokens: np.ndarray, # token in each slot
-    section: np.ndarray, # of each token
-    size: int, # slots per block
-) -> bool:
+# %% ../nbs/10_block_sparse.ipynb #4c0a0d25
+def _mixed(tokens, section, size: int) -> bool:
     "Does some block hold tokens of several sections?"
-    sections = np.append(section, -2)[tokens].reshape(-1, size)  # -2 in an empty slot
-    first = sections.max(1, keepdims=True)
-    return bool(((sections != first) & (sections != -2)).any())
+    sections = np.append(section, -1)[tokens].reshape(-1, size)  # -1 in an empty slot
+    return bool(((sections < sections.max(1, keepdims=True)) & (sections >= 0)).any())
 
-# %% ../nbs/10_block_sparse.ipynb #99ab243a
-def _plan_sections(
-    pattern: "WindowPattern | TilesSharedPattern | SegmentPattern",
-    order: np.ndarray, # tokens that are not shared
-    block_size: tuple[int, int],
-    causal: bool,
-    grouped: bool,
-) -> _Plan:
-    "Sections side by side; windows only if asked to. Shared tokens come first, in blocks of their own."
+# %% ../nbs/10_block_sparse.ipynb #1e6be33d
+def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
+    "Sections side by side, windows only if asked to; shared tokens first, in blocks of their own."
     sections = _sections(pattern, order)
-    if isinstance(pattern, WindowPattern) and not grouped:
-        tokens = [_padded(order, block) for block in block_size]
+    as_they_come = isinstance(pattern, WindowPattern) and not grouped
+    if as_they_come: tokens = [_padded(order, block) for block in block_size]
     else: tokens = _by_section(order, sections, block_size)
     shared = np.arange(pattern.seq_len - len(order))
-    tokens = [np.append(_padded(shared, b), x) for b, x in zip(block_size, tokens)]
-    q_section, k_section = np.full((2, pattern.seq_len), -1)
-    q_section[order], k_section[order] = sections
-    lo, hi = (np.where(q_section < 0, none, q_section) for none in (1, 0))
-    at = np.where(k_section < 0, _NEVER, k_section)
-    bounds = np.stack([lo, hi, at])[:, None]
-    mixed = map(_mixed, tokens, (q_section, k_section), block_size)
-    if not any(mixed): bounds = bounds[:, :0]
-    return _Plan(*tokens, *bounds, _section_pairs(*tokens, q_section, k_section, block_size, causal))
+    tokens = [np.append(_padded(shared, block), x) for block, x in zip(block_size, tokens)]
+    nobody = max(section.max() for section in sections) + 1
+    own = np.repeat([[nobody], [nobody + 1]], pattern.seq_len, 1)  # of shared tokens
+    own[:, order] = sections
+    mixed = any(map(_mixed, tokens, own, block_size))
+    lo, at = own[:, None] if mixed else own[:, None][:, :0]
+    return _Plan(*tokens, lo, lo, at, _section_pairs(*tokens, *own, block_size, causal))
 
-# %% ../nbs/10_block_sparse.ipynb #25ea7017
-def _everybodys(
-    plan: _Plan, # with registers among the keys
-    always: np.ndarray, # bool (keys,): attended by everybody
-    shared: int, # so many of them are queries, too
-    block_size: tuple[int, int],
-    causal: bool,
-) -> Iterator[tuple]: # what `_tally` adds up
-    "Where keys are attended by everybody, or queries attend everybody."
-    n, yes, no = plan.lo.shape[1], np.where(always, 0, -1), np.where(always, -1, 0)
-    tokens, rest = (plan.q_tokens, plan.k_tokens), (block_size, causal)
-    if always.any(): yield from _section_pairs(*tokens, np.zeros(n, np.int64), yes, *rest)
-    if shared: yield from _section_pairs(*tokens, yes[:n], no, *rest)
-
-# %% ../nbs/10_block_sparse.ipynb #39f315fe
-def _visited_blocks(
-    plan: _Plan, # with registers among the keys
-    found: Iterable[tuple], # what `_tally` adds up
-    block_size: tuple[int, int],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # query block, key block, full: (entries,) each
-    "The blocks that hold pairs, and which of them are full."
+# %% ../nbs/10_block_sparse.ipynb #41c1cdad
+def _visited_blocks(plan: _Plan, found: Iterable[tuple], block_size) -> tuple:
+    "The blocks that hold pairs: row, column, full."
     queries = (plan.q_tokens >= 0).reshape(-1, block_size[0]).sum(1)
     tallies = [np.zeros((3, 0), np.int64), *(_tally(*chunk) for chunk in found)]
     row, column, pairs = map(np.concatenate, zip(*tallies))
     return row, column, pairs == queries[row] * block_size[1]
 
-# %% ../nbs/10_block_sparse.ipynb #f0cee247
-def _bounds(
-    plan: _Plan, # with registers among the keys
-    always: np.ndarray, # bool (keys,): attended by everybody
-    shared: int, # so many of them are queries, too
-) -> dict[str, Tensor]: # lo, hi, at by slot, int32 (A, slots); nothing where there is nothing to test
+# %% ../nbs/10_block_sparse.ipynb #dcc3ae44
+def _bounds(plan: _Plan, always: np.ndarray, shared: int) -> dict[str, Tensor]: # int32 (A, slots)
     "Bounds by slot, on those axes that rule anything out."
     cuts = (plan.lo.max(1) > plan.at.min(1)) | (plan.hi.min(1) < plan.at.max(1))
     if not cuts.any(): return {}
@@ -619,68 +502,57 @@ def _bounds(
         values = np.pad(values, ((0, 0), (0, 1)), constant_values=empty)  # for token -1
         return torch.from_numpy(values[:, tokens].astype(np.int32))
 
-    return dict(lo=by_slot(lo, plan.q_tokens, 1), hi=by_slot(hi, plan.q_tokens, 0),
-                at=by_slot(at, plan.k_tokens, _NEVER))
+    lo, hi = by_slot(lo, plan.q_tokens, 1), by_slot(hi, plan.q_tokens, 0)
+    return dict(lo=lo, hi=hi, at=by_slot(at, plan.k_tokens, _NEVER))
 
-# %% ../nbs/10_block_sparse.ipynb #e347c524
-def _plan(
-    pattern: "BlockPattern",
-    order: np.ndarray, # tokens that are not shared
-    block_size: tuple[int, int],
-    causal: bool,
-    grouped: bool,
-) -> _Plan:
-    "The plan of any pattern."
+# %% ../nbs/10_block_sparse.ipynb #6f456603
+def _plan(pattern, order, block_size, causal, grouped) -> _Plan:
+    "The plan of any pattern; `order`: of the tokens that are not shared."
     if isinstance(pattern, NeighborhoodPattern):
         return _plan_neighborhood(pattern, order, block_size, causal)
     if isinstance(pattern, SlidePattern): return _plan_slide(pattern, order, block_size, causal)
-    if len(getattr(pattern, "offsets", (0,))) > 1:
-        raise ValueError(
-            f"offsets={pattern.offsets}: block lists serve all heads alike; build one per offset, "
-            "with offsets=(o,), and call once per group of heads")
     return _plan_sections(pattern, order, block_size, causal, grouped)
 
-# %% ../nbs/10_block_sparse.ipynb #b9d5a066
-def _build(
-    pattern: "BlockPattern",
-    order: Tensor | None, # int64 (N - shared,)
-    block_size: tuple[int, int],
-    causal: bool,
-    registers: int,
-    grouped: bool,
-) -> BlockLists: # on the CPU
-    "Block lists of a pattern."
+# %% ../nbs/10_block_sparse.ipynb #6b87445e
+def _everybodys(plan: _Plan, always: np.ndarray, shared: int, *options) -> Iterator[tuple]:
+    "Where keys are attended by everybody, and where shared queries attend the others: sections."
+    n, tokens = plan.lo.shape[1], (plan.q_tokens, plan.k_tokens)
+    yield from _section_pairs(*tokens, np.zeros(n, np.int64), np.where(always, 0, 1), *options)
+    if not shared: return
+    queries, keys = np.where(always[:n], 0, 1), np.where(always, 2, 0)
+    yield from _section_pairs(*tokens, queries, keys, *options)
+
+# %% ../nbs/10_block_sparse.ipynb #c401ea54
+def _build(pattern, order, block_size, causal, registers: int, grouped) -> BlockLists:
+    "Block lists of a pattern, on the CPU."
     n, shared = pattern.seq_len, getattr(pattern, "shared", 0)
     along = np.arange(n - shared) if order is None else order.cpu().numpy().astype(np.int64)
     plan = _plan(pattern, along + shared, block_size, causal, grouped)
-    extra = _padded(np.arange(n, n + registers), block_size[1])
-    plan.k_tokens = np.append(plan.k_tokens, extra)
     token = np.arange(n + registers)
     always = (token < shared) | (token >= n)
-    found = chain(plan.pairs, _everybodys(plan, always, shared, block_size, causal))
+    plan.k_tokens = np.append(plan.k_tokens, _padded(token[n:], block_size[1]))
+    found = plan.pairs
+    if always.any(): found = chain(found, _everybodys(plan, always, shared, block_size, causal))
     row, column, full = _visited_blocks(plan, found, block_size)
-    blocks = [len(x) // size for x, size in zip((plan.q_tokens, plan.k_tokens), block_size)]
+    tokens, counts = (plan.q_tokens, plan.k_tokens), (n, n + registers)
+    blocks = [len(x) // size for x, size in zip(tokens, block_size)]
     rows, columns = _both_ways(np.zeros_like(row), row, column, full, 1, blocks)
-    q_tokens, k_tokens = _unless_plain(plan.q_tokens, n), _unless_plain(plan.k_tokens, n + registers)
     return BlockLists(
-        block_size, n, n + registers, q_tokens, k_tokens, rows, columns,
+        block_size, *counts, *map(_unless_plain, tokens, counts), rows, columns,
         causal=causal, **_bounds(plan, always, shared))
 
-# %% ../nbs/10_block_sparse.ipynb #928e627b
-def _unless_plain(
-    tokens: np.ndarray, # (slots,)
-    count: int, # number of tokens
-) -> Tensor | None: # int32 (slots,)
+# %% ../nbs/10_block_sparse.ipynb #89cd9f82
+def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slots,)
     "Token in each slot; None where slot i holds token i."
     if (tokens[:count] == np.arange(count)).all(): return None
     return torch.from_numpy(tokens.astype(np.int32))
 
-# %% ../nbs/10_block_sparse.ipynb #f562b9f8
+# %% ../nbs/10_block_sparse.ipynb #7109f369
 BlockPattern: TypeAlias = WindowPattern | NeighborhoodPattern | SlidePattern | TilesSharedPattern | SegmentPattern
 _PATTERNS = (WindowPattern, NeighborhoodPattern, SlidePattern, TilesSharedPattern, SegmentPattern)
 _list_cache = Cache(max_entries=64, max_bytes=1 << 28, tensors=BlockLists.tensors)
 
-# %% ../nbs/10_block_sparse.ipynb #aeb1d954
+# %% ../nbs/10_block_sparse.ipynb #d1c25844
 def _check_block_size(block_size: Any) -> tuple[int, int]: # of queries, of keys
     "One number for both, or two."
     sizes = whole_numbers("block_size", block_size, 1)
@@ -688,7 +560,7 @@ def _check_block_size(block_size: Any) -> tuple[int, int]: # of queries, of keys
     if len(sizes) == 2: return sizes
     raise ValueError(f"block_size={block_size!r}: expected one number, or two (queries, keys), each at least 1")
 
-# %% ../nbs/10_block_sparse.ipynb #16461fc5
+# %% ../nbs/10_block_sparse.ipynb #ea8af2c9
 def _lists(pattern: BlockPattern, order: Tensor | None, curve: str | None, options: tuple) -> BlockLists:
     "Block lists of checked arguments."
     if curve is not None:
@@ -697,7 +569,7 @@ def _lists(pattern: BlockPattern, order: Tensor | None, curve: str | None, optio
     *layout, device = options
     return _list_cache.get((pattern, *options), lambda: _build(pattern, order, *layout).to(device), order)
 
-# %% ../nbs/10_block_sparse.ipynb #a5155ca4
+# %% ../nbs/10_block_sparse.ipynb #0e739056
 def _constant_lists(pattern: int, arguments: tuple, curve: str | None, *options) -> BlockLists:
     "Block lists as a constant of a compiled or exported graph: real tensors, although everything around is being traced."
     with _disable_current_modes(): return _lists(_PATTERNS[pattern](*arguments), None, curve, options)
@@ -706,7 +578,7 @@ def _constant_lists(pattern: int, arguments: tuple, curve: str | None, *options)
 # what torch.compiler.assume_constant_result does, after importing the compiler, which takes seconds
 setattr(_constant_lists, "_dynamo_marked_constant", True)
 
-# %% ../nbs/10_block_sparse.ipynb #23402ed7
+# %% ../nbs/10_block_sparse.ipynb #28e2a99b
 def block_lists(
     pattern: BlockPattern, # WindowPattern, NeighborhoodPattern, SlidePattern, TilesSharedPattern or SegmentPattern
     *,

@@ -384,7 +384,7 @@ class NeighborhoodPattern(_SeparablePattern):
             members = (n - residue + d - 1) // d  # of the residue class
             first = np.minimum((member - k // 2).clip(0), members - k)
             last = first + k - 1
-        begin = residue * -(-n // d)  # of the class
+        begin = residue * (n // d) + np.minimum(residue, n % d)  # of the class
         return begin + member, begin + first, begin + last
 
 
