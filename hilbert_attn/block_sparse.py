@@ -25,8 +25,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from .backends import _autocast, _check_call, _check_order, _choose
-from .common import Cache, define_operator, true_or_false, whole_number, whole_numbers
+from .common import Cache, hide_masked, true_or_false, whole_number, whole_numbers
 from .curves import curve_order, inverse_order
+from .operators import AttentionOperator
 from .patterns import NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
 from .reference import PatternOptions, default_scale, masked_attention
 from .sdpa import _dense_backward, _flash, _like, _masked_sdpa
@@ -539,7 +540,7 @@ def _build(pattern, order, block_size, causal, registers: int, grouped) -> Block
     rows, columns = _both_ways(np.zeros_like(row), row, column, full, 1, blocks)
     return BlockLists(
         block_size, *counts, *map(_unless_plain, tokens, counts), rows, columns,
-        causal=causal, **_bounds(plan, always, shared))
+        causal=causal, **({} if full.all() else _bounds(plan, always, shared)))
 
 # %% ../nbs/10_block_sparse.ipynb #89cd9f82
 def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slots,)
@@ -873,38 +874,25 @@ def lists_from_operands(
     return BlockLists(tuple(sizes[:2]), sizes[2], sizes[3], q_tokens, k_tokens, BlockRows(*rows[:3]), BlockRows(*rows[3:]), tuple(sizes[4:]), lo, hi, at, causal)
 
 # %% ../nbs/10_block_sparse.ipynb #42c99b61
-_forward_library = define_operator("block_forward", f"(Tensor q, Tensor k, Tensor v, Tensor? key_mask, float scale, {_LISTS}) -> (Tensor out, Tensor lse)")
-_backward_library = define_operator("block_backward", f"(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor? key_mask, float scale, {_LISTS}) -> (Tensor dq, Tensor dk, Tensor dv)")
+_LIST_TENSORS = (
+    "row_start", "row_index", "row_full", "column_start", "column_index", "column_full",
+    "q_tokens", "k_tokens", "lo", "hi", "at")
 
 
-def _block_forward_op(q, k, v, key_mask, scale, *lists): return _block_forward(q, k, v, lists_from_operands(*lists), key_mask, scale)
+def _forward_engine(q, k, v, key_mask, *rest) -> tuple[Tensor, Tensor]: # out, lse
+    *tensors, scale, sizes, causal = rest
+    return _block_forward(q, k, v, lists_from_operands(*tensors, sizes, causal), key_mask, scale)
 
 
-def _block_backward_op(dout, dlse, q, k, v, out, lse, key_mask, scale, *lists):
-    return _block_backward(dout, dlse, q, k, v, out, lse, lists_from_operands(*lists), key_mask, scale)
+def _backward_engine(dout, dlse, q, k, v, out, lse, key_mask, *rest) -> tuple[Tensor, ...]: # dq, dk, dv
+    *tensors, scale, sizes, causal = rest
+    lists = lists_from_operands(*tensors, sizes, causal)
+    return _block_backward(dout, dlse, q, k, v, out, lse, lists, key_mask, scale)
 
 
-def _block_setup_context(ctx, inputs, output):
-    q, k, v, key_mask, scale, *lists = inputs
-    tensors, sizes = lists[:11], lists[11:]
-    ctx.save_for_backward(q, k, v, *output, key_mask, *tensors)
-    ctx.scale, ctx.sizes = scale, sizes
-    ctx.set_materialize_grads(False)
-
-
-def _block_backward_step(ctx, dout, dlse):
-    q, k, v, out, lse, key_mask, *tensors = ctx.saved_tensors
-    if dout is None and dlse is None: return (None,) * 18
-    if dout is None: dout = torch.zeros_like(out)
-    grads = torch.ops.hilbert_attn.block_backward(dout, dlse, q, k, v, out, lse, key_mask, ctx.scale, *tensors, *ctx.sizes)
-    return (*grads, *(None,) * 15)
-
-
-_forward_library.impl("block_forward", _block_forward_op, "CPU")
-_backward_library.impl("block_backward", _block_backward_op, "CPU")
-torch.library.register_fake("hilbert_attn::block_forward", lambda q, *rest: (torch.empty_like(q), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))), lib=_forward_library)
-torch.library.register_fake("hilbert_attn::block_backward", lambda dout, dlse, q, k, v, *rest: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)), lib=_backward_library)
-torch.library.register_autograd("hilbert_attn::block_forward", _block_backward_step, setup_context=_block_setup_context, lib=_forward_library)
+_operator = AttentionOperator(
+    "block", _forward_engine, _backward_engine,
+    ("key_mask", *_LIST_TENSORS), "float scale, SymInt[] sizes, bool causal")
 
 # %% ../nbs/10_block_sparse.ipynb #0f2afb9c
 def _block_expression(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_mask: Tensor | None, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
@@ -951,7 +939,8 @@ def block_sdpa_attention(
     "Block-sparse attention through dense kernels on gathered blocks, differentiable in q, k, v; time and memory follow the blocks."
     scale = default_scale(q) if scale is None else float(scale)
     if q.device.type != "cpu" or dropout_p: return _block_expression(q, k, v, lists, key_mask, dropout_p, scale)
-    return torch.ops.hilbert_attn.block_forward(q, k, v, key_mask, scale, *lists_to_operands(lists))
+    *tensors, sizes, causal = lists_to_operands(lists)
+    return _operator(q, k, v, key_mask, *tensors, scale, sizes, causal)
 
 # %% ../nbs/10_block_sparse.ipynb #e0184a12
 @dataclass(frozen=True)
@@ -999,9 +988,11 @@ def _is_flex(x) -> bool:
     return flex is not None and isinstance(x, flex.BlockMask)
 
 
-def _dense_mask(lists: BlockLists, key_mask: Tensor | None) -> Tensor: # bool (B or 1, H or 1, N, M)
+def _dense(k: Tensor, v: Tensor, lists: BlockLists, key_mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    "Keys and values without what is masked, and a mask: bool (B or 1, H or 1, N, M)."
     mask = lists.mask().unflatten(0, lists.groups)
-    return mask if key_mask is None else mask & key_mask[:, None, None]
+    if key_mask is not None: mask = mask & key_mask[:, None, None]
+    return hide_masked(k, key_mask), hide_masked(v, key_mask), mask
 
 
 def block_reference_attention(
@@ -1015,7 +1006,9 @@ def block_reference_attention(
     scale: float | None = None, # None is 1 / sqrt(D)
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "One dense masked softmax in float64: O(N^2), for tests."
-    out, lse = masked_attention(q.double(), k.double(), v.double(), _dense_mask(lists, key_mask), default_scale(q) if scale is None else scale, dropout_p)
+    k, v, mask = _dense(k, v, lists, key_mask)
+    if scale is None: scale = default_scale(q)
+    out, lse = masked_attention(q.double(), k.double(), v.double(), mask, scale, dropout_p)
     return out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32))
 
 
@@ -1031,9 +1024,11 @@ def block_sdpa_mask_attention(
     need_lse: bool = True, # False: None in its place
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N)
     "SDPA with a dense mask: O(N^2), for comparison."
-    mask, wide = _dense_mask(lists, key_mask), torch.promote_types(q.dtype, torch.float32)
+    k, v, mask = _dense(k, v, lists, key_mask)
     out = _masked_sdpa(q, k, v, mask, scale, dropout_p)
-    return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1] if need_lse else None
+    if not need_lse: return out, None
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
 
 
 _BLOCK_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]] | str] = {"reference": block_reference_attention, "sdpa_mask": block_sdpa_mask_attention, "sdpa": block_sdpa_attention,
@@ -1083,8 +1078,8 @@ def check_block_call(
     if extra > 0 and isinstance(key_mask, Tensor):
         if key_mask.shape != (q.shape[0], n + extra): raise ValueError(f"key_mask has shape {tuple(key_mask.shape)}: expected (B, M) = {(q.shape[0], n + extra)}, registers included")
         key_mask = key_mask[:, :n]
-    _check_call(q, k, v, grid=None, curve=None, order=order, segment_size=None, dilation_rate=1, dilation_mode="residue", offsets=None, causal=False, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    return None if order is None else order.long()
+    _check_call(q, k, v, grid=None, curve=None, order=None, segment_size=None, dilation_rate=1, dilation_mode="residue", offsets=None, causal=False, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
+    return None if order is None else _check_order(order, n, q.device)
 
 
 def _resolve_lists(block_mask, block_size, order: Tensor | None, causal: bool, q: Tensor, k: Tensor) -> BlockLists:
@@ -1146,8 +1141,10 @@ def block_sparse_attention(
     output does not depend on it. A query without keys gets output 0 and LSE -inf. Raises `ValueError` for arguments that do not fit, and `RuntimeError` where a forced backend cannot run."""
     if isinstance(q, Tensor) and isinstance(k, Tensor) and isinstance(v, Tensor): q, k, v = _autocast(q, k, v)
     order = check_block_call(q, k, v, order=order, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    lists = _resolve_lists(block_mask, block_size, order, bool(causal), q, k)
-    out, lse = attend_blocks(q, k, v, lists, key_mask=key_mask, dropout_p=dropout_p, scale=scale, backend=backend, need_lse=return_lse)
+    causal, return_lse = true_or_false("causal", causal), true_or_false("return_lse", return_lse)
+    lists = _resolve_lists(block_mask, block_size, order, causal, q, k)
+    out, lse = attend_blocks(
+        q, k, v, lists, key_mask=key_mask, dropout_p=dropout_p, scale=scale, backend=backend, need_lse=return_lse)
     return (out, lse) if return_lse else out
 
 # %% ../nbs/10_block_sparse.ipynb #0e73dcde
@@ -1235,8 +1232,8 @@ class SparsePatternConfig:
     def __post_init__(self):
         if self.pattern_type not in PATTERN_TYPES: raise ValueError(f"pattern_type={self.pattern_type!r}: known types are {', '.join(map(repr, PATTERN_TYPES))}")
         if (self.pattern_type == "mask") != (self.block_mask is not None): raise ValueError(f"block_mask is {'missing' if self.block_mask is None else 'given'} with pattern_type={self.pattern_type!r}: it belongs to 'mask', and only to it")
-        if self.window < 0 or self.global_tokens < 0: raise ValueError(f"window={self.window}, global_tokens={self.global_tokens}: both must be at least 0")
-        if not self.dilation_rates or any(r < 1 for r in self.dilation_rates): raise ValueError(f"dilation_rates={self.dilation_rates}: expected one or more, each at least 1")
+        for name in ("window", "global_tokens"): object.__setattr__(self, name, whole_number(name, getattr(self, name), 0))
+        object.__setattr__(self, "dilation_rates", whole_numbers("dilation_rates", self.dilation_rates, 1))
         size = _check_block_size(self.block_size)
         if self.pattern_type == "dilated_sparse" and size[0] != size[1]: raise ValueError(f"block_size={self.block_size}: 'dilated_sparse' needs equal blocks of queries and keys")
 
