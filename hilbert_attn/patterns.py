@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -304,17 +305,30 @@ def _per_axis(name: str, value, ndim: int, check=whole_number) -> tuple:
 
 
 class _SeparablePattern:
-    "Patterns on a grid whose mask is the product of one mask per axis; subclasses give `_axis_mask`."
+    "Patterns on a grid that are products of their axes; subclasses give `axis_bounds`."
     grid: tuple[int, ...]
 
-    def _axis_mask(self, axis: int) -> Tensor: raise NotImplementedError
+    def axis_bounds(
+        self,
+        axis: int,
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]: # place, first, last: int64 (n,), by coordinate
+        "A place for each coordinate: a query attends the coordinates whose places are first ... last."
+        raise NotImplementedError
+
+    def _axis_mask(self, axis: int) -> Tensor: # bool (n, n)
+        place, first, last = map(torch.from_numpy, self.axis_bounds(axis))
+        return (first[:, None] <= place) & (place <= last[:, None])
 
     @property
     def seq_len(self) -> int: return prod(self.grid)
 
     def pairs(self, num_heads: int = 1) -> int:
         "Counts the attended pairs, summed over the heads: the product of the counts on each axis."
-        return num_heads * prod([int(self._axis_mask(axis).sum()) for axis in range(len(self.grid))])
+        counts = []
+        for axis in range(len(self.grid)):
+            _, first, last = self.axis_bounds(axis)
+            counts.append(int((last - first + 1).sum()))
+        return num_heads * prod(counts)
 
     @property
     def density(self) -> float:
@@ -345,9 +359,12 @@ class WindowPattern(_SeparablePattern):
     if TYPE_CHECKING:  # what it takes; the fields are what it keeps
         def __init__(self, grid: int | Sequence[int], window: int | Sequence[int], shift: int | Sequence[int] = 0): ...
 
-    def _axis_mask(self, axis: int) -> Tensor:
-        box = (torch.arange(self.grid[axis]) - self.shift[axis]).div(self.window[axis], rounding_mode="floor")
-        return box[:, None] == box
+    def axis_bounds(self, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        "The borders of each coordinate's box."
+        n, window, shift = self.grid[axis], self.window[axis], self.shift[axis]
+        place = np.arange(n)
+        begin = (place - shift) // window * window + shift
+        return place, begin.clip(0), (begin + window).clip(max=n) - 1
 
 
 @dataclass(frozen=True)
@@ -369,15 +386,18 @@ class NeighborhoodPattern(_SeparablePattern):
     if TYPE_CHECKING:
         def __init__(self, grid: int | Sequence[int], kernel_size: int | Sequence[int], dilation: int | Sequence[int] = 1, causal: bool | Sequence[bool] = False): ...
 
-    def _axis_mask(self, axis: int) -> Tensor:
+    def axis_bounds(self, axis: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        "The neighbours of each coordinate, with residue classes one behind the other."
         n, k, d = self.grid[axis], self.kernel_size[axis], self.dilation[axis]
-        x = torch.arange(n)
+        x = np.arange(n)
         residue, member = x % d, x // d
-        if self.causal[axis]: first, last = member - k + 1, member
+        if self.causal[axis]: first, last = (member - k + 1).clip(0), member
         else:
-            first = torch.minimum((member - k // 2).clamp(min=0), (n - residue + d - 1) // d - k)
+            members = (n - residue + d - 1) // d  # of the residue class
+            first = np.minimum((member - k // 2).clip(0), members - k)
             last = first + k - 1
-        return (residue[:, None] == residue) & (member >= first[:, None]) & (member <= last[:, None])
+        begin = residue * (n // d) + np.minimum(residue, n % d)  # of the class
+        return begin + member, begin + first, begin + last
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
 """Block lists against dense masks, block-sparse attention against the float64 oracle, and everything that may go wrong between them."""
 import time
+import tracemalloc
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 from cases import LAYOUTS, laid_out
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
@@ -16,6 +20,7 @@ from hilbert_attn.backends import set_backend
 from hilbert_attn.block_sparse import (ALWAYS, PATTERN_TYPES, BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig, block_lists, block_reference_attention,
                                        block_sdpa_attention, block_sdpa_mask_attention, block_sparse_attention, block_stats, lists_from_block_mask, lists_from_bounds, lists_from_kinds, lists_from_operands,
                                        lists_to_operands, permute_blocks)
+from hilbert_attn.common import is_plain
 from hilbert_attn.curves import CURVES, curve_order, inverse_order
 from hilbert_attn.patterns import DILATION_MODES, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
@@ -163,6 +168,26 @@ def test_a_million_tokens(curve):
             listed[lists.rows.index[lists.rows.start[0, block]:lists.rows.start[0, block + 1]].long()] = True
             assert not (found & ~listed).any()
             assert listed.sum() <= 1.5 * found.sum() + 2  # every ninth query was asked
+
+
+def test_a_random_order_is_no_worse_than_its_pairs():
+    "Nothing is near anything: every block of queries meets almost every block of keys."
+    pattern, order = NeighborhoodPattern((512, 512), 7), torch.randperm(512 * 512)
+    tracemalloc.start()
+    start = time.process_time()
+    lists = block_lists(pattern, order=order)
+    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    print(f"{seconds:.2f} s, {peak / 1e6:.0f} MB, {lists.rows.index.numel()} blocks")
+    assert seconds < 20 and peak < 80 * lists.rows.index.numel()  # bytes
+    assert block_stats(lists, pattern.pairs()).full == 0
+    rank, x = inverse_order(order), torch.arange(512)
+    first = (x - 3).clamp(0, 505)
+    for block in (0, 1000):
+        row, column = order[block * 128:block * 128 + 128] // 512, order[block * 128:block * 128 + 128] % 512
+        keys = (first[row, None, None] + torch.arange(7)[:, None]) * 512 + first[column, None, None] + torch.arange(7)
+        found = lists.rows.index[lists.rows.start[0, block]:lists.rows.start[0, block + 1]]
+        assert torch.equal(found.long(), (rank[keys] // 128).unique())
 
 
 def test_where_hilbert_earns_its_place():
@@ -331,10 +356,13 @@ def test_opcheck(name):
     torch.manual_seed(0)
     lists = LISTS[name]
     q, k, v = (torch.randn(2, h, n, 8, requires_grad=True) for h, n in ((4, 20), (2, lists.num_keys), (2, lists.num_keys)))
-    args = (q, k, v, torch.rand(2, lists.num_keys) < 0.7, 0.3, *lists_to_operands(lists))
+    *tensors, sizes, causal = lists_to_operands(lists)
+    args = (q, k, v, torch.rand(2, lists.num_keys) < 0.7, *tensors, 0.3, sizes, causal)
     opcheck(torch.ops.hilbert_attn.block_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.hilbert_attn.block_forward(*args))
-    opcheck(torch.ops.hilbert_attn.block_backward.default, (torch.randn_like(out), torch.randn_like(lse), *(x.detach() for x in (q, k, v)), out, lse, *args[3:]))
+    upstream = torch.randn_like(out), torch.randn_like(lse)
+    args = (*upstream, *(x.detach() for x in (q, k, v)), out, lse, *args[3:])
+    opcheck(torch.ops.hilbert_attn.block_backward.default, args)
 
 
 def test_under_torch_compile():
@@ -439,6 +467,153 @@ def test_half_precision_under_autocast():
     q, k, v = (torch.randn(1, 2, 42, 16) for _ in range(3))
     with torch.autocast("cpu", torch.bfloat16): out = block_sparse_attention(q, k, v, torch.ones(3, 3, dtype=torch.bool), block_size=16)
     assert out.dtype == torch.bfloat16
+
+
+# tensors as callers leave them, and content that must not matter
+
+
+def with_strides(x: torch.Tensor, kind: str) -> torch.Tensor:
+    "The values of x (an expanded one: its first values, repeated) with other strides; a view of its base."
+    if kind == "transposed": return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if kind == "turned": return x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    if kind == "stepped": return x.repeat_interleave(2, -1)[..., ::2]
+    if kind == "offset": return torch.cat([x, x], -1)[..., x.shape[-1]:]
+    if kind == "expanded": return x[..., :1].expand(x.shape)
+    return x[:1].expand(x.shape)  # "one batch"
+
+
+STRIDES = ("transposed", "turned", "stepped", "offset", "expanded", "one batch")
+
+
+@pytest.mark.parametrize("backend", ("reference", "sdpa_mask", "sdpa", "triton"))
+@pytest.mark.parametrize("kind", STRIDES)
+def test_any_strides(kind, backend):
+    torch.manual_seed(0)
+    lists = block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=16)
+    x = [with_strides(torch.randn(2, h, 42, 16), kind) for h in (4, 2, 2)]
+    upstream = with_strides(torch.randn(2, 4, 42, 16), kind), with_strides(torch.randn(2, 4, 42, 1), kind)[..., 0]
+
+    def run(x, upstream):
+        x = [y.detach().requires_grad_() for y in x]
+        results = block_sparse_attention(*x, lists, backend=backend, return_lse=True)
+        return [*results, *torch.autograd.grad(results, x, upstream)]
+
+    expected = run([y.contiguous() for y in x], [y.contiguous() for y in upstream])
+    for a, b in zip(run(x, upstream), expected): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", STRIDES)
+def test_any_strides_in_a_graph(kind):
+    lists = block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=16)
+    x = [with_strides(torch.randn(2, h, 42, 16), kind) for h in (4, 2, 2)]
+    def model(q, k, v): return block_sparse_attention(q, k, v, lists).transpose(1, 2).flatten(2).sin()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*x), model(*x))
+
+
+@pytest.mark.parametrize("backend", ("reference", "sdpa_mask", "sdpa", "triton"))
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+def test_masked_keys_never_matter(bad, backend):
+    torch.manual_seed(0)
+    lists = block_lists(NeighborhoodPattern((6, 7), 5), curve="hilbert", block_size=16, registers=3)
+    q, k, v = torch.randn(2, 4, 42, 16), *torch.randn(2, 2, 2, 45, 16)
+    key_mask = torch.rand(2, 45) < 0.7
+    hidden = ~key_mask[:, None, :, None]
+
+    def run(content):
+        x = [q.clone().requires_grad_(), *(y.masked_fill(hidden, content).requires_grad_() for y in (k, v))]
+        results = block_sparse_attention(*x, lists, key_mask=key_mask, backend=backend, return_lse=True)
+        return [*results, *torch.autograd.grad(sum(y.sin().sum() for y in results), x)]
+
+    for a, b in zip(run(bad), run(0.0)): assert a.isfinite().all() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+def test_masked_keys_never_matter_under_dropout(bad):
+    lists = block_lists(SlidePattern(42, 9), block_size=16)
+    q, k, v = torch.randn(3, 2, 2, 42, 16)
+    key_mask = torch.rand(2, 42) < 0.7
+
+    def run(content):
+        torch.manual_seed(0)
+        x = [y.masked_fill(~key_mask[:, None, :, None], content).requires_grad_() for y in (k, v)]
+        out = block_sparse_attention(q, *x, lists, key_mask=key_mask, dropout_p=0.2)
+        return [out, *torch.autograd.grad(out.sin().sum(), x)]
+
+    for a, b in zip(run(bad), run(0.0)): assert torch.equal(a, b)
+
+
+# numbers, orders and caches
+
+
+@pytest.mark.parametrize("bad", (2.5, 24.0, float("nan"), "24", True, None))
+def test_numbers_are_whole(bad):
+    pattern, mask, q = SlidePattern(48, 9), torch.ones(2, 2, dtype=torch.bool), torch.randn(1, 1, 48, 16)
+    for size in (bad, (24, bad)):
+        with pytest.raises(ValueError, match="block_size"): block_lists(pattern, block_size=size)
+        with pytest.raises(ValueError, match="block_size"): block_sparse_attention(q, q, q, mask, block_size=size)
+        with pytest.raises(ValueError, match="block_size"): SparsePatternConfig(block_size=size)
+    with pytest.raises(ValueError, match="registers"): block_lists(pattern, registers=bad)
+    if bad is True: return
+    with pytest.raises(ValueError, match="causal"): block_lists(pattern, causal=bad)
+    with pytest.raises(ValueError, match="grouped"): block_lists(pattern, grouped=bad)
+    with pytest.raises(ValueError, match="causal"): block_sparse_attention(q, q, q, mask, block_size=24, causal=bad)
+
+
+@pytest.mark.parametrize("name", ("window", "dilation_rates", "global_tokens"))
+@pytest.mark.parametrize("bad", (2.5, 24.0, float("nan"), "24", True))
+def test_numbers_of_a_block_pattern_are_whole(name, bad):
+    with pytest.raises(ValueError, match=name): SparsePatternConfig("dilated_sparse", **{name: bad})
+
+
+def test_numpy_numbers_are_whole():
+    mine, theirs = (block_lists(SlidePattern(48, 9), block_size=make(24), registers=make(3)) for make in (int, np.int64))
+    assert mine is theirs
+    assert block_lists(SlidePattern(48, 9), block_size=np.array([24, 24]), registers=3) is mine
+
+
+class Attend(torch.nn.Module):
+    def forward(self, q, order): return block_sparse_attention(q, q, q, torch.eye(3, dtype=torch.bool), block_size=16, order=order)
+
+
+@pytest.mark.parametrize("mode", ("eager",))
+def test_an_order_is_a_permutation(mode):
+    q, order = torch.randn(1, 1, 48, 16), torch.arange(48).flip(0)
+    wrong = order.clone()
+    wrong[3] = wrong[5]
+    if mode == "inference":
+        with torch.inference_mode(): order, wrong = order.clone(), wrong.clone()
+    call = torch.compile(Attend(), backend="aot_eager") if mode == "compiled" else Attend()
+    torch.testing.assert_close(call(q, order).flip(2), call(q.flip(2), torch.arange(48)))
+    with pytest.raises(Exception, match="no permutation"): call(q, wrong)
+    if mode == "compiled": return
+    block_lists(SlidePattern(48, 9), order=order, block_size=16)
+    with pytest.raises(ValueError, match="no permutation"): block_lists(SlidePattern(48, 9), order=wrong, block_size=16)
+
+
+@pytest.mark.parametrize("poison", ("fake mode", "make_fx", "functionalize", "vmap", "meta", "float"))
+def test_no_call_spoils_the_lists(poison):
+    pattern = NeighborhoodPattern((5, 7 + len(poison)), 3)  # of this test alone
+    n = pattern.seq_len
+    def call(q, order=None):
+        lists = block_lists(pattern, order=order, curve=None if order is not None else "hilbert", block_size=16)
+        return block_sparse_attention(q, q, q, lists)
+
+    q, order = torch.randn(1, 1, n, 16), torch.randperm(n)
+    try:
+        if poison == "fake mode":
+            with FakeTensorMode(allow_non_fake_inputs=True) as mode: call(mode.from_tensor(q))
+        if poison == "make_fx": make_fx(call, tracing_mode="fake")(q)
+        if poison == "functionalize": torch.func.functionalize(call)(q, order)
+        if poison == "vmap": torch.vmap(lambda x: call(q, x))(order[None])
+        if poison == "meta": call(q, order.to("meta"))
+        if poison == "float": block_lists(pattern, curve="hilbert", block_size=16.0)
+    except Exception as error: print(type(error), error)  # whether it can be traced is another question
+    mask = pattern.mask()[0][None, None]
+    expected = masked_attention(q, q, q, mask)[0]
+    for options in ((), (order,)): torch.testing.assert_close(call(q, *options), expected)
+    for lists, *_ in block_sparse._list_cache.entries.values():
+        assert all(is_plain(x) for x in lists.tensors())
 
 
 # the front door
