@@ -5,16 +5,19 @@
 # %% auto #0
 __all__ = ['register_hilbert_attention', 'use_hilbert_attention']
 
-# %% ../../nbs/14c_transformers.ipynb #81767aba
+# %% ../../nbs/14c_transformers.ipynb #1695a87f
 import importlib
 import inspect
+import json
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, wraps
 from importlib.abc import MetaPathFinder
 from inspect import signature
 from math import prod
+from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
 import torch
@@ -185,8 +188,8 @@ def _window_is_causal(
     zero = torch.zeros((), dtype=torch.int64, device=keys.device)
     return not bool(mask_function(zero, zero, zero, zero + 1))
 
-# %% ../../nbs/14c_transformers.ipynb #aec91511
-_PACKED = ("several documents in a row, or an overlay on the mask: this attention sets its own "
+# %% ../../nbs/14c_transformers.ipynb #099a120c
+_PACKED = ("several documents packed into a row, or an overlay on the mask: this attention sets its own "
            "pattern by segments, and the documents would see each other; "
            "give each document a row of its own, padded, or use 'eager' or 'sdpa'")
 _UNSEEN = ("under torch.compile transformers cannot see whether a row holds several documents: "
@@ -275,7 +278,7 @@ def cached_attention(
         counts = counts * key_mask[:, None, None, :]
     return few_attention(q, k, v, counts, dropout_p, scale)[0].to(q.dtype)
 
-# %% ../../nbs/14c_transformers.ipynb #c7388907
+# %% ../../nbs/14c_transformers.ipynb #51a9be4a
 def _enter(
     module: nn.Module, # the layer
     name: str, # of the implementation
@@ -285,8 +288,10 @@ def _enter(
     settings = _settings_of(module, name)
     site = getattr(module, "hilbert_site", None)
     if site is None:
-        raise ValueError(f"this {type(module).__name__} belongs to no model that was switched: "
-                         "call use_hilbert_attention(model), which sees how its tokens lie")
+        raise ValueError(f"this {type(module).__name__} is no part of what was switched: call "
+                         "use_hilbert_attention(model), which sees how its tokens lie (a part "
+                         "that picks tokens from a grid, as V-JEPA2's predictor, cannot be: "
+                         "skip_predictor=True)")
     return site.enter(settings, n)
 
 # %% ../../nbs/14c_transformers.ipynb #68be0c96
@@ -452,6 +457,27 @@ def _save_with_name(to_dict: Callable) -> Callable:
     with_name.of_hilbert = True
     return with_name
 
+# %% ../../nbs/14c_transformers.ipynb #29277cba
+def _warn_if_dense(
+    model: Any, # a `transformers.PreTrainedModel`
+):
+    "Warns where a configuration has settings for an attention that it does not use."
+    name = model.config._attn_implementation
+    if name in _DEFAULTS or getattr(model.config, _SETTING, None) is None: return
+    warnings.warn(f"the configuration of {type(model).__name__} has settings for "
+                  f"{_SETTING}, but attn_implementation={name!r}: they do nothing; pass "
+                  "attn_implementation='hilbert', or call use_hilbert_attention(model, ...)",
+                  stacklevel=3)
+
+# %% ../../nbs/14c_transformers.ipynb #edcfa9c2
+def _then_warn(post_init: Callable) -> Callable:
+    "A model's `post_init` that tells when settings rest."
+    @wraps(post_init)
+    def then_warn(self):
+        post_init(self)
+        _warn_if_dense(self)
+    return then_warn
+
 # %% ../../nbs/14c_transformers.ipynb #10e1d077
 def _then_switch(method: Callable) -> Callable:
     "A method of a model, after which sites are where they belong."
@@ -463,12 +489,12 @@ def _then_switch(method: Callable) -> Callable:
     then_switch.of_hilbert = True
     return then_switch
 
-# %% ../../nbs/14c_transformers.ipynb #2641eeb1
+# %% ../../nbs/14c_transformers.ipynb #a8ec91cf
 def _extend_transformers(transformers: Any):
     "Adds to transformers what its models need to be saved and restored. Twice is once."
     config, model = transformers.PreTrainedConfig, transformers.PreTrainedModel
     for cls, name, wrap in ((config, "to_dict", _save_with_name),
-                            (model, "post_init", _then_switch),
+                            (model, "post_init", lambda f: _then_switch(_then_warn(f))),
                             (model, "set_attn_implementation", _then_switch)):
         method = getattr(cls, name)
         if not hasattr(method, "of_hilbert"): setattr(cls, name, wrap(method))
@@ -561,6 +587,66 @@ def _undone_on_error(
     except ValueError:
         for config, name, value in before: setattr(config, name, value)
         raise
+
+# %% ../../nbs/14c_transformers.ipynb #31badf3d
+def _note_in_adapters(
+    peft_model: Any, # a `peft.PeftModel`
+    folder: Path, # where it was saved
+):
+    "Writes the settings of the base model beside its adapters."
+    config = getattr(peft_model.get_base_model(), "config", None)
+    if getattr(config, "_attn_implementation", None) not in _DEFAULTS: return
+    own = getattr(config, _SETTING, None)
+    values = _DEFAULTS[config._attn_implementation].to_dict() if own is None else own
+    for name in peft_model.peft_config:
+        file = folder / ("" if name == "default" else name) / "adapter_config.json"
+        if file.exists():
+            entries = json.loads(file.read_text()) | {_SETTING: values}
+            file.write_text(json.dumps(entries, indent=2, sort_keys=True))
+
+# %% ../../nbs/14c_transformers.ipynb #2801caaa
+def _restore_from_adapter(
+    peft_model: Any, # a `peft.PeftModel`
+    file: str | None, # adapter_config.json
+):
+    "Switches the base model as an adapter's file says. Raises `ValueError` where it is otherwise."
+    values = None if file is None else json.loads(Path(file).read_text()).get(_SETTING)
+    if values is None: return
+    base, settings = peft_model.get_base_model(), HilbertSettings.from_dict(values)
+    if base.config._attn_implementation not in _DEFAULTS:
+        use_hilbert_attention(base, settings)
+        return
+    own = _settings_of(base, base.config._attn_implementation)
+    if own != settings:
+        raise ValueError(f"the adapter was trained with {settings.to_dict()}, the model that it is "
+                         f"loaded into has {own.to_dict()}: use one of them")
+
+# %% ../../nbs/14c_transformers.ipynb #af8d5438
+def _extend_peft():
+    "Adds to peft what adapters of switched models need to be saved and restored."
+    model = sys.modules["peft.peft_model"].PeftModel
+    save, load = model.save_pretrained, model.load_adapter
+
+    @wraps(save)
+    def save_pretrained(self, save_directory, *args, **options):
+        save(self, save_directory, *args, **options)
+        _note_in_adapters(self, Path(save_directory))
+
+    @wraps(load)
+    def load_adapter(self, model_id, *args, **options):
+        result = load(self, model_id, *args, **options)
+        find, hub = need("transformers.utils.hub", "transformers").cached_file, {}
+        for name in ("subfolder", "revision", "cache_dir", "token"):
+            if options.get(name) is not None: hub[name] = options[name]
+        file = find(model_id, "adapter_config.json",
+                    _raise_exceptions_for_missing_entries=False, **hub)
+        _restore_from_adapter(self, file)
+        return result
+
+    model.save_pretrained, model.load_adapter = save_pretrained, load_adapter
+
+
+after_import("peft.peft_model", _extend_peft)
 
 # %% ../../nbs/14c_transformers.ipynb #c5da82e5
 Model = TypeVar("Model", bound=nn.Module)
