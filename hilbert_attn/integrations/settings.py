@@ -366,6 +366,18 @@ def prefix_attention(
     return_lse: bool, **options: Unpack[PrefixOptions],
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
+# %% ../../nbs/14_integrations.ipynb #3d10b39d
+def _shapes_only(
+    q: Tensor, # queries (B, H, N, D) on the meta device
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or (out, lse (B, H, N))
+    "Shapes of the results; they depend on q, k and v, so that gradients have shapes too."
+    out = q + k.sum() + v.sum()
+    lse = out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return (out, lse) if return_lse else out
+
 # %% ../../nbs/14_integrations.ipynb #54afa2c5
 def prefix_attention(
     q: Tensor, # queries (B, H, N, D), prefix first
@@ -382,10 +394,12 @@ def prefix_attention(
     """Exact attention along a curve, with tokens in front that attend all and are attended by all.
 
     Raises `ValueError` where tokens and settings do not fit."""
-    q, k, v = _autocast(q, k, v)
+    on_meta = q.device.type == "meta"
+    if not on_meta: q, k, v = _autocast(q, k, v)
     _check_tensors(q, k, v)
     batch, _, n, _ = q.shape
     settings.check_length(n)
+    if on_meta: return _shapes_only(q, k, v, return_lse)
     if key_mask is not None and key_mask.shape != (batch, n):
         shape = tuple(key_mask.shape)
         raise ValueError(f"key_mask has shape {shape}: expected (B, N) = {(batch, n)}")
