@@ -15,7 +15,7 @@ import torch
 triton = pytest.importorskip("triton")
 from hilbert_attn.kernels import backward, block_sparse, forward
 from hilbert_attn.kernels.block_sparse import default_block_tile, fit_block_tile
-from hilbert_attn.kernels.forward import _CANDIDATES, Tile, default_tile, fit_tile, split_head_dim
+from hilbert_attn.kernels.forward import CANDIDATES, Tile, default_tile, fit_tile, split_head_dim
 
 HERE = Path(__file__).parent
 BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -97,7 +97,7 @@ def matrix() -> list[Case]:
     cases += [Case(kernel, 90, head_dim=d, rows=rows, order=rows == 32) for kernel in ("forward", "small") for d in (64, 128) for rows in (16, 32, 64)]
     cases += [Case("forward", 80, rows=64), Case("small", 80, rows=64), Case("forward", 90, rows=128), Case("forward", 90, head_dim=128, rows=128), Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]
     cases += [Case(kernel, 90, head_dim=d, traits=traits) for kernel in loops for d in (64, 128) for traits in (("CAUSAL",), ("HAS_KEY_MASK",), ("HAS_DROPOUT",))]
-    cases += [Case(kernel, 90, head_dim=d, tile=tile) for (kernel, d), tiles in _CANDIDATES.items() for tile in tiles]
+    cases += [Case(kernel, 90, head_dim=d, tile=tile) for (kernel, d), tiles in CANDIDATES.items() for tile in tiles]
     blocks = tuple(f"block_{kernel}" for kernel in loops)
     cases += [Case(kernel, 90, head_dim=d, order=(axes + d // 64) % 2 == 0, traits=("CAUSAL",) * (axes == 3 or d == 64 and axes == 0), axes=axes) for kernel in blocks for d in (64, 128) for axes in range(4)]
     cases += [Case(kernel, arch, head_dim=d, order=d == 128, traits=("CAUSAL",) * (arch == 80), axes=3 if arch == 80 else 2) for kernel in blocks for arch in (80, 100) for d in (64, 128)]
