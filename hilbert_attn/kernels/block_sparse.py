@@ -513,7 +513,7 @@ def _workload(kernel: str, q: Tensor, k: Tensor, lists: BlockLists, tma: bool, d
     size = "x".join(map(str, lists.block_size))
     traits = _traits(order=lists.k_tokens is not None, causal=lists.causal, dropout=dropout, mask=mask)
     heads = q.shape[1], k.shape[1]
-    return Workload(kernel, q.shape[3], _keys_per_row(lists), heads, q.dtype, (f"blocks {size}", f"axes{axes}", *traits), tma)
+    return Workload(kernel, q.shape[3], _keys_per_row(lists), heads, q.dtype, ("blocks", size, f"axes{axes}", *traits), tma)
 
 # %% ../../nbs/10b_block_kernels.ipynb #8c273159
 def block_attention_backward(

@@ -391,14 +391,14 @@ CANDIDATES = {  # (kernel, for head dims up to) -> tiles, for half precision
         Tile(128, 64, 8, 3, tma=True), Tile(128, 128, 8, 2, tma=True)],
     ("dq", 128): [
         Tile(128, 64, 8, 2), Tile(64, 64, 4, 2),
-        Tile(128, 64, 8, 3, tma=True), Tile(128, 128, 8, 2, tma=True)],
+        Tile(128, 64, 8, 3, tma=True)],
     ("dq", 256): [Tile(64, 32, 8, 2), Tile(128, 32, 8, 2)],
     ("dkv", 64): [Tile(64, 128, 8, 3), Tile(64, 64, 4, 3), Tile(64, 128, 8, 3, tma=True)],
     ("dkv", 128): [Tile(32, 128, 8, 3), Tile(64, 64, 8, 3), Tile(32, 128, 8, 3, tma=True)],
     ("dkv", 256): [Tile(16, 64, 8, 2), Tile(32, 64, 8, 2)],
 }
 
-# Where dropout or a key mask asks for registers too, only these are left, beside the default.
+# Where other things ask for registers too, only these are left, beside the default.
 _LEAN = {
     ("forward", 64): [Tile(128, 64, 8, 3, tma=True)],
     ("forward", 128): [
@@ -406,7 +406,7 @@ _LEAN = {
     ("dq", 64): [Tile(64, 64, 4, 3), Tile(128, 64, 8, 3, tma=True)],
     ("dq", 128): [Tile(128, 64, 8, 3, tma=True)],
     ("dkv", 64): [Tile(64, 64, 4, 3), Tile(64, 128, 8, 3, tma=True)],
-}
+} | {(kernel, 256): [] for kernel in ("forward", "dq", "dkv")}
 
 # %% ../../nbs/03_triton_forward.ipynb #67d1253c
 @dataclass(frozen=True)
@@ -430,10 +430,9 @@ class Workload:
 
     def candidates(self, default: Tile) -> list[Tile]: # `default` first
         "The tiles worth a try: none that spills, or whose matrix products would be serialised."
-        lean = not {"dropout", "mask"}.isdisjoint(self.traits)
-        table = _LEAN if lean else CANDIDATES
-        known = (self.kernel, self.head_dim)
-        row = _row_of(table, *known) if any(_covers(key, *known) for key in table) else []
+        if self.kernel == "dkv" and "causal" in self.traits: return [default]
+        crowded = not {"dropout", "mask", "causal", "blocks"}.isdisjoint(self.traits)
+        row = _row_of(_LEAN if crowded else CANDIDATES, self.kernel, self.head_dim)
         ordered = "order" in self.traits
         usable = [t for t in row if (self.tma or not t.tma) and not (ordered and t.overlap)]
         return list(dict.fromkeys([default, *usable]))
