@@ -119,6 +119,11 @@ def main() -> int:
         from gpu.outside import launch
         launch(*options.launch)
         return 0
+    if options.dry_run and not options.worker:
+        from gpu.toys import why_not
+        if why := why_not():
+            print(f"no dry run: {why}")
+            return 0
     results, state = folders(options.dry_run)
     if options.worker: return be_worker(options, results, state)
     clock, tasks = Clock(options.minutes * 60 - 15), planned(options)

@@ -187,20 +187,22 @@ def _as_argument(x):
     return TensorDescriptor(base, [16] * x.rank, [16] * (x.rank - 1) + [1], list(x.block))
 
 
-def compile_launch(launch: Launch, arch: int) -> dict:
-    "Compiles into Triton's cache, for a GPU that this process need not see; never raises."
+def warm(launch: Launch, arch: int):
+    "Compiles into Triton's cache, for a GPU that this process need not see."
     from triton.runtime.driver import driver
+    driver.set_active(AbsentGPU(arch))
+    kernel = getattr(import_module(launch.module), launch.kernel)
+    options = dict(num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True)
+    arguments = map(_as_argument, launch.arguments)
+    return kernel.warmup(*arguments, grid=(1,), **dict(launch.constants), **options)
+
+
+def compile_launch(launch: Launch, arch: int) -> dict:
+    "What came out of it; never raises."
     row = dict(key=launch.key, kernel=launch.kernel, warps=launch.warps, stages=launch.stages,
                constants={k: v for k, v in launch.constants if isinstance(v, (int, str))})
     try:
-        driver.set_active(AbsentGPU(arch))
-        kernel = getattr(import_module(launch.module), launch.kernel)
-        arguments = map(_as_argument, launch.arguments)
-        options = dict(num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True)
-        constants = dict(launch.constants)
-        compiled, log = compile_listening(
-            lambda: kernel.warmup(*arguments, grid=(1,), **constants, **options))
-        return row | examine(compiled, log)
+        return row | examine(*compile_listening(lambda: warm(launch, arch)))
     except Exception as error:
         return row | dict(failed=f"{type(error).__name__}: {error}"[:600],
                           where=traceback.format_exc(limit=-2)[:1200])

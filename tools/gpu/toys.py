@@ -1,6 +1,11 @@
 """The plan at sizes for a CPU, so that the motions can be gone through without a GPU."""
 from dataclasses import replace
 
+import numpy
+import torch
+import triton
+import triton.language as tl
+
 from .session import Task
 
 PATTERNS = dict(neighborhood=["neighborhood", [5, 8], 3], window=["window", [5, 8], 3],
@@ -8,7 +13,25 @@ PATTERNS = dict(neighborhood=["neighborhood", [5, 8], 3], window=["window", [5, 
                 segment=["segment", 40, 20, 3], random=["random", 40])
 LARGE = dict(neighborhood=["neighborhood", [8, 8], 3], window=["window", [8, 8], 4],
              tiles_shared=["tiles_shared", 80, 4, 0, 20])
+SLOW = 20  # seconds; the interpreter is
 NO_GPU = {"cudnn, groups given", "flash, groups given", "cudnn, dense N x N", "flex"}
+
+
+@triton.jit
+def _count(out, n):
+    count = 0
+    for _ in tl.range(0, n): count += 1
+    tl.store(out, count)
+
+
+def why_not() -> str:
+    "Why Triton's interpreter cannot run here, or nothing. GPUs don't mind."
+    out = torch.zeros(1, dtype=torch.int32)
+    try: _count[(1,)](out, 3)
+    except Exception as error:
+        return (f"Triton {triton.__version__}'s interpreter does not run with numpy "
+                f"{numpy.__version__} ({error}); numpy below 2.4 does")
+    return ""
 
 
 def small_case(case: dict) -> dict:
@@ -46,5 +69,5 @@ def small_version(tasks: list[Task], checks: int = 12, races: int = 24) -> list[
         if task.kind in ("check", "graph"): task = replace(task, case=small_case(task.case))
         elif task.kind in ("speed", "sweep", "front", "long"):
             task = replace(task, case=large_case(task.case))
-        kept.append(task)
+        kept.append(replace(task, seconds=SLOW))
     return kept
