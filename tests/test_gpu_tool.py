@@ -16,7 +16,7 @@ TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 from gpu import cases, parts, report, session, timing
 from gpu.parts import MINUTES, RESERVE, plan
-from gpu.session import Clock, ContextLost, Store, Task, watch, work
+from gpu.session import Clock, ContextLost, Store, Task, set_aside, watch, work
 
 
 RECORD = 0.2  # seconds for the launches of one case
@@ -195,6 +195,21 @@ def test_rows_outlive_a_torn_line_and_a_lost_file(tmp_path):
     Store(one, two).add(dict(task="z", value=3))
     two.unlink()
     assert Store(one, two).measured() == [dict(task="x", value=1), dict(task="z", value=3)]
+
+
+def test_rows_of_other_sources_are_set_aside(tmp_path):
+    paths = [tmp_path / "a" / "rows.jsonl", tmp_path / "b" / "rows.jsonl"]
+
+    def rows(stamp, again=False):
+        set_aside(paths, stamp, again)
+        return Store(*paths).measured()
+
+    assert rows("one") == []
+    Store(*paths).add(dict(task="x", value=1))
+    assert len(rows("one")) == 1 and rows("two") == [] and len(list(paths[0].parent.iterdir())) == 2
+    Store(*paths).add(dict(task="y", value=1))
+    paths[1].unlink()
+    assert len(rows("two")) == 1 and rows("two", again=True) == []
 
 
 WORKER = textwrap.dedent("""

@@ -14,13 +14,14 @@ import os
 import subprocess
 import sys
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 if "--dry-run" in sys.argv: os.environ["TRITON_INTERPRET"] = "1"
 
-from gpu.session import LOST, Clock, ContextLost, Store, watch, work
+from gpu.session import LOST, Clock, ContextLost, Store, set_aside, watch, work
 
 
 def arguments() -> argparse.Namespace:
@@ -29,9 +30,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--part", type=int, choices=(1, 2, 3), default=1)
     parser.add_argument("--dry-run", action="store_true", help="on a CPU, at toy sizes")
     parser.add_argument("--minutes", type=float, default=9, help="of this part, at most")
+    parser.add_argument("--again", action="store_true", help="not going on with stored rows")
     parser.add_argument("--only", default="", help="tasks whose names hold this")
     parser.add_argument("--launch", nargs=2, metavar=("SIZE", "CASE"), help=argparse.SUPPRESS)
-    parser.add_argument("--worker", nargs=2, type=float, metavar=("START", "LIMIT"),
+    parser.add_argument("--worker", nargs=3, type=float, metavar=("START", "LIMIT", "PARENT"),
                         help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -64,6 +66,12 @@ def paths(part: int, results: Path, state: Path) -> list[Path]:
     return [folder / f"gpu_part{part}.jsonl" for folder in (results, state)]
 
 
+def sources() -> str:
+    "A name for the code that is measured: rows of other code are not gone on with."
+    files = [*(ROOT / "hilbert_attn").rglob("*.py"), *(ROOT / "tools" / "gpu").glob("*.py")]
+    return sha256(b"".join(path.read_bytes() for path in sorted(files))).hexdigest()[:12]
+
+
 def planned(options: argparse.Namespace) -> list:
     from gpu.parts import plan
     from gpu.toys import small_version
@@ -76,14 +84,14 @@ def be_worker(options: argparse.Namespace, results: Path, state: Path) -> int:
     "Does the tasks."
     os.environ.setdefault("TRITON_CACHE_DIR", str(state / "triton"))
     from gpu.machine import Machine
-    start, limit = options.worker
+    start, limit, parent = options.worker
     store = Store(*paths(options.part, results, state))
     earlier = [row for part in (1, 2, 3) if part != options.part
                for row in Store(*paths(part, results, state)).measured()]
     device = Machine(store, state, os.cpu_count() or 2, earlier)
     try:
         left = work(planned(options), device, store, Clock(limit, start=start),
-                    lambda text: print(text, flush=True))
+                    lambda text: print(text, flush=True), lambda: os.getppid() != parent)
     except ContextLost as lost:
         print(f"the GPU was lost in {lost}; another process goes on", flush=True)
         return LOST
@@ -127,11 +135,12 @@ def main() -> int:
     results, state = folders(options.dry_run)
     if options.worker: return be_worker(options, results, state)
     clock, tasks = Clock(options.minutes * 60 - 15), planned(options)
-    again = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
-    again += ["--worker", str(clock.start), str(clock.limit)]
+    worker = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+    worker += ["--worker", str(clock.start), str(clock.limit), str(os.getpid())]
     files = paths(options.part, results, state)
+    set_aside(files, sources(), options.again)
     seconds = {task.key: task.seconds for task in tasks}
-    for news in watch(lambda: subprocess.Popen(again), files, seconds, clock): print(news, flush=True)
+    for news in watch(lambda: subprocess.Popen(worker), files, seconds, clock): print(news, flush=True)
     print(f"part {options.part} took {clock.elapsed():.0f} s", flush=True)
     return summarise(results, state, options.dry_run)
 

@@ -62,6 +62,19 @@ class Store:
         return [row for row in self.rows if "event" not in row]
 
 
+def set_aside(paths: list[Path], stamp: str, again: bool = False) -> None:
+    "Rows of other sources, or all, move to files of their own: they are not gone on with."
+    line = json.dumps(dict(event="sources", stamp=stamp))
+    for path in paths:
+        first = path.read_text().partition("\n")[0] if path.exists() else line
+        if first == line and not again: continue
+        if path.exists(): path.rename(path.with_name(f"{path.stem}.{int(path.stat().st_mtime)}.jsonl"))
+    for path in paths:
+        if path.exists(): continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(line + "\n")
+
+
 class Clock:
     "Seconds since the start, and how many are left."
     def __init__(self, limit: float, now: Callable[[], float] = time.time, start: float | None = None):
@@ -97,12 +110,13 @@ def do_task(task: Task, device, store: Store, clock: Clock) -> None:
 
 
 def work(tasks: list[Task], device, store: Store, clock: Clock,
-         tell: Callable[[str], None] = print) -> list[str]:  # keys that there was no time for
+         tell: Callable[[str], None] = print,
+         orphaned: Callable[[], bool] = lambda: False) -> list[str]:  # keys without time
     "All tasks that are not done and that the clock still allows, in their order."
     done, left = store.done(), []
     for task in tasks:
         if task.key in done: continue
-        if clock.left() < task.seconds:
+        if clock.left() < task.seconds or orphaned():
             left.append(task.key)
             continue
         before = len(store.rows)
