@@ -431,10 +431,14 @@ def default_block_tile(
 ) -> Tile: # before it is fitted to the block
     "The tile to use where nothing was measured: that of the segment kernels, smaller where the bounds would spill."
     tile = default_tile(kernel, head_dim, dtype, min(capability, (9, 0)), dropout)
-    if dtype not in (torch.float16, torch.bfloat16) or head_dim > 128 or capability < (8, 0): return tile
-    if not dropout and axes < (2 if kernel == "dkv" and capability < (9, 0) else 3): return tile
-    if capability < (9, 0): return Tile(32, 64, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
-    return tile if kernel != "dkv" else Tile(32, 128, 8, 2) if head_dim <= 64 else Tile(16, 64, 4, 2) if dropout else tile
+    half = dtype in (torch.float16, torch.bfloat16)
+    if not half or head_dim > 128 or capability < (8, 0): return tile
+    if capability < (9, 0):
+        few = 2 if kernel == "dkv" else 3
+        if not dropout and axes < few: return tile
+        return Tile(32, 64, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
+    if kernel != "dkv" or not (dropout or axes > 2): return tile
+    return Tile(16, 128, 8, 2) if dropout and head_dim > 64 else Tile(32, 128, 8, 2)
 
 
 def fit_block_tile(

@@ -398,7 +398,8 @@ CANDIDATES = {  # (kernel, for head dims up to) -> tiles, for half precision
     ("dkv", 256): [Tile(16, 64, 8, 2), Tile(32, 64, 8, 2)],
 }
 
-# Where other things ask for registers too, only these are left, beside the default.
+# These ask for registers too, and so do the bounds of blocks. Beside the default, what is left:
+_CROWD = {"dropout", "mask", "causal"}
 _LEAN = {
     ("forward", 64): [Tile(128, 64, 8, 3, tma=True)],
     ("forward", 128): [
@@ -430,9 +431,11 @@ class Workload:
 
     def candidates(self, default: Tile) -> list[Tile]: # `default` first
         "The tiles worth a try: none that spills, or whose matrix products would be serialised."
+        crowded, blocks = not _CROWD.isdisjoint(self.traits), "blocks" in self.traits
+        if crowded and blocks: return [default]
         if self.kernel == "dkv" and "causal" in self.traits: return [default]
-        crowded = not {"dropout", "mask", "causal", "blocks"}.isdisjoint(self.traits)
-        row = _row_of(_LEAN if crowded else CANDIDATES, self.kernel, self.head_dim)
+        lean = crowded or blocks
+        row = _row_of(_LEAN if lean else CANDIDATES, self.kernel, self.head_dim)
         ordered = "order" in self.traits
         usable = [t for t in row if (self.tma or not t.tma) and not (ordered and t.overlap)]
         return list(dict.fromkeys([default, *usable]))
