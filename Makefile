@@ -41,8 +41,9 @@ wheel: $(BIN)/.all  ## build source distribution and wheel into dist/
 newcomer: $(BIN)/.runtime  ## time the path from a fresh clone to attention, pictures and site, into nbs/results/ (ARGS=--worktree to try uncommitted files)
 	$(BIN)/python tools/newcomer.py $(ARGS)
 
-gpu:  ## correctness, then speed, on an NVIDIA GPU, into nbs/results/ (needs only a python3 with torch and triton)
-	$(PYTHON) tools/gpu_run.py $(ARGS)
+PART ?= 1
+gpu:  ## correctness, then speed, on an NVIDIA GPU: PART=1, 2 or 3, nine minutes each (needs only a python3 with torch and triton)
+	$(PYTHON) tools/gpu_run.py --part $(PART) $(ARGS)
 
 clean:  ## remove what was built, keep .venv
 	rm -rf _docs _proc _site build dist out *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml

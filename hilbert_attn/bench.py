@@ -804,13 +804,13 @@ def _from_gpu_run(found: dict, quick: bool, env: dict | None = None) -> dict:
 
 
 def bench_gpu(
-    quick: bool = False, # one minute of timing, segments only
+    quick: bool = False, # the first three minutes
     progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready: suite, quick, config, environment, limits, checks, rows (seconds), targets
     "Runs the suite `gpu`: the measurement of `tools/gpu_run.py`, on an NVIDIA GPU. A `RuntimeError` where there is none, or where a kernel does not match the oracle."
     if not torch.cuda.is_available(): raise RuntimeError("the suite gpu needs an NVIDIA GPU, and torch finds none here; `hilbert-attn bench cpu` measures this machine's CPU")
     with TemporaryDirectory() as folder:
-        printed = _run_tool("gpu_run.py", ["--only", "segments", "--minutes", "1"] if quick else [], folder, progress)
+        printed = _run_tool("gpu_run.py", ["--again", *(["--minutes", "3"] if quick else [])], folder, progress)
         found = json.loads(next(Path(folder).glob("gpu_run*.json")).read_text())
     if not found["rows"]: raise RuntimeError(f"tools/gpu_run.py timed nothing:\n{printed[-1500:].strip()}")
     return _from_gpu_run(found, quick)

@@ -15,10 +15,9 @@ import torch
 triton = pytest.importorskip("triton")
 from hilbert_attn.kernels import backward, block_sparse, forward
 from hilbert_attn.kernels.block_sparse import default_block_tile, fit_block_tile
-from hilbert_attn.kernels.forward import _CANDIDATES, Tile, default_tile, fit_tile, split_head_dim
+from hilbert_attn.kernels.forward import Tile, Workload, default_tile, fit_tile, split_head_dim
 
 HERE = Path(__file__).parent
-BEFORE_3_9 = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 KERNELS = {"forward": ("forward", "_forward_kernel"), "dq": ("backward", "_dq_kernel"), "dkv": ("backward", "_dkv_kernel"), "small": ("backward", "_small_kernel"),
@@ -85,49 +84,121 @@ class Case:
                     types={n: t for n, t in types.items() if n not in constants}, aligned=[n for n in arg_names if n.endswith("_strides")] if self.head_dim % 16 == 0 else [])
 
 
+LOOPS = ("forward", "dq", "dkv")
+BLOCKS = tuple(f"block_{kernel}" for kernel in LOOPS)
+TRAITS = dict(CAUSAL="causal", HAS_KEY_MASK="mask", HAS_DROPOUT="dropout")  # of kernels, of tuning
+
+
+def kernels_of_segments() -> list[Case]:
+    "Every architecture, head dim and dtype where they could differ."
+    dims = (32, 64, 80, 128, 256)
+    cases = [Case(kernel, 90, head_dim=d, order=order)
+             for kernel in LOOPS for d in dims for order in (False, True)]
+    cases += [Case(kernel, arch, head_dim=d, order=(i + arch // 20) % 2 == 0)
+              for kernel in LOOPS for arch in (80, 100) for i, d in enumerate(dims)]
+    others = ((90, "fp16", 64), (90, "fp16", 128), (90, "fp32", 64), (90, "fp32", 128),
+              (80, "fp32", 64), (100, "fp32", 128), (90, "fp32", 80), (90, "fp32", 256))
+    cases += [Case(kernel, arch, dtype, d, order=d == 64)
+              for kernel in LOOPS for arch, dtype, d in others]
+    cases += [Case(kernel, 90, head_dim=40) for kernel in LOOPS]  # strides are multiples of 8 only
+    return cases + [Case(kernel, 90, "fp64") for kernel in LOOPS]
+
+
+def small_groups() -> list[Case]:
+    cases = [Case(kernel, 90, head_dim=d, rows=rows, order=rows == 32)
+             for kernel in ("forward", "small") for d in (64, 128) for rows in (16, 32, 64)]
+    cases += [Case("small", 90, rows=64, traits=(trait,)) for trait in TRAITS]
+    cases += [Case("forward", 80, rows=64), Case("small", 80, rows=64),
+              Case("forward", 90, rows=128), Case("forward", 90, head_dim=128, rows=128)]
+    return cases + [Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]
+
+
+def kernels_of_blocks() -> list[Case]:
+    "Every number of axes, blocks wider than tiles, other architectures and dtypes."
+    cases = [Case(kernel, 90, head_dim=d, order=(axes + d // 64) % 2 == 0, axes=axes,
+                  traits=("CAUSAL",) * (axes == 3 or d == 64 and axes == 0))
+             for kernel in BLOCKS for d in (64, 128) for axes in range(4)]
+    cases += [Case(kernel, arch, head_dim=d, order=d == 128, traits=("CAUSAL",) * (arch == 80),
+                   axes=3 if arch == 80 else 2)
+              for kernel in BLOCKS for arch in (80, 100) for d in (64, 128)]
+    splits = ((128, (128, 64)), (80, (64, 64)), (256, (128, 128)))
+    cases += [Case(kernel, 90, head_dim=d, axes=2, block=block, order=d == 80)
+              for kernel in BLOCKS for d, block in splits]
+    return cases + [Case(kernel, 90, dtype, axes=1) for kernel in BLOCKS for dtype in ("fp16", "fp32")]
+
+
+def choices(kernel: str, d: int, traits: tuple, order: bool, blocks: bool) -> list[Tile]:
+    "What the tuner may take, the default first."
+    words = ("blocks",) * blocks + ("order",) * order + tuple(TRAITS[t] for t in traits)
+    work = Workload(kernel, d, 4096, (16, 16), torch.bfloat16, words, tma=not order)
+    default = default_tile(kernel, d, torch.bfloat16, (9, 0), "HAS_DROPOUT" in traits)
+    return work.candidates(default)[1:]
+
+
+def tiles_of_the_tuner() -> list[Case]:
+    "Defaults and candidates with everything that they may meet, on sm_90."
+    cases = []
+    for kernel in LOOPS:
+        for d in (64, 128):
+            for traits in ((), ("CAUSAL",), ("HAS_KEY_MASK",), ("HAS_DROPOUT",)):
+                for order in (False, True):
+                    common = dict(head_dim=d, order=order, traits=traits)
+                    found = [None, *choices(kernel, d, traits, order, blocks=False)]
+                    cases += [Case(kernel, 90, tile=tile, **common) for tile in found]
+                    found = [None, *choices(kernel, d, traits, order, blocks=True)]
+                    cases += [Case(f"block_{kernel}", 90, tile=tile, axes=2 + order, **common)
+                              for tile in found if may_describe(kernel, tile, traits)]
+    return cases
+
+
+def may_describe(kernel: str, tile: Tile | None, traits: tuple) -> bool:
+    "Block kernels that walk keys take no descriptors where keys are masked."
+    return tile is None or not tile.tma or kernel == "dkv" or "HAS_KEY_MASK" not in traits
+
+
 def matrix() -> list[Case]:
-    "The matrix, thinned: bf16 in full on sm_90 and with an order for every other head dim elsewhere, fp16 and fp32 where they could differ, and every specialisation and every tile of the tuner once."
-    loops, dims = ("forward", "dq", "dkv"), (32, 64, 80, 128, 256)
-    cases = [Case(kernel, 90, head_dim=d, order=order) for kernel in loops for d in dims for order in (False, True)]
-    cases += [Case(kernel, arch, head_dim=d, order=(i + arch // 20) % 2 == 0) for kernel in loops for arch in (80, 100) for i, d in enumerate(dims)]
-    cases += [Case(kernel, arch, dtype, d, order=d == 64) for kernel in loops for arch, dtype, d in ((90, "fp16", 64), (90, "fp16", 128), (90, "fp32", 64), (90, "fp32", 128), (80, "fp32", 64), (100, "fp32", 128))]
-    cases += [Case(kernel, 90, "fp32", d) for kernel in loops for d in (80, 256)]
-    cases += [Case(kernel, 90, head_dim=40) for kernel in loops]  # strides that are multiples of 8 only
-    cases += [Case(kernel, 90, "fp64") for kernel in loops]
-    cases += [Case(kernel, 90, head_dim=d, rows=rows, order=rows == 32) for kernel in ("forward", "small") for d in (64, 128) for rows in (16, 32, 64)]
-    cases += [Case("forward", 80, rows=64), Case("small", 80, rows=64), Case("forward", 90, rows=128), Case("forward", 90, head_dim=128, rows=128), Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]
-    cases += [Case(kernel, 90, head_dim=d, traits=traits) for kernel in loops for d in (64, 128) for traits in (("CAUSAL",), ("HAS_KEY_MASK",), ("HAS_DROPOUT",))]
-    cases += [Case(kernel, 90, head_dim=d, tile=tile) for (kernel, d), tiles in _CANDIDATES.items() for tile in tiles]
-    blocks = tuple(f"block_{kernel}" for kernel in loops)
-    cases += [Case(kernel, 90, head_dim=d, order=(axes + d // 64) % 2 == 0, traits=("CAUSAL",) * (axes == 3 or d == 64 and axes == 0), axes=axes) for kernel in blocks for d in (64, 128) for axes in range(4)]
-    cases += [Case(kernel, arch, head_dim=d, order=d == 128, traits=("CAUSAL",) * (arch == 80), axes=3 if arch == 80 else 2) for kernel in blocks for arch in (80, 100) for d in (64, 128)]
-    cases += [Case(kernel, 90, head_dim=128, order=True, axes=2, traits=traits) for kernel in blocks for traits in (("HAS_KEY_MASK",), ("HAS_DROPOUT",))]
-    cases += [Case(kernel, 90, head_dim=d, axes=2, block=block, order=d == 80) for kernel in blocks for d, block in ((128, (128, 64)), (80, (64, 64)), (256, (128, 128)))]
-    cases += [Case(kernel, 90, dtype, axes=1) for kernel in blocks for dtype in ("fp16", "fp32")]
-    cases += [Case("block_forward", 90, head_dim=128, axes=2, tile=Tile(128, 64, 8, 3, overlap=True)), Case("block_forward", 90, head_dim=128, axes=2, tile=Tile(128, 128, 8, 2, tma=True)),
-              Case("block_dq", 90, head_dim=128, axes=2, tile=Tile(128, 128, 8, 2, tma=True)), Case("block_dkv", 90, head_dim=128, axes=2, tile=Tile(32, 128, 8, 3, tma=True))]
+    "All of it; most only where everything is tested."
+    cases = kernels_of_segments() + small_groups() + kernels_of_blocks() + tiles_of_the_tuner()
     return list(dict.fromkeys(cases))
 
 
-CASES = matrix()
+def sampled(cases: list[Case]) -> list[Case]:
+    "One in a dozen, which together hold every kernel, and every architecture."
+    return cases[::12]
+
+
+EVERY = matrix()
+SAMPLE = sampled(EVERY)
+FULL = os.environ.get("FULL") == "1"
+CASES = EVERY if FULL else SAMPLE
 
 
 def worker(*command, given=""):
     "A script beside this one, in a process without the interpreter; what it prints, read as JSON."
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
-    ran = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], input=given, capture_output=True, text=True, env=environment)
+    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    ran = subprocess.run([sys.executable, str(HERE / command[0]), *command[1:]], input=given,
+                         capture_output=True, text=True, env=environment | {"PYTHONPATH": path})
     assert ran.returncode == 0, ran.stderr[-4000:]
     return json.loads(ran.stdout)
 
 
+def remembered_as(given: str) -> str:
+    "A name for results that hold until a kernel, the worker or the compiler changes."
+    tool = HERE.parent / "tools" / "gpu" / "compiling.py"
+    files = [Path(x.__file__) for x in (forward, backward, block_sparse)]
+    sources = [path.read_bytes() for path in (*files, HERE / "compile_worker.py", tool)]
+    parts = [given.encode(), triton.__version__.encode(), *sources]
+    return "hilbert_attn/" + sha256(b"".join(parts)).hexdigest()
+
+
 @pytest.fixture(scope="module")
 def compiled(request) -> dict:
-    "The whole matrix, compiled by two processes beside this one, or remembered if nothing that matters has changed."
+    "The cases that run, compiled by two processes beside this one, or remembered."
     given = json.dumps([case.spec() for case in CASES])
-    sources = [Path(x.__file__).read_bytes() for x in (forward, backward, block_sparse)] + [(HERE / "compile_worker.py").read_bytes()]
-    key = "hilbert_attn/" + sha256(b"".join([given.encode(), triton.__version__.encode(), *sources])).hexdigest()
-    cache = getattr(request.config, "cache", None)  # absent under `-p no:cacheprovider`
-    if not (results := cache and cache.get(key, None)):
+    key, cache = remembered_as(given), getattr(request.config, "cache", None)
+    results = cache and cache.get(key, None)  # no cache under `-p no:cacheprovider`
+    if not results:
         results = worker("compile_worker.py", "2", given=given)
         if cache: cache.set(key, results)
     return dict(zip(CASES, results))
@@ -136,22 +207,33 @@ def compiled(request) -> dict:
 @pytest.mark.timeout(600)
 def test_what_the_launcher_passes_compiles():
     launched = worker("launch_worker.py")
-    assert {entry["kernel"] for entry in launched} == {name for _, name in KERNELS.values()}
-    assert all(entry["wgmma"] > 0 and entry["programs"] > 0 and entry["shared"] <= SHARED_LIMIT[90] for entry in launched)
-    assert all((entry["tma"] > 0) == entry["describes"] for entry in launched)
-    assert {entry["kernel"] for entry in launched if entry["describes"]} == {name for kernel, (_, name) in KERNELS.items() if kernel != "small"}
+    names = {kernel: name for kernel, (_, name) in KERNELS.items()}
+    assert {entry["kernel"] for entry in launched} == set(names.values())
+    for entry in launched:
+        assert entry["wgmma"] > 0 and entry["programs"] > 0
+        assert entry["shared"] <= SHARED_LIMIT[90]
+        assert (entry["tma"] > 0) == entry["describes"]
+        assert entry["ahead"], f"{entry['kernel']}: compiled ahead is not what is launched"
+    described = {entry["kernel"] for entry in launched if entry["describes"]}
+    assert described == set(names.values()) - {names["small"]}
 
 
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize("case", CASES, ids=str)
+def rare(case: Case):
+    "Left to `make full`, unless it is in the sample."
+    return case if case in SAMPLE else pytest.param(case, marks=pytest.mark.full)
+
+
+@pytest.mark.timeout(3600 if FULL else 600)
+@pytest.mark.parametrize("case", [rare(case) for case in EVERY], ids=[str(case) for case in EVERY])
 def test_compiles(compiled, case):
     result = compiled[case]
     assert "error" not in result, result.get("error")
     assert result["shared"] <= SHARED_LIMIT[case.arch], f"{result['shared']} bytes of shared memory"
-    if case.half:
-        if case.head_dim <= 128:  # one tile that the tuner only tries, and some block kernels, lose a few registers with Triton before 3.9
-            assert result["stack"] <= (64 if (case.tile or case.kernel.startswith("block")) and BEFORE_3_9 else 0), f"{result['stack']} bytes spilled per thread, at {result['registers']} registers"
-        assert result["mma"] + result["wgmma"] + result["tcgen05"] > 0, "no matrix unit"
-        if case.arch == 80: assert result["mma"] > 0
-        if case.arch == 90: assert result["wgmma"] > 0
-        assert result["scalar_loads"] == 0, "rows are not read in 16-byte pieces"
+    if not case.half: return
+    assert result["mma"] + result["wgmma"] + result["tcgen05"] > 0, "no matrix unit"
+    assert {80: result["mma"], 90: result["wgmma"], 100: True}[case.arch] > 0
+    assert result["scalar_loads"] == 0, "rows are not read in 16-byte pieces"
+    if case.head_dim > 128: return
+    registers = f"at {result['registers']} registers"
+    assert result["spilled"] == result["stack"] == 0, f"{result['stack']} bytes spilled, {registers}"
+    if case.arch == 90: assert not result["advice"], f"the assembler warns: {result['advice']}"

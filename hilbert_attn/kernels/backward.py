@@ -15,7 +15,7 @@ from torch import Tensor
 from .forward import (
     _SIZES, LOG2E, Fit, Groups, Tile, _alignment, _capability, _dot, _head_pointer, _can_describe, _describe, _kept, _key_range, _launch, _load_box, _load_rows, _load_tile, _locate,
     _offset_table, _pow2, _precision, _progression, _row_pointers, _rows_contiguous, _scales, _store_rows, _tokens, attention_forward, check_triton,
-    default_tile, fit_tile, split_head_dim, tl, triton, tuned_tile)
+    Workload, _traits, default_tile, fit_tile, split_head_dim, tl, triton, tuned_tile)
 
 # %% ../../nbs/04_triton_backward.ipynb #2bce10cd
 @triton.jit
@@ -415,8 +415,11 @@ def attention_backward(
             run_small(fit)
             return dq, dk, dv
         lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
+        traits = (mode, *_traits(order=order is not None, causal=causal, dropout=dropout_p > 0, mask=key_mask is not None))
         for name, run in (("dq", run_dq), ("dkv", run_dkv)):
             tile = wanted[name]
-            if tiles is None: tile = tuned_tile(name, tile, D, groups.k_rows, q, f"{mode} {'order' if order is not None else 'plain'}{' causal' if causal else ''}", run, describe[name])
+            if tiles is None:
+                work = Workload(name, D, groups.k_rows, (H, H_kv), q.dtype, traits, describe[name])
+                tile = tuned_tile(work, tile, q, run)
             run(tile)
     return dq, dk, dv

@@ -20,7 +20,7 @@ from ..block_sparse import _LISTS, ALWAYS, BlockLists, BlockRows, lists_from_ope
 from ..curves import _define_operator
 from .backward import _row_statistics
 from .forward import (
-    LN2, Tile, _alignment, _can_describe, _capability, _describe, _dot, _head_pointer, _kept, _launch, _load_box, _load_rows, _load_tile, _precision, _row_pointers,
+    LN2, Tile, Workload, _capturing, _traits, _alignment, _can_describe, _capability, _describe, _dot, _head_pointer, _kept, _launch, _load_box, _load_rows, _load_tile, _precision, _row_pointers,
     _rows_contiguous, _scales, _store_rows, check_triton, default_tile, split_head_dim, tl, triton, tuned_tile)
 from ..reference import default_scale
 
@@ -135,18 +135,28 @@ def _attend_blocks(
 _known_turns = WeakTensorKeyDictionary()
 
 
+def _order_of_turns(start: Tensor, backwards: bool) -> Tensor:
+    lengths = (start[:, 1:] - start[:, :-1]).amax(0)
+    long = 2 * lengths.numel() * lengths > 3 * lengths.sum()
+    place = torch.arange(lengths.numel(), device=start.device)
+    rank = torch.where(long, lengths.numel() + lengths, place if backwards else 0)
+    order = rank.sort(descending=True, stable=True).indices
+    return torch.cat([long.sum()[None], order]).to(torch.int32)
+
+
 def _turns(rows: BlockRows, backwards: bool) -> Tensor: # int32 (1 + n,), on the device of the rows
-    "How many rows are long, and all rows in the order of their turns: the long ones, longest first, then the others, from the last one backwards or as they come."
+    """How many rows are long, and all rows in the order of their turns.
+
+    The long ones come first, longest first, then the others, from the last one backwards or as they
+    come. The answer is remembered, but for one that a graph captures: it exists only when replayed.
+    """
     start = rows.start
-    lasting = not (start.is_inference() or start.is_cuda and torch.cuda.is_current_stream_capturing())  # what a graph captures exists only when it is replayed
-    if lasting and (known := _known_turns.get(start)) and known[0] == (start._version, backwards): return known[1]
-    with torch.no_grad():
-        lengths = (start[:, 1:] - start[:, :-1]).amax(0)
-        n = lengths.numel()
-        long = 2 * n * lengths > 3 * lengths.sum()
-        place = torch.arange(n, device=start.device)
-        turns = torch.cat([long.sum()[None], torch.where(long, n + lengths, place if backwards else 0).sort(descending=True, stable=True).indices]).to(torch.int32)
-    if lasting: _known_turns[start] = (start._version, backwards), turns
+    if start.is_inference(): return _order_of_turns(start, backwards)
+    key = start._version, backwards
+    known = _known_turns.get(start)
+    if known and known[0] == key: return known[1]
+    with torch.no_grad(): turns = _order_of_turns(start, backwards)
+    if not _capturing(start.device): _known_turns[start] = key, turns
     return turns
 
 # %% ../../nbs/10b_block_kernels.ipynb #1d248653
@@ -421,10 +431,14 @@ def default_block_tile(
 ) -> Tile: # before it is fitted to the block
     "The tile to use where nothing was measured: that of the segment kernels, smaller where the bounds would spill."
     tile = default_tile(kernel, head_dim, dtype, min(capability, (9, 0)), dropout)
-    if dtype not in (torch.float16, torch.bfloat16) or head_dim > 128 or capability < (8, 0): return tile
-    if not dropout and axes < (2 if kernel == "dkv" and capability < (9, 0) else 3): return tile
-    if capability < (9, 0): return Tile(32, 64, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
-    return tile if kernel != "dkv" else Tile(32, 128, 8, 2) if head_dim <= 64 else Tile(16, 64, 4, 2) if dropout else tile
+    half = dtype in (torch.float16, torch.bfloat16)
+    if not half or head_dim > 128 or capability < (8, 0): return tile
+    if capability < (9, 0):
+        few = 2 if kernel == "dkv" else 3
+        if not dropout and axes < few: return tile
+        return Tile(32, 64, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
+    if kernel != "dkv" or not (dropout or axes > 2): return tile
+    return Tile(16, 128, 8, 2) if dropout and head_dim > 64 else Tile(32, 128, 8, 2)
 
 
 def fit_block_tile(
@@ -488,7 +502,8 @@ def block_attention_forward(
     with torch.cuda.device_of(q):
         if tile is None:
             tile = default_block_tile("forward", D, q.dtype, capability, dropout_p > 0, axes)
-            tile = tuned_tile("forward", tile, D, _keys_per_row(lists), q, _traits(lists), run, can_tma)
+            work = _workload("forward", q, k, lists, can_tma, dropout_p > 0, key_mask is not None)
+            tile = tuned_tile(work, tile, q, run)
         run(tile)
     return out, lse
 
@@ -496,8 +511,13 @@ def block_attention_forward(
 def _keys_per_row(lists: BlockLists) -> int: return lists.rows.index.numel() * lists.block_size[1] // max(1, lists.rows.full.numel())
 
 
-def _traits(lists: BlockLists) -> str: # what a tuned tile may depend on
-    return f"blocks {lists.block_size[0]}x{lists.block_size[1]} axes{0 if lists.lo is None else lists.lo.shape[0]}{' order' if lists.k_tokens is not None else ''}{' causal' if lists.causal else ''}"
+def _workload(kernel: str, q: Tensor, k: Tensor, lists: BlockLists, tma: bool, dropout: bool, mask: bool) -> Workload:
+    "What a tuned tile may depend on."
+    axes = 0 if lists.lo is None else lists.lo.shape[0]
+    size = "x".join(map(str, lists.block_size))
+    traits = _traits(order=lists.k_tokens is not None, causal=lists.causal, dropout=dropout, mask=mask)
+    heads = q.shape[1], k.shape[1]
+    return Workload(kernel, q.shape[3], _keys_per_row(lists), heads, q.dtype, ("blocks", size, f"axes{axes}", *traits), tma)
 
 # %% ../../nbs/10b_block_kernels.ipynb #8c273159
 def block_attention_backward(
@@ -557,7 +577,9 @@ def block_attention_backward(
     with torch.cuda.device_of(q):
         for name, run in (("dq", run_dq), ("dkv", run_dkv)):
             tile = (tiles or {}).get(name) or default_block_tile(name, D, q.dtype, capability, dropout_p > 0, axes)
-            if tiles is None: tile = tuned_tile(name, tile, D, _keys_per_row(lists), q, _traits(lists), run, describe[name])
+            if tiles is None:
+                work = _workload(name, q, k, lists, describe[name], dropout_p > 0, key_mask is not None)
+                tile = tuned_tile(work, tile, q, run)
             run(tile)
     return dq, dk, dv
 
