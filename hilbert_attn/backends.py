@@ -11,6 +11,7 @@ import importlib.util
 import os
 import threading
 import warnings
+import weakref
 from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
