@@ -239,7 +239,7 @@ CORE, BRANCHED = lambda **o: HilbertAttentionCore(**{**dict(hidden_dim=48, num_h
     (BlockSparseAttention, "sparsity", [float("nan"), "0.5", 1.0, True]), (BlockSparseAttention, "block_size", [16.0, "16", 0]),
     *((BlockSparseAttention, name, ["False", 0]) for name in ("causal", "checkpoint")),
     *((lambda name=name, **o: MultiheadDilatedAttention(48, 4, **o), name, ["False", 0, None]) for name in ("bias", "batch_first", "add_zero_attn", "add_bias_kv")),
-    (lambda **o: MultiheadDilatedAttention(num_heads=4, **o), "embed_dim", [48.0, "48"])], ids=str)
+    (lambda **o: MultiheadDilatedAttention(num_heads=4, **o), "embed_dim", [48.0, "48"])])
 def test_settings_are_what_they_seem(make, name, values):
     "The error names argument, value and rule."
     import re
