@@ -1,4 +1,5 @@
 """What all integrations share: settings, and attention with tokens outside of the grid."""
+
 import subprocess
 import sys
 
@@ -7,7 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from hilbert_attn.curves import curve_order
-from hilbert_attn.integrations import HilbertSettings, PrefixAttention, prefix_attention
+from hilbert_attn.integrations import (
+    HilbertSettings,
+    PrefixAttention,
+    prefix_attention,
+)
 from hilbert_attn.patterns import DilatedPattern, attention_mask
 from hilbert_attn.reference import assert_matches_oracle
 
@@ -46,14 +51,22 @@ WRONG = [
 
 @pytest.mark.parametrize("wrong, said", WRONG)
 def test_settings_that_do_not_fit(wrong, said):
-    with pytest.raises(ValueError, match=said): HilbertSettings.from_dict(wrong)
+    with pytest.raises(ValueError, match=said):
+        HilbertSettings.from_dict(wrong)
 
 
 SETTINGS = [
     dict(),
     dict(segment_size=9, grid=[3, 6], prefix_tokens=2),
-    dict(segment_lengths=[8, 16], dilation_rates=(1, 2), combine="heads",
-         dilation_mode="keys", offsets=[0, 1], curve=None, backend="sdpa"),
+    dict(
+        segment_lengths=[8, 16],
+        dilation_rates=(1, 2),
+        combine="heads",
+        dilation_mode="keys",
+        offsets=[0, 1],
+        curve=None,
+        backend="sdpa",
+    ),
 ]
 
 
@@ -75,9 +88,15 @@ def test_what_settings_leave_open():
 PATTERNS = [
     dict(segment_size=7),
     dict(segment_size=20, dilation_rate=3),
-    dict(segment_lengths=(6, 12, 60), dilation_rates=(1, 2, 5), dilation_mode="longnet"),
+    dict(
+        segment_lengths=(6, 12, 60),
+        dilation_rates=(1, 2, 5),
+        dilation_mode="longnet",
+    ),
     dict(segment_lengths=(8, 8), dilation_rates=(2, 2)),
-    dict(segment_size=16, dilation_rate=4, dilation_mode="keys", offsets=(3, 1, 0, 2)),
+    dict(
+        segment_size=16, dilation_rate=4, dilation_mode="keys", offsets=(3, 1, 0, 2)
+    ),
     dict(segment_lengths=(5, 15), dilation_rates=(1, 3), combine="heads"),
     dict(dilation_rate=2),
     dict(),
@@ -138,19 +157,28 @@ def test_prefix_matches_the_oracle(pattern, case):
         counts = counts * keys[:, None, None]
 
     def ours(q, k, v):
-        return prefix_attention(q, k, v, s, causal=causal, key_mask=keys, return_lse=True)
+        return prefix_attention(
+            q, k, v, s, causal=causal, key_mask=keys, return_lse=True
+        )
 
     assert_matches_oracle(ours, q, k, v, counts)
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa_mask", "triton"])
 def test_prefix_on_every_backend(backend):
-    if backend == "triton": pytest.importorskip("triton")
-    s = HilbertSettings(segment_lengths=(8, 35), dilation_rates=(1, 3), grid=(5, 7),
-                        prefix_tokens=2, backend=backend)
+    if backend == "triton":
+        pytest.importorskip("triton")
+    s = HilbertSettings(
+        segment_lengths=(8, 35),
+        dilation_rates=(1, 3),
+        grid=(5, 7),
+        prefix_tokens=2,
+        backend=backend,
+    )
     counts = s.counts(37, 2)[None]
 
-    def ours(q, k, v): return prefix_attention(q, k, v, s, return_lse=True)
+    def ours(q, k, v):
+        return prefix_attention(q, k, v, s, return_lse=True)
 
     assert_matches_oracle(ours, *qkv(37, 2, 1), counts)
 
@@ -165,19 +193,23 @@ def test_masked_keys_may_hold_anything(filler, causal):
     results = []
     for value in (0.0, filler):
         q, k, v = qkv(19, 2, 2)
-        for x in (k, v): x[:, :, ~keys[0]] = value
+        for x in (k, v):
+            x[:, :, ~keys[0]] = value
         leaves = [x.requires_grad_() for x in (q, k, v)]
         out = prefix_attention(*leaves, s, key_mask=keys, causal=causal)
         results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    for clean, spoiled in zip(*results): assert torch.equal(clean, spoiled)
+    for clean, spoiled in zip(*results):
+        assert torch.equal(clean, spoiled)
 
 
 def test_prefix_gradcheck():
-    s = HilbertSettings(segment_lengths=(4, 9), dilation_rates=(1, 2), grid=(3, 3),
-                        prefix_tokens=2)
+    s = HilbertSettings(
+        segment_lengths=(4, 9), dilation_rates=(1, 2), grid=(3, 3), prefix_tokens=2
+    )
     leaves = [x.requires_grad_() for x in qkv(11, 2, 1, dim=4, dtype=torch.float64)]
 
-    def ours(*x): return prefix_attention(*x, s, return_lse=True)
+    def ours(*x):
+        return prefix_attention(*x, s, return_lse=True)
 
     assert torch.autograd.gradcheck(ours, leaves)
 
@@ -189,7 +221,9 @@ def test_prefix_scale_and_autocast():
     q, k, v = qkv(17, 2, 2)
     mask = SMALL.counts(17, 2)[None] > 0
     expected = F.scaled_dot_product_attention(q, k, v, mask, scale=0.7)
-    assert torch.allclose(prefix_attention(q, k, v, SMALL, scale=0.7), expected, atol=1e-5)
+    assert torch.allclose(
+        prefix_attention(q, k, v, SMALL, scale=0.7), expected, atol=1e-5
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert prefix_attention(q, k, v, SMALL).dtype == torch.bfloat16
 
@@ -206,23 +240,28 @@ def test_prefix_dropout_is_unbiased():
 def test_prefix_errors():
     q, k, v = qkv(17, 2, 2)
     short = [x[:, :, 1:] for x in (q, k, v)]
-    with pytest.raises(ValueError, match="do not fit grid"): prefix_attention(*short, SMALL)
+    with pytest.raises(ValueError, match="do not fit grid"):
+        prefix_attention(*short, SMALL)
     with pytest.raises(ValueError, match="none are left"):
         prefix_attention(q, k, v, HilbertSettings(prefix_tokens=17))
     with pytest.raises(ValueError, match="key_mask"):
-        prefix_attention(q, k, v, SMALL, key_mask=torch.ones(1, 16, dtype=torch.bool))
+        prefix_attention(
+            q, k, v, SMALL, key_mask=torch.ones(1, 16, dtype=torch.bool)
+        )
     with pytest.raises(ValueError, match="one or the other"):
         PrefixAttention(SMALL, segment_size=3)
-    with pytest.raises(ValueError, match="dropout"): PrefixAttention(SMALL, dropout=1.0)
+    with pytest.raises(ValueError, match="dropout"):
+        PrefixAttention(SMALL, dropout=1.0)
 
 
 # without any of the packages
 
 WITHOUT = """if True:
     import sys
-    packages = "transformers", "diffusers", "timm", "torchvision", "peft"
-    for name in packages: sys.modules[name] = None
     import hilbert_attn, hilbert_attn.integrations as i
+    packages = "transformers", "diffusers", "timm", "torchvision", "peft"
+    assert not [name for name in packages if name in sys.modules]
+    for name in packages: sys.modules[name] = None
     def refused(call):
         try: call()
         except ImportError as e: return str(e)
@@ -237,14 +276,8 @@ WITHOUT = """if True:
     assert i.convert_attention(layer, segment_size=4) == ["0"]
     i.HilbertAttnProcessor(segment_size=4)
 """
-UNTOUCHED = """if True:
-    import sys
-    import hilbert_attn, hilbert_attn.integrations
-    packages = "transformers", "diffusers", "timm", "torchvision", "peft"
-    assert not [name for name in packages if name in sys.modules]
-"""
 
 
-@pytest.mark.parametrize("code", [WITHOUT, UNTOUCHED])
-def test_nothing_is_imported_that_is_not_needed(code):
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+def test_nothing_is_imported_that_is_not_needed():
+    "And what needs a package that is missing says what to install."
+    subprocess.run([sys.executable, "-c", WITHOUT], check=True, timeout=120)

@@ -1,10 +1,15 @@
-"""Models of transformers against eager attention: exact, with padding, caches, masks; or refused."""
+"""Models of transformers against eager attention: exact, with padding, caches, masks."""
+
 import pytest
 import torch
 import torch.nn as nn
 
-from hilbert_attn.integrations import (HilbertSettings, register_hilbert_attention,
-                                       use_hilbert_attention, vit_geometry)
+from hilbert_attn.integrations import (
+    HilbertSettings,
+    register_hilbert_attention,
+    use_hilbert_attention,
+    vit_geometry,
+)
 
 
 @pytest.fixture(scope="module")
@@ -18,18 +23,26 @@ def hf():
     return transformers
 
 
-SIZES = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64)
+SIZES = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+)
 SQUARE, WIDE = (dict(image_size=size, patch_size=4) for size in (32, (24, 32)))
 DINO = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 VISION = {  # configuration, its options, grid, prefix
     "ViT": ("ViTConfig", SIZES | WIDE, (6, 8), 1),
     "DeiT": ("DeiTConfig", SIZES | WIDE, (6, 8), 2),
     "CLIP": ("CLIPVisionConfig", SIZES | SQUARE, (8, 8), 1),
-    "DINOv2, registers": ("Dinov2WithRegistersConfig",
-                          DINO | SQUARE | dict(num_register_tokens=3), (8, 8), 4),
+    "DINOv2, registers": (
+        "Dinov2WithRegistersConfig",
+        DINO | SQUARE | dict(num_register_tokens=3),
+        (8, 8),
+        4,
+    ),
 }
 GROUPED = dict(**SIZES, num_key_value_heads=2, vocab_size=50)
-GPT = dict(n_embd=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=1, eos_token_id=2)
+GPT = dict(
+    n_embd=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=1, eos_token_id=2
+)
 TEXT = {
     "Llama": ("LlamaConfig", GROUPED),
     "GPT-2": ("GPT2Config", GPT),
@@ -44,7 +57,8 @@ def masked_eager(module, query, key, value, attention_mask, scaling=None, **opti
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
     allowed = (_COUNTS[0] > 0)[None]
-    if attention_mask is not None: allowed = allowed & attention_mask
+    if attention_mask is not None:
+        allowed = allowed & attention_mask
     scores = query @ key.mT * scaling
     scores = scores.masked_fill(~allowed, torch.finfo(query.dtype).min)
     return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
@@ -59,10 +73,15 @@ def build(hf, config, options, attention="eager", head="AutoModel"):
     "A small model, away from the tiny initial weights."
     torch.manual_seed(0)
     config = getattr(hf, config)(**options)
-    model = getattr(hf, head).from_config(config, attn_implementation=attention).eval()
+    model = (
+        getattr(hf, head).from_config(config, attn_implementation=attention).eval()
+    )
     with torch.no_grad():
         for p in model.parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+            p.add_(
+                0.05
+                * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            )
     return model
 
 
@@ -104,7 +123,8 @@ def pixels(model):
 def texts(n=30, padding=None):
     "Inputs of two texts, and which tokens of the result count."
     ids = torch.randint(3, 50, (2, n), generator=torch.Generator().manual_seed(2))
-    if padding is None: return dict(input_ids=ids), ...
+    if padding is None:
+        return dict(input_ids=ids), ...
     keys = torch.ones(2, n, dtype=torch.int64)
     keys[1, slice(11) if padding == "left" else slice(n - 11, n)] = 0
     return dict(input_ids=ids, attention_mask=keys), keys.bool()
@@ -114,6 +134,7 @@ IDS = texts(30)[0]["input_ids"]
 
 
 # against eager attention
+
 
 @pytest.mark.parametrize("name", VISION)
 def test_vision_models(hf, name):
@@ -127,7 +148,9 @@ def test_vision_models(hf, name):
     assert_same(results(dense, **x), expected)
     how = dict(segment_size=12, dilation_rate=2)
     sparse = use_hilbert_attention(build(hf, config, options), **how)
-    assert sparse.config.hilbert_attention == dict(segment_lengths=12, dilation_rates=2)
+    assert sparse.config.hilbert_attention == dict(
+        segment_lengths=12, dilation_rates=2
+    )
     s = HilbertSettings(**how, grid=grid, prefix_tokens=prefix)
     _COUNTS[0] = s.counts(prefix + grid[0] * grid[1], 4)
     ours = results(sparse, **x)
@@ -138,7 +161,9 @@ def test_vision_models(hf, name):
 @pytest.mark.parametrize("name", TEXT)
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 def test_text_models(hf, name, padding):
-    def model(attention="eager"): return build(hf, *TEXT[name], attention)
+    def model(attention="eager"):
+        return build(hf, *TEXT[name], attention)
+
     inputs, keep = texts(padding=padding)
     dense = use_hilbert_attention(model(), segment_size=30)
     assert_same(results(dense, keep, **inputs), results(model(), keep, **inputs))
@@ -171,16 +196,24 @@ GROWING = [
 @pytest.mark.parametrize("padding", [None, "left"])
 @pytest.mark.parametrize("settings", GROWING)
 def test_generation_from_a_cache_is_the_whole_sequence(hf, settings, padding):
-    if padding and "prefix_tokens" in settings: settings = dict(segment_size=8)
+    if padding and "prefix_tokens" in settings:
+        settings = dict(segment_size=8)
     model, inputs = switched(hf, **settings), texts(13, padding)[0]
     done = model.generate(
-        **inputs, max_new_tokens=20, do_sample=False, output_logits=True,
-        return_dict_in_generate=True, eos_token_id=None, pad_token_id=0)
+        **inputs,
+        max_new_tokens=20,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
     prompt = inputs.get("attention_mask", torch.ones(2, 13, dtype=torch.int64))
     keys = torch.cat([prompt, torch.ones(2, 20, dtype=torch.int64)], 1)
     position = (keys.cumsum(1) - 1).clamp(min=0)
     whole = dict(attention_mask=keys, position_ids=position, use_cache=False)
-    with torch.no_grad(): logits = model(done.sequences, **whole).logits[:, 12:-1]
+    with torch.no_grad():
+        logits = model(done.sequences, **whole).logits[:, 12:-1]
     assert (torch.stack(done.logits, 1) - logits).abs().max() < 1e-4
 
 
@@ -201,7 +234,9 @@ def test_a_cache_filled_in_chunks(hf):
 
 def test_pixels_one_after_another(hf):
     "With the grid given, positions along the curve do not move while the picture grows."
-    model = switched(hf, segment_size=8, dilation_rate=2, grid=(5, 6), prefix_tokens=1)
+    model = switched(
+        hf, segment_size=8, dilation_rate=2, grid=(5, 6), prefix_tokens=1
+    )
     ids = texts(31)[0]["input_ids"]
     assert_chunks_are_the_whole(model, ids, (1, 9, 1, 20))
     with pytest.raises(ValueError, match="do not fit grid"):
@@ -266,7 +301,9 @@ def test_caches_that_do_not_fit_are_refused(hf):
     with pytest.raises(ValueError, match="curve="):
         switched(hf, segment_size=8, curve="hilbert").generate(IDS, **SHORT)
     with pytest.raises(ValueError, match="cache"):
-        switched(hf, segment_size=8).generate(IDS, cache_implementation="static", **SHORT)
+        switched(hf, segment_size=8).generate(
+            IDS, cache_implementation="static", **SHORT
+        )
     with pytest.raises(ValueError, match="padding on the left"):
         switched(hf, segment_size=8, prefix_tokens=1)(**texts(30, "left")[0])
 
@@ -280,7 +317,9 @@ def test_scores_that_are_more_than_a_softmax_are_refused(hf):
 
 
 def test_other_kinds_of_models_are_refused(hf):
-    t5 = build(hf, "T5Config", dict(d_model=32, num_layers=1, num_heads=4, vocab_size=50))
+    t5 = build(
+        hf, "T5Config", dict(d_model=32, num_layers=1, num_heads=4, vocab_size=50)
+    )
     with pytest.raises(ValueError, match="encoder-decoder"):
         use_hilbert_attention(t5, segment_size=8)
     with pytest.raises(ValueError, match="expected a transformers.PreTrainedModel"):
@@ -288,19 +327,25 @@ def test_other_kinds_of_models_are_refused(hf):
 
 
 def test_settings_and_names_are_checked(hf):
-    with pytest.raises(ValueError, match="no setting"): switched(hf, segments=8)
+    with pytest.raises(ValueError, match="no setting"):
+        switched(hf, segments=8)
     unset = register_hilbert_attention(name="hilbert_unset")
-    with pytest.raises(ValueError, match="no settings"): build(hf, *TEXT["Llama"], unset)(IDS)
+    with pytest.raises(ValueError, match="no settings"):
+        build(hf, *TEXT["Llama"], unset)(IDS)
     with pytest.raises(ValueError, match="means something else"):
         register_hilbert_attention(name="sdpa")
 
 
 # names, training, graphs
 
+
 def test_registered_names_carry_settings(hf):
     eight, nine = HilbertSettings(segment_size=8), HilbertSettings(segment_size=9)
     for settings in (eight, None):  # again, and the settings stay
-        assert register_hilbert_attention(settings, name="hilbert_eight") == "hilbert_eight"
+        assert (
+            register_hilbert_attention(settings, name="hilbert_eight")
+            == "hilbert_eight"
+        )
     by_name = build(hf, *TEXT["Llama"], "hilbert_eight", head="AutoModelForCausalLM")
     by_model = switched(hf, eight)
     assert torch.equal(by_name(IDS).logits, by_model(IDS).logits)
@@ -330,7 +375,10 @@ def test_dropout_is_for_training(hf):
     options = SIZES | WIDE | dict(attention_probs_dropout_prob=0.5)
     model = use_hilbert_attention(build(hf, "ViTConfig", options), segment_size=10)
     x = pixels(model)
-    def out(): return model(x).last_hidden_state
+
+    def out():
+        return model(x).last_hidden_state
+
     assert torch.equal(out(), out())
     model.train()
     assert not torch.equal(out(), out())
@@ -341,8 +389,12 @@ def test_compiles_into_one_graph(hf, kind):
     torch._dynamo.reset()
     model = build(hf, *(VISION["ViT"][:2] if kind == "vision" else TEXT["Llama"]))
     use_hilbert_attention(model, segment_size=10)
-    inputs = dict(pixel_values=pixels(model)) if kind == "vision" \
+    inputs = (
+        dict(pixel_values=pixels(model))
+        if kind == "vision"
         else texts(padding="right")[0] | dict(use_cache=False)
+    )
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad(): outs = [m(**inputs).last_hidden_state for m in (compiled, model)]
+    with torch.no_grad():
+        outs = [m(**inputs).last_hidden_state for m in (compiled, model)]
     assert torch.allclose(*outs, atol=1e-5)

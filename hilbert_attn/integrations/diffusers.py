@@ -19,7 +19,7 @@ from .settings import (
 from .switch import (
     Geometry, Switch, listed, refuse_layers, remove_switch)
 
-# %% ../../nbs/14e_diffusers.ipynb #5a52deae
+# %% ../../nbs/14e_diffusers.ipynb #a0001175
 def _check_grid(
     settings: HilbertSettings,
     grid: tuple[int, ...] | None, # of a level
@@ -31,34 +31,40 @@ def _check_grid(
         given = (*given[:-2], *(-(-side // 2) for side in given[-2:]))
         if prod(given[-2:]) == 1: break
     if given == grid: return
-    raise ValueError(f"grid={settings.grid}: this input has {grid} here, which is neither that "
-                     "nor a halving of it; leave grid out to follow the input")
+    raise ValueError(
+        f"grid={settings.grid}: this input has {grid} here, which is "
+        "neither that nor a halving of it; leave grid out to follow the "
+        "input")
 
-# %% ../../nbs/14e_diffusers.ipynb #60fa622a
+# %% ../../nbs/14e_diffusers.ipynb #35fcd1aa
 def _refuse(
     encoder_hidden_states: Tensor | None,
     attention_mask: Tensor | None,
 ):
     "Raises `ValueError` for what segments cannot follow."
     if encoder_hidden_states is not None:
-        raise ValueError("encoder_hidden_states: cross-attention has keys of another sequence, "
-                         "which has no segments in common; leave this layer its own processor "
-                         "(use_hilbert_processor does)")
+        raise ValueError(
+            "encoder_hidden_states: cross-attention has keys of another "
+            "sequence, which has no segments in common; leave this layer "
+            "its own processor (use_hilbert_processor does)")
     if attention_mask is not None:
-        raise ValueError(f"attention_mask of shape {tuple(attention_mask.shape)}: the pattern of "
-                         "this processor is set by segments; leave it out")
+        raise ValueError(
+            f"attention_mask of shape {tuple(attention_mask.shape)}: the "
+            "pattern of this processor is set by segments; leave it out")
 
-# %% ../../nbs/14e_diffusers.ipynb #8cbb6bd3
+# %% ../../nbs/14e_diffusers.ipynb #155d49c5
 def _tokens(
     attn: Any, # the layer
     x: Tensor, # tokens (B, N, E), or a picture (B, E, H, W)
     temb: Tensor | None, # time embedding
 ) -> tuple[Tensor, tuple[int, ...] | None]: # (B, N, E), and (H, W) of a picture
     "Normalised tokens."
-    if attn.spatial_norm is not None: x = attn.spatial_norm(x, temb)
+    if attn.spatial_norm is not None:
+        x = attn.spatial_norm(x, temb)
     spatial = tuple(x.shape[2:]) if x.ndim == 4 else None
     if spatial is not None: x = x.flatten(2).mT
-    if attn.group_norm is not None: x = attn.group_norm(x.mT).mT
+    if attn.group_norm is not None:
+        x = attn.group_norm(x.mT).mT
     return x, spatial
 
 # %% ../../nbs/14e_diffusers.ipynb #72f80823
@@ -73,7 +79,7 @@ def _projected(
     if attn.norm_k is not None: k = attn.norm_k(k)
     return q.to(v.dtype), k.to(v.dtype), v
 
-# %% ../../nbs/14e_diffusers.ipynb #545590b1
+# %% ../../nbs/14e_diffusers.ipynb #22e46659
 class HilbertAttnProcessor:
     "A processor of diffusers for self-attention along a curve."
 
@@ -93,7 +99,8 @@ class HilbertAttnProcessor:
         settings, site = self.settings, getattr(attn, "hilbert_site", None)
         prefix = settings.prefix_tokens
         if site is not None:
-            if spatial is not None: site.geometry.read(spatial)
+            if spatial is not None:
+                site.geometry.read(spatial)
             _check_grid(settings, site.geometry.grid)
             return site.enter(placed(settings, None, prefix), n)
         if spatial is not None:
@@ -102,7 +109,8 @@ class HilbertAttnProcessor:
         if settings.grid is None and settings.curve == "auto":
             raise ValueError(
                 f"{n} tokens of unknown places: give grid=(H, W) of this layer, "
-                "or curve=None, or let use_hilbert_processor read it off the model")
+                "or curve=None, or let use_hilbert_processor read it off the "
+                "model")
         return settings
 
     def __call__(
@@ -121,8 +129,10 @@ class HilbertAttnProcessor:
         out = prefix_attention(q, k, v, settings, scale=attn.scale)
         out = out.transpose(1, 2).flatten(2)
         for layer in attn.to_out: out = layer(out)
-        if spatial is not None: out = out.mT.unflatten(2, spatial)
-        if attn.residual_connection: out = out + hidden_states
+        if spatial is not None:
+            out = out.mT.unflatten(2, spatial)
+        if attn.residual_connection:
+            out = out + hidden_states
         return out / attn.rescale_output_factor
 
 # %% ../../nbs/14e_diffusers.ipynb #ed0a8829
@@ -141,7 +151,7 @@ def _above(
     names = [".".join(path[:i]) for i in reversed(range(len(path)))]
     return [model.get_submodule(above) for above in names]
 
-# %% ../../nbs/14e_diffusers.ipynb #83ea81a2
+# %% ../../nbs/14e_diffusers.ipynb #9247701c
 def _layer_geometry(
     model: nn.Module,
     name: str, # of a layer
@@ -151,7 +161,8 @@ def _layer_geometry(
     "The geometry of the transformer, or of the layer, that knows the grid."
     for depth, owner in enumerate(_above(model, name)):
         kind = type(owner).__name__
-        if kind in _AROUND and depth == 1: return Geometry("cells", None, prefix_tokens)
+        if kind in _AROUND and depth == 1:
+            return Geometry("cells", None, prefix_tokens)
         picture = kind in _PICTURES and getattr(owner, "is_input_continuous", False)
         patches = kind in (*_PICTURES, *_PATCHES) and hasattr(owner, "pos_embed")
         if not (picture or patches): continue
@@ -161,7 +172,7 @@ def _layer_geometry(
         return owners[id(owner)]
     return None
 
-# %% ../../nbs/14e_diffusers.ipynb #892d9b97
+# %% ../../nbs/14e_diffusers.ipynb #909df726
 _KNOWN = ("AttnProcessor", "AttnProcessor2_0", "HilbertAttnProcessor")
 
 
@@ -171,7 +182,8 @@ def _why_not(
 ) -> str | None: # None: it can
     "Why a layer cannot take the processor."
     kind = type(layer.processor).__name__
-    if kind not in _KNOWN: return f"it has a {kind}, which does something of its own"
+    if kind not in _KNOWN:
+        return f"it has a {kind}, which does something of its own"
     if getattr(layer, "added_kv_proj_dim", None) is not None:
         return "it has added keys, of another sequence"
     if geometry is None:
@@ -210,17 +222,18 @@ def _know_the_way_back(model: nn.Module):
         if hasattr(type(part), "set_default_attn_processor"):
             part.set_default_attn_processor = partial(_set_default, part)
 
-# %% ../../nbs/14e_diffusers.ipynb #356f0e1c
+# %% ../../nbs/14e_diffusers.ipynb #f9d24b70
 def _hand_over(
     layer: Any, # a `diffusers` Attention
     processor: HilbertAttnProcessor,
 ):
     "Gives a layer our processor, and keeps the one that it had."
     own = layer.processor
-    if not isinstance(own, HilbertAttnProcessor): layer.hilbert_replaced = own
+    if not isinstance(own, HilbertAttnProcessor):
+        layer.hilbert_replaced = own
     layer.set_processor(processor)
 
-# %% ../../nbs/14e_diffusers.ipynb #9f3a28d0
+# %% ../../nbs/14e_diffusers.ipynb #9ba161bd
 def use_hilbert_processor(
     model: nn.Module, # a model of diffusers
     settings: HilbertSettings | None = None, # None: from `options`
@@ -245,7 +258,8 @@ def use_hilbert_processor(
             f"{type(model).__name__} has no self-attention with a processor, "
             f"among include={include!r}, exclude={exclude!r}")
     known = {name: geometry for name, geometry in places.items() if geometry is not None}
-    for layer in found.values(): _hand_over(layer, processor)
+    for layer in found.values():
+        _hand_over(layer, processor)
     Switch(model, found, known, type(model).__name__)
     _know_the_way_back(model)
     return list(found)

@@ -50,22 +50,50 @@ def _plain(
     numbers = whole_numbers(name, value)
     return numbers if several else numbers[0]
 
-# %% ../../nbs/14_integrations.ipynb #9fddf5e9
-def _merge_aliases(
+# %% ../../nbs/14_integrations.ipynb #53f25281
+def _plain_fields(
     settings: "HilbertSettings",
     segment_size: int | None, # alias of segment_lengths
     dilation_rate: int | None, # alias of dilation_rates
-) -> dict[str, Any]: # segment_lengths and dilation_rates
-    "The two fields that have an alias, from whichever was given."
-    lengths = _plain("segment_lengths", settings.segment_lengths)
-    rates = _plain("dilation_rates", settings.dilation_rates)
+) -> dict[str, Any]: # name -> value
+    "Fields that hold numbers, from whichever name they were given by."
+    names = ("segment_lengths", "dilation_rates", "offsets", "grid")
+    plain = {name: _plain(name, getattr(settings, name)) for name in names}
+    if plain["grid"] is not None: plain["grid"] = as_grid(plain["grid"])
+    prefix = whole_number("prefix_tokens", settings.prefix_tokens, least=0)
+    plain["prefix_tokens"] = prefix
     if segment_size is not None:
-        size = _plain("segment_size", segment_size)
-        lengths = _one_of("segment_lengths", lengths, segment_size=size)
+        size, lengths = _plain("segment_size", segment_size), plain["segment_lengths"]
+        plain["segment_lengths"] = _one_of("segment_lengths", lengths, segment_size=size)
     if dilation_rate is not None:
-        rate = _plain("dilation_rate", dilation_rate)
-        rates = _one_of("dilation_rates", None if rates == 1 else rates, dilation_rate=rate)
-    return dict(segment_lengths=lengths, dilation_rates=rates)
+        rate, rates = _plain("dilation_rate", dilation_rate), plain["dilation_rates"]
+        rates = None if rates == 1 else rates  # the default: not given
+        plain["dilation_rates"] = _one_of("dilation_rates", rates, dilation_rate=rate)
+    return plain
+
+# %% ../../nbs/14_integrations.ipynb #7f6bf82b
+def _check_fields(settings: "HilbertSettings"):
+    "Raises `ValueError` for a field that does not fit."
+    if settings.curve not in (None, "auto"): _parse_curve(settings.curve)
+    _check_backend_name(settings.backend)
+    several = isinstance(settings.offsets, tuple)
+    heads = len(settings.offsets if several else settings.branches[0])
+    settings.pattern(1, heads)  # names the value that does not fit
+
+# %% ../../nbs/14_integrations.ipynb #ece7a47a
+def _cells_of(
+    settings: "HilbertSettings",
+    n: int, # tokens, prefix included
+) -> int: # tokens behind the prefix
+    "Do `n` tokens fit? Raises `ValueError`."
+    rest, prefix = n - settings.prefix_tokens, f"prefix_tokens={settings.prefix_tokens}"
+    if rest < 1:
+        raise ValueError(f"{n} tokens and {prefix}: none are left for the segments")
+    cells = prod(settings.sides)
+    if settings.grid is None or rest == cells: return rest
+    raise ValueError(
+        f"{n} tokens do not fit grid={settings.grid} with {cells} cells and "
+        f"{prefix}: cells and prefix must add up to the tokens")
 
 # %% ../../nbs/14_integrations.ipynb #00ea94d5
 @dataclass(frozen=True)
@@ -84,15 +112,9 @@ class HilbertSettings:
     dilation_rate: InitVar[int | None] = None # alias of dilation_rates
 
     def __post_init__(self, segment_size, dilation_rate):
-        plain = _merge_aliases(self, segment_size, dilation_rate)
-        plain["offsets"] = _plain("offsets", self.offsets)
-        plain["prefix_tokens"] = whole_number("prefix_tokens", self.prefix_tokens, least=0)
-        if self.grid is not None: plain["grid"] = as_grid(_plain("grid", self.grid))
+        plain = _plain_fields(self, segment_size, dilation_rate)
         for name, value in plain.items(): object.__setattr__(self, name, value)
-        if self.curve not in (None, "auto"): _parse_curve(self.curve)
-        _check_backend_name(self.backend)
-        heads = len(self.offsets) if isinstance(self.offsets, tuple) else len(self.branches[0])
-        self.pattern(1, heads)  # names the value that does not fit
+        _check_fields(self)
 
     @property
     def branches(self) -> tuple[list[int], list[int]]: # segment lengths and dilation rates
@@ -100,7 +122,8 @@ class HilbertSettings:
         lengths, rates = self.segment_lengths, self.dilation_rates
         if lengths is None: lengths = sys.maxsize
         if isinstance(lengths, int): lengths = (lengths,)
-        if isinstance(rates, int): rates = (rates,) * len(lengths)
+        if isinstance(rates, int):
+            rates = (rates,) * len(lengths)
         return list(lengths), list(rates)
 
     @property
@@ -112,7 +135,8 @@ class HilbertSettings:
     def order_name(self) -> str | None: # in `CURVES`, or "tile:S"; None: tokens stay as they lie
         "The curve, with \"auto\" resolved."
         curve = self.curve
-        if curve == "auto": curve = None if self.grid is None else "hilbert"
+        if curve == "auto":
+            curve = None if self.grid is None else "hilbert"
         return None if curve == "row_major" else curve
 
     def pattern(self, cells: int, num_heads: int) -> DilatedPattern:
@@ -123,13 +147,7 @@ class HilbertSettings:
 
     def check_length(self, n: int) -> int: # tokens behind the prefix
         "Do `n` tokens fit? Raises `ValueError`."
-        rest, prefix = n - self.prefix_tokens, f"prefix_tokens={self.prefix_tokens}"
-        if rest < 1: raise ValueError(f"{n} tokens and {prefix}: none are left for the segments")
-        if self.grid is not None and rest != prod(self.sides):
-            raise ValueError(
-                f"{n} tokens do not fit grid={self.grid} with {prod(self.sides)} cells and "
-                f"{prefix}: cells and prefix must add up to the tokens")
-        return rest
+        return _cells_of(self, n)
 
     def counts(
         self,
@@ -154,24 +172,29 @@ class HilbertSettings:
         "The inverse of `to_dict`; unknown fields are an error."
         known = [f.name for f in fields(cls)] + ["segment_size", "dilation_rate"]
         unknown = ", ".join(repr(name) for name in values if name not in known)
-        if unknown: raise ValueError(f"{unknown}: no setting. Known ones: {', '.join(known)}")
+        if unknown:
+            raise ValueError(f"{unknown}: no setting. Known ones: {', '.join(known)}")
         return cls(**values)
 
-# %% ../../nbs/14_integrations.ipynb #d1d26413
+# %% ../../nbs/14_integrations.ipynb #fb58475d
 def settings_from(
     settings: HilbertSettings | None, # or None
     options: Mapping[str, Any], # the fields, instead
 ) -> HilbertSettings:
     "Settings from an object or from its fields."
-    if settings is None: return HilbertSettings.from_dict(options)
+    if settings is None:
+        return HilbertSettings.from_dict(options)
     if options:
         given = ", ".join(options)
-        raise ValueError(f"settings are given, and so are {given}: give one or the other")
+        raise ValueError(
+            f"settings are given, and so are {given}: give one or the other")
     if not isinstance(settings, HilbertSettings):
-        raise ValueError(f"settings is a {type(settings).__name__}: expected HilbertSettings")
+        raise ValueError(
+            f"settings is a {type(settings).__name__}: expected "
+            "HilbertSettings")
     return settings
 
-# %% ../../nbs/14_integrations.ipynb #cf2e7a73
+# %% ../../nbs/14_integrations.ipynb #37ec34cd
 _PLACED: dict[tuple, HilbertSettings] = {}
 
 
@@ -182,7 +205,8 @@ def placed(
 ) -> HilbertSettings:
     "The same settings on the grid of a call."
     key = settings, grid, prefix_tokens
-    if not torch.compiler.is_compiling() and key in _PLACED: return _PLACED[key]
+    if not torch.compiler.is_compiling() and key in _PLACED:
+        return _PLACED[key]
     here = replace(settings, grid=grid, prefix_tokens=prefix_tokens)
     if torch.compiler.is_compiling(): return here
     if len(_PLACED) >= 1024: _PLACED.clear()
@@ -201,7 +225,7 @@ def _positions(
     grid = cells if settings.grid is None else settings.grid
     return inverse_order(curve_order(grid, settings.order_name))[at.clamp(min=0)]
 
-# %% ../../nbs/14_integrations.ipynb #0d965896
+# %% ../../nbs/14_integrations.ipynb #21ed1c2e
 def _branch_mask(
     pattern: SegmentPattern,
     key_at: Tensor, # int64 (K,): positions of the keys
@@ -215,10 +239,11 @@ def _branch_mask(
         return (same_segment & (query_residue[:, None] == key_residue))[None]
     offsets = torch.tensor(pattern.offsets)[:, None]
     attended = same_segment & (key_residue == offsets)[:, None, :]
-    if pattern.mode == "longnet": attended = attended & (query_residue == offsets)[:, :, None]
+    if pattern.mode == "longnet":
+        attended = attended & (query_residue == offsets)[:, :, None]
     return attended
 
-# %% ../../nbs/14_integrations.ipynb #ad1f712f
+# %% ../../nbs/14_integrations.ipynb #67dc5789
 def _add_branch(
     counts: Tensor, # int64 (H or 1, M, K)
     branch: Branch,
@@ -226,7 +251,8 @@ def _add_branch(
     num_heads: int, # H
 ) -> Tensor: # int64 (H or 1, M, K)
     "Counts with one more branch."
-    if branch.heads == (0, num_heads): return counts + branch.copies * attended
+    if branch.heads == (0, num_heads):
+        return counts + branch.copies * attended
     counts = counts.expand(num_heads, *attended.shape[1:]).clone()
     counts[slice(*branch.heads)] += branch.copies * attended
     return counts
@@ -267,7 +293,8 @@ def few_attention(
     shared = k.shape[1], h // k.shape[1]  # H_kv, and query heads for each of them
     def as_rows(x): return x.unflatten(1, shared).flatten(2, 3)  # (B, H_kv, group * M, ...)
     def as_heads(x): return x.unflatten(2, (shared[1], m)).flatten(1, 2)  # (B, H, M, ...)
-    if shared[1] > 1: counts = as_rows(counts.expand(counts.shape[0], h, m, k.shape[2]))
+    if shared[1] > 1:
+        counts = as_rows(counts.expand(counts.shape[0], h, m, k.shape[2]))
     wide = torch.promote_types(q.dtype, torch.float32)
     parts = as_rows(q).to(wide), k.to(wide), v.to(wide)
     out, lse = masked_attention(*parts, counts, scale, dropout_p)
@@ -326,7 +353,7 @@ def _cells_attention(
     return dilated_attention(
         q, k, v, lengths, rates, backend=settings.backend, return_lse=return_lse, **options)
 
-# %% ../../nbs/14_integrations.ipynb #45d0376a
+# %% ../../nbs/14_integrations.ipynb #d7c52356
 def _with_prefix(
     q: Tensor, # queries (B, H, N, D), prefix first
     k: Tensor, # keys (B, H_kv, N, D)
@@ -343,7 +370,8 @@ def _with_prefix(
     k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
     cells = q[:, :, p:], k[:, :, p:], v[:, :, p:]
     out, lse = _cells_attention(*cells, settings, causal, cells_mask, *how, return_lse=True)
-    if key_mask is None: key_mask = q.new_ones(1, q.shape[2], dtype=torch.bool)
+    if key_mask is None:
+        key_mask = q.new_ones(1, q.shape[2], dtype=torch.bool)
     seen = key_mask[:, None, None, :]
     part, part_lse = _look_at_prefix(q, k, v, p, seen, *how)
     out, lse = merge_attention([out, part], [lse, part_lse])
@@ -408,7 +436,8 @@ def prefix_attention(
     if on_meta: return _shapes_only(q, k, v, return_lse)
     if key_mask is not None and key_mask.shape != (batch, n):
         shape = tuple(key_mask.shape)
-        raise ValueError(f"key_mask has shape {shape}: expected (B, N) = {(batch, n)}")
+        raise ValueError(
+            f"key_mask has shape {shape}: expected (B, N) = {(batch, n)}")
     how = dropout_p, scale
     if not settings.prefix_tokens:
         return _cells_attention(q, k, v, settings, causal, key_mask, *how, return_lse)
@@ -428,7 +457,8 @@ class PrefixAttention(nn.Module):
     ):
         super().__init__()
         if not 0 <= dropout < 1:
-            raise ValueError(f"dropout={dropout}: must be at least 0 and less than 1")
+            raise ValueError(
+                f"dropout={dropout}: must be at least 0 and less than 1")
         self.settings, self.dropout = settings_from(settings, options), float(dropout)
 
     def forward(

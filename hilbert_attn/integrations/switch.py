@@ -38,11 +38,13 @@ def prefix_length(
     model: nn.Module, # a vision transformer
 ) -> int:
     "How many tokens stand in front of the patches, by the parameters that hold them."
-    if isinstance(n := getattr(model, "num_prefix_tokens", None), int): return n  # timm
+    if isinstance(n := getattr(model, "num_prefix_tokens", None), int):
+        return n  # timm
     found = {}
     for name, p in model.named_parameters():
         short = name.rpartition(".")[2]
-        if short in _PREFIXES: found[short] = p.shape[-2] if p.ndim > 1 else 1
+        if short in _PREFIXES:
+            found[short] = p.shape[-2] if p.ndim > 1 else 1
     return sum(found.values())
 
 # %% ../../nbs/14b_switched_models.ipynb #bc307f70
@@ -51,7 +53,7 @@ def _in_backward() -> bool:
     if torch.compiler.is_compiling(): return False
     return torch._C._current_graph_task_id() != -1
 
-# %% ../../nbs/14b_switched_models.ipynb #07c86cc8
+# %% ../../nbs/14b_switched_models.ipynb #67f911a5
 class Geometry:
     "How the tokens of a model lie, from the shapes of each call."
 
@@ -68,8 +70,10 @@ class Geometry:
         self.seen: dict[int, set[tuple[int, ...]]] = {}
         if source is None: return
         remove_hooks(source, Geometry)
-        if on_input: source.register_forward_pre_hook(self.read_input, with_kwargs=True)
-        else: source.register_forward_hook(self.read_output)
+        if on_input:
+            source.register_forward_pre_hook(self.read_input, with_kwargs=True)
+        else:
+            source.register_forward_hook(self.read_output)
 
     def read_output(self, layer: nn.Module, args: tuple, output: Tensor):
         "Takes the grid from patches (B, E, *grid)."
@@ -97,13 +101,15 @@ class Geometry:
             check_stated(settings, self.grid, self.why)
             return settings
         if self.grid is None:
-            raise ValueError("no patches were seen in this call: their grid is unknown")
+            raise ValueError(
+                "no patches were seen in this call: their grid is unknown")
         check_cells(settings, self.grid, self.prefix_tokens, n)
         if _in_backward() and len(self.seen[prod(self.grid)]) > 1:
             grids = sorted(self.seen[prod(self.grid)])
             raise ValueError(
-                f"gradient checkpointing, and inputs of as many cells on {grids}: which one "
-                "runs again is unknown; use one of them, or no checkpointing")
+                "gradient checkpointing, and inputs of as many cells on "
+                f"{grids}: which one runs again is unknown; use one of them, or "
+                "no checkpointing")
         return placed(settings, self.grid, self.prefix_tokens)
 
 # %% ../../nbs/14b_switched_models.ipynb #738c83e8
@@ -120,14 +126,15 @@ def remove_hooks(
             hooks.pop(key)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
 
-# %% ../../nbs/14b_switched_models.ipynb #7fddb27b
+# %% ../../nbs/14b_switched_models.ipynb #534585b5
 def remove_switch(model: nn.Module):
     "Takes all of ours out of a model: hooks and sites."
     for module in model.modules():
-        for owner in (Geometry, Switch): remove_hooks(module, owner)
+        for owner in (Geometry, Switch):
+            remove_hooks(module, owner)
         module.__dict__.pop("hilbert_site", None)
 
-# %% ../../nbs/14b_switched_models.ipynb #71b9a417
+# %% ../../nbs/14b_switched_models.ipynb #b84e9a6b
 def check_stated(
     settings: HilbertSettings,
     grid: tuple[int, ...] | None, # of the patches, if any were seen
@@ -135,14 +142,19 @@ def check_stated(
 ):
     "Has the user said how tokens lie, and do the shapes not contradict it?"
     if settings.grid is None:
-        if settings.curve != "auto": return  # the user names an order, or none, for a sequence
-        raise ValueError(f"{why}: give grid=(H, W) and prefix_tokens if they lie row by row "
-                         "behind a prefix, or curve=None to take them as a plain sequence")
-    if grid is None or prod(grid) != prod(settings.sides): return
+        if settings.curve != "auto":
+            return  # the user names an order, or none, for a sequence
+        raise ValueError(
+            f"{why}: give grid=(H, W) and prefix_tokens if they lie row by "
+            "row behind a prefix, or curve=None to take them as a plain "
+            "sequence")
+    if grid is None or prod(grid) != prod(settings.sides):
+        return
     if grid != settings.grid:
-        raise ValueError(f"grid={settings.grid}: the patches of this input lie on {grid}")
+        raise ValueError(
+            f"grid={settings.grid}: the patches of this input lie on {grid}")
 
-# %% ../../nbs/14b_switched_models.ipynb #69829b36
+# %% ../../nbs/14b_switched_models.ipynb #9cbca964
 def check_cells(
     settings: HilbertSettings,
     grid: tuple[int, ...], # of this call
@@ -151,16 +163,20 @@ def check_cells(
 ):
     "Do settings, grid, prefix and tokens agree?"
     if settings.grid not in (None, grid):
-        raise ValueError(f"grid={settings.grid}: the patches of this input lie on {grid}; "
-                         "leave grid out to follow the input")
+        raise ValueError(
+            f"grid={settings.grid}: the patches of this input lie on {grid}; "
+            "leave grid out to follow the input")
     if settings.prefix_tokens not in (0, prefix_tokens):
-        raise ValueError(f"prefix_tokens={settings.prefix_tokens}: this model has {prefix_tokens}")
+        raise ValueError(
+            f"prefix_tokens={settings.prefix_tokens}: this model has "
+            f"{prefix_tokens}")
     if n != prefix_tokens + prod(grid):
-        raise ValueError(f"{n} tokens, but patches on {grid} and {prefix_tokens} tokens in front: "
-                         "tokens were dropped, merged or added, and their places are unknown; "
-                         "use 'eager' or 'sdpa'")
+        raise ValueError(
+            f"{n} tokens, but patches on {grid} and {prefix_tokens} tokens "
+            "in front: tokens were dropped, merged or added, and their "
+            "places are unknown; use 'eager' or 'sdpa'")
 
-# %% ../../nbs/14b_switched_models.ipynb #cab87274
+# %% ../../nbs/14b_switched_models.ipynb #73c3f422
 class Site:
     "A layer's place in a switched model."
 
@@ -180,10 +196,11 @@ class Site:
     ) -> HilbertSettings: # with grid and prefix of the call
         "What a layer's attention calls first."
         self.entered = self.inside = True
-        if not torch.compiler.is_compiling(): self.calls += 1
+        if not torch.compiler.is_compiling():
+            self.calls += 1
         return self.geometry.settle(settings, n)
 
-# %% ../../nbs/14b_switched_models.ipynb #1f28b95d
+# %% ../../nbs/14b_switched_models.ipynb #9a25dd42
 class Switch:
     "The sites of a switched model, and the hooks that check them."
 
@@ -196,7 +213,8 @@ class Switch:
     ):
         self.what = what
         self.sites = {name: Site(name, geometries[name]) for name in layers}
-        for module in model.modules(): remove_hooks(module, Switch)
+        for module in model.modules():
+            remove_hooks(module, Switch)
         for name, layer in layers.items():
             layer.hilbert_site = self.sites[name]
             layer.register_forward_hook(self.layer_ran)
@@ -205,21 +223,26 @@ class Switch:
     def layer_ran(self, layer: Any, args: tuple, output: Any):
         "Has the layer called the package?"
         site = layer.hilbert_site
-        if not site.inside: self.complain([site.name], "ran without calling this package")
+        if not site.inside:
+            self.complain([site.name], "ran without calling this package")
         site.inside = False
 
     def model_ran(self, model: nn.Module, args: tuple, output: Any):
         "Has every layer called the package?"
         missing = [site.name for site in self.sites.values() if not site.entered]
         dropped = model.training and len(missing) < len(self.sites)
-        if missing and not dropped: self.complain(missing, "did not call this package")
-        if missing or torch.compiler.is_compiling(): return
-        for module in model.modules(): remove_hooks(module, self)
+        if missing and not dropped:
+            self.complain(missing, "did not call this package")
+        if missing or torch.compiler.is_compiling():
+            return
+        for module in model.modules():
+            remove_hooks(module, self)
 
     def complain(self, names: list[str], did: str):
         "Raises `RuntimeError`."
-        raise RuntimeError(f"{self.what} was switched, but {', '.join(names)} {did}: "
-                           "the model still computes its own attention there")
+        raise RuntimeError(
+            f"{self.what} was switched, but {', '.join(names)} {did}: the "
+            "model still computes its own attention there")
 
 # %% ../../nbs/14b_switched_models.ipynb #1072269a
 def listed(
@@ -251,5 +274,6 @@ def need(
     except ImportError as e:
         name = package.partition(".")[0]
         install = f"pip install {name} (or pip install 'hilbert_attn[{extra}]')"
-        raise ImportError(f"this needs the package {name}, which could not be imported ({e}): "
-                          f"{install}") from e
+        raise ImportError(
+            f"this needs the package {name}, which could not be imported "
+            f"({e}): {install}") from e

@@ -42,10 +42,11 @@ def _parse_settings(
     "The settings in a model's configuration; each is checked once."
     plain = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
     key = tuple(plain.items())
-    if key not in _PARSED: _PARSED[key] = HilbertSettings.from_dict(plain)
+    if key not in _PARSED:
+        _PARSED[key] = HilbertSettings.from_dict(plain)
     return _PARSED[key]
 
-# %% ../../nbs/14c_transformers.ipynb #395ac303
+# %% ../../nbs/14c_transformers.ipynb #ef4518db
 def _settings_of(
     module: nn.Module, # a layer
     name: str, # of the implementation
@@ -54,11 +55,12 @@ def _settings_of(
     own = getattr(getattr(module, "config", None), _SETTING, None)
     settings = _DEFAULTS.get(name) if own is None else _parse_settings(own)
     if settings is not None: return settings
-    raise ValueError(f"attn_implementation={name!r} has no settings: call "
-                     "use_hilbert_attention(model, segment_size=...), or "
-                     "register_hilbert_attention(HilbertSettings(...))")
+    raise ValueError(
+        f"attn_implementation={name!r} has no settings: call "
+        "use_hilbert_attention(model, segment_size=...), or "
+        "register_hilbert_attention(HilbertSettings(...))")
 
-# %% ../../nbs/14c_transformers.ipynb #d1f7792d
+# %% ../../nbs/14c_transformers.ipynb #2a4a116c
 _UNKNOWN = {
     "softcap": "soft-capped scores", "s_aux": "learned sinks", "sinks": "learned sinks",
     "position_bias": "a bias on the scores", "cu_seq_lens_q": "packed sequences",
@@ -75,35 +77,44 @@ def _refuse(
     "Raises `ValueError` for what this attention does not have."
     for option, about in _UNKNOWN.items():
         if options.get(option) is not None and options[option] is not False:
-            raise ValueError(f"{option}: {about}; attn_implementation={name!r} does not have that, "
-                             "use 'eager' or 'sdpa'")
+            raise ValueError(
+                f"{option}: {about}; attn_implementation={name!r} does not have "
+                "that, use 'eager' or 'sdpa'")
     if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        raise ValueError("this is an encoder-decoder model: its cross-attention has keys of "
-                         "another sequence, which has no segments in common; use 'eager' or 'sdpa'")
+        raise ValueError(
+            "this is an encoder-decoder model: its cross-attention has keys "
+            "of another sequence, which has no segments in common; use "
+            "'eager' or 'sdpa'")
     window = options.get("sliding_window")
     if window is not None and n > window:
-        raise ValueError(f"sliding_window={window} with {n} keys: segments are the pattern here, "
-                         f"and a window another; use 'eager' or 'sdpa', or at most {window} tokens")
+        raise ValueError(
+            f"sliding_window={window} with {n} keys: segments are the "
+            "pattern here, and a window another; use 'eager' or 'sdpa', or "
+            f"at most {window} tokens")
 
-# %% ../../nbs/14c_transformers.ipynb #ee2bb086
+# %% ../../nbs/14c_transformers.ipynb #df6fdbc4
 def _allowed(
     mask: Tensor, # (B or 1, H or 1, M or 1, N), bool, or 0 and very negative
 ) -> Tensor: # bool (B or 1, 1, M or 1, N)
     "A mask of four dimensions, as booleans that all heads share. Raises `ValueError`."
     if mask.requires_grad:
-        raise ValueError("attention_mask requires a gradient: "
-                         "a learned bias on the scores is not supported")
+        raise ValueError(
+            "attention_mask requires a gradient: a learned bias on the "
+            "scores is not supported")
     allowed = mask
     if mask.dtype != torch.bool:
         allowed = mask == 0
         if not bool((allowed | (mask <= -1e4)).all()):
-            raise ValueError("attention_mask has values other than 0 and very negative ones: "
-                             "a bias on the scores is not supported")
+            raise ValueError(
+                "attention_mask has values other than 0 and very negative ones: "
+                "a bias on the scores is not supported")
     if allowed.shape[1] > 1 and bool((allowed[:, :1] != allowed).any()):
-        raise ValueError("attention_mask differs between heads: only masks of keys are supported")
+        raise ValueError(
+            "attention_mask differs between heads: only masks of keys are "
+            "supported")
     return allowed[:, :1]
 
-# %% ../../nbs/14c_transformers.ipynb #2c5f0c5e
+# %% ../../nbs/14c_transformers.ipynb #ed548905
 def _is_triangle(
     allowed: Tensor, # bool (B, M, N)
 ) -> bool: # causal; False: all rows alike
@@ -111,14 +122,16 @@ def _is_triangle(
     m, n = allowed.shape[1:]
     rows = allowed[:, -1:].expand(allowed.shape)
     lower = torch.ones(m, n, dtype=torch.bool, device=allowed.device).tril(n - m)
-    if bool((allowed == (rows & lower)).all()): return True
+    if bool((allowed == (rows & lower)).all()):
+        return True
     if bool((allowed == rows).all()): return False
     raise ValueError(
-        f"attention_mask of {m} queries and {n} keys is neither causal nor a mask of keys: "
-        "this attention sets its own pattern by segments, and cannot follow another one "
-        "(packed sequences, sliding windows, prefixes, ...)")
+        f"attention_mask of {m} queries and {n} keys is neither causal "
+        "nor a mask of keys: this attention sets its own pattern by "
+        "segments, and cannot follow another one (packed sequences, "
+        "sliding windows, prefixes, ...)")
 
-# %% ../../nbs/14c_transformers.ipynb #a5e1431d
+# %% ../../nbs/14c_transformers.ipynb #138c6a64
 def _split_mask(
     mask: Tensor, # (B, N) of our own mask function, or of four dimensions
     m: int, # queries
@@ -126,16 +139,20 @@ def _split_mask(
     causal: bool, # what the layer says
 ) -> tuple[bool, Tensor | None]: # causal, and the key mask (B or 1, N)
     "A mask as transformers hands it over. Raises `ValueError` where it is more than that."
-    if mask.ndim == 2 and mask.shape[1] == n: return causal, mask.bool()
+    if mask.ndim == 2 and mask.shape[1] == n:
+        return causal, mask.bool()
     if mask.ndim != 4 or mask.shape[-1] != n or mask.shape[-2] not in (1, m):
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)}: expected (B, 1, {m}, {n})")
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}: expected (B, 1, "
+            f"{m}, {n})")
     allowed = _allowed(mask)[:, 0]  # (B, M or 1, N)
     keys = allowed[:, -1]
     if m == 1: return causal, keys
-    if allowed.shape[1] == 1: return False, keys  # all rows alike: keys are masked, nothing else
+    if allowed.shape[1] == 1:
+        return False, keys  # all rows alike: keys are masked, nothing else
     return _is_triangle(allowed), keys
 
-# %% ../../nbs/14c_transformers.ipynb #d2f88b6b
+# %% ../../nbs/14c_transformers.ipynb #9e02c03a
 def _who_attends(
     module: nn.Module, # the layer
     query: Tensor, # (B, H, M, D)
@@ -148,23 +165,28 @@ def _who_attends(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and getattr(getattr(module, "config", None), "is_causal", True)
     keys = None
-    if mask is not None: causal, keys = _split_mask(mask, m, n, causal)
+    if mask is not None:
+        causal, keys = _split_mask(mask, m, n, causal)
     if m > n or m < n and not causal:
-        raise ValueError(f"{m} queries and {n} keys, not causal: keys of another sequence have "
-                         "no segments in common with the queries; use 'eager' or 'sdpa'")
+        raise ValueError(
+            f"{m} queries and {n} keys, not causal: keys of another sequence "
+            "have no segments in common with the queries; use 'eager' or "
+            "'sdpa'")
     return causal, None if keys is None else keys.expand(batch, n)
 
-# %% ../../nbs/14c_transformers.ipynb #1e575d6f
+# %% ../../nbs/14c_transformers.ipynb #80024e87
 def _check_left_padding(
     settings: HilbertSettings,
     key_mask: Tensor | None, # bool (B, N)
 ):
     "Raises `ValueError` where the prefix of a causal model is padding."
     prefix = settings.prefix_tokens
-    if not prefix or key_mask is None or torch.compiler.is_compiling(): return
+    if not prefix or key_mask is None or torch.compiler.is_compiling():
+        return
     if bool(key_mask[:, :prefix].all()): return
-    raise ValueError(f"prefix_tokens={prefix} and padding on the left: "
-                     "the first tokens are padding; pad on the right")
+    raise ValueError(
+        f"prefix_tokens={prefix} and padding on the left: the first "
+        "tokens are padding; pad on the right")
 
 # %% ../../nbs/14c_transformers.ipynb #d5354775
 def _neighbours_apart(
@@ -179,7 +201,7 @@ def _neighbours_apart(
     sees = mask_function(rows, torch.zeros_like(rows), at, at - 1)
     return bool((~sees & keys[:, 1:] & keys[:, :-1]).any())
 
-# %% ../../nbs/14c_transformers.ipynb #4c191edf
+# %% ../../nbs/14c_transformers.ipynb #953a2da3
 def _window_is_causal(
     mask_function: Callable, # (batch, head, query, key) -> attends
     window: int, # what the model calls its window or chunk
@@ -188,10 +210,12 @@ def _window_is_causal(
     "A window that reaches all keys: is what is left causal? Raises `ValueError` for others."
     n = keys.shape[1]
     if n > window:
-        raise ValueError(f"a window or chunk of {window} and {n} keys: segments are the pattern "
-                         "here, and a window another; use 'eager' or 'sdpa', or at most "
-                         f"{window} tokens")
-    if _neighbours_apart(mask_function, keys): raise ValueError(_PACKED)
+        raise ValueError(
+            f"a window or chunk of {window} and {n} keys: segments are the "
+            "pattern here, and a window another; use 'eager' or 'sdpa', or "
+            f"at most {window} tokens")
+    if _neighbours_apart(mask_function, keys):
+        raise ValueError(_PACKED)
     zero = torch.zeros((), dtype=torch.int64, device=keys.device)
     return not bool(mask_function(zero, zero, zero, zero + 1))
 
@@ -205,16 +229,18 @@ _UNSEEN = (
     "where each row holds one, pass attention_mask=torch.ones_like(input_ids); "
     "where it holds several, use 'eager' or 'sdpa'")
 
-# %% ../../nbs/14c_transformers.ipynb #f1d2e9f0
+# %% ../../nbs/14c_transformers.ipynb #f0eab5b6
 def _check_cache(q_length: int, kv_length: int, q_offset: Any, kv_offset: int):
     "Raises `ValueError` unless the queries are the last of the keys."
     grows = not isinstance(q_offset, Tensor) and not kv_offset
     if grows and q_offset + q_length == kv_length: return
-    raise ValueError(f"{q_length} queries from {q_offset}, {kv_length} keys from {kv_offset}: "
-                     "the queries must be the last of the keys (a cache that grows, as "
-                     "DynamicCache; no static, sliding or cross-attention cache)")
+    raise ValueError(
+        f"{q_length} queries from {q_offset}, {kv_length} keys from "
+        f"{kv_offset}: the queries must be the last of the keys (a cache "
+        "that grows, as DynamicCache; no static, sliding or "
+        "cross-attention cache)")
 
-# %% ../../nbs/14c_transformers.ipynb #bd7a9745
+# %% ../../nbs/14c_transformers.ipynb #5be847e5
 def _padded_keys(
     attention_mask: Tensor | None, # (B, N) or longer or shorter
     batch: int, # B
@@ -222,11 +248,12 @@ def _padded_keys(
     device: Any,
 ) -> Tensor: # bool (B, n): no padding
     "The key mask that a user gave, for the keys of this call."
-    if attention_mask is None: return torch.ones(batch, n, dtype=torch.bool, device=device)
+    if attention_mask is None:
+        return torch.ones(batch, n, dtype=torch.bool, device=device)
     keys = attention_mask[:, :n].bool()
     return nn.functional.pad(keys, (0, n - keys.shape[1]))
 
-# %% ../../nbs/14c_transformers.ipynb #28af379a
+# %% ../../nbs/14c_transformers.ipynb #53abf519
 def _transformers_mask(
     causal_function: Callable, # transformers' plain causal mask
     both_ways_function: Callable, # transformers' plain mask of everything
@@ -238,11 +265,13 @@ def _transformers_mask(
         _check_cache(q_length, kv_length, q_offset, kv_offset)
         keys = _padded_keys(attention_mask, batch_size, kv_length, device)
         compiling = torch.compiler.is_compiling()
-        if local_size is not None: causal = _window_is_causal(mask_function, local_size, keys)
+        if local_size is not None:
+            causal = _window_is_causal(mask_function, local_size, keys)
         elif use_vmap or mask_function not in (causal_function, both_ways_function):
             raise ValueError(_UNSEEN if compiling else _PACKED)
         else: causal = mask_function is causal_function
-        if attention_mask is None or not compiling and bool(keys.all()): return None
+        if attention_mask is None or not compiling and bool(keys.all()):
+            return None
         return keys if causal else keys[:, None, None, :]
     return hilbert_mask
 
@@ -259,7 +288,7 @@ def _keys_in_reach(
     start = prefix + min(first // w * w for w in settings.branches[0])
     return torch.cat([keys[:prefix], keys[start:]])
 
-# %% ../../nbs/14c_transformers.ipynb #a3a7b731
+# %% ../../nbs/14c_transformers.ipynb #6f647b8a
 def _keys_of_last(
     settings: HilbertSettings,
     m: int, # queries, the last of the tokens
@@ -269,9 +298,9 @@ def _keys_of_last(
     "The keys of the last queries. Raises `ValueError` where a new token would move the others."
     if settings.order_name is not None and settings.grid is None:
         raise ValueError(
-            f"curve={settings.order_name!r} over a sequence that grows ({m} queries, "
-            f"{n} keys): each new token would move the others along the curve; "
-            "set curve=None, or give the grid")
+            f"curve={settings.order_name!r} over a sequence that grows ({m} "
+            f"queries, {n} keys): each new token would move the others along "
+            "the curve; set curve=None, or give the grid")
     keys, queries = _keys_in_reach(settings, m, n), torch.arange(n - m, n)
     counts = key_counts(settings, keys, queries, n, num_heads, causal=True)
     used = counts.any(1).any(0)
@@ -299,7 +328,7 @@ def cached_attention(
         counts = counts * key_mask[:, None, None, :]
     return few_attention(q, k, v, counts, dropout_p, scale)[0].to(q.dtype)
 
-# %% ../../nbs/14c_transformers.ipynb #51a9be4a
+# %% ../../nbs/14c_transformers.ipynb #629d5899
 def _enter(
     module: nn.Module, # the layer
     name: str, # of the implementation
@@ -309,10 +338,11 @@ def _enter(
     settings = _settings_of(module, name)
     site = getattr(module, "hilbert_site", None)
     if site is None:
-        raise ValueError(f"this {type(module).__name__} is no part of what was switched: call "
-                         "use_hilbert_attention(model), which sees how its tokens lie (a part "
-                         "that picks tokens from a grid, as V-JEPA2's predictor, cannot be: "
-                         "skip_predictor=True)")
+        raise ValueError(
+            f"this {type(module).__name__} is no part of what was switched: "
+            "call use_hilbert_attention(model), which sees how its tokens "
+            "lie (a part that picks tokens from a grid, as V-JEPA2's "
+            "predictor, cannot be: skip_predictor=True)")
     return site.enter(settings, n)
 
 # %% ../../nbs/14c_transformers.ipynb #be8da988
@@ -334,27 +364,30 @@ def _transformers_attention(name: str) -> Callable:
         return out.transpose(1, 2).contiguous(), None  # (B, N, H, D), and no weights
     return hilbert_attention_forward
 
-# %% ../../nbs/14c_transformers.ipynb #eeaabd67
+# %% ../../nbs/14c_transformers.ipynb #ce64e490
 _NOT_SOFTMAX = ("Linear", "Delta", "Lightning")  # layers with a state instead of keys, in hybrids
 
 
 def _is_attention(module: nn.Module) -> bool:
     "Does a module's class say that it is attention, other than PyTorch's own?"
     name = type(module).__name__
-    if isinstance(module, nn.MultiheadAttention): return False
+    if isinstance(module, nn.MultiheadAttention):
+        return False
     return name.endswith("Attention") and not any(word in name for word in _NOT_SOFTMAX)
 
-# %% ../../nbs/14c_transformers.ipynb #023f7579
+# %% ../../nbs/14c_transformers.ipynb #9132d7ce
 def _uses_interface(cls: Any) -> bool:
     "Does the source of a class, or of one above it, look up its attention by name?"
     for base in cls.__mro__:
         if base is nn.Module: break
         try: source = inspect.getsource(base)
-        except (OSError, TypeError): return True  # no source: the first forward will tell
-        if "ALL_ATTENTION_FUNCTIONS" in source or "get_interface" in source: return True
+        except (OSError, TypeError):
+            return True  # no source: the first forward will tell
+        if "ALL_ATTENTION_FUNCTIONS" in source or "get_interface" in source:
+            return True
     return False
 
-# %% ../../nbs/14c_transformers.ipynb #5b713261
+# %% ../../nbs/14c_transformers.ipynb #54f1753f
 def _attention_layers(
     model: Any, # a `transformers.PreTrainedModel`
 ) -> dict[str, nn.Module]: # name -> layer
@@ -366,11 +399,14 @@ def _attention_layers(
     hears = {cls: _uses_interface(cls) for cls in {type(layer) for layer in layers.values()}}
     deaf = [name for name, layer in layers.items() if not hears[type(layer)]]
     if deaf:
-        raise ValueError(f"{type(model).__name__} cannot be switched: {', '.join(deaf)} chose "
-                         "their attention when the model was built, and do not take it from "
-                         "transformers' AttentionInterface")
+        raise ValueError(
+            f"{type(model).__name__} cannot be switched: {', '.join(deaf)} "
+            "chose their attention when the model was built, and do not "
+            "take it from transformers' AttentionInterface")
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no layer whose class ends in 'Attention'")
+        raise ValueError(
+            f"{type(model).__name__} has no layer whose class ends in "
+            "'Attention'")
     return layers
 
 # %% ../../nbs/14c_transformers.ipynb #d45b0f1f
@@ -387,18 +423,20 @@ _OUT_OF_ORDER = {
     "swin": "its windows are attention patterns of their own",
     "swinv2": "its windows are attention patterns of their own"}
 
-# %% ../../nbs/14c_transformers.ipynb #b43e3031
+# %% ../../nbs/14c_transformers.ipynb #09735722
 def _reads_text(
     model: Any, # a `transformers.PreTrainedModel`
 ) -> bool: # one token after another
     "Does a model read one row of words?"
     if model.main_input_name != "input_ids": return False
-    if any(isinstance(layer, (nn.Conv2d, nn.Conv3d)) for layer in model.modules()): return False
+    if any(isinstance(layer, (nn.Conv2d, nn.Conv3d)) for layer in model.modules()):
+        return False
     try: embedding = model.get_input_embeddings()
-    except (NotImplementedError, AttributeError): return False
+    except (NotImplementedError, AttributeError):
+        return False
     return embedding is not None and hasattr(model.config.get_text_config(), "vocab_size")
 
-# %% ../../nbs/14c_transformers.ipynb #b3d40b52
+# %% ../../nbs/14c_transformers.ipynb #fbe46fbe
 def _model_geometry(
     model: Any, # a `transformers.PreTrainedModel`
 ) -> Geometry:
@@ -406,15 +444,16 @@ def _model_geometry(
     kind, name = model.config.model_type, type(model).__name__
     for key in (kind, name):
         if key in _OUT_OF_ORDER:
-            raise ValueError(f"{name} cannot be switched: {_OUT_OF_ORDER[key]}, so that no grid "
-                             "says how they lie; use 'eager' or 'sdpa'")
+            raise ValueError(
+                f"{name} cannot be switched: {_OUT_OF_ORDER[key]}, so that no "
+                "grid says how they lie; use 'eager' or 'sdpa'")
     if _reads_text(model): return Geometry("sequence")
     source = patch_layer(model)
     if kind in _IN_ORDER and source is not None:
         return Geometry("cells", source, prefix_tokens=prefix_length(model))
     return Geometry("stated", source, why=f"{name}: how its tokens lie is unknown")
 
-# %% ../../nbs/14c_transformers.ipynb #0b5c1ecc
+# %% ../../nbs/14c_transformers.ipynb #d1cb12dd
 def _switch(
     model: Any, # a `transformers.PreTrainedModel` whose configuration says so
 ):
@@ -422,22 +461,25 @@ def _switch(
     name = type(model).__name__
     if getattr(model.config, "is_encoder_decoder", False):
         raise ValueError(
-            f"{name} is an encoder-decoder model: its cross-attention has no segments; "
-            "use 'eager' or 'sdpa'")
+            f"{name} is an encoder-decoder model: its cross-attention has no "
+            "segments; use 'eager' or 'sdpa'")
     layers = _attention_layers(model)
     configs = [getattr(layer, "config", model.config) for layer in layers.values()]
     if len({config.model_type for config in configs}) > 1:
-        raise ValueError(f"{name} has several models inside (a vision model beside a text model, "
-                         "or the like), whose tokens lie otherwise than each other's: "
-                         "call this for its parts, each with settings of its own")
+        raise ValueError(
+            f"{name} has several models inside (a vision model beside a text "
+            "model, or the like), whose tokens lie otherwise than each "
+            "other's: call this for its parts, each with settings of its "
+            "own")
     geometry = _model_geometry(model)
     own = getattr(model.config, _SETTING, None)
     if own is not None:
         settings = _parse_settings(own)  # so that torch.compile finds them checked
-        if geometry.kind == "stated": check_stated(settings, None, geometry.why)
+        if geometry.kind == "stated":
+            check_stated(settings, None, geometry.why)
     Switch(model, layers, dict.fromkeys(layers, geometry), name)
 
-# %% ../../nbs/14c_transformers.ipynb #175e8561
+# %% ../../nbs/14c_transformers.ipynb #0f9eecb1
 def _switch_parts(
     model: Any, # a `transformers.PreTrainedModel`
 ):
@@ -445,12 +487,14 @@ def _switch_parts(
     base = sys.modules["transformers.modeling_utils"].PreTrainedModel
     done: list[str] = []
     for name, part in model.named_modules():
-        if not isinstance(part, base) or part.config._attn_implementation not in _DEFAULTS: continue
-        if any(name.startswith(outer) for outer in done): continue
+        if not isinstance(part, base) or part.config._attn_implementation not in _DEFAULTS:
+            continue
+        if any(name.startswith(outer) for outer in done):
+            continue
         _switch(part)
         done.append(name + "." if name else "")
 
-# %% ../../nbs/14c_transformers.ipynb #544432a3
+# %% ../../nbs/14c_transformers.ipynb #49ddb97e
 def _saved_name(
     config: Any, # a `transformers.PreTrainedConfig`
 ) -> str | dict | None: # None where nothing in it is ours
@@ -460,32 +504,36 @@ def _saved_name(
     parts = {}
     for key in config.sub_configs:
         part = getattr(config, key, None)
-        if part is not None and (name := _saved_name(part)) is not None: parts[key] = name
+        if part is not None and (name := _saved_name(part)) is not None:
+            parts[key] = name
     if not parts: return own
     return parts if own is None else {"": own} | parts
 
-# %% ../../nbs/14c_transformers.ipynb #f112947d
+# %% ../../nbs/14c_transformers.ipynb #c1d37553
 def _save_with_name(to_dict: Callable) -> Callable:
     "A configuration's `to_dict` that says which attention it runs with, if it is ours."
     @wraps(to_dict)
     def with_name(self):
         values, name = to_dict(self), _saved_name(self)
-        if name is not None: values["attn_implementation"] = name
+        if name is not None:
+            values["attn_implementation"] = name
         own = self._attn_implementation
         default = _DEFAULTS.get(own)
-        if own not in _DEFAULTS: values.pop(_SETTING, None)
+        if own not in _DEFAULTS:
+            values.pop(_SETTING, None)
         elif values.get(_SETTING) is None and default is not None:
             values[_SETTING] = default.to_dict()
         return values
     return with_name
 
-# %% ../../nbs/14c_transformers.ipynb #29277cba
+# %% ../../nbs/14c_transformers.ipynb #8bfe8696
 def _warn_if_dense(
     model: Any, # a `transformers.PreTrainedModel`
 ):
     "Warns where a configuration has settings for an attention that it does not use."
     name = model.config._attn_implementation
-    if name in _DEFAULTS or getattr(model.config, _SETTING, None) is None: return
+    if name in _DEFAULTS or getattr(model.config, _SETTING, None) is None:
+        return
     warnings.warn(f"the configuration of {type(model).__name__} has settings for "
                   f"{_SETTING}, but attn_implementation={name!r}: they do nothing; pass "
                   "attn_implementation='hilbert', or call use_hilbert_attention(model, ...)",
@@ -510,33 +558,39 @@ def _then_switch(method: Callable) -> Callable:
         return result
     return then_switch
 
-# %% ../../nbs/14c_transformers.ipynb #7ea2ccec
+# %% ../../nbs/14c_transformers.ipynb #5d572a36
 def _extend_transformers(transformers: Any):
     "Adds to transformers what its models need to be saved and restored. Twice is once."
     config, model = transformers.PreTrainedConfig, transformers.PreTrainedModel
     for cls, name, wrap in ((config, "to_dict", _save_with_name),
                             (model, "post_init", lambda f: _then_switch(_then_warn(f))),
                             (model, "set_attn_implementation", _then_switch)):
-        if hasattr(getattr(cls, name), "of_hilbert"): continue
+        if hasattr(getattr(cls, name), "of_hilbert"):
+            continue
         setattr(cls, name, wrap(getattr(cls, name)))
         getattr(cls, name).of_hilbert = True
 
-# %% ../../nbs/14c_transformers.ipynb #d569b9b2
+# %% ../../nbs/14c_transformers.ipynb #82c76b41
 def _check_version(transformers: Any, masks: Any):
     "Raises `ImportError` for a transformers that does not tell what a mask function has to know."
     known = hasattr(transformers, "AttentionMaskInterface")
-    if known and "q_offset" in signature(masks.sdpa_mask).parameters: return
-    raise ImportError(f"transformers {transformers.__version__} is too old: it does not tell a "
-                      "mask function its queries; pip install 'transformers>=5.4'")
+    if known and "q_offset" in signature(masks.sdpa_mask).parameters:
+        return
+    raise ImportError(
+        f"transformers {transformers.__version__} is too old: it does "
+        "not tell a mask function its queries; pip install "
+        "'transformers>=5.4'")
 
-# %% ../../nbs/14c_transformers.ipynb #eecdb44f
+# %% ../../nbs/14c_transformers.ipynb #b10e9222
 def _check_name(name: str):
     "Raises `ValueError` for a name that transformers reads otherwise."
     taken = name in ("eager", "sdpa", "flex_attention") or name.startswith(("flash_", "paged"))
     if taken or "/" in name or "|" in name:
-        raise ValueError(f"name={name!r} means something else in transformers: take another one")
+        raise ValueError(
+            f"name={name!r} means something else in transformers: take "
+            "another one")
 
-# %% ../../nbs/14c_transformers.ipynb #4703056f
+# %% ../../nbs/14c_transformers.ipynb #afbf6eb6
 def register_hilbert_attention(
     settings: HilbertSettings | None = None, # of models that bring none; None: as before
     *,
@@ -550,7 +604,8 @@ def register_hilbert_attention(
     masks = need("transformers.masking_utils", "transformers")
     _check_version(transformers, masks)
     _check_name(name)
-    if settings is not None or options: _DEFAULTS[name] = settings_from(settings, options)
+    if settings is not None or options:
+        _DEFAULTS[name] = settings_from(settings, options)
     else: _DEFAULTS.setdefault(name, None)
     mask = _transformers_mask(masks.causal_mask_function, masks.bidirectional_mask_function)
     transformers.AttentionInterface.register(name, _transformers_attention(name))
@@ -558,7 +613,7 @@ def register_hilbert_attention(
     _extend_transformers(transformers)
     return name
 
-# %% ../../nbs/14c_transformers.ipynb #cdfb1467
+# %% ../../nbs/14c_transformers.ipynb #5a76214c
 class _AfterImport(MetaPathFinder):
     "Calls a function once a module has been imported."
 
@@ -571,7 +626,8 @@ class _AfterImport(MetaPathFinder):
         specs = (finder.find_spec(fullname, path, target) for finder in others
                  if hasattr(finder, "find_spec"))
         spec = next(filter(None, specs), None)
-        if spec is None or spec.loader is None: return spec
+        if spec is None or spec.loader is None:
+            return spec
         loader: Any = spec.loader
         run = loader.exec_module
         def run_then(module):
@@ -580,14 +636,15 @@ class _AfterImport(MetaPathFinder):
         loader.exec_module = run_then
         return spec
 
-# %% ../../nbs/14c_transformers.ipynb #7a9d88f3
+# %% ../../nbs/14c_transformers.ipynb #5577c1ee
 def after_import(
     name: str, # of a module
     then: Callable[[], Any],
 ):
     "Calls a function as soon as a module has been imported, which may be now."
     if name in sys.modules: then()
-    else: sys.meta_path.insert(0, _AfterImport(name, then))
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, then))
 
 # %% ../../nbs/14c_transformers.ipynb #4d224a87
 def _register_quietly():
@@ -607,7 +664,7 @@ def _configs(
     found = {id(config): config for config in configs if hasattr(config, "_attn_implementation")}
     return list(found.values())
 
-# %% ../../nbs/14c_transformers.ipynb #27e60e16
+# %% ../../nbs/14c_transformers.ipynb #da357700
 @contextmanager
 def _undone_on_error(
     model: nn.Module,
@@ -618,7 +675,8 @@ def _undone_on_error(
               for config in _configs(model) for name in names]
     try: yield
     except ValueError:
-        for config, name, value in before: setattr(config, name, value)
+        for config, name, value in before:
+            setattr(config, name, value)
         raise
 
 # %% ../../nbs/14c_transformers.ipynb #624153f7
@@ -637,7 +695,7 @@ def _note_in_adapters(
             entries = json.loads(file.read_text()) | {_SETTING: values}
             file.write_text(json.dumps(entries, indent=2, sort_keys=True))
 
-# %% ../../nbs/14c_transformers.ipynb #2801caaa
+# %% ../../nbs/14c_transformers.ipynb #2e4fcbfa
 def _restore_from_adapter(
     peft_model: Any, # a `peft.PeftModel`
     file: str | None, # adapter_config.json
@@ -651,10 +709,11 @@ def _restore_from_adapter(
         return
     own = _settings_of(base, base.config._attn_implementation)
     if own != settings:
-        raise ValueError(f"the adapter was trained with {settings.to_dict()}, the model that it is "
-                         f"loaded into has {own.to_dict()}: use one of them")
+        raise ValueError(
+            f"the adapter was trained with {settings.to_dict()}, the model "
+            f"that it is loaded into has {own.to_dict()}: use one of them")
 
-# %% ../../nbs/14c_transformers.ipynb #ed123806
+# %% ../../nbs/14c_transformers.ipynb #f5b02c4c
 def _extend_peft():
     "Adds to peft what adapters of switched models need to be saved and restored."
     peft: Any = sys.modules["peft.peft_model"]
@@ -671,7 +730,8 @@ def _extend_peft():
         result = load(self, model_id, *args, **options)
         find, hub = need("transformers.utils.hub", "transformers").cached_file, {}
         for name in ("subfolder", "revision", "cache_dir", "token"):
-            if options.get(name) is not None: hub[name] = options[name]
+            if options.get(name) is not None:
+                hub[name] = options[name]
         file = find(model_id, "adapter_config.json",
                     _raise_exceptions_for_missing_entries=False, **hub)
         _restore_from_adapter(self, file)
@@ -685,7 +745,7 @@ after_import("peft.peft_model", _extend_peft)
 # %% ../../nbs/14c_transformers.ipynb #c5da82e5
 Model = TypeVar("Model", bound=nn.Module)
 
-# %% ../../nbs/14c_transformers.ipynb #155a37a8
+# %% ../../nbs/14c_transformers.ipynb #c3f6ce92
 def use_hilbert_attention(
     model: "Model", # a `transformers.PreTrainedModel`, or one of peft around it
     settings: HilbertSettings | None = None, # None: from `options`
@@ -699,18 +759,22 @@ def use_hilbert_attention(
     model do not fit; the first forward raises `RuntimeError` where a layer goes on without us."""
     transformers = need("transformers", "transformers")
     inner: Any = model
-    if hasattr(inner, "get_base_model"): inner = inner.get_base_model()
+    if hasattr(inner, "get_base_model"):
+        inner = inner.get_base_model()
     if not isinstance(inner, transformers.PreTrainedModel):
-        raise ValueError(f"model is a {type(inner).__name__}: expected a "
-                         "transformers.PreTrainedModel; for other models see convert_attention "
-                         "and convert_vit")
+        raise ValueError(
+            f"model is a {type(inner).__name__}: expected a "
+            "transformers.PreTrainedModel; for other models see "
+            "convert_attention and convert_vit")
     values = settings_from(settings, options).to_dict()
     register_hilbert_attention(name=name)
     with _undone_on_error(inner):
-        for config in _configs(inner): setattr(config, _SETTING, values)
+        for config in _configs(inner):
+            setattr(config, _SETTING, values)
         inner.set_attn_implementation(name)
         if inner.config._attn_implementation != name:
             _attention_layers(inner)  # names them
-            raise ValueError(f"{type(inner).__name__} does not take its attention from "
-                             "transformers' AttentionInterface: it cannot be switched")
+            raise ValueError(
+                f"{type(inner).__name__} does not take its attention from "
+                "transformers' AttentionInterface: it cannot be switched")
     return model

@@ -20,7 +20,7 @@ from .switch import (
     Geometry, Switch, check_stated, listed, patch_layer, prefix_length, refuse_layers)
 from ..modules import MultiheadDilatedAttention
 
-# %% ../../nbs/14d_vision.ipynb #6649f4a8
+# %% ../../nbs/14d_vision.ipynb #faff53ac
 class FusedQKVAttention(nn.Module):
     """A layer as timm has it, its own projections, norms and gate around `PrefixAttention`.
 
@@ -58,12 +58,14 @@ class FusedQKVAttention(nn.Module):
         is_causal: bool = False, # key token index <= query token index
     ) -> Tensor: # tokens (B, N, E)
         if attn_mask is not None:
-            raise ValueError(f"attn_mask of shape {tuple(attn_mask.shape)}: the pattern of this "
-                             "layer is set by segments; leave attn_mask out")
+            raise ValueError(
+                f"attn_mask of shape {tuple(attn_mask.shape)}: the pattern of "
+                "this layer is set by segments; leave attn_mask out")
         q, k, v = self.projected(x)
         out = self.attention(q, k, v, is_causal, scale=self.scale).flatten(2)
         if self.norm is not None: out = self.norm(out)
-        if self.gate is not None: out = out * self.gate(x).sigmoid()
+        if self.gate is not None:
+            out = out * self.gate(x).sigmoid()
         out = self.proj(out)
         return out if self.proj_drop is None else self.proj_drop(out)
 
@@ -74,7 +76,7 @@ def _is_fused(layer: nn.Module) -> bool:
     linear = isinstance(qkv, nn.Module) and isinstance(proj, nn.Module)
     return linear and hasattr(qkv, "out_features") and hasattr(layer, "num_heads")
 
-# %% ../../nbs/14d_vision.ipynb #2886724e
+# %% ../../nbs/14d_vision.ipynb #da8e57d5
 def _why_not_fused(
     layer: Any, # with the attributes of timm's attention
 ) -> str | None: # None: it can
@@ -82,15 +84,17 @@ def _why_not_fused(
     name = type(layer).__name__
     unknown = [child for child, _ in layer.named_children() if child not in FusedQKVAttention.parts]
     unknown += [*layer._parameters, *(n for n, _ in layer.named_buffers(recurse=False))]
-    if unknown: return f"{name} has {', '.join(unknown)}, of unknown use"
+    if unknown:
+        return f"{name} has {', '.join(unknown)}, of unknown use"
     takes = signature(layer.forward).parameters
     extra = [p for p in takes if p not in ("x", "attn_mask", "is_causal")]
-    if extra: return f"{name} takes {', '.join(extra)}, of unknown use"
+    if extra:
+        return f"{name} takes {', '.join(extra)}, of unknown use"
     if layer.qkv.out_features % (3 * layer.num_heads) or not hasattr(layer, "scale"):
         return f"{name} is not the layer that was expected"
     return None
 
-# %% ../../nbs/14d_vision.ipynb #dc6932e8
+# %% ../../nbs/14d_vision.ipynb #c0f6a3bc
 def _why_not_multihead(
     layer: nn.MultiheadAttention,
     parent: nn.Module,
@@ -100,21 +104,26 @@ def _why_not_multihead(
     if type(layer) is not nn.MultiheadAttention:
         return f"it is a {type(layer).__name__}, which may do more than nn.MultiheadAttention"
     if isinstance(parent, nn.TransformerDecoderLayer) and name == "multihead_attn":
-        return ("it is cross-attention: its keys are of another sequence, "
-                "and have no segments in common with the queries")
+        return (
+            "it is cross-attention: its keys are of another sequence, and "
+            "have no segments in common with the queries")
     if layer.bias_k is not None or layer.add_zero_attn:
-        return ("it has add_bias_kv or add_zero_attn: "
-                "a key outside of the sequence has no position in a segment")
+        return (
+            "it has add_bias_kv or add_zero_attn: a key outside of the "
+            "sequence has no position in a segment")
     if not layer._qkv_same_embed_dim:
-        return (f"kdim={layer.kdim} and vdim={layer.vdim} differ from "
-                f"embed_dim={layer.embed_dim}: it is cross-attention")
+        return (
+            f"kdim={layer.kdim} and vdim={layer.vdim} differ from "
+            f"embed_dim={layer.embed_dim}: it is cross-attention")
     plain = "in_proj_weight" in layer._parameters and "weight" in layer.out_proj._parameters
     if not plain or name == "base_layer":
-        return ("its weights are parametrized, pruned, or held by an adapter (LoRA): "
-                "merge that first, or convert the model before adding it")
+        return (
+            "its weights are parametrized, pruned, or held by an adapter "
+            "(LoRA): merge that first, or convert the model before adding "
+            "it")
     return None
 
-# %% ../../nbs/14d_vision.ipynb #564cc86f
+# %% ../../nbs/14d_vision.ipynb #a668cef7
 def _why_not(
     layer: nn.Module,
     parent: nn.Module,
@@ -124,7 +133,8 @@ def _why_not(
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     if any(getattr(layer, hook, None) for hook in hooks):
         return "it has hooks, which would be lost: remove them first"
-    if isinstance(layer, nn.MultiheadAttention): return _why_not_multihead(layer, parent, name)
+    if isinstance(layer, nn.MultiheadAttention):
+        return _why_not_multihead(layer, parent, name)
     return _why_not_fused(layer)
 
 # %% ../../nbs/14d_vision.ipynb #fc893313
@@ -143,7 +153,7 @@ def _replacement(
     new.out_proj = layer.out_proj
     return new.train(layer.training)
 
-# %% ../../nbs/14d_vision.ipynb #383ba8ac
+# %% ../../nbs/14d_vision.ipynb #6c1193b4
 def _found_layers(
     model: nn.Module,
     include: str | Sequence[str], # names of layers to replace
@@ -155,8 +165,8 @@ def _found_layers(
              if isinstance(layer, nn.MultiheadAttention) or _is_fused(layer)}
     if "" in found:
         raise ValueError(
-            "model is an attention layer itself: it cannot be replaced in place; "
-            "use MultiheadDilatedAttention")
+            "model is an attention layer itself: it cannot be replaced in "
+            "place; use MultiheadDilatedAttention")
     found = {name: layer for name, layer in found.items()
              if listed(name, include) and not listed(name, exclude)}
     reasons = {}
@@ -166,10 +176,11 @@ def _found_layers(
     refuse_layers("be replaced", reasons)
     if found: return found
     raise ValueError(
-        f"{type(model).__name__} has no nn.MultiheadAttention, and no attention layer "
-        f"as timm's, among include={include!r}, exclude={exclude!r}")
+        f"{type(model).__name__} has no nn.MultiheadAttention, and no "
+        f"attention layer as timm's, among include={include!r}, "
+        f"exclude={exclude!r}")
 
-# %% ../../nbs/14d_vision.ipynb #568cf08f
+# %% ../../nbs/14d_vision.ipynb #bf933af2
 def _replace(
     model: nn.Module,
     found: Mapping[str, nn.Module], # name -> layer
@@ -182,7 +193,8 @@ def _replace(
         parent, _, own = name.rpartition(".")
         setattr(model.get_submodule(parent), own, new[id(layer)])  # one in two places stays one
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoder): continue
+        if not isinstance(module, nn.TransformerEncoder):
+            continue
         ours = MultiheadDilatedAttention in map(type, module.modules())
         if ours: module.use_nested_tensor = False
     first = {id(layer): name for name, layer in reversed(list(found.items()))}
@@ -217,7 +229,7 @@ def _as_pair(size: Any) -> tuple[int, int]:
     "Height and width of a size that may be one number."
     return (size, size) if isinstance(size, int) else tuple(size)
 
-# %% ../../nbs/14d_vision.ipynb #e90e96be
+# %% ../../nbs/14d_vision.ipynb #c4d6bcf5
 def vit_geometry(
     model: Any, # a vision transformer of transformers, timm or torchvision
 ) -> tuple[tuple[int, ...], int]: # grid (H, W) of the patches, and tokens in front of them
@@ -227,12 +239,13 @@ def vit_geometry(
         config = getattr(model, "config", model)  # transformers, torchvision
         image, patch = (getattr(config, name, None) for name in ("image_size", "patch_size"))
         if image is None or patch is None:
-            raise ValueError(f"{type(model).__name__} has neither patch_embed.grid_size nor "
-                             "image_size and patch_size: give grid=(H, W) and prefix_tokens")
+            raise ValueError(
+                f"{type(model).__name__} has neither patch_embed.grid_size nor "
+                "image_size and patch_size: give grid=(H, W) and prefix_tokens")
         grid = tuple(side // p for side, p in zip(_as_pair(image), _as_pair(patch), strict=True))
     return as_grid(tuple(grid)), prefix_length(model)
 
-# %% ../../nbs/14d_vision.ipynb #5c5bbf9c
+# %% ../../nbs/14d_vision.ipynb #bc4432b0
 def convert_vit(
     model: nn.Module, # of timm or torchvision, or with the same attributes; changed in place
     *,
@@ -252,8 +265,9 @@ def convert_vit(
         geometry = Geometry("cells", patches, prefix_tokens=prefix)
     else:
         if settings.grid is None or prefix is None:
-            raise ValueError(f"{type(model).__name__} has no one convolution that cuts the input "
-                             "into patches: give grid=(H, W) and prefix_tokens")
+            raise ValueError(
+                f"{type(model).__name__} has no one convolution that cuts the "
+                "input into patches: give grid=(H, W) and prefix_tokens")
         geometry = Geometry("stated", why=type(model).__name__)
     _replace(model, found, settings, geometry)
     return list(found)
