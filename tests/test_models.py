@@ -211,12 +211,15 @@ def test_layers_chosen_at_construction_are_named(hf, name):
     assert getattr(model.config, "hilbert_attention", None) is None
 
 
-def test_a_layer_that_ignores_the_switch_is_named(hf):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_layer_that_ignores_the_switch_is_named(hf, compiled):
     model = h.use_hilbert_attention(vit(hf), segment_size=6)
     layer = model.layers[1].attention
     layer.forward = lambda x, *args, **options: (x, None)
+    torch._dynamo.reset()
+    call = torch.compile(model, backend="eager") if compiled else model
     with pytest.raises(RuntimeError, match=r"layers\.1\.attention ran without"):
-        model(rand(1, 3, 16, 16))
+        call(rand(1, 3, 16, 16))
 
 
 def test_a_layer_that_is_not_run_is_named(hf):

@@ -243,6 +243,22 @@ def test_pixels_one_after_another(hf):
         model(ids[:, :1].expand(2, 33), use_cache=False)
 
 
+def test_padding_may_hold_anything(hf):
+    "NaN in the embedding of the padding token, which stands on the left, reaches nobody."
+    ids, keys = IDS.clone(), torch.ones(2, 30, dtype=torch.int64)
+    ids[1, :11], keys[1, :11] = 0, 0
+    model, found = switched(hf, segment_size=8), []
+    for value in (0.0, torch.nan):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[0] = value
+            first = model(ids[:, :20], attention_mask=keys[:, :20], use_cache=True)
+            cache = dict(past_key_values=first.past_key_values, use_cache=True)
+            then = model(ids[:, 20:], attention_mask=keys, **cache)
+        logits = torch.cat([first.logits, then.logits], 1)[keys.bool()]
+        found.append(logits[:, 1:])  # the head may be tied to the embedding
+    assert torch.equal(*found)
+
+
 # masks of four dimensions
 
 LOWER = torch.ones(30, 30, dtype=torch.bool).tril()

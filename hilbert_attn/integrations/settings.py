@@ -71,13 +71,13 @@ def _plain_fields(
         plain["dilation_rates"] = _one_of("dilation_rates", rates, dilation_rate=rate)
     return plain
 
-# %% ../../nbs/14_integrations.ipynb #7f6bf82b
+# %% ../../nbs/14_integrations.ipynb #b805548d
 def _check_fields(settings: "HilbertSettings"):
     "Raises `ValueError` for a field that does not fit."
     if settings.curve not in (None, "auto"): _parse_curve(settings.curve)
     _check_backend_name(settings.backend)
-    several = isinstance(settings.offsets, tuple)
-    heads = len(settings.offsets if several else settings.branches[0])
+    heads = len(settings.branches[0])
+    if isinstance(settings.offsets, tuple): heads = len(settings.offsets)
     settings.pattern(1, heads)  # names the value that does not fit
 
 # %% ../../nbs/14_integrations.ipynb #ece7a47a
