@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from hilbert_attn import block_sparse
 from hilbert_attn.backends import set_backend
+from hilbert_attn.blocks import engine, planner
 from hilbert_attn.block_sparse import (ALWAYS, PATTERN_TYPES, BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig, block_lists, block_reference_attention,
                                        block_sdpa_attention, block_sdpa_mask_attention, block_sparse_attention, block_stats, lists_from_block_mask, lists_from_bounds, lists_from_kinds, lists_from_operands,
                                        lists_to_operands, permute_blocks)
@@ -36,7 +37,7 @@ def poison(run):
 
 
 @pytest.fixture
-def small_pieces(monkeypatch): monkeypatch.setattr(block_sparse, "_CHUNK", 700)
+def small_pieces(monkeypatch): monkeypatch.setattr(engine, "_CHUNK", 700)
 
 
 @dataclass
@@ -107,7 +108,7 @@ def assert_exact(lists: BlockLists, mask: torch.Tensor):
     pairs = mask[q.clamp(min=0)[:, :, None, None], k.clamp(min=0)] & (q >= 0)[:, :, None, None] & (k >= 0)  # (nQ, BM, nK, BN)
     some, every = pairs.any(3).any(1), (pairs | (q < 0)[:, :, None, None]).all(3).all(1)
     assert torch.equal(lists.kinds()[0], some.to(torch.int8) + (some & every).to(torch.int8))
-    assert torch.equal(block_sparse._kinds(lists.columns, len(q)).transpose(1, 2), lists.kinds())
+    assert torch.equal(lists.columns.kinds(len(q)).transpose(1, 2), lists.kinds())
     for rows in (lists.rows, lists.columns):
         for start, end, full in zip(rows.start[0], rows.start[0, 1:], rows.full[0]):
             for part in rows.index[start:start + full], rows.index[start + full:end]: assert torch.equal(part, part.sort().values)
@@ -218,7 +219,7 @@ def test_the_cache_is_bounded_and_notices_writes():
     order.copy_(torch.arange(64))
     assert block_lists(SlidePattern(64, 9), order=order, block_size=8).q_tokens is None
     for window in range(1, 90): block_lists(SlidePattern(64, window), block_size=8)
-    assert len(block_sparse._list_cache.entries) <= block_sparse._list_cache.max_entries
+    assert len(planner._list_cache.entries) <= planner._list_cache.max_entries
 
 
 def test_lists_survive_the_way_through_an_operator():
@@ -271,15 +272,15 @@ def test_equals_the_oracle(call): poison(lambda: call.check(block_sdpa_attention
 @settings(max_examples=150)
 @given(call=calls())
 def test_equals_the_oracle_in_small_pieces(call):
-    chunk, block_sparse._CHUNK = block_sparse._CHUNK, 700
+    chunk, engine._CHUNK = engine._CHUNK, 700
     try: poison(lambda: call.check(block_sdpa_attention))
-    finally: block_sparse._CHUNK = chunk
+    finally: engine._CHUNK = chunk
 
 
 @settings(max_examples=60)
 @given(calls(40))
 def test_the_expression_equals_the_oracle(call):
-    def expression(q, k, v, lists, *, key_mask, scale): return block_sparse._block_expression(q, k, v, lists, key_mask, 0.0, q.shape[-1] ** -0.5 if scale is None else scale)
+    def expression(q, k, v, lists, *, key_mask, scale): return engine._block_expression(q, k, v, lists, key_mask, 0.0, q.shape[-1] ** -0.5 if scale is None else scale)
     poison(lambda: call.check(lambda *x, **o: (lambda out, lse: (out, lse))(*expression(*x, **o))))
 
 
@@ -612,7 +613,7 @@ def test_no_call_spoils_the_lists(poison):
     mask = pattern.mask()[0][None, None]
     expected = masked_attention(q, q, q, mask)[0]
     for options in ((), (order,)): torch.testing.assert_close(call(q, *options), expected)
-    for lists, *_ in block_sparse._list_cache.entries.values():
+    for lists, *_ in planner._list_cache.entries.values():
         assert all(is_plain(x) for x in lists.tensors())
 
 
