@@ -440,11 +440,27 @@ def _in_tokens(x: Tensor, tokens: Tensor, into: Tensor) -> Tensor: # like `into`
     slot = (tokens.flatten() >= 0).nonzero()[:, 0]
     return into.index_copy(2, tokens.flatten()[slot], x.flatten(2, 3)[:, :, slot])
 
+# %% ../../nbs/10c_block_engine.ipynb #1a88aad3
+def _attend_piece(piece: _Piece, test: _Test, q, k, v, scale, dropout_p) -> Iterator[tuple]:
+    "Yields query heads, out and lse of a piece, for each member of a group; q, k, v by slot."
+    rows, blocks = piece.bucket.rows[piece.part], piece.bucket.blocks[piece.part]
+    attended = test(piece.bucket, piece.part, piece.batches)
+    own = piece.batches, piece.kv_heads
+    keys, values = (x[own][:, :, blocks].flatten(3, 4) for x in (k, v))
+    for heads in piece.q_heads:
+        queries = q[piece.batches, heads][:, :, rows].flatten(3, 4)
+        yield heads, *_piece_attention(queries, keys, values, attended, scale, dropout_p)
+
+# %% ../../nbs/10c_block_engine.ipynb #d4839cf6
+def _put(whole: Tensor, part: Tensor, piece: _Piece, heads: slice):
+    "Writes results of a piece into those of all query blocks (B, H, nQ, BM, ...)."
+    rows, own = piece.bucket.rows[piece.part].flatten(), whole[piece.batches, heads]
+    part = part.reshape(*own.shape[:2], len(rows), *own.shape[3:])
+    whole[piece.batches, heads] = own.index_copy(2, rows, part)
+
 # %% ../../nbs/10c_block_engine.ipynb #c87154dc
-def _block_expression(
-    q, k, v, lists: BlockLists, key_mask, dropout_p: float, scale: float,
-) -> tuple[Tensor, Tensor]: # out, lse
-    "The same as plain differentiable PyTorch, on any device."
+def _block_expression(q, k, v, lists: BlockLists, key_mask, dropout_p: float, scale: float):
+    "The same as plain differentiable PyTorch, on any device: out, lse."
     wide, test = torch.promote_types(q.dtype, torch.float32), _Test(lists, key_mask, _Scratch())
     qs = _in_slots(q, test.q_tokens, None, wide)
     ks, vs = (_in_slots(x, test.k_tokens, key_mask, wide) for x in (k, v))
@@ -453,17 +469,8 @@ def _block_expression(
     nothing = (q.sum() + k.sum() + v.sum()).masked_fill(always, 0).to(wide)
     out, lse = torch.zeros_like(qs) + nothing, qs.new_full(qs.shape[:-1], -torch.inf) + nothing
     for piece in _pieces(lists, q.shape[0], q.shape[1], k.shape[1], test.BN * q.shape[3]):
-        lines, blocks = piece.bucket.rows[piece.part], piece.bucket.blocks[piece.part]
-        attended = test(piece.bucket, piece.part, piece.batches)
-        own = piece.batches, piece.kv_heads
-        keys, values = (x[own][:, :, blocks].flatten(3, 4) for x in (ks, vs))
-        for heads in piece.q_heads:
-            queries = qs[piece.batches, heads][:, :, lines].flatten(3, 4)
-            parts = _piece_attention(queries, keys, values, attended, scale, dropout_p)
-            for whole, part in zip((out, lse), parts):
-                own = whole[piece.batches, heads]
-                part = part.reshape(*own.shape[:2], lines.numel(), *own.shape[3:])
-                whole[piece.batches, heads] = own.index_copy(2, lines.flatten(), part)
+        for heads, *parts in _attend_piece(piece, test, qs, ks, vs, scale, dropout_p):
+            for whole, part in zip((out, lse), parts): _put(whole, part, piece, heads)
     blank_out = q.new_zeros(q.shape, dtype=wide) + nothing
     blank_lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide) + nothing
     out = _in_tokens(out, test.q_tokens, blank_out).to(q.dtype)
