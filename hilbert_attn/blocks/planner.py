@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ..backends import _check_order
 from .lists import ALWAYS, NEVER, BlockLists, as_block_size, rows_and_columns
-from ..common import Cache, true_or_false, whole_number
+from ..common import Cache, is_plain, true_or_false, whole_number
 from ..curves import curve_order
 from hilbert_attn.patterns import (
     NeighborhoodPattern,
@@ -317,12 +317,20 @@ def _everybodys(plan: _Plan, always: np.ndarray, shared: int, *options) -> Itera
     queries, keys = np.where(always[:n], 0, 1), np.where(always, 2, 0)
     yield from _section_pairs(*tokens, queries, keys, *options)
 
+# %% ../../nbs/10a_block_planner.ipynb #8248c456
+def _along(order: Tensor | None, count: int) -> np.ndarray: # int64 (count,)
+    "The order in numbers."
+    if order is None: return np.arange(count)
+    if is_plain(order): return order.cpu().numpy().astype(np.int64)
+    raise ValueError(
+        f"order is a {type(order).__name__} on {order.device} without numbers, as in a trace: "
+        "build block lists from a tensor that has them, outside")
+
 # %% ../../nbs/10a_block_planner.ipynb #c401ea54
 def _build(pattern, order, block_size, causal, registers: int, grouped) -> BlockLists:
     "Block lists of a pattern, on the CPU."
     n, shared = pattern.seq_len, getattr(pattern, "shared", 0)
-    along = np.arange(n - shared) if order is None else order.cpu().numpy().astype(np.int64)
-    plan = _plan(pattern, along + shared, block_size, causal, grouped)
+    plan = _plan(pattern, _along(order, n - shared) + shared, block_size, causal, grouped)
     token = np.arange(n + registers)
     always = (token < shared) | (token >= n)
     plan.k_tokens = np.append(plan.k_tokens, _padded(token[n:], block_size[1]))
@@ -352,20 +360,19 @@ _list_cache = Cache(max_entries=64, max_bytes=1 << 28, tensors=BlockLists.tensor
 def _lists(
     pattern: BlockPattern, order: Tensor | None, curve: str | None, options: tuple,
 ) -> BlockLists:
-    "Block lists of checked arguments."
-    if curve is not None:
-        grid = getattr(pattern, "grid", pattern.seq_len - getattr(pattern, "shared", 0))
-        order = curve_order(grid, curve)
+    "Block lists of checked arguments: real tensors, although everything around may be traced."
     *layout, device = options
-    def build(): return _build(pattern, order, *layout).to(device)
-    return _list_cache.get((pattern, *options), build, order)
+    with _disable_current_modes():
+        if curve is not None:
+            grid = getattr(pattern, "grid", pattern.seq_len - getattr(pattern, "shared", 0))
+            order = curve_order(grid, curve)
+        def build(): return _build(pattern, order, *layout).to(device)
+        return _list_cache.get((pattern, *options), build, order)
 
 # %% ../../nbs/10a_block_planner.ipynb #0e739056
 def _constant_lists(pattern: int, arguments: tuple, curve: str | None, *options) -> BlockLists:
-    """Block lists as a constant of a compiled or exported graph: real tensors, although everything
-    around is being traced."""
-    with _disable_current_modes():
-        return _lists(_PATTERNS[pattern](*arguments), None, curve, options)
+    "Block lists as a constant of a compiled or exported graph."
+    return _lists(_PATTERNS[pattern](*arguments), None, curve, options)
 
 
 # what torch.compiler.assume_constant_result does, after importing the compiler, which takes seconds
