@@ -27,7 +27,8 @@ from torch.utils.checkpoint import checkpoint as _checkpoint
 
 from .backends import _autocast, _check_backend_name, _check_call, _choose, _run
 from .block_ring import block_sparse_ring_attention, lists_order
-from .block_sparse import BlockLists, BlockPattern, PostPatternHilbertOptimizer, SparsePatternConfig, _check_block_size, block_sparse_attention, lists_from_block_mask
+from .block_sparse import BlockLists, BlockPattern, PostPatternHilbertOptimizer, SparsePatternConfig, block_sparse_attention, lists_from_block_mask
+from .blocks.lists import as_block_size
 from .common import true_or_false, whole_number, whole_numbers
 from .curves import _parse_curve, as_grid, curve_order
 from .dilated import _check_dilated, _run_dilated
@@ -767,7 +768,7 @@ class BlockSparseAttention(nn.Module):
         "Attended (query, key) pairs, not counting causality and key mask."
         pattern = self._pattern_of(seq_len)
         if not isinstance(pattern, SparsePatternConfig): return num_heads * pattern.pairs()
-        blocks, (BM, BN) = pattern.blocks(seq_len), _check_block_size(pattern.block_size)
+        blocks, (BM, BN) = pattern.blocks(seq_len), as_block_size(pattern.block_size)
         keys = BN * blocks.sum(-1) - blocks[..., -1] * (-seq_len % BN)  # the last block is shorter
         pairs = BM * keys.sum(-1) - keys[..., -1] * (-seq_len % BM)
         return round(num_heads * pairs.double().mean().item())  # over the heads that a mask tells apart
@@ -780,7 +781,7 @@ class BlockSparseAttention(nn.Module):
             optimizer = PostPatternHilbertOptimizer(curve or "hilbert", enabled=curve is not None)
             return optimizer.lists(pattern, seq_len=seq_len, block_size=self.block_size, causal=causal, device=device)
         order = None if curve in (None, "row_major") else curve_order(seq_len if self.grid is None else self.grid, curve, device)
-        return lists_from_block_mask(pattern.blocks(seq_len, device), seq_len, seq_len, _check_block_size(pattern.block_size), order=order, causal=causal)
+        return lists_from_block_mask(pattern.blocks(seq_len, device), seq_len, seq_len, as_block_size(pattern.block_size), order=order, causal=causal)
 
     def forward(
         self,

@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from hilbert_attn import block_sparse
 from hilbert_attn.backends import set_backend
+from hilbert_attn.blocks import engine, planner
 from hilbert_attn.block_sparse import (ALWAYS, PATTERN_TYPES, BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig, block_lists, block_reference_attention,
                                        block_sdpa_attention, block_sdpa_mask_attention, block_sparse_attention, block_stats, lists_from_block_mask, lists_from_bounds, lists_from_kinds, lists_from_operands,
                                        lists_to_operands, permute_blocks)
@@ -36,7 +37,7 @@ def poison(run):
 
 
 @pytest.fixture
-def small_pieces(monkeypatch): monkeypatch.setattr(block_sparse, "_CHUNK", 700)
+def small_pieces(monkeypatch): monkeypatch.setattr(engine, "_CHUNK", 700)
 
 
 @dataclass
@@ -107,7 +108,7 @@ def assert_exact(lists: BlockLists, mask: torch.Tensor):
     pairs = mask[q.clamp(min=0)[:, :, None, None], k.clamp(min=0)] & (q >= 0)[:, :, None, None] & (k >= 0)  # (nQ, BM, nK, BN)
     some, every = pairs.any(3).any(1), (pairs | (q < 0)[:, :, None, None]).all(3).all(1)
     assert torch.equal(lists.kinds()[0], some.to(torch.int8) + (some & every).to(torch.int8))
-    assert torch.equal(block_sparse._kinds(lists.columns, len(q)).transpose(1, 2), lists.kinds())
+    assert torch.equal(lists.columns.kinds(len(q)).transpose(1, 2), lists.kinds())
     for rows in (lists.rows, lists.columns):
         for start, end, full in zip(rows.start[0], rows.start[0, 1:], rows.full[0]):
             for part in rows.index[start:start + full], rows.index[start + full:end]: assert torch.equal(part, part.sort().values)
@@ -218,7 +219,7 @@ def test_the_cache_is_bounded_and_notices_writes():
     order.copy_(torch.arange(64))
     assert block_lists(SlidePattern(64, 9), order=order, block_size=8).q_tokens is None
     for window in range(1, 90): block_lists(SlidePattern(64, window), block_size=8)
-    assert len(block_sparse._list_cache.entries) <= block_sparse._list_cache.max_entries
+    assert len(planner._list_cache.entries) <= planner._list_cache.max_entries
 
 
 def test_lists_survive_the_way_through_an_operator():
@@ -271,15 +272,15 @@ def test_equals_the_oracle(call): poison(lambda: call.check(block_sdpa_attention
 @settings(max_examples=150)
 @given(call=calls())
 def test_equals_the_oracle_in_small_pieces(call):
-    chunk, block_sparse._CHUNK = block_sparse._CHUNK, 700
+    chunk, engine._CHUNK = engine._CHUNK, 700
     try: poison(lambda: call.check(block_sdpa_attention))
-    finally: block_sparse._CHUNK = chunk
+    finally: engine._CHUNK = chunk
 
 
 @settings(max_examples=60)
 @given(calls(40))
 def test_the_expression_equals_the_oracle(call):
-    def expression(q, k, v, lists, *, key_mask, scale): return block_sparse._block_expression(q, k, v, lists, key_mask, 0.0, q.shape[-1] ** -0.5 if scale is None else scale)
+    def expression(q, k, v, lists, *, key_mask, scale): return engine._block_expression(q, k, v, lists, key_mask, 0.0, q.shape[-1] ** -0.5 if scale is None else scale)
     poison(lambda: call.check(lambda *x, **o: (lambda out, lse: (out, lse))(*expression(*x, **o))))
 
 
@@ -560,6 +561,20 @@ def test_numbers_are_whole(bad):
     with pytest.raises(ValueError, match="causal"): block_sparse_attention(q, q, q, mask, block_size=24, causal=bad)
 
 
+PATTERNS = {
+    "window": lambda x: WindowPattern((6, 8), x), "kernel_size": lambda x: NeighborhoodPattern((6, 8), x),
+    "dilation": lambda x: NeighborhoodPattern((6, 8), 3, x), "slide": lambda x: SlidePattern(48, x),
+    "tiles": lambda x: TilesSharedPattern(48, x), "segment_size": lambda x: SegmentPattern(48, x)}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("bad", (2.5, 2.0, float("nan"), "2", True))
+def test_numbers_of_a_pattern_are_whole(name, bad):
+    with pytest.raises(ValueError, match="window" if name == "slide" else name): PATTERNS[name](bad)
+    good, same = (block_lists(PATTERNS[name](make(2)), block_size=16) for make in (int, np.int64))
+    assert good is same
+
+
 @pytest.mark.parametrize("name", ("window", "dilation_rates", "global_tokens"))
 @pytest.mark.parametrize("bad", (2.5, 24.0, float("nan"), "24", True))
 def test_numbers_of_a_block_pattern_are_whole(name, bad):
@@ -576,7 +591,7 @@ class Attend(torch.nn.Module):
     def forward(self, q, order): return block_sparse_attention(q, q, q, torch.eye(3, dtype=torch.bool), block_size=16, order=order)
 
 
-@pytest.mark.parametrize("mode", ("eager",))
+@pytest.mark.parametrize("mode", ("eager", "inference", "compiled"))
 def test_an_order_is_a_permutation(mode):
     q, order = torch.randn(1, 1, 48, 16), torch.arange(48).flip(0)
     wrong = order.clone()
@@ -591,28 +606,35 @@ def test_an_order_is_a_permutation(mode):
     with pytest.raises(ValueError, match="no permutation"): block_lists(SlidePattern(48, 9), order=wrong, block_size=16)
 
 
-@pytest.mark.parametrize("poison", ("fake mode", "make_fx", "functionalize", "vmap", "meta", "float"))
+def fake_mode(call, q, order):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode: call(mode.from_tensor(q))
+
+
+POISON = {
+    "fake mode": fake_mode,
+    "make_fx": lambda call, q, order: make_fx(lambda q: call(q), tracing_mode="fake")(q),
+    "functionalize": lambda call, q, order: torch.func.functionalize(call)(q, order),
+    "vmap": lambda call, q, order: torch.vmap(lambda x: call(q, x))(order[None]),
+    "meta": lambda call, q, order: call(q, order.to("meta")),
+    "float": lambda call, q, order: call(q, block_size=16.0)}
+
+
+@pytest.mark.parametrize("poison", POISON)
 def test_no_call_spoils_the_lists(poison):
     pattern = NeighborhoodPattern((5, 7 + len(poison)), 3)  # of this test alone
-    n = pattern.seq_len
-    def call(q, order=None):
-        lists = block_lists(pattern, order=order, curve=None if order is not None else "hilbert", block_size=16)
+
+    def call(q, order=None, block_size=16):
+        curve = "hilbert" if order is None else None
+        lists = block_lists(pattern, order=order, curve=curve, block_size=block_size)
         return block_sparse_attention(q, q, q, lists)
 
-    q, order = torch.randn(1, 1, n, 16), torch.randperm(n)
-    try:
-        if poison == "fake mode":
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode: call(mode.from_tensor(q))
-        if poison == "make_fx": make_fx(call, tracing_mode="fake")(q)
-        if poison == "functionalize": torch.func.functionalize(call)(q, order)
-        if poison == "vmap": torch.vmap(lambda x: call(q, x))(order[None])
-        if poison == "meta": call(q, order.to("meta"))
-        if poison == "float": block_lists(pattern, curve="hilbert", block_size=16.0)
-    except Exception as error: print(type(error), error)  # whether it can be traced is another question
-    mask = pattern.mask()[0][None, None]
-    expected = masked_attention(q, q, q, mask)[0]
+    q, order = torch.randn(1, 1, pattern.seq_len, 16), torch.randperm(pattern.seq_len)
+    try: POISON[poison](call, q, order)
+    except ValueError as error: assert "order" in str(error) or "block_size" in str(error)
+    except (RuntimeError, AssertionError) as error: assert "Please convert all Tensors to FakeTensors" in str(error)
+    expected = masked_attention(q, q, q, pattern.mask()[0])[0]
     for options in ((), (order,)): torch.testing.assert_close(call(q, *options), expected)
-    for lists, *_ in block_sparse._list_cache.entries.values():
+    for lists, *_ in planner._list_cache.entries.values():
         assert all(is_plain(x) for x in lists.tensors())
 
 

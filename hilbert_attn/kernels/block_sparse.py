@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..autograd import _empty_like_rows
-from ..block_sparse import _LISTS, ALWAYS, BlockLists, BlockRows, lists_from_operands, lists_to_operands
+from ..blocks.lists import LIST_ARGUMENTS as _LISTS
+from ..blocks.lists import ALWAYS, BlockLists, BlockRows, lists_from_operands, lists_to_operands
 from ..curves import _define_operator
 from .backward import _row_statistics
 from .forward import (
