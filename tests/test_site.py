@@ -8,6 +8,7 @@ import subprocess
 import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urldefrag, urljoin
@@ -175,6 +176,15 @@ def test_documented_source_is_folded(pages):
             assert fold[1] == ("true" if documented else "show"), source[:400]
             folds[fold[1]] += 1
     assert min(folds.values()) > 5
+
+
+def test_no_section_is_empty(pages):
+    for name, cells in pages.items():
+        for cell, after in pairwise(cells[1:]):
+            if {cell["cell_type"], after["cell_type"]} != {"markdown"}: continue
+            alone = re.fullmatch(r"(#+) .*", joined(cell["source"]).strip())
+            following = re.match(r"#+ ", joined(after["source"]))
+            if alone and following: assert len(following[0]) > len(alone[1]) + 1, (name, alone[0])
 
 
 def test_torch_documents_no_operator_of_ours(pages):
