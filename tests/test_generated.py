@@ -2,6 +2,7 @@
 
 And the numbers of the notebooks are the order in which their modules depend on each other.
 """
+
 import ast
 import json
 import os
@@ -22,15 +23,23 @@ GENERATED = ["CONTRIBUTING.md", "README.md", "examples/quickstart.py"]
 MODULE = re.compile(r"hilbert_attn(?:\.\w+)+")
 
 
-def cells(notebook: Path) -> list[dict]: return json.loads(notebook.read_text())["cells"]
+def cells(notebook: Path) -> list[dict]:
+    return json.loads(notebook.read_text())["cells"]
 
 
 def sources(notebook: Path) -> list[str]:
-    return ["".join(cell["source"]) for cell in cells(notebook) if cell["cell_type"] == "code"]
+    return [
+        "".join(cell["source"])
+        for cell in cells(notebook)
+        if cell["cell_type"] == "code"
+    ]
 
 
 def run(*command: str, cwd: Path) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(cwd)}  # the copy's package, not the one installed
+    env = {
+        **os.environ,
+        "PYTHONPATH": str(cwd),
+    }  # the copy's package, not the one installed
     return subprocess.run(
         command, cwd=cwd, env=env, capture_output=True, text=True, timeout=200
     )
@@ -44,7 +53,8 @@ def check_pages(tree: Path) -> subprocess.CompletedProcess:
 def paths() -> list[str]:
     "All files that git knows or would add."
     found = checkout_files()
-    if found is None: pytest.skip("not a git checkout")
+    if found is None:
+        pytest.skip("not a git checkout")
     return found
 
 
@@ -59,9 +69,15 @@ def test_export_and_clean_leave_no_difference(tree, paths):
     for name in ("nbdev_export", "nbdev_clean"):
         done = run(str(Path(sys.executable).parent / name), cwd=tree)
         assert done.returncode == 0, done.stderr
-    stale = [path for path in paths if (tree / path).read_bytes() != (ROOT / path).read_bytes()]
+    stale = [
+        path
+        for path in paths
+        if (tree / path).read_bytes() != (ROOT / path).read_bytes()
+    ]
     files = [path for path in tree.rglob("*") if path.is_file()]
-    made = {str(path.relative_to(tree)) for path in files if "__pycache__" not in path.parts}
+    made = {
+        str(path.relative_to(tree)) for path in files if "__pycache__" not in path.parts
+    }
     stale += sorted(made - {*paths})
     assert not stale, f"run `make export`: {stale}"
 
@@ -73,9 +89,11 @@ def test_readme_quickstart_and_contributing_are_fresh(tree):
 
 def test_stale_pages_are_named(tree):
     fresh = {path: (tree / path).read_bytes() for path in GENERATED}
-    for path, data in fresh.items(): (tree / path).write_bytes(data + b"\n")
+    for path, data in fresh.items():
+        (tree / path).write_bytes(data + b"\n")
     done = check_pages(tree)
-    for path, data in fresh.items(): (tree / path).write_bytes(data)
+    for path, data in fresh.items():
+        (tree / path).write_bytes(data)
     assert done.returncode == 1
     assert f"{', '.join(GENERATED)}; run `make readme`" in done.stderr
 
@@ -105,21 +123,26 @@ def imported(tree: ast.AST, module: str) -> Iterator[str]:
     "The modules, or names in them, that code imports, written as statements or as strings."
     package = module.split(".")
     for node in ast.walk(tree):
-        if isinstance(node, ast.Import): yield from (alias.name for alias in node.names)
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            base = package[:-node.level] if node.level else []
+            base = package[: -node.level] if node.level else []
             path = ".".join([*base, *filter(None, [node.module])])
             yield from (f"{path}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            name = node.value.replace(":", ".")  # as "hilbert_attn.reference:reference_attention"
-            if MODULE.fullmatch(name): yield name
+            name = node.value.replace(
+                ":", "."
+            )  # as "hilbert_attn.reference:reference_attention"
+            if MODULE.fullmatch(name):
+                yield name
 
 
 def exported_imports(notebook: Path, module: str) -> set[str]:
     "What its exported cells import from this package."
     found = set()
     for text in sources(notebook):
-        if re.search(r"^#\| *export", text, re.M): found |= {*imported(ast.parse(text), module)}
+        if re.search(r"^#\| *export", text, re.M):
+            found |= {*imported(ast.parse(text), module)}
     return {name for name in found if name.startswith("hilbert_attn.")}
 
 
@@ -133,7 +156,9 @@ MODULES = {found: path for path in NOTEBOOKS if (found := exported_module(path))
 
 def home(name: str) -> str | None:
     "The module that a dotted name is, or is in."
-    return next((found for found in (name, name.rpartition(".")[0]) if found in MODULES), None)
+    return next(
+        (found for found in (name, name.rpartition(".")[0]) if found in MODULES), None
+    )
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -142,21 +167,22 @@ def test_number_order_is_dependency_order(module):
     notebook = MODULES[module]
     assert re.match(r"\d\d[a-z]?_", notebook.stem), notebook.name
     for name in exported_imports(notebook, module) - WAITING.get(notebook.stem, set()):
-        if name.endswith("__"): continue  # hilbert_attn.__version__, and the like
+        if name.endswith("__"):
+            continue  # hilbert_attn.__version__, and the like
         assert home(name), f"{notebook.stem} imports {name}, which no module has"
         earlier = MODULES[home(name)].stem < notebook.stem
         assert earlier or home(name) == module, f"{notebook.stem} imports {name}"
 
 
 def test_imports_are_found_in_all_their_forms():
-    code = '''
+    code = """
 import torch
 from .curves import curve_order
 from hilbert_attn.kernels import forward
 import_module("hilbert_attn.ring")
 PLACE = "hilbert_attn.sdpa:sdpa_attention"
 OPERATOR = "hilbert_attn::forward"
-'''
+"""
     assert {*imported(ast.parse(code), "hilbert_attn.local")} == {
         "torch",
         "hilbert_attn.curves.curve_order",

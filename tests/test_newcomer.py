@@ -2,6 +2,7 @@
 
 And what is copied for it is what git would take.
 """
+
 import os
 import subprocess
 import sys
@@ -40,16 +41,24 @@ demo:
 docs:
 \t@mkdir -p _docs && touch _docs/index.html _docs/curves.html
 """
-NOT_FOR_NEWCOMERS = {"HILBERT_ATTN_BACKEND": "reference", "VIRTUAL_ENV": "here", "MAKEFLAGS": "n"}
+NOT_FOR_NEWCOMERS = {
+    "HILBERT_ATTN_BACKEND": "reference",
+    "VIRTUAL_ENV": "here",
+    "MAKEFLAGS": "n",
+}
 
 
 @pytest.fixture
 def clone(tmp_path, monkeypatch):
     "A repository in which every step works, in an instant."
-    for name, value in NOT_FOR_NEWCOMERS.items(): monkeypatch.setenv(name, value)
+    for name, value in NOT_FOR_NEWCOMERS.items():
+        monkeypatch.setenv(name, value)
     (tmp_path / "nbs").mkdir()
-    for name in ("index", "00_curves"): (tmp_path / "nbs" / f"{name}.ipynb").touch()
-    (tmp_path / ".venv/lib/python3.12/site-packages/numpy-2.0.dist-info").mkdir(parents=True)
+    for name in ("index", "00_curves"):
+        (tmp_path / "nbs" / f"{name}.ipynb").touch()
+    (tmp_path / ".venv/lib/python3.12/site-packages/numpy-2.0.dist-info").mkdir(
+        parents=True
+    )
     (tmp_path / "picture").write_bytes(PNG)
     (tmp_path / "README.md").write_text(README)
     (tmp_path / "Makefile").write_text(MAKEFILE)
@@ -74,34 +83,51 @@ def test_the_path(clone):
 
 
 def test_the_table():
-    row = dict(name="site", command="make docs", seconds=9.04, so_far=12, packages=3, gave="all")
+    row = dict(
+        name="site",
+        command="make docs",
+        seconds=9.04,
+        so_far=12,
+        packages=3,
+        gave="all",
+    )
     assert newcomer.table([row]).splitlines() == [
         "first  command    seconds  in all  packages  what came out",
         "site   make docs      9.0    12.0         3  all",
     ]
 
 
-@pytest.mark.parametrize("file, old, new, said", [
-    ("Makefile", "7 pairs", "8 pairs", "`make quickstart`.*promises '7 pairs'"),
-    ("Makefile", "test -z", "test -n", "`make quickstart`.*exit code 2"),
-    ("Makefile", "curve segments", "curve", "`make demo`.*segments.png"),
-    ("Makefile", "</html>", "", "`make demo`.*report.html is cut short"),
-    ("Makefile", "touch _docs/index.html", "touch", "`make docs`.*only curves.html"),
-    ("Makefile", "_docs/curves.html", "", "`make docs`.*2 notebooks"),
-    ("picture", "IEND", "", "`make demo`.*curve.png is no whole picture"),
-    ("picture", "\x01\xe0", "\0\1", "`make demo`.*curve.png is tiny"),
-])
+@pytest.mark.parametrize(
+    "file, old, new, said",
+    [
+        ("Makefile", "7 pairs", "8 pairs", "`make quickstart`.*promises '7 pairs'"),
+        ("Makefile", "test -z", "test -n", "`make quickstart`.*exit code 2"),
+        ("Makefile", "curve segments", "curve", "`make demo`.*segments.png"),
+        ("Makefile", "</html>", "", "`make demo`.*report.html is cut short"),
+        (
+            "Makefile",
+            "touch _docs/index.html",
+            "touch",
+            "`make docs`.*only curves.html",
+        ),
+        ("Makefile", "_docs/curves.html", "", "`make docs`.*2 notebooks"),
+        ("picture", "IEND", "", "`make demo`.*curve.png is no whole picture"),
+        ("picture", "\x01\xe0", "\0\1", "`make demo`.*curve.png is tiny"),
+    ],
+)
 def test_steps_that_do_not_give_what_they_promise(clone, file, old, new, said):
     old, new = old.encode("latin-1"), new.encode("latin-1")
     data = (clone / file).read_bytes()
     assert old in data
     (clone / file).write_bytes(data.replace(old, new))
-    with pytest.raises(RuntimeError, match=f"(?s){said}"): newcomer.walk(clone, False, 60)
+    with pytest.raises(RuntimeError, match=f"(?s){said}"):
+        newcomer.walk(clone, False, 60)
 
 
 def test_steps_are_targets_of_the_makefile():
     makefile = (checkout.ROOT / "Makefile").read_text()
-    for command, _ in newcomer.STEPS.values(): assert f"\n{command.split()[1]}: " in makefile
+    for command, _ in newcomer.STEPS.values():
+        assert f"\n{command.split()[1]}: " in makefile
 
 
 def test_no_checkout_has_no_files(tmp_path, monkeypatch):
@@ -117,8 +143,11 @@ def repository(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(checkout, "ROOT", root)
     subprocess.run(["git", "init", "--quiet", root], check=True)
     (root / ".gitignore").write_text("*.log\n")
-    for name in ("tracked.py", "gone.py", "new name.py", "x.log"): (root / name).touch()
-    subprocess.run(["git", "add", "tracked.py", "gone.py", ".gitignore"], cwd=root, check=True)
+    for name in ("tracked.py", "gone.py", "new name.py", "x.log"):
+        (root / name).touch()
+    subprocess.run(
+        ["git", "add", "tracked.py", "gone.py", ".gitignore"], cwd=root, check=True
+    )
     (root / "gone.py").unlink()
     (root / "folder").mkdir()
     os.symlink("../tracked.py", root / "folder" / "link.py")
@@ -127,7 +156,12 @@ def repository(tmp_path, monkeypatch) -> Path:
 
 def test_a_checkout_is_copied_as_git_sees_it(repository, tmp_path):
     paths = checkout.checkout_files()
-    assert sorted(paths) == [".gitignore", "folder/link.py", "new name.py", "tracked.py"]
+    assert sorted(paths) == [
+        ".gitignore",
+        "folder/link.py",
+        "new name.py",
+        "tracked.py",
+    ]
     copy = tmp_path / "copy"
     checkout.copy_checkout(copy, paths)
     assert (copy / "folder" / "link.py").is_symlink()

@@ -2,6 +2,7 @@
 
 Its pictures can be drawn, and pages that describe the package show what it is today.
 """
+
 from pathlib import Path
 
 import nbformat
@@ -25,7 +26,10 @@ def test_runs(path, tmp_path):
     notebook = nbformat.read(path, as_version=4)
     stored = tables(notebook)
     place = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, timeout=300, kernel_name="python3", resources=place).execute()
-    if path.stem not in DESCRIBE: return
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources=place
+    ).execute()
+    if path.stem not in DESCRIBE:
+        return
     assert stored, "a page that describes the package shows no table"
     assert tables(notebook) == stored, f"run nbs/{path.name} again, then `make export`"

@@ -4,6 +4,7 @@ nbdev processes the notebooks into _proc/, where they are mended (`processed`). 
 them where it is installed, and Sphinx elsewhere (`sphinx_site`). Either way a warning is an error,
 and nothing is run but what nbdev needs to document the exported names.
 """
+
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,8 @@ def quarto(folder: Path) -> None:
     command = ["quarto", "render", "--no-cache"]
     run = subprocess.run(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     sys.stderr.write(run.stderr)
-    if run.returncode or "WARN" in run.stderr: sys.exit("quarto render failed or warned: see above")
+    if run.returncode or "WARN" in run.stderr:
+        sys.exit("quarto render failed or warned: see above")
 
 
 def sphinx(folder: Path) -> None:
@@ -39,17 +41,21 @@ def sphinx(folder: Path) -> None:
 def add_files(site: Path, notebooks: list[str]) -> None:
     "What pages load or offer, and no renderer copies: script, formulas, notebooks."
     static, downloads = site / "_static", site / "notebooks"
-    for folder in (static, downloads): folder.mkdir(exist_ok=True)
-    for name in STATIC: shutil.copy(NBS / name, static)
+    for folder in (static, downloads):
+        folder.mkdir(exist_ok=True)
+    for name in STATIC:
+        shutil.copy(NBS / name, static)
     add_mathjax(static / "mathjax")
-    for name in notebooks: nbformat.write(without_outputs(NBS / name), downloads / name)
+    for name in notebooks:
+        nbformat.write(without_outputs(NBS / name), downloads / name)
 
 
 def without_outputs(path: Path) -> NotebookNode:
     "A notebook to be run: what it has shown stands on its page."
     notebook = read(path)
     for cell in notebook.cells:
-        if cell.cell_type == "code": cell.outputs = []
+        if cell.cell_type == "code":
+            cell.outputs = []
     return notebook
 
 
@@ -72,7 +78,10 @@ def main() -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(folder / SITE.name, SITE)
     add_files(SITE, list(processed.exported_modules().values()))
-    print(f"The site is in {SITE.name}/, built by {render.__name__}: open {SITE.name}/index.html")
+    print(
+        f"The site is in {SITE.name}/, built by {render.__name__}: open {SITE.name}/index.html"
+    )
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,5 @@
 """The files of the checkout that git knows or would add: what a clone has once all is committed."""
+
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,9 +10,12 @@ LIST = ["git", "ls-files", "-coz", "--exclude-standard"]
 
 def checkout_files() -> list[str] | None:
     "Their paths from the root; None where there is no git checkout."
-    try: listed = subprocess.run(LIST, cwd=ROOT, capture_output=True, text=True)
-    except OSError: return None
-    if listed.returncode: return None
+    try:
+        listed = subprocess.run(LIST, cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    if listed.returncode:
+        return None
     return [path for path in listed.stdout.split("\0") if (ROOT / path).is_file()]
 
 

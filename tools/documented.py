@@ -2,6 +2,7 @@
 
 That holds here, and in the processes that nbdev starts for a program that imports this.
 """
+
 import ast
 import inspect
 import re
@@ -23,8 +24,11 @@ class DocTable(showdoc.BasicMarkdownRenderer):
     "Heading, link to the source, signature, docstring, and the docments as a table."
 
     def _repr_markdown_(self):
-        made_from = getattr(self.sym, "_init_fn", None)  # the function behind a torch operator
-        if made_from: self.sym, self.docs = made_from, made_from.__doc__ or ""
+        made_from = getattr(
+            self.sym, "_init_fn", None
+        )  # the function behind a torch operator
+        if made_from:
+            self.sym, self.docs = made_from, made_from.__doc__ or ""
         parts = [
             "#" * self.title_level + f" {self.nm}",
             _source_link(self.nm),
@@ -42,7 +46,8 @@ def _parameters(sym) -> list[Parameter]:
 
 def _source_link(name: str) -> str:
     entry = showdoc.NbdevLookup()[name]
-    if not entry: return ""
+    if not entry:
+        return ""
     target = f"{module_page(entry[1])}.html#def-{name.partition('.')[0]}"
     return f'<div class="source"><a href="{target}">source</a></div>'
 
@@ -50,14 +55,19 @@ def _source_link(name: str) -> str:
 def _table(sym) -> str:
     "Name, type, default and note of each argument; columns that are empty are left out."
     notes = _fields(sym) if is_dataclass(sym) else docments(sym)
-    rows = [_row(f"`{p.name}`", p.annotation, p.default, notes.get(p.name))
-            for p in _parameters(sym)]
+    rows = [
+        _row(f"`{p.name}`", p.annotation, p.default, notes.get(p.name))
+        for p in _parameters(sym)
+    ]
     if not inspect.isclass(sym):
         returned = inspect.signature(sym).return_annotation
         rows.append(_row("*returns*", returned, Parameter.empty, notes.get("return")))
     rows = [row for row in rows if any(row[1:])]
-    _, types, _, details = filled = [i == 0 or any(row[i] for row in rows) for i in range(4)]
-    if not types and not details: return ""
+    _, types, _, details = filled = [
+        i == 0 or any(row[i] for row in rows) for i in range(4)
+    ]
+    if not types and not details:
+        return ""
     rows = [["", "Type", "Default", "Details"], ["---"] * 4, *rows]
     return "\n".join(f"| {' | '.join(compress(row, filled))} |" for row in rows)
 
@@ -72,21 +82,31 @@ def _row(name: str, annotation, default, note: str | None) -> list[str]:
 def _fields(cls) -> dict[str, str]:
     "The comments on a dataclass' fields, which Python keeps for no class of a notebook."
     entry = showdoc.NbdevLookup()[cls.__qualname__]
-    if not entry: return {}
+    if not entry:
+        return {}
     source = (ROOT / entry[1]).read_text()
     lines, notes = source.splitlines(), {}
     definitions = ast.parse(source).body
-    body = next(node.body for node in definitions if getattr(node, "name", "") == cls.__name__)
+    body = next(
+        node.body for node in definitions if getattr(node, "name", "") == cls.__name__
+    )
     for node in body:
-        if not isinstance(node, ast.AnnAssign): continue
+        if not isinstance(node, ast.AnnAssign):
+            continue
         _, found, note = lines[node.end_lineno - 1].partition("# ")
-        if found: notes[node.target.id] = note
+        if found:
+            notes[node.target.id] = note
     return notes
 
 
 def _type(annotation) -> str:
-    if annotation is Parameter.empty: return ""
-    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    if annotation is Parameter.empty:
+        return ""
+    text = (
+        annotation
+        if isinstance(annotation, str)
+        else inspect.formatannotation(annotation)
+    )
     text = re.sub(r"[a-z_][a-z_0-9]*[.](?=\w)", "", text)  # no module names
     # `int` or `None`, not int | None: a pipe would end the table's cell
     alternatives = re.split(r" *\| *(?![^\[]*\])", text)
@@ -96,8 +116,12 @@ def _type(annotation) -> str:
 
 class _Shown:
     "A default as one would write it: a function by its name."
-    def __init__(self, value): self.value = value
-    def __repr__(self): return getattr(self.value, "__qualname__", None) or repr(self.value)
+
+    def __init__(self, value):
+        self.value = value
+
+    def __repr__(self):
+        return getattr(self.value, "__qualname__", None) or repr(self.value)
 
 
 def call(name: str, parameters: list[Parameter], width: int = WIDTH) -> str:
@@ -122,14 +146,17 @@ def call(name: str, parameters: list[Parameter], width: int = WIDTH) -> str:
 def _argument(parameter: Parameter) -> str:
     "A parameter without its annotation."
     default = parameter.default
-    if default is not Parameter.empty: default = _Shown(default)
+    if default is not Parameter.empty:
+        default = _Shown(default)
     return str(parameter.replace(annotation=Parameter.empty, default=default))
 
 
 def _signature(sym, **options) -> inspect.Signature:
     "As `inspect.signature`; a name that is imported for type checkers alone stays as written."
-    try: return inspect.signature(sym, **options)
-    except NameError: return inspect.signature(sym)
+    try:
+        return inspect.signature(sym, **options)
+    except NameError:
+        return inspect.signature(sym)
 
 
 _names, _runs = processors._def_names, processors._do_eval

@@ -2,6 +2,7 @@
 
 README.md, CONTRIBUTING.md, their pictures, and examples/quickstart.py.
 """
+
 import argparse
 import re
 import shutil
@@ -18,7 +19,15 @@ from nbformat.v4 import new_notebook
 from traitlets.config import Config
 
 from notebook import (
-    NBS, callouts, cells, front_matter, local_links, outside_code, plain_headings, prepare, read,
+    NBS,
+    callouts,
+    cells,
+    front_matter,
+    local_links,
+    outside_code,
+    plain_headings,
+    prepare,
+    read,
 )
 
 # each from this notebook, with its pictures in <notebook>_files/
@@ -38,7 +47,9 @@ def alert(kind: str, title: str, body: str, collapsed: bool) -> str:
 
 def markdown(text: str) -> str:
     "A Markdown cell with its links as seen from the repository's root."
-    def local(part): return local_links(str, part)
+
+    def local(part):
+        return local_links(str, part)
 
     def from_root(part):  # a code host shows notebooks, but not their anchors
         return LOCAL.sub(lambda match: f"]({normpath(f'nbs/{match[1]}')}", part)
@@ -59,11 +70,15 @@ def processed(name: str) -> NotebookNode:
 
 def plain(cell: NotebookNode, given: dict) -> None:
     "Make a cell fit for a code host."
-    if cell.cell_type == "markdown": cell.source = markdown(cell.source)
-    if given.get("echo") is False: cell.metadata.tags = [HIDDEN]
+    if cell.cell_type == "markdown":
+        cell.source = markdown(cell.source)
+    if given.get("echo") is False:
+        cell.metadata.tags = [HIDDEN]
     for data in (output.get("data", {}) for output in cell.get("outputs", [])):
-        if "text/markdown" in data: data["text/markdown"] = markdown(data["text/markdown"])
-        if "text/html" in data: data["text/html"] = STYLE.sub("", data["text/html"])
+        if "text/markdown" in data:
+            data["text/markdown"] = markdown(data["text/markdown"])
+        if "text/html" in data:
+            data["text/html"] = STYLE.sub("", data["text/html"])
 
 
 def alts(cell: NotebookNode, given: dict, title: str) -> list[str]:
@@ -114,20 +129,25 @@ def quickstart(readme: str) -> str:
 def fresh() -> dict[str, bytes]:
     "What should stand at the root, by its path."
     new = {}
-    for target, name in PAGES.items(): new |= page(target, name)
+    for target, name in PAGES.items():
+        new |= page(target, name)
     new[QUICKSTART] = quickstart(new["README.md"].decode()).encode()
     return new
 
 
 def stale(new: dict[str, bytes], folders: list[Path]) -> list[str]:
     "The paths whose files are not what they should be, or should not be there."
-    paths = {*map(Path, new), *(path for folder in folders for path in folder.glob("*"))}
+    paths = {
+        *map(Path, new),
+        *(path for folder in folders for path in folder.glob("*")),
+    }
     there = {str(path): path.read_bytes() for path in paths if path.exists()}
     return sorted(path for path in {*new, *there} if new.get(path) != there.get(path))
 
 
 def write(new: dict[str, bytes], folders: list[Path]) -> None:
-    for folder in folders: shutil.rmtree(folder, ignore_errors=True)
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
     for path, data in new.items():
         Path(path).parent.mkdir(exist_ok=True)
         Path(path).write_bytes(data)
@@ -135,13 +155,17 @@ def write(new: dict[str, bytes], folders: list[Path]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 if stale"
+    )
     check = parser.parse_args().check
     prepare()
     new, folders = fresh(), [Path(f"{name}_files") for name in PAGES.values()]
-    if not check: write(new, folders)
+    if not check:
+        write(new, folders)
     elif found := stale(new, folders):
         sys.exit(f"not what the notebooks say: {', '.join(found)}; run `make readme`")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ downloads (--no-cache takes that away too). Seconds, what was installed and what
 appended to nbs/results/<machine>/newcomer.json. With --worktree the files are those of the working
 tree, committed or not, and the run is stored only where --out says.
 """
+
 import argparse
 import os
 import re
@@ -45,8 +46,12 @@ def picture_size(path: Path) -> tuple[int, int]:
     data = path.read_bytes()
     if not data.startswith(PNG_HEAD) or b"IEND" not in data[-12:]:
         raise RuntimeError(f"{path.name} is no whole picture")
-    width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
-    if min(width, height) < 100: raise RuntimeError(f"{path.name} is tiny: {width} x {height}")
+    width, height = (
+        int.from_bytes(data[16:20], "big"),
+        int.from_bytes(data[20:24], "big"),
+    )
+    if min(width, height) < 100:
+        raise RuntimeError(f"{path.name} is tiny: {width} x {height}")
     return width, height
 
 
@@ -56,7 +61,8 @@ def pictures(clone: Path, printed: str) -> str:
         width, height = picture_size(folder / f"{name}.png")
         gave.append(f"{name}.png {width} x {height}")
     page = (folder / "report.html").read_text()
-    if "</html>" not in page: raise RuntimeError("report.html is cut short")
+    if "</html>" not in page:
+        raise RuntimeError("report.html is cut short")
     return ", ".join([*gave, f"report.html {len(page) / 1e3:,.0f} kB"])
 
 
@@ -82,11 +88,18 @@ def packages(clone: Path) -> int:
 
 def own_environment(no_cache: bool) -> dict[str, str]:
     "Nothing of the environment that this runs in, and no other one but what make creates."
-    env = {name: value for name, value in os.environ.items() if not name.startswith(LEAKS)}
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(LEAKS)
+    }
     folders = env["PATH"].split(os.pathsep)
-    kept = [folder for folder in folders if not (Path(folder).parent / "pyvenv.cfg").exists()]
+    kept = [
+        folder
+        for folder in folders
+        if not (Path(folder).parent / "pyvenv.cfg").exists()
+    ]
     env["PATH"] = os.pathsep.join(kept)
-    if no_cache: env["PIP_NO_CACHE_DIR"] = "1"
+    if no_cache:
+        env["PIP_NO_CACHE_DIR"] = "1"
     return env
 
 
@@ -95,12 +108,19 @@ def run_step(name: str, clone: Path, env: dict[str, str], limit: int) -> dict:
     command, check = STEPS[name]
     start = time.perf_counter()
     done = subprocess.run(
-        command.split(), cwd=clone, env=env, timeout=limit, text=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command.split(),
+        cwd=clone,
+        env=env,
+        timeout=limit,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     seconds = time.perf_counter() - start
     try:
-        if done.returncode: raise RuntimeError(f"it ended with exit code {done.returncode}")
+        if done.returncode:
+            raise RuntimeError(f"it ended with exit code {done.returncode}")
         gave = check(clone, done.stdout)
     except (RuntimeError, OSError) as error:
         broken = f"`{command}` did not give what it promises: {error}"
@@ -127,19 +147,27 @@ def table(rows: list[dict]) -> str:
         cells.append([row["name"], row["command"], *times, row["gave"]])
     widths = [max(map(len, column)) for column in zip(*cells)]
     sides = [str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.ljust]
-    lines = [[side(cell, width) for cell, side, width in zip(line, sides, widths)]
-             for line in cells]
+    lines = [
+        [side(cell, width) for cell, side, width in zip(line, sides, widths)]
+        for line in cells
+    ]
     return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     flag = partial(parser.add_argument, action="store_true")
-    flag("--worktree", help="copy the files of the working tree instead of cloning HEAD")
+    flag(
+        "--worktree", help="copy the files of the working tree instead of cloning HEAD"
+    )
     flag("--no-cache", help="take nothing from pip's cache")
-    parser.add_argument("--out", metavar="DIR", help="folder of results, not nbs/results")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder of results, not nbs/results"
+    )
     limit = "for each step (default: 3600)"
-    parser.add_argument("--limit", metavar="SECONDS", type=int, default=3600, help=limit)
+    parser.add_argument(
+        "--limit", metavar="SECONDS", type=int, default=3600, help=limit
+    )
     return parser
 
 
@@ -155,7 +183,8 @@ def clone_into(folder: Path, worktree: bool) -> None:
         subprocess.run(["git", "clone", "--quiet", ROOT, folder], check=True)
         return
     paths = checkout_files()
-    if paths is None: sys.exit("--worktree: this is not a git checkout")
+    if paths is None:
+        sys.exit("--worktree: this is not a git checkout")
     copy_checkout(folder, paths)
 
 
@@ -168,13 +197,21 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         clone = Path(folder) / "hilbert_attn"
         clone_into(clone, args.worktree)
-        try: rows = walk(clone, args.no_cache, args.limit)
-        except (RuntimeError, subprocess.TimeoutExpired) as error: sys.exit(str(error))
+        try:
+            rows = walk(clone, args.no_cache, args.limit)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            sys.exit(str(error))
         print(table(rows))
-        if args.worktree and not args.out: return
-        whole = dict(suite="newcomer", quick=False, config=config, environment=environment())
+        if args.worktree and not args.out:
+            return
+        whole = dict(
+            suite="newcomer", quick=False, config=config, environment=environment()
+        )
         path = save_run(whole | dict(rows=rows), args.out)
-        print(f"appended to {path}", flush=True)  # before the folder goes, which takes a while
+        print(
+            f"appended to {path}", flush=True
+        )  # before the folder goes, which takes a while
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

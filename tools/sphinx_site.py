@@ -4,6 +4,7 @@ It takes the processed notebooks that Quarto would take, and the navigation that
 read, and translates the small part of Quarto that the notebooks use: callouts, figures and
 equations with references, folded and hidden code. A warning is an error; nothing is run.
 """
+
 import re
 import shutil
 import sys
@@ -21,12 +22,22 @@ from pygments.token import Name, Operator, Punctuation, Text, Whitespace
 from sphinx.application import Sphinx
 
 from notebook import (
-    NBS, callouts, cells, front_matter, headings, local_links, outside_code, read,
+    NBS,
+    callouts,
+    cells,
+    front_matter,
+    headings,
+    local_links,
+    outside_code,
+    read,
 )
 
 COLORS = {"light": "#1c62b9", "dark": "#6aa9f4"}
 THEME = {
-    f"{mode}_css_variables": {"color-brand-primary": color, "color-brand-content": color}
+    f"{mode}_css_variables": {
+        "color-brand-primary": color,
+        "color-brand-content": color,
+    }
     for mode, color in COLORS.items()
 }
 WIDE = 700  # pixels: on a phone, a wider picture is shown large enough to be read, and scrolls
@@ -52,24 +63,35 @@ def build(processed: Path, name: str, static: list[str]) -> None:
     write_sources(processed, source)
     copy_pictures(processed, source)
     (source / "_static").mkdir()
-    for file in static: shutil.copy(NBS / file, source / "_static")
+    for file in static:
+        shutil.copy(NBS / file, source / "_static")
     built, doctrees = processed / name, processed / "_doctrees"
     settings = configuration()
     app = Sphinx(
-        source, None, built, doctrees, "html", settings,
-        freshenv=True, warningiserror=True, status=None,
+        source,
+        None,
+        built,
+        doctrees,
+        "html",
+        settings,
+        freshenv=True,
+        warningiserror=True,
+        status=None,
     )
     app.add_lexer("ipython3", PlainNames)
     app.add_lexer("python", PlainNames)
     app.connect("html-page-context", stop_pager)
     app.build()
-    if app.statuscode: sys.exit("Sphinx warned: see above")
+    if app.statuscode:
+        sys.exit("Sphinx warned: see above")
 
 
 def configuration() -> dict:
     project = get_config()
     return {
-        "project": project.title, "copyright": project.copyright, "release": project.version,
+        "project": project.title,
+        "copyright": project.copyright,
+        "release": project.version,
         "language": "en",
         "extensions": ["myst_nb", "sphinx.ext.mathjax"],
         "mathjax_path": "mathjax/tex-chtml.js",
@@ -80,12 +102,19 @@ def configuration() -> dict:
         "myst_heading_anchors": 4,
         "myst_heading_slug_func": "notebook.slug",
         "myst_dmath_double_inline": True,
-        "numfig": True, "numfig_format": {"figure": "Figure %s"},
-        "html_theme": "furo", "html_theme_options": THEME, "html_title": project.title,
-        "html_logo": "_static/logo.svg", "html_favicon": "_static/logo.svg",
+        "numfig": True,
+        "numfig_format": {"figure": "Figure %s"},
+        "html_theme": "furo",
+        "html_theme_options": THEME,
+        "html_title": project.title,
+        "html_logo": "_static/logo.svg",
+        "html_favicon": "_static/logo.svg",
         "html_static_path": ["_static"],
-        "html_css_files": ["styles.css"], "html_js_files": [("site.js", {"defer": "defer"})],
-        "html_copy_source": False, "html_show_sourcelink": False, "html_use_index": False,
+        "html_css_files": ["styles.css"],
+        "html_js_files": [("site.js", {"defer": "defer"})],
+        "html_copy_source": False,
+        "html_show_sourcelink": False,
+        "html_use_index": False,
     }
 
 
@@ -96,7 +125,8 @@ def write_sources(processed: Path, source: Path) -> None:
     language = {"language_info": {"name": "python", "pygments_lexer": "ipython3"}}
     for name, notebook in notebooks.items():
         shown = page_cells(notebook, docs)
-        if name == "index.ipynb": shown += contents(navigation(processed), fronts, docs)
+        if name == "index.ipynb":
+            shown += contents(navigation(processed), fronts, docs)
         translated = new_notebook(cells=shown, metadata=language)
         nbformat.write(translated, source / f"{docs[name]}.ipynb")
 
@@ -104,7 +134,8 @@ def write_sources(processed: Path, source: Path) -> None:
 def copy_pictures(processed: Path, source: Path) -> None:
     "The pictures that the prose shows."
     for path in list(processed.rglob("*")):
-        if path.suffix not in PICTURES or source in path.parents: continue
+        if path.suffix not in PICTURES or source in path.parents:
+            continue
         copy = source / path.relative_to(processed)
         copy.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, copy)
@@ -114,26 +145,34 @@ def stop_pager(app, name: str, template: str, context: dict, doctree) -> None:
     "Previous and next stop before the modules' pages, as they do for Quarto at the separator."
     for way in ("prev", "next"):
         pages = [name, (context.get(way) or {}).get("link", "")]
-        if any(page.startswith("module_") for page in pages): context[way] = None
+        if any(page.startswith("module_") for page in pages):
+            context[way] = None
 
 
 def page_cells(notebook: NotebookNode, docs: Docs) -> list[NotebookNode]:
     "The cells of a processed notebook, ready for MyST-NB."
     front = front_matter(notebook)
     title = front["title"]
-    shown = [new_markdown_cell(f"# {title}\n\n{{.subtitle}}\n{front.get('description', '')}")]
+    shown = [
+        new_markdown_cell(f"# {title}\n\n{{.subtitle}}\n{front.get('description', '')}")
+    ]
     for cell, given in cells(notebook):
-        if cell.cell_type == "markdown": shown.append(new_markdown_cell(myst(cell.source, docs)))
+        if cell.cell_type == "markdown":
+            shown.append(new_markdown_cell(myst(cell.source, docs)))
         elif cell.cell_type == "code":
-            for output in cell.outputs: translate_output(output, docs)
-            if given.get("output") == "asis": shown += as_it_is(cell, title)
-            else: shown.append(code_cell(cell, given, title))
+            for output in cell.outputs:
+                translate_output(output, docs)
+            if given.get("output") == "asis":
+                shown += as_it_is(cell, title)
+            else:
+                shown.append(code_cell(cell, given, title))
     return shown
 
 
 def translate_output(output: NotebookNode, docs: Docs) -> None:
     data = output.get("data", {})
-    if "text/markdown" in data: data["text/markdown"] = myst(data["text/markdown"], docs)
+    if "text/markdown" in data:
+        data["text/markdown"] = myst(data["text/markdown"], docs)
 
 
 def as_it_is(cell: NotebookNode, title: str) -> Iterator[NotebookNode]:
@@ -142,8 +181,10 @@ def as_it_is(cell: NotebookNode, title: str) -> Iterator[NotebookNode]:
         text = output.get("data", {}).get("text/markdown") or output.get("text", "")
         title = [title, *headings(text)][-1]
         picture = new_code_cell(cell.source, outputs=[output])
-        if text: yield new_markdown_cell(text)
-        else: yield code_cell(picture, {"echo": False}, title)
+        if text:
+            yield new_markdown_cell(text)
+        else:
+            yield code_cell(picture, {"echo": False}, title)
 
 
 def code_cell(cell: NotebookNode, given: dict, title: str) -> NotebookNode:
@@ -162,7 +203,8 @@ def code_cell(cell: NotebookNode, given: dict, title: str) -> NotebookNode:
         "code_prompt_show": summary,
         "code_prompt_hide": summary,
     }
-    if caption: look["figure"] = {"caption": caption, "name": given.get("label", "")}
+    if caption:
+        look["figure"] = {"caption": caption, "name": given.get("label", "")}
     metadata = {"tags": [tag for tag, holds in tags.items() if holds], "mystnb": look}
     return new_code_cell(cell.source, outputs=cell.outputs, metadata=metadata)
 
@@ -174,13 +216,15 @@ def pixels(cell: NotebookNode) -> int:
 
 
 def picture_width(data: dict) -> int:
-    if "image/png" in data: return int.from_bytes(b64decode(data["image/png"])[16:20], "big")
+    if "image/png" in data:
+        return int.from_bytes(b64decode(data["image/png"])[16:20], "big")
     points = re.search(r'<svg[^>]* width="([\d.]+)pt"', data.get("image/svg+xml", ""))
     return round(float(points[1]) * 4 / 3) if points else 0
 
 
 def myst(text: str, docs: Docs) -> str:
     "A Markdown cell in Quarto's dialect, in MyST's."
+
     def convert(part):
         part = re.sub(r"^\$\$ *\{#(eq-[\w-]+)\}", r"$$ (\1)", part, flags=re.M)
         part = re.sub(r"(?<![\w@])@(eq-[\w-]+)", r"{eq}`\1`", part)
@@ -189,9 +233,12 @@ def myst(text: str, docs: Docs) -> str:
 
     text = callouts(admonition, outside_code(convert, text))
     unknown = UNKNOWN.search(re.sub(r"```.*?```", "", text, flags=re.S))
-    if unknown is None: return text
+    if unknown is None:
+        return text
     file = Path(__file__).name
-    raise ValueError(f"{unknown[0]!r}: this part of Quarto's Markdown has no translation in {file}")
+    raise ValueError(
+        f"{unknown[0]!r}: this part of Quarto's Markdown has no translation in {file}"
+    )
 
 
 def admonition(kind: str, title: str, body: str, collapsed: bool) -> str:
@@ -204,9 +251,12 @@ def navigation(processed: Path) -> list[tuple[str, list[tuple[str, str]]]]:
     website = yaml.safe_load((processed / "_quarto.yml").read_text())["website"]
     sections = []
     for entry in website["sidebar"]["contents"]:
-        if "section" not in entry: continue
-        pages = [(page, "") if isinstance(page, str) else (page["href"], page["text"])
-                 for page in entry["contents"]]
+        if "section" not in entry:
+            continue
+        pages = [
+            (page, "") if isinstance(page, str) else (page["href"], page["text"])
+            for page in entry["contents"]
+        ]
         sections.append((entry["section"], pages))
     return sections
 
@@ -216,7 +266,8 @@ def contents(sections, fronts: dict[str, dict], docs: Docs) -> list[NotebookNode
     cards, trees = ["## The notebooks"], []
     for title, pages in sections:
         trees.append(toctree(title, [(docs[name], text) for name, text in pages]))
-        if any(name.startswith("module_") for name, _ in pages): continue
+        if any(name.startswith("module_") for name, _ in pages):
+            continue
         items = [card(fronts[name], docs[name]) for name, _ in pages]
         cards += [f"{{.eyebrow}}\n{title}", "{.cards}\n" + "\n".join(items)]
     return [new_markdown_cell("\n\n".join(cards)), *trees]
