@@ -1,4 +1,5 @@
 """The built site, for tests that read it and for tests that open it in a browser."""
+
 import fcntl
 import json
 import re
@@ -24,14 +25,16 @@ def built() -> Path:
     with open(__file__) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = [sys.executable, "tools/build_site.py"]
-        if is_stale(): subprocess.run(command, cwd=ROOT, check=True, timeout=500)
+        if is_stale():
+            subprocess.run(command, cwd=ROOT, check=True, timeout=500)
     return SITE
 
 
 def is_stale() -> bool:
     "Whether something that the site is made from is newer than the site."
     start = SITE / "index.html"
-    if not start.exists() or not PROCESSED.exists(): return True
+    if not start.exists() or not PROCESSED.exists():
+        return True
     inside = [path for folder in FOLDERS for path in folder.rglob("*")]
     kept = [path for path in inside + FILES if not PASSING & {*path.parts}]
     times = [path.stat().st_mtime for path in kept if path.is_file()]

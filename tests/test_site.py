@@ -1,4 +1,5 @@
 """The site: what either renderer is given, so that who has Quarto gets it whole, and its weight."""
+
 import re
 import statistics
 from itertools import pairwise
@@ -9,7 +10,16 @@ from urllib.parse import urldefrag
 import pytest
 import yaml
 
-from built_site import NBS, PROCESSED, ROOT, built, exported, joined, navigation, read_cells
+from built_site import (
+    NBS,
+    PROCESSED,
+    ROOT,
+    built,
+    exported,
+    joined,
+    navigation,
+    read_cells,
+)
 
 pytestmark = pytest.mark.timeout(600)
 PUBLISHED = "https://hilbert-attn.github.io"
@@ -47,7 +57,8 @@ def printed(cell: dict) -> list[str]:
     for output in cell.get("outputs", []):
         data = output.get("data", {})
         for kind in ("text/markdown", "text/html"):
-            if kind in data: found.append(joined(data[kind]))
+            if kind in data:
+                found.append(joined(data[kind]))
     return found
 
 
@@ -55,7 +66,8 @@ def prose(cells: list[dict]) -> str:
     "What a page says, written and printed, without blocks of code."
     found = []
     for cell in cells[1:]:
-        if cell["cell_type"] == "markdown": found.append(joined(cell["source"]))
+        if cell["cell_type"] == "markdown":
+            found.append(joined(cell["source"]))
         found += printed(cell)
     return FENCED.sub("", "\n".join(found))
 
@@ -106,7 +118,8 @@ def test_link_targets_exist(pages, links):
     known = {*pages, *files_by_html(pages)}
     for link in links:
         file = urldefrag(link.target)[0]
-        if not file or re.match(r"\w+:", file) or file in known: continue
+        if not file or re.match(r"\w+:", file) or file in known:
+            continue
         assert (NBS / file.removeprefix("notebooks/")).exists(), link
 
 
@@ -123,7 +136,8 @@ def test_anchors_exist(pages, links):
     for link in links:
         file, anchor = urldefrag(link.target)
         page = by_html.get(file, file) or link.page
-        if anchor and page in known: assert anchor in known[page], link
+        if anchor and page in known:
+            assert anchor in known[page], link
 
 
 def test_links_say_titles(pages, links):
@@ -136,7 +150,8 @@ def as_they_are(cells: list[dict]) -> list[str]:
     "The outputs of cells that show Markdown as it is."
     found = []
     for cell in cells:
-        if "#| output: asis" not in joined(cell["source"]): continue
+        if "#| output: asis" not in joined(cell["source"]):
+            continue
         found += [joined(output.get("text", "")) for output in cell["outputs"]]
         found += printed(cell)
     return [text for text in found if text]
@@ -146,7 +161,8 @@ def test_markdown_that_is_shown_as_it_is_stands_alone(pages):
     "Without blank lines around it, Quarto runs it into the next table or picture."
     shown = [text for cells in pages.values() for text in as_they_are(cells)]
     assert len(shown) > 100
-    for text in shown: assert re.fullmatch(r"\n\n\S.*\S\n\n", text, re.S), text[:400]
+    for text in shown:
+        assert re.fullmatch(r"\n\n\S.*\S\n\n", text, re.S), text[:400]
 
 
 EXPORTED_SOURCE = re.compile(r"#\| code-fold: (true|show)\n.*Exported source")
@@ -175,21 +191,25 @@ def test_documented_source_is_folded(pages):
 def test_no_section_is_empty(pages):
     for name, cells in pages.items():
         for cell, after in pairwise(cells[1:]):
-            if {cell["cell_type"], after["cell_type"]} != {"markdown"}: continue
+            if {cell["cell_type"], after["cell_type"]} != {"markdown"}:
+                continue
             alone = re.fullmatch(r"(#+) .*", joined(cell["source"]).strip())
             following = re.match(r"(#+) ", joined(after["source"]))
-            if alone and following: assert len(following[1]) > len(alone[1]), (name, alone[0])
+            if alone and following:
+                assert len(following[1]) > len(alone[1]), (name, alone[0])
 
 
 def test_torch_documents_no_operator_of_ours(pages):
-    for name, cells in pages.items(): assert "instantiate CustomOpDef" not in str(cells), name
+    for name, cells in pages.items():
+        assert "instantiate CustomOpDef" not in str(cells), name
 
 
 def test_settings_of_quarto(quarto):
     html = quarto["format"]["html"]
     assert quarto["website"]["page-navigation"]
     assert html["respect-user-color-scheme"] and html["code-copy"]
-    for file in quarto["project"]["resources"]: assert (PROCESSED / file).is_file()
+    for file in quarto["project"]["resources"]:
+        assert (PROCESSED / file).is_file()
 
 
 def test_fonts_and_formulas_come_from_the_site_itself(quarto, site):
@@ -208,10 +228,38 @@ def test_every_page_is_in_the_navigation_and_sources_come_last(pages):
     modules = sorted(name for name in pages if name.startswith("module_"))
     assert len(modules) == len(exported())
     assert sections[-1] == ("Source", modules)
-    for name in modules: assert front(pages[name])["page-navigation"] is False
+    for name in modules:
+        assert front(pages[name])["page-navigation"] is False
+
+
+@pytest.mark.parametrize("notebook, file", exported().items())
+def test_page_of_a_module_is_its_source(pages, notebook, file):
+    path = Path(file).with_suffix("").parts[1:]
+    cells = pages[f"{'_'.join(['module', *path])}.ipynb"]
+    shown = [joined(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    source = (ROOT / file).read_text()
+    assert lines("\n".join(shown)) == lines(source)
+    origins = re.findall(r'<p class="origin">.*?<a href="([^"]*)">(.*?)</a>', prose(cells))
+    assert [name for _, name in origins] == re.findall(r"^# %% .*nbs/(.*)", source, re.M)
+    back = front(pages[notebook])["output-file"]
+    assert all(target.startswith(back) for target, _ in origins)
+    assert f'View notebook: <a href="{back}">' in prose(cells)
+
+
+def lines(source: str) -> list[str]:
+    kept = [line for line in source.splitlines() if line.strip()]
+    return [line for line in kept if not line.startswith("# %% ")]
 
 
 # What is built
+
+
+@pytest.mark.parametrize("notebook", exported())
+def test_notebooks_can_be_had_without_outputs(site, notebook):
+    offered, written = read_cells(site / "notebooks" / notebook), read_cells(NBS / notebook)
+    for one, other in zip(offered, written, strict=True):
+        assert joined(one["source"]) == joined(other["source"])
+        assert not one.get("outputs")
 
 
 @pytest.fixture(scope="module")
@@ -231,7 +279,8 @@ def test_pager_is_the_reading_path(html, pages):
 
 def test_pages_of_modules_are_no_part_of_it(html):
     for name, text in html.items():
-        if name.startswith("module_"): assert not re.search('class="(next|prev)-page"', text)
+        if name.startswith("module_"):
+            assert not re.search('class="(next|prev)-page"', text)
 
 
 def loaded(site: Path, text: str) -> set[Path]:
@@ -239,7 +288,8 @@ def loaded(site: Path, text: str) -> set[Path]:
     sources = re.findall(r'<(?:script|img)[^>]* src="([^"]+)"', text)
     sources += re.findall(r'<link rel="stylesheet"[^>]* href="([^"]+)"', text)
     files = {site / re.split("[?#]", source)[0] for source in sources}
-    if any("mathjax" in source for source in sources): files |= {*site.rglob("*.woff")}
+    if any("mathjax" in source for source in sources):
+        files |= {*site.rglob("*.woff")}
     return {file for file in files if file.is_file()}
 
 

@@ -1,4 +1,5 @@
 """The site in a browser, offline: pages, pictures, formulas, search, links; desk and phone."""
+
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from urllib.parse import unquote, urldefrag, urljoin
 import pytest
 
 import hilbert_attn
-from built_site import NBS, ROOT, SITE, built, exported, joined, read_cells
+from built_site import NBS, SITE, built, read_cells
 from hilbert_attn.bench import SUITES, machine_slug
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
@@ -24,13 +25,15 @@ FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run
 @pytest.fixture(scope="module")
 def chromium() -> str:
     found = [path for path in map(shutil.which, CHROMIUM) if path]
-    if found: return found[0]
+    if found:
+        return found[0]
     missing = "no Chromium on PATH: install Debian's package `chromium`"
     pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    def log_message(self, *_): pass
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +88,14 @@ def open_page(server, browser):
     "Opens pages of the site; in the end, there may be no complaint."
     contexts, complaints = [], []
 
-    def opener(width=1280, height=900, **options):
-        size = {"width": width, "height": height}
+    def opener(name, width=1280, **options):
+        size = {"width": width, "height": 900}
         context = browser.new_context(viewport=size, **options)
         contexts.append(context)
         context.set_default_timeout(20_000)
         page = context.new_page()
         listen(page, server, complaints)
+        page.goto(f"{server}{name}.html")
         return page
 
     yield opener
@@ -130,8 +134,7 @@ def drawn(page) -> tuple[int, int]:
 
 
 def test_start_page(server, open_page):
-    page = open_page()
-    page.goto(server)
+    page = open_page("index")
     assert "hilbert_attn" in page.title()
     assert page.locator("h1").inner_text().startswith("hilbert_attn")
     cards = page.locator("ul.cards a")
@@ -148,16 +151,14 @@ def test_start_page(server, open_page):
 
 
 def test_notebook_page_has_figures_formulas_and_tables(server, open_page):
-    page = open_page()
-    page.goto(f"{server}curves.html")
+    page = open_page("curves")
     assert all(drawn(page))
     docments = page.locator("section:has(> h3:text('curve_order')) table")
     assert "grid" in docments.first.inner_text()
 
 
 def test_search_finds_curve_order(server, open_page):
-    page = open_page()
-    page.goto(server)
+    page = open_page("index")
     page.locator("input[name=q]").first.fill("curve_order")
     page.keyboard.press("Enter")
     page.wait_for_selector("#search-results li a")
@@ -166,8 +167,7 @@ def test_search_finds_curve_order(server, open_page):
 
 
 def test_code_can_be_copied(server, open_page):
-    page = open_page(permissions=["clipboard-read", "clipboard-write"])
-    page.goto(f"{server}index.html")
+    page = open_page("index", permissions=["clipboard-read", "clipboard-write"])
     block = page.locator("section#quickstart div.highlight").first
     code = block.locator("pre").text_content()
     block.hover()
@@ -205,9 +205,12 @@ IDS = "[...document.querySelectorAll('[id]')].map(element => element.id)"
 def faults(page, width: int, scheme: str) -> list:
     "What is wrong with a page as it is shown."
     found = []
-    for question in (RAW_MARKUP, NAMELESS, CUT_OFF): found += page.evaluate(question)
-    if scheme == "dark": found += page.evaluate(DARK_ON_DARK)
-    if page.evaluate("document.documentElement.scrollWidth") > width: found.append("too wide")
+    for question in (RAW_MARKUP, NAMELESS, CUT_OFF):
+        found += page.evaluate(question)
+    if scheme == "dark":
+        found += page.evaluate(DARK_ON_DARK)
+    if page.evaluate("document.documentElement.scrollWidth") > width:
+        found.append("too wide")
     return found
 
 
@@ -216,8 +219,10 @@ def leads_to(page, server: str) -> set[tuple[str, str]]:
     found = set()
     for link in targets(page.locator("a[href]")):
         target, anchor = urldefrag(urljoin(page.url, link))
-        if target.endswith("/"): target += "index.html"
-        if target.startswith(server): found.add((target, unquote(anchor)))
+        if target.endswith("/"):
+            target += "index.html"
+        if target.startswith(server):
+            found.add((target, unquote(anchor)))
     return found
 
 
@@ -234,69 +239,44 @@ class Crawl:
             self.anchors[address] = {*page.evaluate(IDS)}
             self.links[address] = leads_to(page, server)
             linked = {target for target, _ in self.links[address]}
-            todo += sorted(target for target in linked - {*todo} if target.endswith(".html"))
+            pages = {target for target in linked if target.endswith(".html")}
+            todo += sorted(pages - {*todo})
 
 
 @pytest.mark.parametrize("width, scheme", [(1400, "light"), (900, "dark"), (390, "dark")])
 def test_every_page(server, open_page, width, scheme):
     "Whole, not wider than the screen, readable, no raw markup; no link or anchor leads nowhere."
     phone = dict(is_mobile=True, has_touch=True) if width < 500 else {}
-    page = open_page(width, 844, color_scheme=scheme, **phone)
+    page = open_page("index", width, color_scheme=scheme, **phone)
     site = Crawl(page, server, width, scheme)
     assert not {address: found for address, found in site.faults.items() if found}
     links = {link for found in site.links.values() for link in found}
     for target, anchor in links:
-        if anchor: assert anchor in site.anchors[target]
+        if anchor:
+            assert anchor in site.anchors[target]
     for file in {target for target, _ in links} - {*site.anchors}:
         assert page.request.get(file).ok, file
     reached = {Path(address).name for address in site.anchors}
     assert reached == {path.name for path in SITE.glob("*.html")}
 
 
-def sources(notebook: Path) -> list[str]:
-    return [joined(cell["source"]) for cell in read_cells(notebook)]
-
-
-def page_name(notebook: str) -> str:
-    return re.sub(r"^\d+[a-z]?_", "", Path(notebook).stem)
-
-
-def lines(text: str) -> list[str]:
-    kept = [line for line in text.splitlines() if line.strip()]
-    return [line for line in kept if not line.startswith("# %% ")]
-
-
-@pytest.mark.parametrize("notebook, file", exported().items())
-def test_notebook_leads_to_its_module_and_itself(server, open_page, notebook, file):
-    page = open_page()
-    page.goto(f"{server}{page_name(notebook)}.html")
+def test_notebook_and_module_lead_to_each_other(server, open_page):
+    page = open_page("curves")
     line = page.locator("p.source-links")
-    module = file.removesuffix(".py").replace("/", ".")
-    assert line.inner_text().startswith(f"Module {module}: source")
-    with page.expect_download() as download: line.locator("a[download]").click()
-    assert sources(download.value.path()) == sources(NBS / notebook)
+    assert line.inner_text().startswith("Module hilbert_attn.curves: source")
+    with page.expect_download() as download:
+        line.locator("a[download]").click()
+    name = "00_curves.ipynb"
+    assert read_cells(download.value.path()) == read_cells(SITE / "notebooks" / name)
     follow(line.locator("a").first)
-    assert page.locator("h1").inner_text().startswith(module)
-
-
-@pytest.mark.parametrize("notebook, file", exported().items())
-def test_module_leads_to_its_notebook(server, open_page, notebook, file):
-    page, back = open_page(), f"{page_name(notebook)}.html"
-    path, source = Path(file).with_suffix("").parts[1:], (ROOT / file).read_text()
-    page.goto(f"{server}{'_'.join(['module', *path])}.html")
-    line = page.locator("p.source-links")
-    assert line.inner_text().startswith("View notebook")
-    assert targets(line.locator("a")) == [back]
-    origins = page.locator("p.origin a")
-    assert texts_of(origins) == re.findall(r"^# %% .*nbs/(.*)", source, re.M)
-    assert all(target.startswith(back) for target in targets(origins))
-    shown = "\n".join(texts_of(page.locator("div.cell_input pre")))
-    assert lines(shown) == lines(source)
+    assert page.locator("h1").inner_text().startswith("hilbert_attn.curves")
+    assert line.inner_text().startswith("View notebook: Curves")
+    follow(line.locator("a").first)
+    assert page.url == f"{server}curves.html"
 
 
 def test_a_function_leads_to_its_source_and_back(server, open_page):
-    page = open_page()
-    page.goto(f"{server}curves.html")
+    page = open_page("curves")
     follow(page.locator("div.source a[href='module_curves.html#def-curve_order']"))
     cell = page.locator("p.origin:has(#def-curve_order)")
     source = cell.locator("xpath=following-sibling::div[1]").inner_text()
@@ -307,12 +287,12 @@ def test_a_function_leads_to_its_source_and_back(server, open_page):
 
 
 def row_names(rows) -> list[str]:
-    return rows.evaluate_all("rows => rows.map(row => row.querySelector('code').textContent)")
+    first = "rows => rows.map(row => row.querySelector('code').textContent)"
+    return rows.evaluate_all(first)
 
 
 def test_api_page_has_every_name_once(server, open_page):
-    page = open_page()
-    page.goto(f"{server}api_by_topic.html")
+    page = open_page("api_by_topic")
     rows = page.locator("article table tbody tr")
     names = row_names(rows)
     public = {*hilbert_attn.__all__}
@@ -336,8 +316,7 @@ def stored_suites() -> dict[str, set[str]]:
 
 
 def test_benchmark_page_has_every_machine(server, open_page):
-    page = open_page()
-    page.goto(f"{server}benchmarks.html")
+    page = open_page("benchmarks")
     stored = stored_suites()
     assert page.locator("section > section:has(> h2):has(h3)").count() == len(stored)
     for machine, suites in stored.items():
@@ -346,14 +325,14 @@ def test_benchmark_page_has_every_machine(server, open_page):
         assert machine_slug(environment) == machine
         title = environment.get("gpu", environment["cpu"])
         section = page.locator(f"section:has(> h2:text('{title}'))").inner_text()
-        for key in ("torch", "python", "date", "commit"): assert environment[key] in section
+        for key in ("torch", "python", "date", "commit"):
+            assert environment[key] in section
         missing = section.rpartition("Not measured on this machine:")[2]
         assert all(suite in missing for suite in {*SUITES} - suites)
 
 
 def test_benchmark_page_draws_every_suite(server, open_page):
-    page = open_page()
-    page.goto(f"{server}benchmarks.html")
+    page = open_page("benchmarks")
     suites = [suite for suites in stored_suites().values() for suite in suites]
     drawn = sum(suite.startswith("gpu_run") or suite in SUITES for suite in suites)
     pictures = page.locator("article .cell_output img")
@@ -367,8 +346,7 @@ def test_benchmark_page_draws_every_suite(server, open_page):
 
 @pytest.mark.parametrize("name", ["index", "curves", "benchmarks", "which_backend_when"])
 def test_dark_pages_keep_pictures_readable(server, open_page, name):
-    page = open_page(color_scheme="dark")
-    page.goto(f"{server}{name}.html")
+    page = open_page(name, color_scheme="dark")
     assert drawn(page)[0]
     grounds = "images => images.map(image => getComputedStyle(image).backgroundColor)"
     found = page.locator(".cell_output img").evaluate_all(grounds)

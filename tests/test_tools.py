@@ -198,6 +198,14 @@ def test_documentation_of_a_dataclass():
     assert "| `x` | `float` | `0.5` |" in shown(Point)
 
 
+def test_documentation_of_an_exception():
+    class Lost(RuntimeError):
+        "Gone."
+
+    page = shown(Lost, name="Lost")
+    assert "### Lost" in page and "Gone." in page
+
+
 def test_documentation_of_a_long_call():
     def g(
         first_argument, second_argument=None, third_argument=(1, 2), *fourth_argument

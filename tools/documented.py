@@ -40,7 +40,10 @@ class DocTable(showdoc.BasicMarkdownRenderer):
 
 
 def _parameters(sym) -> list[Parameter]:
-    every = inspect.signature(sym).parameters.values()
+    try:
+        every = inspect.signature(sym).parameters.values()
+    except ValueError:  # a class of exceptions that adds nothing to its base
+        return []
     return [parameter for parameter in every if parameter.name != "self"]
 
 

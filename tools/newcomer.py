@@ -18,9 +18,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from hilbert_attn.bench import environment, save_run
-
 from checkout import ROOT, checkout_files, copy_checkout
+from hilbert_attn.bench import environment, save_run
 
 QUICKSTART = re.compile(
     r"^## Quickstart\n\n```python\n.*?^```\n\n"  # the code
