@@ -36,11 +36,16 @@ class Quiet(SimpleHTTPRequestHandler):
         pass
 
 
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        "A page that is left while it loads; what it lacks is for the page to complain of."
+
+
 @pytest.fixture(scope="module")
 def server(chromium) -> str:
     "The address of the site."
     handler = partial(Quiet, directory=built())
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+    with Server(("127.0.0.1", 0), handler) as running:
         thread = Thread(target=running.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{running.server_port}/"

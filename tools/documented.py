@@ -57,22 +57,24 @@ def _source_link(name: str) -> str:
 
 def _table(sym) -> str:
     "Name, type, default and note of each argument; columns that are empty are left out."
-    notes = _fields(sym) if is_dataclass(sym) else docments(sym)
-    rows = [
-        _row(f"`{p.name}`", p.annotation, p.default, notes.get(p.name))
-        for p in _parameters(sym)
-    ]
-    if not inspect.isclass(sym):
-        returned = inspect.signature(sym).return_annotation
-        rows.append(_row("*returns*", returned, Parameter.empty, notes.get("return")))
-    rows = [row for row in rows if any(row[1:])]
-    _, types, _, details = filled = [
-        i == 0 or any(row[i] for row in rows) for i in range(4)
-    ]
+    rows = [row for row in _rows(sym) if any(row[1:])]
+    filled = [True, *(any(row[i] for row in rows) for i in (1, 2, 3))]
+    _, types, _, details = filled
     if not types and not details:
         return ""
     rows = [["", "Type", "Default", "Details"], ["---"] * 4, *rows]
     return "\n".join(f"| {' | '.join(compress(row, filled))} |" for row in rows)
+
+
+def _rows(sym) -> list[list[str]]:
+    notes = _fields(sym) if is_dataclass(sym) else docments(sym)
+    rows = []
+    for p in _parameters(sym):
+        rows.append(_row(f"`{p.name}`", p.annotation, p.default, notes.get(p.name)))
+    if not inspect.isclass(sym):
+        returned = inspect.signature(sym).return_annotation
+        rows.append(_row("*returns*", returned, Parameter.empty, notes.get("return")))
+    return rows
 
 
 def _row(name: str, annotation, default, note: str | None) -> list[str]:

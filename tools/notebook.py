@@ -117,22 +117,30 @@ def titles() -> dict[str, str]:
     return found
 
 
-def local_links(page: Callable[[str], str], text: str) -> str:
-    """Turn links to notebooks into `page(notebook) + anchor`, and file names in them into titles.
-
-    This includes the links that nbdev wrote around names in backticks, which name the published
-    site. `page` gets the file name of a notebook, such as `00_curves.ipynb`.
-    """
+def published_links(text: str) -> str:
+    "The links that nbdev writes around names, to the published site, as links to notebooks."
     config = get_config()
     site = re.escape(f"{config.doc_host}{config.doc_baseurl}/")
     notebooks = {NUMBER.sub("", Path(name).stem.lower()): name for name in titles()}
+    return re.sub(rf"\]\({site}([\w.-]+)\.html", lambda m: f"]({notebooks[m[1]]}", text)
+
+
+def titled_links(text: str) -> str:
+    "Links that say the file name of a notebook say its title."
 
     def titled(match):
         name = match[1] + ".ipynb"
         return f"[{titles()[name]}]({name}" if name in titles() else match[0]
 
-    text = re.sub(rf"\]\({site}([\w.-]+)\.html", lambda m: f"]({notebooks[m[1]]}", text)
-    text = re.sub(r"\[(\w+)(?:\.ipynb)?\]\(\1\.ipynb", titled, text)
+    return re.sub(r"\[(\w+)(?:\.ipynb)?\]\(\1\.ipynb", titled, text)
+
+
+def local_links(page: Callable[[str], str], text: str) -> str:
+    """Turn links to notebooks into `page(notebook) + anchor`.
+
+    `page` gets the file name of a notebook, such as `00_curves.ipynb`.
+    """
+    text = titled_links(published_links(text))
     return re.sub(r"\]\(([\w.-]+\.ipynb)", lambda m: f"]({page(m[1])}", text)
 
 

@@ -189,24 +189,31 @@ def as_it_is(cell: NotebookNode, title: str) -> Iterator[NotebookNode]:
 
 def code_cell(cell: NotebookNode, given: dict, title: str) -> NotebookNode:
     "A code cell with Quarto's options as MyST-NB's tags and settings."
-    tags = {
+    metadata = {"tags": tags(given), "mystnb": look(cell, given, title)}
+    return new_code_cell(cell.source, outputs=cell.outputs, metadata=metadata)
+
+
+def tags(given: dict) -> list[str]:
+    found = {
         "remove-input": given.get("echo") is False,
         "remove-output": given.get("output") is False,
         "remove-stderr": given.get("warning") is False,
         "hide-input": given.get("code-fold") is True,
     }
+    return [tag for tag, holds in found.items() if holds]
+
+
+def look(cell: NotebookNode, given: dict, title: str) -> dict:
     caption, summary = given.get("fig-cap"), given.get("code-summary", "Code")
     width = "wide" if pixels(cell) > WIDE else "narrow"
-    alt = given.get("fig-alt") or caption or f"Figure: {title}"
-    look = {
-        "image": {"alt": alt, "classes": given.get("classes") or width},
-        "code_prompt_show": summary,
-        "code_prompt_hide": summary,
+    image = {
+        "alt": given.get("fig-alt") or caption or f"Figure: {title}",
+        "classes": given.get("classes") or width,
     }
+    found = {"image": image, "code_prompt_show": summary, "code_prompt_hide": summary}
     if caption:
-        look["figure"] = {"caption": caption, "name": given.get("label", "")}
-    metadata = {"tags": [tag for tag, holds in tags.items() if holds], "mystnb": look}
-    return new_code_cell(cell.source, outputs=cell.outputs, metadata=metadata)
+        found["figure"] = {"caption": caption, "name": given.get("label", "")}
+    return found
 
 
 def pixels(cell: NotebookNode) -> int:
