@@ -247,7 +247,7 @@ def test_padding_may_hold_anything(hf):
     "NaN in the embedding of the padding token, which stands on the left, reaches nobody."
     ids, keys = IDS.clone(), torch.ones(2, 30, dtype=torch.int64)
     ids[1, :11], keys[1, :11] = 0, 0
-    model, found = switched(hf, segment_size=8), []
+    model, found = switched(hf, segment_size=30), []
     for value in (0.0, torch.nan):
         with torch.no_grad():
             model.get_input_embeddings().weight[0] = value
