@@ -104,9 +104,10 @@ def _narrow(lists: BlockLists) -> tuple[Tensor, Tensor, Tensor]: # lo, hi, at
 def _comparisons(lists: BlockLists) -> list[_Comparison]:
     "What a pair of a partial block has to pass on each axis."
     if lists.at is None: return []
-    (nQ, nK), (BM, BN) = lists.num_blocks, lists.block_size
+    (nQ, nK), (BM, BN), axes = lists.num_blocks, lists.block_size, len(lists.at)
     lo, hi, at = _narrow(lists)
-    lo, hi, at = lo.view(-1, nQ, BM, 1, 1), hi.view(-1, nQ, BM, 1, 1), at.view(-1, nK, 1, BN)
+    lo, hi = (x.view(axes, nQ, BM, 1, 1) for x in (lo, hi))
+    at = at.view(axes, nK, 1, BN)
     return [x for lo, hi, at in zip(lo, hi, at) for x in ((torch.ge, at, lo), (torch.le, at, hi))]
 
 # %% ../../nbs/10c_block_engine.ipynb #4239c972

@@ -146,7 +146,7 @@ def _pair_test(lists: BlockLists) -> Tensor: # bool (nQ, BM, nK, BN)
     attended = (q >= 0) & (k >= 0)
     if lists.at is not None:
         lo, hi = (x.view(x.shape[0], *q.shape) for x in (lists.lo, lists.hi))
-        at = lists.at.view(-1, 1, 1, *k.shape)
+        at = lists.at.view(len(lists.at), 1, 1, *k.shape)
         inside = (lo <= at) & (at <= hi)
         attended = attended & ((at[0] == ALWAYS) | inside.all(0))
     return attended & ((k <= q) | (k >= lists.num_queries)) if lists.causal else attended
@@ -169,8 +169,8 @@ def _rows_of(group, row, other, full, groups: int, n: int, width: int) -> BlockR
     key = np.sort(((group * n + row) * 2 + ~full) * width + other)
     line, index = np.divmod(key, width)
     counts = np.bincount(line, minlength=2 * groups * n).reshape(groups, n, 2)
-    ends = counts.sum(-1).cumsum().reshape(groups, n)
-    start = np.concatenate([ends[:, :1] - counts[:, :1].sum(-1), ends], 1)
+    begins = np.append(0, counts.sum(-1).cumsum())
+    start = begins[np.arange(groups)[:, None] * n + np.arange(n + 1)]
     arrays = start, index, counts[..., 0]
     return BlockRows(*(torch.from_numpy(np.ascontiguousarray(x, np.int32)) for x in arrays))
 
