@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['lists_order', 'BlockRingPlan', 'plan_block_ring', 'block_sparse_ring_attention']
 
-# %% ../nbs/10g_block_ring.ipynb #c9ba0bdd
+# %% ../nbs/10g_block_ring.ipynb #a13b3dd8
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, overload
+from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -19,20 +19,52 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import _autocast, _check_backend_name, _check_tensors
-from .common import true_or_false
 from .block_sparse import attend_blocks
 from .blocks.lists import BlockLists, rows_and_columns
-from .ring import Together, _check_scale, _outside_graphs, agree, begin, digest, ring_of, shard_sizes, swap
+from .common import true_or_false
+from .ring import _outside_graphs, check_scale
+from .ring_exchange import Ring, Together, agree, begin, digest, ring_of, swap
+from .ring_plan import shard_sizes
 
-# %% ../nbs/10g_block_ring.ipynb #0d6a05b5
+# %% ../nbs/10g_block_ring.ipynb #40464e3b
 def lists_order(
     lists: BlockLists,
 ) -> Tensor: # int64 (N,): token at each position
-    "The order in which the query slots of block lists hold tokens: the one to shard a sequence by."
+    "The order in which query slots hold tokens: the one to shard a sequence by."
     tokens = lists.query_tokens().flatten()
     return tokens[tokens >= 0]
 
+# %% ../nbs/10g_block_ring.ipynb #fd425f60
+@dataclass(frozen=True)
+class _Entries:
+    "The blocks that are not empty."
+    group: np.ndarray
+    query: np.ndarray # block of queries
+    key: np.ndarray # block of keys
+    full: np.ndarray # bool: nothing in it is masked
 
+    def __getitem__(self, index: np.ndarray) -> "_Entries":
+        return _Entries(*(x[index] for x in vars(self).values()))
+
+# %% ../nbs/10g_block_ring.ipynb #ae963567
+def _entries_of(lists: BlockLists) -> _Entries:
+    rows = lists.rows
+    start, full = rows.start.cpu().numpy().astype(np.int64), rows.full.cpu().numpy()
+    (groups, n), count = full.shape, np.diff(start, axis=1).ravel()
+    line = np.repeat(np.arange(groups * n), count)  # group and query block of each entry
+    place = np.arange(len(line)) - np.repeat(np.cumsum(count) - count, count)
+    index = rows.index.cpu().numpy()[np.repeat(start[:, :-1].ravel(), count) + place]
+    return _Entries(line // n, line % n, index.astype(np.int64), place < full.ravel()[line])
+
+# %% ../nbs/10g_block_ring.ipynb #65d42527
+def _slot_positions(lists: BlockLists) -> tuple[np.ndarray, np.ndarray]:
+    "The position in each slot of queries and of keys, by blocks; -1 where it is empty."
+    order = lists_order(lists).cpu().numpy()
+    position = np.full(len(order) + 1, -1, np.int64)  # the last one is for empty slots
+    position[order] = np.arange(len(order))
+    return position[lists.query_tokens().cpu().numpy()], position[lists.key_tokens().cpu().numpy()]
+
+# %% ../nbs/10g_block_ring.ipynb #ad3a4a45
 @dataclass(frozen=True, eq=False)
 class BlockRingPlan:
     "Which rows of K and V go where for block-sparse attention over a sharded sequence. Print it."
@@ -43,177 +75,268 @@ class BlockRingPlan:
     def world_size(self) -> int: return len(self.sizes)
 
     @cached_property
-    def _layout(self):
-        "As numpy: position of each token; and for queries and keys the position in each slot, -1 where it is empty, by blocks."
-        order = lists_order(self.lists).cpu().numpy()
-        position = np.empty(len(order) + 1, np.int64)
-        position[order], position[-1] = np.arange(len(order)), -1
-        return position, position[self.lists.query_tokens().cpu().numpy()], position[self.lists.key_tokens().cpu().numpy()]
+    def entries(self) -> _Entries: return _entries_of(self.lists)
 
     @cached_property
-    def _entries(self):
-        "All blocks that are not empty: group, query block, key block, full."
-        rows = self.lists.rows
-        start, full = rows.start.cpu().numpy().astype(np.int64), rows.full.cpu().numpy()
-        (G, n), count = full.shape, np.diff(start, axis=1).ravel()
-        line = np.repeat(np.arange(G * n), count)
-        place = np.arange(len(line)) - np.repeat(np.cumsum(count) - count, count)
-        index = rows.index.cpu().numpy()[np.repeat(start[:, :-1].ravel(), count) + place]
-        return line // n, line % n, index.astype(np.int64), place < full.ravel()[line]
+    def slots(self) -> tuple[np.ndarray, np.ndarray]: return _slot_positions(self.lists)
 
     @cached_property
     def edges(self) -> np.ndarray: return np.cumsum([0, *self.sizes])
 
-    def blocks(self, rank: int) -> tuple[np.ndarray, np.ndarray]: # query blocks with a position of the rank, key blocks that they meet
-        _, q_position, _ = self._layout
-        own = ((q_position >= self.edges[rank]) & (q_position < self.edges[rank + 1])).any(1)
-        _, q, k, _ = self._entries
-        return np.flatnonzero(own), np.unique(k[own[q]])
+    def blocks(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
+        "Query blocks with a position of the rank, and the key blocks that they meet."
+        first, last = self.edges[rank:rank + 2]
+        queries = self.slots[0]
+        own = ((queries >= first) & (queries < last)).any(1)
+        return np.flatnonzero(own), np.unique(self.entries.key[own[self.entries.query]])
 
     @cached_property
-    def needed(self) -> tuple[np.ndarray, ...]: # for each rank: positions of K and V that it reads, ascending
-        _, _, k_position = self._layout
-        reads = (np.sort(k_position[self.blocks(rank)[1]].ravel()) for rank in range(self.world_size))
+    def needed(self) -> tuple[np.ndarray, ...]:
+        "For each rank: the positions of K and V that it reads, ascending."
+        keys = self.slots[1]
+        ranks = range(self.world_size)
+        reads = (np.sort(keys[self.blocks(rank)[1]].ravel()) for rank in ranks)
         return tuple(x[x >= 0] for x in reads)
 
-    def parcel(self, src: int, dst: int) -> np.ndarray: # positions of `src` that `dst` reads, ascending
+    def parcel(self, src: int, dst: int) -> np.ndarray:
+        "The positions of `src` that `dst` reads, ascending."
         reads = self.needed[dst]
-        return reads[np.searchsorted(reads, self.edges[src]):np.searchsorted(reads, self.edges[src + 1])]
+        first, last = np.searchsorted(reads, self.edges[src:src + 2])
+        return reads[first:last]
 
-    def rows_received(self, rank: int) -> int: # tokens whose K and V come from other ranks
+    def rows_received(self, rank: int) -> int:
+        "Tokens whose K and V come from other ranks."
         return len(self.needed[rank]) - len(self.parcel(rank, rank))
 
     def elements_received(self, rank: int, batch: int, kv_heads: int, head_dim: int) -> int:
         "Of K and V, in the forward."
         return 2 * batch * kv_heads * head_dim * self.rows_received(rank)
 
-    def local_lists(self, rank: int) -> BlockLists: # queries: the rank's positions; keys: what it reads, ascending
-        "The rank's part of the pattern; causality becomes one more axis of bounds."
-        lists, (_, q_position, k_position), reads = self.lists, self._layout, self.needed[rank]
-        q_blocks, k_blocks = self.blocks(rank)
-        first, last = self.edges[rank], self.edges[rank + 1]
-        q_slots, k_slots = q_position[q_blocks], k_position[k_blocks]
-        q_tokens = np.where((q_slots >= first) & (q_slots < last), q_slots - first, -1)
-        k_tokens = np.where(k_slots >= 0, np.searchsorted(reads, k_slots), -1)
-        group, q, k, full = self._entries
-        keep = np.isin(q, q_blocks)
-        rows, columns = rows_and_columns(group[keep], np.searchsorted(q_blocks, q[keep]), np.searchsorted(k_blocks, k[keep]), full[keep], lists.num_groups, (len(q_blocks), len(k_blocks)))
-        def cut(x, blocks, size): return x.view(len(x), -1, size)[:, torch.from_numpy(blocks).to(x.device)].flatten(1)
-        bounds = [None if x is None else cut(x, blocks, size) for x, blocks, size in zip((lists.lo, lists.hi, lists.at), (q_blocks, q_blocks, k_blocks), (*lists.block_size[:1] * 2, lists.block_size[1]))]
-        if lists.causal:  # key token <= query token, by their indices in the whole sequence
-            q_index, k_index = (x.to(torch.int32).flatten()[None] for x in (lists.query_tokens()[torch.from_numpy(q_blocks)], lists.key_tokens()[torch.from_numpy(k_blocks)]))
-            causal = torch.zeros_like(q_index), q_index, k_index.clamp(min=0)
-            bounds = [x if bound is None else torch.cat([bound, x]) for bound, x in zip(bounds, causal)]
-        tokens = [torch.from_numpy(np.ascontiguousarray(x.ravel(), np.int32)) for x in (q_tokens, k_tokens)]
-        return BlockLists(lists.block_size, int(last - first), len(reads), tokens[0], tokens[1], rows, columns, lists.groups, *bounds).to(lists.device)
+    def local_lists(self, rank: int) -> BlockLists:
+        "The rank's part of the pattern: its positions against what it reads, ascending."
+        return _local_lists(self, rank)
 
-    def __str__(self) -> str:
-        lines = [f"block-sparse attention of {sum(self.sizes):,} tokens over {self.world_size} rank{'s' * (self.world_size > 1)}"]
-        for rank, size in enumerate(self.sizes):
-            from_whom = [f"{len(self.parcel(src, rank)):,} from rank {src}" for src in range(self.world_size) if src != rank and len(self.parcel(src, rank))]
-            lines.append(f"  rank {rank}: {size:,} positions, reads K and V of {len(self.needed[rank]):,} tokens: {self.rows_received(rank):,} received" + (f" ({', '.join(from_whom)})" if from_whom else ""))
-        return "\n".join(lines)
+    def __str__(self) -> str: return "\n".join(_describe(self))
 
+# %% ../nbs/10g_block_ring.ipynb #12c4989d
+def _describe(plan: BlockRingPlan):
+    ranks = range(plan.world_size)
+    many = "s" if plan.world_size > 1 else ""
+    yield f"block-sparse attention of {sum(plan.sizes):,} tokens over {plan.world_size} rank{many}"
+    for rank in ranks:
+        parcels = {src: len(plan.parcel(src, rank)) for src in ranks if src != rank}
+        sources = [f"{n:,} from rank {src}" for src, n in parcels.items() if n]
+        whence = f" ({', '.join(sources)})" if sources else ""
+        yield (f"  rank {rank}: {plan.sizes[rank]:,} positions,"
+               f" reads K and V of {len(plan.needed[rank]):,} tokens:"
+               f" {plan.rows_received(rank):,} received{whence}")
 
-_plans = WeakKeyDictionary[BlockLists, dict[tuple[int, int], tuple[BlockRingPlan, BlockLists]]]()  # lists -> {(sizes, rank): (plan, local lists)}
+# %% ../nbs/10g_block_ring.ipynb #a6ddfc35
+def _local_lists(plan: BlockRingPlan, rank: int) -> BlockLists:
+    lists, blocks, reads = plan.lists, plan.blocks(rank), plan.needed[rank]
+    first, last = plan.edges[rank:rank + 2]
+    q_slots, k_slots = (slots[some] for slots, some in zip(plan.slots, blocks))
+    inside = (q_slots >= first) & (q_slots < last)
+    places = np.where(inside, q_slots - first, -1)
+    rows = np.where(k_slots >= 0, np.searchsorted(reads, k_slots), -1)
+    q_tokens, k_tokens = (torch.from_numpy(x.ravel().astype(np.int32)) for x in (places, rows))
+    entries = plan.entries[np.isin(plan.entries.query, blocks[0])]
+    q, k = np.searchsorted(blocks[0], entries.query), np.searchsorted(blocks[1], entries.key)
+    shape = len(blocks[0]), len(blocks[1])
+    by_query, by_key = rows_and_columns(entries.group, q, k, entries.full, lists.num_groups, shape)
+    lo, hi, at = _local_bounds(lists, *(torch.from_numpy(x) for x in blocks))
+    local = BlockLists(lists.block_size, int(last - first), len(reads), q_tokens, k_tokens,
+                       by_query, by_key, lists.groups, lo, hi, at)
+    return local.to(lists.device)
 
+# %% ../nbs/10g_block_ring.ipynb #25e87273
+def _local_bounds(lists: BlockLists, q_blocks: Tensor, k_blocks: Tensor) -> list[Tensor | None]:
+    "Bounds of some blocks; key token <= query token, by their place in the whole, among them."
+    def cut(x, blocks, size):
+        if x is None: return None
+        return x.view(len(x), -1, size)[:, blocks.to(x.device)].flatten(1)
+    (m, n), given = lists.block_size, (lists.lo, lists.hi, lists.at)
+    which = (q_blocks, m), (q_blocks, m), (k_blocks, n)
+    bounds = [cut(x, *some) for x, some in zip(given, which)]
+    if not lists.causal: return bounds
+    def tokens(table, blocks): return table[blocks.to(table.device)].to(torch.int32).flatten()[None]
+    queries = tokens(lists.query_tokens(), q_blocks)
+    keys = tokens(lists.key_tokens(), k_blocks).clamp(min=0)
+    causal = torch.zeros_like(queries), queries, keys
+    return [x if bound is None else torch.cat([bound, x]) for bound, x in zip(bounds, causal)]
 
+# %% ../nbs/10g_block_ring.ipynb #e3e0b52f
 def plan_block_ring(
     lists: BlockLists, # of the whole sequence, keys and queries being the same tokens
     world_size: int, # ranks, P
 ) -> BlockRingPlan: # print it
     "The plan for an even share of positions per rank. Raises `ValueError` for lists with registers."
-    if lists.num_keys != lists.num_queries: raise ValueError(f"the block lists have {lists.num_queries} queries and {lists.num_keys} keys: a sharded sequence has no registers")
+    if lists.num_keys != lists.num_queries:
+        raise ValueError(f"the block lists have {lists.num_queries} queries and {lists.num_keys}"
+                         " keys: a sharded sequence has no registers")
     return BlockRingPlan(lists, shard_sizes(lists.num_queries, world_size))
 
-# %% ../nbs/10g_block_ring.ipynb #f188ab33
+# %% ../nbs/10g_block_ring.ipynb #18d781a7
+_NAME = "block_sparse_ring_attention"
+
+
+@dataclass
+class _Fetching:
+    "Rows of K and V on their way from shards to those who read them, and their gradients back."
+    plan: BlockRingPlan
+    ring: Ring
+    number: int # of the call
+
+    @cached_property
+    def wanted(self) -> dict[int, int]: # rows of each rank that this one reads
+        sizes = {src: len(self.plan.parcel(src, self.ring.rank)) for src in range(self.ring.size)}
+        return {src: size for src, size in sizes.items() if size}
+
+    @cached_property
+    def given(self) -> dict[int, Tensor]: # rows of this shard that each rank reads
+        first = self.plan.edges[self.ring.rank]
+        parcels = {dst: self.plan.parcel(self.ring.rank, dst) for dst in range(self.ring.size)}
+        return {dst: torch.from_numpy(x - first) for dst, x in parcels.items() if len(x)}
+
+    def exchange(self, what: str, kv: Tensor, pack: dict[int, Tensor], sizes: dict[int, int]):
+        "Sends a tensor (2, B, H_kv, rows, D) to each rank and receives one: all but the own."
+        rank = self.ring.rank
+        received = {src: kv.new_empty(*kv.shape[:3], size, kv.shape[4])
+                    for src, size in sizes.items() if src != rank}
+        sends = {dst: x for dst, x in pack.items() if dst != rank}
+        if self.ring.size > 1: swap(self.ring, what, self.number, sends, received)
+        if rank in pack: received[rank] = pack[rank]
+        return [received[src] for src in sorted(received)]
+
+    def fetch(self, kv: Tensor) -> Tensor:
+        "What this rank reads, in the order of positions."
+        with self.ring.round(_NAME):
+            pack = {dst: kv.index_select(3, x.to(kv.device)) for dst, x in self.given.items()}
+            parts = self.exchange(_NAME, kv, pack, self.wanted)
+            return torch.cat(parts, 3) if parts else kv[:, :, :, :0]
+
+    def send_back(self, gradients: Tensor, rows: int) -> Tensor: # (2, B, H_kv, rows, D)
+        "The gradients of this rank's rows, added up in the order of the ranks."
+        what = f"{_NAME}, backward"
+        with begin(self.ring, what, self.number), self.ring.round(what):
+            counts = [self.wanted[src] for src in sorted(self.wanted)]
+            pieces = gradients.split(counts, 3) if counts else ()
+            parts = dict(zip(sorted(self.wanted), pieces))
+            sizes = {dst: len(x) for dst, x in self.given.items()}
+            arrived = self.exchange(what, gradients, parts, sizes)
+            total = gradients.new_zeros(*gradients.shape[:3], rows, gradients.shape[4])
+            for dst, part in zip(sorted(sizes), arrived):
+                total.index_add_(3, self.given[dst].to(total.device), part)
+            return total
+
+# %% ../nbs/10g_block_ring.ipynb #87608b5f
 class _Fetch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, k, v, plan, ring, number):
-        first, others = plan.edges[ring.rank], [rank for rank in range(ring.size) if rank != ring.rank]
-        ctx.number, ctx.plan, ctx.ring, ctx.shape, ctx.own = number, plan, ring, k.shape, {dst: torch.from_numpy(plan.parcel(ring.rank, dst) - first).to(k.device) for dst in range(ring.size)}
-        received = {src: k.new_empty(2, *k.shape[:2], n, k.shape[3]) for src in others if (n := len(plan.parcel(src, ring.rank)))}
-        def pack(index): return torch.stack([k.index_select(2, index), v.index_select(2, index)])
-        sends = {dst: pack(ctx.own[dst]) for dst in others if len(ctx.own[dst])}
-        if ring.size > 1: swap(ring, "block_sparse_ring_attention", number, sends, received)
-        received[ring.rank] = pack(ctx.own[ring.rank])
-        ctx.sources = sorted(received)
-        return tuple(torch.cat([received[src][i] for src in ctx.sources], 2) for i in range(2))
+    "K and V of a shard to those that its queries read."
 
     @staticmethod
-    def backward(ctx, dk, dv):
-        with begin(ctx.ring, "block_sparse_ring_attention, backward", ctx.number): total = _Fetch.send_back(ctx, dk, dv)
-        return *total.to(dk.dtype), None, None, None
+    def forward(ctx, k: Tensor, v: Tensor, fetching: _Fetching):
+        ctx.fetching, ctx.rows = fetching, k.shape[2]
+        k, v = fetching.fetch(torch.stack([k, v]))
+        return k, v
 
     @staticmethod
-    def send_back(ctx, dk, dv) -> Tensor: # (2, B, H_kv, n, D): the gradients of this rank's rows
-        ring, wide = ctx.ring, torch.promote_types(dk.dtype, torch.float32)
-        parts = torch.stack([dk, dv]).to(wide).split([len(ctx.plan.parcel(src, ring.rank)) for src in ctx.sources], 3)
-        parts = dict(zip(ctx.sources, parts))
-        arrived = {dst: parts[ring.rank].new_empty(*parts[ring.rank].shape[:3], len(index), ctx.shape[3]) for dst, index in ctx.own.items() if dst != ring.rank and len(index)}
-        if ring.size > 1: swap(ring, "block_sparse_ring_attention, backward", ctx.number, {src: x for src, x in parts.items() if src != ring.rank}, arrived)
-        arrived[ring.rank] = parts[ring.rank]
-        total = torch.zeros(2, *ctx.shape, dtype=wide, device=dk.device)
-        for dst in sorted(arrived): total.index_add_(3, ctx.own[dst], arrived[dst])
-        return total
+    def backward(ctx, dk: Tensor, dv: Tensor):
+        wide = torch.promote_types(dk.dtype, torch.float32)
+        total = ctx.fetching.send_back(torch.stack([dk, dv]).to(wide), ctx.rows)
+        return *total.to(dk.dtype), None
+
+# %% ../nbs/10g_block_ring.ipynb #619cdb33
+_Known = dict[tuple[int, int], tuple[BlockRingPlan, BlockLists]] # (world size, rank) -> plan, lists
+_plans = WeakKeyDictionary[BlockLists, _Known]()
 
 
 def _planned(lists: BlockLists, size: int, rank: int) -> tuple[BlockRingPlan, BlockLists]:
+    "The plan, and the lists of this rank."
     known = _plans.setdefault(lists, {})
     if (size, rank) not in known:
         plan = plan_block_ring(lists, size)
-        known[size, rank] = BlockRingPlan(lists.to("cpu"), plan.sizes), plan.local_lists(rank)  # not the key itself: it would keep itself alive
+        copy = BlockRingPlan(lists.to("cpu"), plan.sizes)  # the key itself would keep itself alive
+        known[size, rank] = copy, plan.local_lists(rank)
     return known[size, rank]
 
-# %% ../nbs/10g_block_ring.ipynb #9f133c1b
-@overload
-def block_sparse_ring_attention(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *, group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ..., backend: str = ...,
-                                return_lse: Literal[False] = False) -> Tensor: ...
-@overload
-def block_sparse_ring_attention(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *, group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ..., backend: str = ...,
-                                return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-@overload
-def block_sparse_ring_attention(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *, group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ..., backend: str = ...,
-                                return_lse: bool) -> Tensor | tuple[Tensor, Tensor]: ...
+# %% ../nbs/10g_block_ring.ipynb #7ae8ab35
+def _check_lists(q: Tensor, lists: Any):
+    if not isinstance(lists, BlockLists):
+        raise ValueError(f"lists is a {type(lists).__name__}: expected BlockLists of the whole"
+                         " sequence")
+    if lists.device != q.device:
+        raise ValueError(f"the block lists are on {lists.device} and q on {q.device}: they must be"
+                         " on one device; see BlockLists.to")
+    if any(n not in (1, size) for n, size in zip(lists.groups, q.shape)):
+        raise ValueError(f"the block lists are for groups={lists.groups} (batches, heads); q has"
+                         f" B={q.shape[0]} and H={q.shape[1]}: expected 1 or as many")
 
-# %% ../nbs/10g_block_ring.ipynb #59bef3ae
+# %% ../nbs/10g_block_ring.ipynb #1d9cc8eb
+def _check_shard(q: Tensor, lists: BlockLists, sizes: Sequence[int], rank: int):
+    if q.shape[2] == sizes[rank]: return
+    raise ValueError(f"q has {q.shape[2]} positions on rank {rank} of {len(sizes)}: the block lists"
+                     f" are for {lists.num_queries} tokens, of which this rank holds {sizes[rank]}")
+
+# %% ../nbs/10g_block_ring.ipynb #13817af3
+def _common(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float | None) -> dict:
+    "What has to be the same on every rank."
+    gradients = any(x.requires_grad for x in (q, k, v))
+    return dict(seq_len=lists.num_queries, batch=q.shape[0], heads=q.shape[1],
+                kv_heads=k.shape[1], head_dim=q.shape[3], dtype=q.dtype, device=q.device.type,
+                scale=scale, order=digest(lists_order(lists)), block_size=lists.block_size,
+                blocks=len(lists.rows.index), causal=lists.causal,
+                requires_grad=gradients and torch.is_grad_enabled())
+
+# %% ../nbs/10g_block_ring.ipynb #6bf34cf9
+#| code-fold: true
+@overload
+def block_sparse_ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *,
+    group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ...,
+    backend: str = ..., return_lse: Literal[False] = False) -> Tensor: ...
+@overload
+def block_sparse_ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *,
+    group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ...,
+    backend: str = ..., return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
+@overload
+def block_sparse_ring_attention(
+    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *,
+    group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ...,
+    backend: str = ..., return_lse: bool) -> Tensor | tuple[Tensor, Tensor]: ...
+
+# %% ../nbs/10g_block_ring.ipynb #f8f46860
 @_outside_graphs
 def block_sparse_ring_attention(
-    q: Tensor, # queries (B, H, n, D): this rank's shard of positions, `shard_sequence(..., order=lists_order(lists))`
+    q: Tensor, # queries (B, H, n, D): `shard_sequence(..., order=lists_order(lists))`
     k: Tensor, # keys (B, H_kv, n, D)
     v: Tensor, # values (B, H_kv, n, D)
     lists: BlockLists, # of the whole sequence, the same on every rank
     *,
-    group: "dist.ProcessGroup | DeviceMesh | None" = None, # process group, 1-D `DeviceMesh`, or None: the default group, or one rank alone
+    group: "dist.ProcessGroup | DeviceMesh | None" = None, # as in `ring_attention`
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     backend: str = "auto", # as for `block_sparse_attention`
     return_lse: bool = False, # return the log-sum-exp too
-) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, n, D) of this rank's positions, or (out, lse (B, H, n))
-    """Exact block-sparse attention over a sequence of which every rank holds a shard, differentiable in q, k, v through output and LSE; only needed blocks travel.
+) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, n, D), or (out, lse (B, H, n))
+    """Exact block-sparse attention over a sequence of which every rank holds a shard.
 
-    Every rank of the group has to call it, and to call backward, the same number of times. `ValueError` on every rank where arguments are wrong or differ between ranks; `RuntimeError` where a rank is lost."""
-    ring, error = ring_of(group), None
-    ring.check_usable()
-    number = ring.next_call()
-    common, local = {}, {}
+    Differentiable in q, k, v through output and LSE; only needed blocks travel. Rules and errors as
+    in `ring_attention`."""
+    ring = ring_of(group)
+    number, common, local, error = ring.next_call(), {}, {}, None
     try:
         if all(isinstance(x, Tensor) for x in (q, k, v)): q, k, v = _autocast(q, k, v)
         _check_tensors(q, k, v)
-        if not isinstance(lists, BlockLists): raise ValueError(f"lists is a {type(lists).__name__}: expected BlockLists of the whole sequence")
-        if lists.device != q.device: raise ValueError(f"the block lists are on {lists.device} and q on {q.device}: they must be on one device; see BlockLists.to")
-        if any(n not in (1, size) for n, size in zip(lists.groups, q.shape)): raise ValueError(f"the block lists are for groups={lists.groups} (batches, heads); q has B={q.shape[0]} and H={q.shape[1]}: expected 1 or as many")
-        _check_scale(scale)
+        _check_lists(q, lists)
+        check_scale(scale)
         _check_backend_name(backend)
         return_lse = true_or_false("return_lse", return_lse)
         plan, own = _planned(lists, ring.size, ring.rank)
-        if q.shape[2] != plan.sizes[ring.rank]: raise ValueError(f"q has {q.shape[2]} positions on rank {ring.rank} of {ring.size}: the block lists are for {lists.num_queries} tokens, of which this rank holds {plan.sizes[ring.rank]}")
-        common = dict(seq_len=lists.num_queries, batch=q.shape[0], heads=q.shape[1], kv_heads=k.shape[1], head_dim=q.shape[3], dtype=q.dtype, device=q.device.type, layout="contiguous", scale=scale,
-                      order=digest(lists_order(lists)), block_size=lists.block_size, blocks=len(lists.rows.index), causal=lists.causal,
-                      requires_grad=torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)))
-        local = dict(rows=q.shape[2])
+        _check_shard(q, lists, plan.sizes, ring.rank)
+        common, local = _common(q, k, v, lists, scale), dict(rows=q.shape[2])
     except Exception as found: error = found
-    agree(ring, "block_sparse_ring_attention", dict(call=number, stage="begin", **common), local, error)
-    with Together(ring, "block_sparse_ring_attention", number):
-        k, v = _Fetch.apply(k, v, plan, ring, number)
+    agree(ring, _NAME, dict(call=number, stage="begin", **common), local, error)
+    with Together(ring, _NAME, number):
+        k, v = _Fetch.apply(k, v, _Fetching(plan, ring, number))
         out, lse = attend_blocks(q, k, v, own, scale=scale, backend=backend)
     return (out, lse) if return_lse else out

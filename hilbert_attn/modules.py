@@ -33,7 +33,8 @@ from .common import true_or_false, whole_number, whole_numbers
 from .curves import _parse_curve, as_grid, curve_order
 from .dilated import _check_dilated, _run_dilated
 from .patterns import DilatedPattern, SegmentPattern, _branch_lists
-from .ring import _ring_of, ring_dilated_attention, shard_sequence, unshard_sequence
+from .ring import ring_dilated_attention
+from .ring_exchange import ring_of, shard_sequence, unshard_sequence
 
 # %% ../nbs/12_modules.ipynb #4fc96ccb
 def _one_of(canonical: str, value, **aliases):
@@ -567,7 +568,7 @@ def _check_ring_settings(dropout: float, ring_size: int | None):
 
 
 def _check_ring_size(ring_size: int | None, group):
-    size = _ring_of(group).size
+    size = ring_of(group).size
     if ring_size not in (None, size): raise RuntimeError(f"ring_size={ring_size}, and the process group has {size} process{'es' * (size != 1)}: start {ring_size} with torchrun and torch.distributed.init_process_group, or leave ring_size out")
 
 
@@ -848,7 +849,7 @@ class RingBlockSparseAttention(BlockSparseAttention):
         "Length of the whole sequence."
         if seq_len is not None: return seq_len
         if self.grid is not None: return prod(self.grid)
-        if _ring_of(self.group).size == 1: return rows
+        if ring_of(self.group).size == 1: return rows
         raise ValueError("the length of the whole sequence is not known: give the layer a grid, such as grid=N")
 
     def forward(
