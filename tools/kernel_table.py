@@ -9,12 +9,13 @@ import json
 import os
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tools")]
 STORED = ROOT / "nbs" / "results" / "kernels.jsonl"
-KEPT = ("registers", "spilled", "shared", "advice", "instructions", "loops", "error")
+KEPT = ("registers", "spilled", "shared", "advice", "instructions", "loops", "failed")
 
 
 def stored() -> list[dict]:
@@ -28,15 +29,15 @@ def append(row: dict) -> None:
 def measure(label: str) -> None:
     "One row a case, stored when it is known."
     import triton
+    from compile_cases import tiles_of_the_tuner
     from compile_worker import compile_case
-    from test_compile_matrix import tiles_of_the_tuner
     where = dict(label=label, triton=triton.__version__)
     known = {row["case"] for row in stored() if where.items() <= row.items()}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
         for case in tiles_of_the_tuner():
             if str(case) in known: continue
-            result = compile_case(case.spec())
+            result = compile_case(asdict(case))
             append(where | dict(case=str(case)) | {k: result[k] for k in KEPT if k in result})
 
 

@@ -200,7 +200,7 @@ def warm(launch: Launch, arch: int):
 def compile_launch(launch: Launch, arch: int) -> dict:
     "What came out of it; never raises."
     row = dict(key=launch.key, kernel=launch.kernel, warps=launch.warps, stages=launch.stages,
-               constants={k: v for k, v in launch.constants if isinstance(v, (int, str))})
+               static=str(dict(launch.constants).get("S")))
     try:
         return row | examine(*compile_listening(lambda: warm(launch, arch)))
     except Exception as error:
