@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hilbert_attn.bench import FLOPS_PER_PAIR, _resident, _timing_rows, describe_environment, environment, format_table, measure, save_run
+from hilbert_attn.bench import FLOPS_PER_PAIR, resident_memory, timing_rows, describe_environment, environment, format_table, measure, save_run
 from hilbert_attn.patterns import SegmentPattern, attention_mask
 from hilbert_attn.reference import assert_matches_oracle, default_scale
 from hilbert_attn.ring import plan_ring, ring_attention, shard_sequence, unshard_sequence
@@ -119,9 +119,9 @@ def check(contender: Contender, heads: int, head_dim: int) -> dict:
 def peak(call) -> int: # bytes beyond what was there before
     "Resident memory that a call adds at its peak."
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident()
+    before = resident_memory()
     result = call()
-    found = max(0, _resident("VmHWM") - before)
+    found = max(0, resident_memory("VmHWM") - before)
     del result
     return found
 
@@ -157,7 +157,7 @@ def times_of_rank(config: dict, rank: int, world: int) -> dict:
     for direction, build in per_pair.items():
         timings = measure({c.name: build(c) for c in chosen}, config["repeats"], synchronize=dist.barrier)
         flops = {c.name: config["batch"] * config["heads"] * FLOPS_PER_PAIR[direction] * config["head_dim"] * c.pairs for c in chosen}
-        rows += [row | dict(flops=flops[row["name"]]) for row in _timing_rows(timings, direction=direction)]
+        rows += [row | dict(flops=flops[row["name"]]) for row in timing_rows(timings, direction=direction)]
 
     ours, theirs = torch.zeros(config["link_bytes"] // 4), torch.zeros(config["link_bytes"] // 4)
     if world > 1:  # every rank sends and receives at once, as in the ring
