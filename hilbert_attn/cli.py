@@ -139,8 +139,8 @@ _RUN = {"demo": _demo, "bench": _bench, "explain": _explain, "env": _env}
 # %% ../nbs/17_cli.ipynb #f7afc82b
 class _Parser(argparse.ArgumentParser):
     "Answers a mistake with one line that says where to read on."
-    def __init__(self, *args, **options):
-        super().__init__(*args, formatter_class=self._layout, **options)
+    def __init__(self, **options):
+        super().__init__(**options | dict(formatter_class=self._layout))
 
     @staticmethod
     def _layout(prog: str) -> argparse.HelpFormatter:

@@ -82,8 +82,9 @@ def check_exact(
     if mask is None: mask = torch.ones(n, n, dtype=torch.bool, device=q.device)
     if mask.ndim == 4 and mask.shape[1] > 1: mask = mask[:, heads]
     attention = _on_heads(candidate, (q, k, v), heads, mask)
-    parts, refusal = (x[:, heads] for x in (q, k, v)), f"refusing to time {candidate.name!r}: "
-    try: report = compare_to_oracle(attention, *parts, mask, lse_grad=candidate.lse_grad)
+    refusal, with_lse = f"refusing to time {candidate.name!r}: ", candidate.lse_grad
+    q, k, v = (x[:, heads] for x in (q, k, v))
+    try: report = compare_to_oracle(attention, q, k, v, mask, lse_grad=with_lse)
     except (AssertionError, RuntimeError) as e: raise RuntimeError(f"{refusal}{e}") from None
     if report.ok: return report
     far = "it is further from the float64 oracle than the rule allows"
@@ -110,8 +111,9 @@ def reshaped_attention(
 ) -> Tensor: # (B, H, N, D)
     "Every residue of every segment as one dense group."
     shape = (-1, segment_size // dilation_rate, dilation_rate, q.shape[-1])
-    groups = [x.view(shape).transpose(1, 2) for x in (q, k, v)]
-    out = F.scaled_dot_product_attention(*groups)
+    groups = (x.view(shape).transpose(1, 2) for x in (q, k, v))
+    q_groups, k_groups, v_groups = groups
+    out = F.scaled_dot_product_attention(q_groups, k_groups, v_groups)
     return out.transpose(1, 2).reshape(q.shape)
 
 # %% ../../nbs/15c_contenders.ipynb #012c7df7
@@ -125,8 +127,8 @@ def gathered_attention(
     dilation_rate: int, # r, divides w
 ) -> Tensor: # (B, H, N, D)
     "The same along an order: gather all three, attend, scatter."
-    ordered = [x.index_select(2, order) for x in (q, k, v)]
-    out = reshaped_attention(*ordered, segment_size, dilation_rate)
+    q, k, v = (x.index_select(2, order) for x in (q, k, v))
+    out = reshaped_attention(q, k, v, segment_size, dilation_rate)
     return out.index_select(2, rank)
 
 # %% ../../nbs/15c_contenders.ipynb #7a52e68b

@@ -120,7 +120,7 @@ def _memory_call(config: dict, ordered: bool, backward: bool, small: bool = Fals
     n = config["memory_tokens"] // (64 if small else 1)
     qkv, dout, dlse = random_inputs(_shape_of(config, n))
     w, r = min(n, config["segment_size"]), config["dilation_rate"]
-    options = dict(curve="hilbert" if ordered else None, backend="sdpa")
+    options: dict[str, Any] = dict(curve="hilbert" if ordered else None, backend="sdpa")
 
     def attention(q, k, v):
         return hilbert_attention(q, k, v, segment_size=w, dilation_rate=r, **options)

@@ -68,7 +68,10 @@ def _case(config: dict, n: int, d: int, segments: int, r: int, order: str) -> Ca
 def _cases(config: dict) -> list[Case]:
     "Every combination."
     lists = (config[key] for key in ("tokens", "head_dims", "patterns", "orders"))
-    return [_case(config, n, d, *pattern, order) for n, d, pattern, order in product(*lists)]
+    return [
+        _case(config, n, d, segments, r, order)
+        for n, d, (segments, r), order in product(*lists)
+    ]
 
 # %% ../../nbs/15g_crossover.ipynb #fb2bc575
 def _backends_here(device: str) -> list[str]:

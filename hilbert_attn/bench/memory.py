@@ -64,7 +64,7 @@ def _attention(config: dict, name: str, n: int) -> Callable:
     backend = "sdpa_mask" if name == MASKED else "sdpa"
 
     def ours(q, k, v):
-        options = dict(curve=curve, backend=backend)
+        options: dict[str, Any] = dict(curve=curve, backend=backend)
         return hilbert_attention(q, k, v, segment_size=w, dilation_rate=r, **options)
 
     return ours

@@ -317,7 +317,7 @@ def bench_local(quick: bool = False, progress: bool | None = None) -> dict:
 
 # %% ../../nbs/15h_suites.ipynb #fd777e1b
 def bench_gpu(
-    quick: bool = False, # one minute of timing, segments only
+    quick: bool = False, # the first three minutes
     progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in seconds, targets
     """The measurement of `tools/gpu_run.py`, on an NVIDIA GPU.
@@ -327,7 +327,7 @@ def bench_gpu(
         missing = "the suite gpu needs an NVIDIA GPU, and torch finds none here"
         instead = "`hilbert-attn bench cpu` measures this machine's CPU"
         raise RuntimeError(f"{missing}; {instead}")
-    options = ["--only", "segments", "--minutes", "1"] if quick else []
+    options = ["--again", *(["--minutes", "3"] if quick else [])]
     with TemporaryDirectory() as folder:
         printed = _run_tool("gpu_run.py", options, folder, progress)
         found = json.loads(next(Path(folder).glob("gpu_run*.json")).read_text())
