@@ -20,6 +20,10 @@ test: $(BIN)/.all  ## run the tests (ARGS="-k curves -x" goes to pytest); those 
 full: $(BIN)/.all  ## run the long grids too (ARGS as for test)
 	FULL=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+lint: $(BIN)/.all  ## ruff on notebooks, tests and tools, and how the code looks to a reader in figures
+	$(BIN)/ruff check nbs tests tools --exit-zero --statistics
+	$(BIN)/python tools/readable.py
+
 lab: $(BIN)/.all  ## open the notebooks in JupyterLab
 	$(INTERPRET) $(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
@@ -76,4 +80,4 @@ $(BIN)/.all: $(SETUP) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
 	@touch $(BIN)/.runtime $(BIN)/.demo $(BIN)/.docs $@
 
-.PHONY: help quickstart demo test full lab docs export readme wheel newcomer gpu clean distclean
+.PHONY: help quickstart demo test full lint lab docs export readme wheel newcomer gpu clean distclean

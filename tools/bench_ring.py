@@ -25,8 +25,8 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tree of this file
 from hilbert_attn.bench import (
     FLOPS_PER_PAIR,
-    _resident,
-    _timing_rows,
+    resident_memory,
+    timing_rows,
     describe_environment,
     environment,
     format_table,
@@ -163,9 +163,9 @@ def check(contender: Contender, heads: int, head_dim: int) -> dict:
 def peak(call: Callable) -> int: # bytes beyond what was there before
     "Resident memory that a call adds at its peak."
     Path("/proc/self/clear_refs").write_text("5")
-    before = _resident()
+    before = resident_memory()
     result = call()
-    found = max(0, _resident("VmHWM") - before)
+    found = max(0, resident_memory("VmHWM") - before)
     del result
     return found
 
@@ -207,7 +207,7 @@ def timings_of_rank(config: dict, rank: int, world: int) -> list[dict]:
         timings = measure(calls, config["repeats"], synchronize=dist.barrier)
         one = config["batch"] * config["heads"] * config["head_dim"] * FLOPS_PER_PAIR[direction]
         flops = {c.name: one * c.pairs for c in chosen}
-        for row in _timing_rows(timings, direction=direction):
+        for row in timing_rows(timings, direction=direction):
             rows.append(row | dict(flops=flops[row["name"]]))
     return rows
 
