@@ -30,7 +30,7 @@ from hilbert_attn.backends import (
 from .common import true_or_false, whole_number, whole_numbers
 from .curves import inverse_order
 from .dilated import dilated_attention
-from .patterns import Progression, SegmentPattern
+from .patterns import Progression, SegmentPattern, default_mode
 from .reference import default_scale, merge_attention
 from hilbert_attn.ring_blocks import (
     Blocks,
@@ -611,7 +611,7 @@ def _ring_call(name: str, group: Any, return_lse: bool, request: Request):
 class RingOptions(TypedDict, total=False):
     "What both functions take by name; for type checkers."
     group: "dist.ProcessGroup | DeviceMesh | None"
-    dilation_mode: str
+    dilation_mode: str | None
     offsets: int | Sequence[int] | None
     causal: bool
     order: Tensor | None
@@ -643,7 +643,7 @@ def ring_attention(
     group: "dist.ProcessGroup | DeviceMesh | None" = None, # None: the default, or one rank alone
     segment_size: int | None = None, # positions per segment; None is one segment
     dilation_rate: int = 1, # every how many positions
-    dilation_mode: str = "residue", # "residue", "keys" or "longnet"
+    dilation_mode: str | None = "residue", # "residue", "keys" or "longnet"; None: "residue"
     offsets: int | Sequence[int] | None = None, # residues of keys; None: the mode's default
     causal: bool = False, # key token index <= query token index
     order: Tensor | None = None, # int64 (N,): token at each position of all; for `causal` alone
@@ -659,7 +659,8 @@ def ring_attention(
     There is no dropout and no key mask. What goes wrong on one rank is an error on all of them:
     `ValueError` where arguments are wrong or differ, `RuntimeError` where a rank is lost. Ring: Liu
     et al., arXiv 2310.01889; segments: LongNet, arXiv 2307.02486, section 3.2."""
-    request = Request(q, k, v, segment_size, dilation_rate, None, dilation_mode, offsets,
+    mode = default_mode() if dilation_mode is None else dilation_mode
+    request = Request(q, k, v, segment_size, dilation_rate, None, mode, offsets,
                       causal, order, layout, scale, backend, overlap)
     return _ring_call("ring_attention", group, return_lse, request)
 
@@ -691,7 +692,7 @@ def ring_dilated_attention(
     *,
     group: "dist.ProcessGroup | DeviceMesh | None" = None, # as in `ring_attention`
     combine: str = "lse", # one softmax over all keys; "heads": each branch has some heads
-    dilation_mode: str = "longnet", # "longnet", "residue" or "keys"
+    dilation_mode: str | None = None, # None: "longnet" for "lse", "residue" for "heads"; or "keys"
     offsets: int | Sequence[int] | None = None, # modulo each rate; None: the mode's default
     causal: bool = False, # key token index <= query token index
     order: Tensor | None = None, # as in `ring_attention`
@@ -705,6 +706,7 @@ def ring_dilated_attention(
 
     What does not fit into a shard travels in one message per pair of ranks, whatever the number of
     branches. Rules and errors as in `ring_attention`."""
-    request = Request(q, k, v, segment_lengths, dilation_rates, combine, dilation_mode, offsets,
+    mode = default_mode(combine) if dilation_mode is None else dilation_mode
+    request = Request(q, k, v, segment_lengths, dilation_rates, combine, mode, offsets,
                       causal, order, layout, scale, backend, overlap)
     return _ring_call("ring_dilated_attention", group, return_lse, request)

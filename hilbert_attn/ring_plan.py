@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .common import true_or_false, whole_number, whole_numbers
-from .patterns import DilatedPattern, Progression, SegmentPattern
+from .patterns import DilatedPattern, Progression, SegmentPattern, default_mode
 
 # %% ../nbs/09_ring_plan.ipynb #12aaacb2
 LAYOUTS = ("contiguous", "zigzag")
@@ -507,7 +507,7 @@ def plan_ring(
     kv_heads: int | None = None, # H_kv; None is H
     head_dim: int = 64, # D
     dtype: torch.dtype = torch.float32, # of q, k, v
-    dilation_mode: str = "residue", # "residue", "keys" or "longnet"
+    dilation_mode: str | None = None, # None: as the function that takes this call would
     offsets: int | Sequence[int] | None = None, # for all heads or each; None: the mode's default
     combine: str = "lse", # "lse" or "heads"
     causal: bool = False, # key token <= query token
@@ -527,6 +527,9 @@ def plan_ring(
     if several: offsets = whole_numbers("offsets", offsets)
     causal = true_or_false("causal", causal)
     ordered = causal and true_or_false("ordered", ordered)
+    if dilation_mode is None:
+        listed = isinstance(segment_lengths, Sequence)
+        dilation_mode = default_mode(combine) if listed else default_mode()
     return _made_plan(lengths, rates, combine, dilation_mode, offsets, sizes=sizes, layout=layout,
                       batch=batch, heads=heads, kv_heads=kv_heads, head_dim=head_dim, dtype=dtype,
                       causal=causal, ordered=ordered, device=device)

@@ -852,7 +852,7 @@ def test_backends_can_be_forced(monkeypatch):
     call()
     call(backend="sdpa")
     assert len(seen) == 2
-    with pytest.raises(RuntimeError, match="flex"): call(backend="flex")
+    with pytest.raises(ValueError, match="backend='flex': known backends are"): call(backend="flex")
 
 
 def test_bad_arguments_are_named():

@@ -5,10 +5,12 @@ import io
 import pytest
 import torch
 
-from hilbert_attn import BlockSparseAttention, DilatedAttention, HilbertAttentionCore, MultiheadDilatedAttention
-from hilbert_attn import NeighborhoodPattern, RingBlockSparseAttention, RingDilatedAttention, SparsePatternConfig, curve_order
+from hilbert_attn import DilatedAttention, HilbertAttentionCore, MultiheadDilatedAttention
+from hilbert_attn import NeighborhoodPattern, SparsePatternConfig, curve_order
+from hilbert_attn.block_layers import BlockSparseAttention, RingBlockSparseAttention
 from hilbert_attn.patterns import SegmentPattern, attention_mask
 from hilbert_attn.reference import masked_attention
+from hilbert_attn.ring_layers import RingDilatedAttention
 
 SETTINGS = [
     dict(segment_size=30), dict(segment_size=30, dilation_rate=3, grid=(7, 11)), dict(segment_size=None), dict(segment_size=200, causal=True),

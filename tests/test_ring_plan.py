@@ -182,7 +182,7 @@ def test_the_same_call_gives_the_same_plan():
 
 
 def test_plan_reads_well():
-    text = str(plan_ring(1024, 4, (128, 512, None), (1, 2, 1), heads=4))
+    text = str(plan_ring(1024, 4, (128, 512, None), (1, 2, 1), heads=4, dilation_mode="residue"))
     assert ("4 ranks, 1,024 positions, 256 each, contiguous;"
             " B=1 H=4 H_kv=4 D=64 float32") in text
     assert ("branch 0: w=128 r=1 residue, local:"

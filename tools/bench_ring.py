@@ -230,7 +230,7 @@ def traffic_of(config: dict, c: Contender, world: int) -> dict:
     "What the plan of a contender sends to the first rank."
     shape = dict(batch=config["batch"], heads=config["heads"], head_dim=config["head_dim"])
     pattern = (c.pattern.segment_size,), (c.pattern.dilation_rate,)
-    options = dict(causal=c.causal, layout=c.layout)
+    options = dict(causal=c.causal, layout=c.layout, dilation_mode=c.pattern.mode)
     traffic = plan_ring(config["tokens"], world, *pattern, **shape, **options).traffic(0)
     return dict(forward=traffic.bytes, backward=traffic.backward_bytes)
 
