@@ -134,6 +134,11 @@ def test_links_around_names(page):
     )
 
 
+def test_a_link_to_a_notebook_that_is_gone_is_an_error(page):
+    with pytest.raises(ValueError, match="99_gone.ipynb, which is no notebook"):
+        processed.links("See [it](99_gone.ipynb#a).", {"00_curves.ipynb": page})
+
+
 def test_cells_are_mended(page):
     heading, printed, box, anchor, walk = processed.mended_cells(page)[1:]
     assert heading.source == "## The `order` of it"

@@ -127,7 +127,13 @@ def links(text: str, pages: dict[str, Page]) -> str:
                 return f"[{code}]({file}#{found})"
         return code
 
-    local = outside_code(lambda part: local_links(str, part), text)
+    def known(file):
+        if file in pages:
+            return file
+        there = f"run the notebook that shows it again, or mend it in:\n{text[:300]}"
+        raise ValueError(f"a link to {file}, which is no notebook: {there}")
+
+    local = outside_code(lambda part: local_links(known, part), text)
     return NAME_LINK.sub(name, local)
 
 
