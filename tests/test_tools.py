@@ -134,6 +134,18 @@ def test_links_around_names(page):
     )
 
 
+def test_a_link_to_a_notebook_that_is_gone_is_an_error(page):
+    with pytest.raises(ValueError, match="99_gone.ipynb, which is no notebook"):
+        processed.links("See [it](99_gone.ipynb#a).", {"00_curves.ipynb": page})
+
+
+def test_no_level_of_headings_is_left_out(page):
+    sources = ["### a\n\n```\n### code\n```", "## b", "### c"]
+    page.notebook.cells[1:] = map(new_markdown_cell, sources)
+    processed.start_at_second_level(page)
+    assert page.texts() == ["## a\n\n```\n### code\n```", "## b", "### c"]
+
+
 def test_cells_are_mended(page):
     heading, printed, box, anchor, walk = processed.mended_cells(page)[1:]
     assert heading.source == "## The `order` of it"

@@ -102,6 +102,7 @@ def finish(folder: Path) -> None:
     for page in pages.values():
         page.each_text(lambda text: links(text, pages))
         spare_mathjax(page)
+        start_at_second_level(page)
         page.notebook.cells = mended_cells(page)
     modules = exported_modules()
     for file, name in modules.items():
@@ -127,7 +128,13 @@ def links(text: str, pages: dict[str, Page]) -> str:
                 return f"[{code}]({file}#{found})"
         return code
 
-    local = outside_code(lambda part: local_links(str, part), text)
+    def known(file):
+        if file in pages:
+            return file
+        there = f"run the notebook that shows it again, or mend it in:\n{text[:300]}"
+        raise ValueError(f"a link to {file}, which is no notebook: {there}")
+
+    local = outside_code(lambda part: local_links(known, part), text)
     return NAME_LINK.sub(name, local)
 
 
@@ -136,6 +143,20 @@ def formulas(page: Page) -> list[str]:
     for text in page.texts():
         outside_code(lambda part: found.extend(FORMULA.findall(part)) or part, text)
     return ["".join(formula) for formula in found]
+
+
+def start_at_second_level(page: Page) -> None:
+    "What is documented before the first section has headings of sections: no level is left out."
+    before = True
+
+    def convert(text):
+        nonlocal before
+        before = before and not re.search(r"^## ", text, re.M)
+        if not before:
+            return text
+        return outside_code(lambda part: re.sub(r"^###(?= )", "##", part, flags=re.M), text)
+
+    page.each_text(convert)
 
 
 def set_in_text(tex: str) -> str | None:
