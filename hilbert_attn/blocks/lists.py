@@ -302,6 +302,6 @@ def lists_from_operands(
     "The way back."
     *rows, q_tokens, k_tokens, lo, hi, at, sizes, causal = operands
     BM, BN, num_queries, num_keys, *groups = sizes
-    sides = BlockRows(*rows[:3]), BlockRows(*rows[3:])
+    tokens, sides = (q_tokens, k_tokens), (BlockRows(*rows[:3]), BlockRows(*rows[3:]))
     return BlockLists(
-        (BM, BN), num_queries, num_keys, q_tokens, k_tokens, *sides, tuple(groups), lo, hi, at, causal)
+        (BM, BN), num_queries, num_keys, *tokens, *sides, tuple(groups), lo, hi, at, causal)

@@ -51,24 +51,29 @@ def _chunks(row: np.ndarray, work: np.ndarray) -> Iterator[slice]:
     first = begin[np.flatnonzero(np.diff(chunk, prepend=-1))]
     return map(slice, first, np.append(first[1:], len(row)))
 
+# %% ../../nbs/10a_block_planner.ipynb #890967d6
+def _block_table(pattern: NeighborhoodPattern, k_tokens: np.ndarray, size: int) -> np.ndarray:
+    "The key block of each cell of the grid; -1 past the last coordinate of an axis."
+    slot = np.flatnonzero(k_tokens >= 0)
+    block = np.empty(pattern.seq_len, np.int64)
+    block[k_tokens[slot]] = slot // size
+    return np.pad(block.reshape(pattern.grid), (0, 1), constant_values=-1)
+
 # %% ../../nbs/10a_block_planner.ipynb #474b3f65
 def _neighborhood_pairs(pattern, q_tokens, k_tokens, block_size, causal) -> Iterator[tuple]:
     "Yields rows (queries, 1) and key blocks (queries, keys): one for each pair."
-    q_slot, k_slot = (np.flatnonzero(tokens >= 0) for tokens in (q_tokens, k_tokens))
-    block = np.empty(pattern.seq_len, np.int64)
-    block[k_tokens[k_slot]] = k_slot // block_size[1]
-    table = np.pad(block.reshape(pattern.grid), (0, 1), constant_values=-1)
-    x = np.unravel_index(q_tokens[q_slot], pattern.grid)
+    table = _block_table(pattern, k_tokens, block_size[1])
+    slot = np.flatnonzero(q_tokens >= 0)
+    x, row = np.unravel_index(q_tokens[slot], pattern.grid), slot // block_size[0]
     own = np.ravel_multi_index(x, table.shape)  # grows with the token
     steps = [stride // table.itemsize for stride in table.strides]
     axes = [step * _axis_keys(pattern, axis) for axis, step in enumerate(steps)]
-    work = np.full(len(q_slot), prod(keys.shape[1] for keys in axes))
-    table, row = table.ravel(), q_slot // block_size[0]
+    work = np.full(len(slot), prod(keys.shape[1] for keys in axes))
     for part in _chunks(row, work):
         cell = np.zeros((part.stop - part.start, 1), np.int64)
         for keys, at in zip(axes, x):
             cell = (cell[:, :, None] + keys[at[part], None]).reshape(len(cell), -1)
-        column = table[cell]
+        column = table.ravel()[cell]
         if causal: column = np.where(cell <= own[part, None], column, -1)
         yield row[part, None], column, None
 
@@ -124,16 +129,21 @@ def _section_pairs(q_tokens, k_tokens, q_section, k_section, block_size, causal)
         if causal: pairs = np.where(k_most <= q_least, pairs, k_least <= q_most)
         yield row, column, pairs
 
+# %% ../../nbs/10a_block_planner.ipynb #980daa26
+def _running_minima(tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Least token from a block's start to a position, from there to its end; greatest of a block."
+    blocks = np.append(tokens, np.full(-len(tokens) % size, len(tokens))).reshape(-1, size)
+    from_start = np.minimum.accumulate(blocks, 1)
+    to_end = np.minimum.accumulate(blocks[:, ::-1], 1)[:, ::-1]
+    return from_start.ravel(), to_end.ravel(), blocks.max(1)
+
 # %% ../../nbs/10a_block_planner.ipynb #4fe9929a
 def _slide_pairs(reach: int, tokens: np.ndarray, block_size, causal) -> Iterator[tuple]:
     "Yields rows, columns and pairs: one for each query and block of its keys."
     n, (BM, BN) = len(tokens), block_size
     position = np.arange(n)
     first, last = (position - reach).clip(0), (position + reach).clip(max=n - 1)
-    blocks = np.append(tokens, np.full(-n % BN, n)).reshape(-1, BN)
-    from_start = np.minimum.accumulate(blocks, 1).ravel()
-    to_end = np.minimum.accumulate(blocks[:, ::-1], 1)[:, ::-1].ravel()
-    most = blocks.max(1)
+    from_start, to_end, most = _running_minima(tokens, BN)
     for part in _chunks(position // BM, last // BN - first // BN + 1):
         i, column = _ranges(first[part] // BN, last[part] // BN)
         i += part.start
