@@ -195,8 +195,9 @@ def lists_from_kinds(
 ) -> BlockLists: # without rows of empty blocks
     "Block lists from a dense table of what each block is; O(nQ nK)."
     table = kinds.cpu().numpy()
-    entries = table.nonzero()
-    rows, columns = rows_and_columns(*entries, table[entries] == 2, len(table), table.shape[1:])
+    group, q, k = table.nonzero()
+    full = table[group, q, k] == 2
+    rows, columns = rows_and_columns(group, q, k, full, len(table), table.shape[1:])
     lists = BlockLists(rows=rows, columns=columns, **layout)
     return lists if kinds.device.type == "cpu" else lists.to(kinds.device)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -193,12 +193,14 @@ def _side_by_side(tokens, section, sizes, starts, block: int) -> np.ndarray:
     return _padded(slots, block)
 
 # %% ../../nbs/10a_block_planner.ipynb #fff6395c
-def _by_section(tokens, sections, block_size) -> list[np.ndarray]: # of queries, of keys
+def _by_section(tokens, sections, block_size) -> tuple[np.ndarray, np.ndarray]: # queries, keys
     "Tokens in slots, section by section; `sections`: of each token as a query, as a key."
     count = max(section.max() for section in sections) + 1
     sizes = [np.bincount(section, minlength=count) for section in sections]
     starts = _starts(sizes, block_size)
-    return [_side_by_side(tokens, *side) for side in zip(sections, sizes, starts, block_size)]
+    sides = zip(sections, sizes, starts, block_size)
+    queries, keys = (_side_by_side(tokens, *side) for side in sides)
+    return queries, keys
 
 # %% ../../nbs/10a_block_planner.ipynb #f6f14a48
 @dataclass
@@ -227,9 +229,9 @@ def _plan_neighborhood(pattern, order, block_size, causal) -> _Plan:
 def _plan_slide(pattern, order, block_size, causal) -> _Plan:
     "Positions are slots."
     at, reach = np.argsort(order)[None], pattern.window // 2
-    tokens = [_padded(order, block) for block in block_size]
+    q_tokens, k_tokens = (_padded(order, block) for block in block_size)
     pairs = _slide_pairs(reach, order, block_size, causal)
-    return _Plan(*tokens, at - reach, at + reach, at, pairs)
+    return _Plan(q_tokens, k_tokens, at - reach, at + reach, at, pairs)
 
 # %% ../../nbs/10a_block_planner.ipynb #eb70e937
 def _windows(pattern, tokens: np.ndarray) -> np.ndarray:
@@ -274,16 +276,18 @@ def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
     "Sections side by side, windows only if asked to; shared tokens first, in blocks of their own."
     sections = _sections(pattern, order)
     as_they_come = isinstance(pattern, WindowPattern) and not grouped
-    if as_they_come: tokens = [_padded(order, block) for block in block_size]
+    if as_they_come: tokens = tuple(_padded(order, block) for block in block_size)
     else: tokens = _by_section(order, sections, block_size)
     shared = np.arange(pattern.seq_len - len(order))
-    tokens = [np.append(_padded(shared, block), x) for block, x in zip(block_size, tokens)]
+    q_tokens, k_tokens = (np.append(_padded(shared, b), x) for b, x in zip(block_size, tokens))
     nobody = max(section.max() for section in sections) + 1
     own = np.repeat([[nobody], [nobody + 1]], pattern.seq_len, 1)  # of shared tokens
     own[:, order] = sections
-    mixed = any(map(_mixed, tokens, own, block_size))
+    mixed = any(map(_mixed, (q_tokens, k_tokens), own, block_size))
     lo, at = own[:, None] if mixed else own[:, None][:, :0]
-    return _Plan(*tokens, lo, lo, at, _section_pairs(*tokens, *own, block_size, causal))
+    q_section, k_section = own
+    pairs = _section_pairs(q_tokens, k_tokens, q_section, k_section, block_size, causal)
+    return _Plan(q_tokens, k_tokens, lo, lo, at, pairs)
 
 # %% ../../nbs/10a_block_planner.ipynb #41c1cdad
 def _visited_blocks(plan: _Plan, found: Iterable[tuple], block_size) -> tuple:
@@ -294,7 +298,7 @@ def _visited_blocks(plan: _Plan, found: Iterable[tuple], block_size) -> tuple:
     return row, column, pairs == queries[row] * block_size[1]
 
 # %% ../../nbs/10a_block_planner.ipynb #dcc3ae44
-def _bounds(plan: _Plan, always: np.ndarray, shared: int) -> dict[str, Tensor]: # int32 (A, slots)
+def _bounds(plan: _Plan, always: np.ndarray, shared: int) -> dict[str, Any]: # int32 (A, slots)
     "Bounds by slot, on those axes that rule anything out."
     cuts = (plan.lo.max(1) > plan.at.min(1)) | (plan.hi.min(1) < plan.at.max(1))
     if not cuts.any(): return {}
@@ -350,9 +354,10 @@ def _build(pattern, order, block_size, causal, registers: int, grouped) -> Block
     tokens, counts = (plan.q_tokens, plan.k_tokens), (n, n + registers)
     blocks = [len(x) // size for x, size in zip(tokens, block_size)]
     rows, columns = rows_and_columns(np.zeros_like(row), row, column, full, 1, blocks)
+    q_tokens, k_tokens = map(_unless_plain, tokens, counts)
+    bounds = {} if full.all() else _bounds(plan, always, shared)
     return BlockLists(
-        block_size, *counts, *map(_unless_plain, tokens, counts), rows, columns,
-        causal=causal, **({} if full.all() else _bounds(plan, always, shared)))
+        block_size, n, n + registers, q_tokens, k_tokens, rows, columns, causal=causal, **bounds)
 
 # %% ../../nbs/10a_block_planner.ipynb #89cd9f82
 def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slots,)
