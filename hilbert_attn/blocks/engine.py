@@ -211,7 +211,8 @@ def _head_parts(
 
 # %% ../../nbs/10c_block_engine.ipynb #48b45790
 def _bucket_pieces(
-    bucket: _Bucket, first: int, batch: int, batch_groups: int, heads: tuple, size: int,
+    bucket: _Bucket, first: int, batch: int, batch_groups: int,
+    heads: tuple[int | None, int, int], size: int,
 ) -> Iterator[_Piece]:
     """Cuts a bucket of a group into pieces of about `size` lines x batches x heads; `first`: the
     group's first batch."""

@@ -23,10 +23,11 @@ def _mask_mod(lists: BlockLists):
     kinds = lists.kinds().unflatten(0, lists.groups)  # (g, g, nQ, nK)
     q_tokens, k_tokens = lists.query_tokens().flatten(), lists.key_tokens().flatten()
     late = k_tokens.masked_fill(k_tokens >= lists.num_queries, -1)
+    bounds: tuple[Any, ...] = lists.lo, lists.hi, lists.at
 
     def inside(q, k):
         result = k_tokens[k] >= 0
-        for lo, hi, at in zip(lists.lo, lists.hi, lists.at):
+        for lo, hi, at in zip(*bounds):
             result = result & (lo[q] <= at[k]) & (at[k] <= hi[q])
         return result | (lists.at[0][k] == ALWAYS)
 
@@ -89,14 +90,14 @@ def _flex_tables(
     width = -(-M // BN)
     partial = _table(block_mask.kv_num_blocks, block_mask.kv_indices, width)
     full = torch.zeros_like(partial)
-    if block_mask.full_kv_num_blocks is not None:
-        full = _table(block_mask.full_kv_num_blocks, block_mask.full_kv_indices, width)
+    count, index = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
+    if count is not None and index is not None: full = _table(count, index, width)
     whole = (torch.arange(width, device=partial.device) + 1) * BN <= M
     return partial & ~full, full & whole, full & ~whole
 
 # %% ../../nbs/10d_block_flex.ipynb #e90d56ef
 def _flex_pairs(
-    block_mask: "BlockMask", blocks: tuple[Tensor, Tensor, Tensor],
+    block_mask: "BlockMask", blocks: tuple[Tensor, ...],
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Evaluates the `mask_mod` on blocks (group, row, column), some at a time: which of them, slots
     of queries and of keys, pairs."""

@@ -195,8 +195,9 @@ def lists_from_kinds(
 ) -> BlockLists: # without rows of empty blocks
     "Block lists from a dense table of what each block is; O(nQ nK)."
     table = kinds.cpu().numpy()
-    entries = table.nonzero()
-    rows, columns = rows_and_columns(*entries, table[entries] == 2, len(table), table.shape[1:])
+    group, q, k = table.nonzero()
+    full = table[group, q, k] == 2
+    rows, columns = rows_and_columns(group, q, k, full, len(table), table.shape[1:])
     lists = BlockLists(rows=rows, columns=columns, **layout)
     return lists if kinds.device.type == "cpu" else lists.to(kinds.device)
 
@@ -302,6 +303,6 @@ def lists_from_operands(
     "The way back."
     *rows, q_tokens, k_tokens, lo, hi, at, sizes, causal = operands
     BM, BN, num_queries, num_keys, *groups = sizes
-    sides = BlockRows(*rows[:3]), BlockRows(*rows[3:])
+    tokens, sides = (q_tokens, k_tokens), (BlockRows(*rows[:3]), BlockRows(*rows[3:]))
     return BlockLists(
-        (BM, BN), num_queries, num_keys, q_tokens, k_tokens, *sides, tuple(groups), lo, hi, at, causal)
+        (BM, BN), num_queries, num_keys, *tokens, *sides, tuple(groups), lo, hi, at, causal)

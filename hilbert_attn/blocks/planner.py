@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from math import prod
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -51,24 +51,29 @@ def _chunks(row: np.ndarray, work: np.ndarray) -> Iterator[slice]:
     first = begin[np.flatnonzero(np.diff(chunk, prepend=-1))]
     return map(slice, first, np.append(first[1:], len(row)))
 
+# %% ../../nbs/10a_block_planner.ipynb #890967d6
+def _block_table(pattern: NeighborhoodPattern, k_tokens: np.ndarray, size: int) -> np.ndarray:
+    "The key block of each cell of the grid; -1 past the last coordinate of an axis."
+    slot = np.flatnonzero(k_tokens >= 0)
+    block = np.empty(pattern.seq_len, np.int64)
+    block[k_tokens[slot]] = slot // size
+    return np.pad(block.reshape(pattern.grid), (0, 1), constant_values=-1)
+
 # %% ../../nbs/10a_block_planner.ipynb #474b3f65
 def _neighborhood_pairs(pattern, q_tokens, k_tokens, block_size, causal) -> Iterator[tuple]:
     "Yields rows (queries, 1) and key blocks (queries, keys): one for each pair."
-    q_slot, k_slot = (np.flatnonzero(tokens >= 0) for tokens in (q_tokens, k_tokens))
-    block = np.empty(pattern.seq_len, np.int64)
-    block[k_tokens[k_slot]] = k_slot // block_size[1]
-    table = np.pad(block.reshape(pattern.grid), (0, 1), constant_values=-1)
-    x = np.unravel_index(q_tokens[q_slot], pattern.grid)
+    table = _block_table(pattern, k_tokens, block_size[1])
+    slot = np.flatnonzero(q_tokens >= 0)
+    x, row = np.unravel_index(q_tokens[slot], pattern.grid), slot // block_size[0]
     own = np.ravel_multi_index(x, table.shape)  # grows with the token
     steps = [stride // table.itemsize for stride in table.strides]
     axes = [step * _axis_keys(pattern, axis) for axis, step in enumerate(steps)]
-    work = np.full(len(q_slot), prod(keys.shape[1] for keys in axes))
-    table, row = table.ravel(), q_slot // block_size[0]
+    work = np.full(len(slot), prod(keys.shape[1] for keys in axes))
     for part in _chunks(row, work):
         cell = np.zeros((part.stop - part.start, 1), np.int64)
         for keys, at in zip(axes, x):
             cell = (cell[:, :, None] + keys[at[part], None]).reshape(len(cell), -1)
-        column = table[cell]
+        column = table.ravel()[cell]
         if causal: column = np.where(cell <= own[part, None], column, -1)
         yield row[part, None], column, None
 
@@ -124,16 +129,21 @@ def _section_pairs(q_tokens, k_tokens, q_section, k_section, block_size, causal)
         if causal: pairs = np.where(k_most <= q_least, pairs, k_least <= q_most)
         yield row, column, pairs
 
+# %% ../../nbs/10a_block_planner.ipynb #980daa26
+def _running_minima(tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Least token from a block's start to a position, from there to its end; greatest of a block."
+    blocks = np.append(tokens, np.full(-len(tokens) % size, len(tokens))).reshape(-1, size)
+    from_start = np.minimum.accumulate(blocks, 1)
+    to_end = np.minimum.accumulate(blocks[:, ::-1], 1)[:, ::-1]
+    return from_start.ravel(), to_end.ravel(), blocks.max(1)
+
 # %% ../../nbs/10a_block_planner.ipynb #4fe9929a
 def _slide_pairs(reach: int, tokens: np.ndarray, block_size, causal) -> Iterator[tuple]:
     "Yields rows, columns and pairs: one for each query and block of its keys."
     n, (BM, BN) = len(tokens), block_size
     position = np.arange(n)
     first, last = (position - reach).clip(0), (position + reach).clip(max=n - 1)
-    blocks = np.append(tokens, np.full(-n % BN, n)).reshape(-1, BN)
-    from_start = np.minimum.accumulate(blocks, 1).ravel()
-    to_end = np.minimum.accumulate(blocks[:, ::-1], 1)[:, ::-1].ravel()
-    most = blocks.max(1)
+    from_start, to_end, most = _running_minima(tokens, BN)
     for part in _chunks(position // BM, last // BN - first // BN + 1):
         i, column = _ranges(first[part] // BN, last[part] // BN)
         i += part.start
@@ -183,12 +193,14 @@ def _side_by_side(tokens, section, sizes, starts, block: int) -> np.ndarray:
     return _padded(slots, block)
 
 # %% ../../nbs/10a_block_planner.ipynb #fff6395c
-def _by_section(tokens, sections, block_size) -> list[np.ndarray]: # of queries, of keys
+def _by_section(tokens, sections, block_size) -> tuple[np.ndarray, np.ndarray]: # queries, keys
     "Tokens in slots, section by section; `sections`: of each token as a query, as a key."
     count = max(section.max() for section in sections) + 1
     sizes = [np.bincount(section, minlength=count) for section in sections]
     starts = _starts(sizes, block_size)
-    return [_side_by_side(tokens, *side) for side in zip(sections, sizes, starts, block_size)]
+    sides = zip(sections, sizes, starts, block_size)
+    queries, keys = (_side_by_side(tokens, *side) for side in sides)
+    return queries, keys
 
 # %% ../../nbs/10a_block_planner.ipynb #f6f14a48
 @dataclass
@@ -217,9 +229,9 @@ def _plan_neighborhood(pattern, order, block_size, causal) -> _Plan:
 def _plan_slide(pattern, order, block_size, causal) -> _Plan:
     "Positions are slots."
     at, reach = np.argsort(order)[None], pattern.window // 2
-    tokens = [_padded(order, block) for block in block_size]
+    q_tokens, k_tokens = (_padded(order, block) for block in block_size)
     pairs = _slide_pairs(reach, order, block_size, causal)
-    return _Plan(*tokens, at - reach, at + reach, at, pairs)
+    return _Plan(q_tokens, k_tokens, at - reach, at + reach, at, pairs)
 
 # %% ../../nbs/10a_block_planner.ipynb #eb70e937
 def _windows(pattern, tokens: np.ndarray) -> np.ndarray:
@@ -264,16 +276,18 @@ def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
     "Sections side by side, windows only if asked to; shared tokens first, in blocks of their own."
     sections = _sections(pattern, order)
     as_they_come = isinstance(pattern, WindowPattern) and not grouped
-    if as_they_come: tokens = [_padded(order, block) for block in block_size]
+    if as_they_come: tokens = tuple(_padded(order, block) for block in block_size)
     else: tokens = _by_section(order, sections, block_size)
     shared = np.arange(pattern.seq_len - len(order))
-    tokens = [np.append(_padded(shared, block), x) for block, x in zip(block_size, tokens)]
+    q_tokens, k_tokens = (np.append(_padded(shared, b), x) for b, x in zip(block_size, tokens))
     nobody = max(section.max() for section in sections) + 1
     own = np.repeat([[nobody], [nobody + 1]], pattern.seq_len, 1)  # of shared tokens
     own[:, order] = sections
-    mixed = any(map(_mixed, tokens, own, block_size))
+    mixed = any(map(_mixed, (q_tokens, k_tokens), own, block_size))
     lo, at = own[:, None] if mixed else own[:, None][:, :0]
-    return _Plan(*tokens, lo, lo, at, _section_pairs(*tokens, *own, block_size, causal))
+    q_section, k_section = own
+    pairs = _section_pairs(q_tokens, k_tokens, q_section, k_section, block_size, causal)
+    return _Plan(q_tokens, k_tokens, lo, lo, at, pairs)
 
 # %% ../../nbs/10a_block_planner.ipynb #41c1cdad
 def _visited_blocks(plan: _Plan, found: Iterable[tuple], block_size) -> tuple:
@@ -284,7 +298,7 @@ def _visited_blocks(plan: _Plan, found: Iterable[tuple], block_size) -> tuple:
     return row, column, pairs == queries[row] * block_size[1]
 
 # %% ../../nbs/10a_block_planner.ipynb #dcc3ae44
-def _bounds(plan: _Plan, always: np.ndarray, shared: int) -> dict[str, Tensor]: # int32 (A, slots)
+def _bounds(plan: _Plan, always: np.ndarray, shared: int) -> dict[str, Any]: # int32 (A, slots)
     "Bounds by slot, on those axes that rule anything out."
     cuts = (plan.lo.max(1) > plan.at.min(1)) | (plan.hi.min(1) < plan.at.max(1))
     if not cuts.any(): return {}
@@ -340,9 +354,10 @@ def _build(pattern, order, block_size, causal, registers: int, grouped) -> Block
     tokens, counts = (plan.q_tokens, plan.k_tokens), (n, n + registers)
     blocks = [len(x) // size for x, size in zip(tokens, block_size)]
     rows, columns = rows_and_columns(np.zeros_like(row), row, column, full, 1, blocks)
+    q_tokens, k_tokens = map(_unless_plain, tokens, counts)
+    bounds = {} if full.all() else _bounds(plan, always, shared)
     return BlockLists(
-        block_size, *counts, *map(_unless_plain, tokens, counts), rows, columns,
-        causal=causal, **({} if full.all() else _bounds(plan, always, shared)))
+        block_size, n, n + registers, q_tokens, k_tokens, rows, columns, causal=causal, **bounds)
 
 # %% ../../nbs/10a_block_planner.ipynb #89cd9f82
 def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slots,)
