@@ -8,8 +8,14 @@ import pytest
 import torch
 
 from hilbert_attn.curves import CURVES, curve_order
-from hilbert_attn.patterns import (DILATION_MODES, NeighborhoodPattern, SegmentPattern,
-                                   SlidePattern, TilesSharedPattern, WindowPattern)
+from hilbert_attn.patterns import (
+    DILATION_MODES,
+    NeighborhoodPattern,
+    SegmentPattern,
+    SlidePattern,
+    TilesSharedPattern,
+    WindowPattern,
+)
 
 PAGE = Path(__file__).resolve().parent.parent / "nbs" / "explorer" / "index.html"
 pytestmark = pytest.mark.browser
@@ -124,8 +130,9 @@ def test_keyboard_pointer_and_address(page):
     assert page.evaluate("[state.kernel, state.pattern, state.token]") == [9, "neighborhood", 31]
 
 
-@pytest.mark.parametrize("address", ["H=99999&W=-3", "curve=peano&pattern=x", "w=NaN&r=0", "T=8&H=64",
-                                     "kernel=63&dilation=16&pattern=neighborhood", "token=-5"])
+@pytest.mark.parametrize("address", [
+    "H=99999&W=-3", "curve=peano&pattern=x", "w=NaN&r=0", "T=8&H=64", "token=-5",
+    "kernel=63&dilation=16&pattern=neighborhood"])
 def test_a_bad_address_is_put_right(page, address):
     page.goto(PAGE.as_uri() + "#" + address)
     page.reload()
