@@ -209,7 +209,7 @@ def test_settings_of_quarto(quarto):
     assert quarto["website"]["page-navigation"]
     assert html["respect-user-color-scheme"] and html["code-copy"]
     for file in quarto["project"]["resources"]:
-        assert (PROCESSED / file).is_file()
+        assert (PROCESSED / file).exists()
 
 
 def test_fonts_and_formulas_come_from_the_site_itself(quarto, site):

@@ -39,13 +39,14 @@ def sphinx(folder: Path) -> None:
 
 
 def add_files(site: Path, notebooks: list[str]) -> None:
-    "What pages load or offer, and no renderer copies: script, formulas, notebooks."
+    "What pages load or offer, and no renderer copies: scripts, formulas, the explorer, notebooks."
     static, downloads = site / "_static", site / "notebooks"
     for folder in (static, downloads):
         folder.mkdir(exist_ok=True)
     for name in STATIC:
         shutil.copy(NBS / name, static)
     add_mathjax(static / "mathjax")
+    shutil.copytree(NBS / "explorer", site / "explorer", dirs_exist_ok=True)
     for name in notebooks:
         nbformat.write(without_outputs(NBS / name), downloads / name)
 
