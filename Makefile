@@ -20,6 +20,10 @@ test: $(BIN)/.all  ## run the tests (ARGS="-k curves -x" goes to pytest); those 
 full: $(BIN)/.all  ## run the long grids too (ARGS as for test)
 	FULL=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
+lint: $(BIN)/.all  ## ruff on notebooks, tests and tools, and how the code looks to a reader in figures
+	$(BIN)/ruff check nbs tests tools --exit-zero --statistics
+	$(BIN)/python tools/readable.py
+
 lab: $(BIN)/.all  ## open the notebooks in JupyterLab
 	$(INTERPRET) $(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
@@ -41,8 +45,9 @@ wheel: $(BIN)/.all  ## build source distribution and wheel into dist/
 newcomer: $(BIN)/.runtime  ## time the path from a fresh clone to attention, pictures and site, into nbs/results/ (ARGS=--worktree to try uncommitted files)
 	$(BIN)/python tools/newcomer.py $(ARGS)
 
-gpu:  ## correctness, then speed, on an NVIDIA GPU, into nbs/results/ (needs only a python3 with torch and triton)
-	$(PYTHON) tools/gpu_run.py $(ARGS)
+PART ?= 1
+gpu:  ## correctness, then speed, on an NVIDIA GPU: PART=1, 2 or 3, nine minutes each (needs only a python3 with torch and triton)
+	$(PYTHON) tools/gpu_run.py --part $(PART) $(ARGS)
 
 clean:  ## remove what was built, keep .venv
 	rm -rf _docs _proc _site build dist out *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml
@@ -75,4 +80,4 @@ $(BIN)/.all: $(SETUP) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
 	@touch $(BIN)/.runtime $(BIN)/.demo $(BIN)/.docs $@
 
-.PHONY: help quickstart demo test full lab docs export readme wheel newcomer gpu clean distclean
+.PHONY: help quickstart demo test full lint lab docs export readme wheel newcomer gpu clean distclean

@@ -1,4 +1,7 @@
-"""The quickstart of README.md, written by `make readme` from nbs/index.ipynb: edit that. `make quickstart` runs it."""
+"""The quickstart of README.md; `make quickstart` runs it.
+
+Written by `make readme` from nbs/index.ipynb: edit that.
+"""
 import torch
 from hilbert_attn import HilbertAttentionCore, explain_backend, hilbert_attention
 

@@ -1,54 +1,135 @@
 """Exact sparse attention along space-filling curves. The notebooks in nbs/ explain all of it."""
 __version__ = "0.1.0"
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from hilbert_attn.api import (ATTENTION_TYPES, AttentionChoice, AttentionType, BlockSparseRingDilatedAttentionHilbertPostPattern,
-                              HilbertAttentionTritonFixed, RingDilatedAttentionHilbertCore, RingDilatedAttentionHilbertOptimizedFixed,
-                              StandardizedRingConfig, create_dilated_attention, create_multihead_dilated_attention,
-                              create_standardized_ring_attention, explain_attention_type, register_attention_type, which_when)
-from hilbert_attn.autograd import HilbertAttentionFunction
-from hilbert_attn.backends import BACKENDS, BackendChoice, GPUArchitecture, detect_gpu_architecture, explain_backend, hilbert_attention, set_backend
+# The configuration and the factory, and why they choose what they choose.
+from hilbert_attn.api import create_dilated_attention, create_multihead_dilated_attention
+from hilbert_attn.api import create_self_attention, explain_attention_type
+from hilbert_attn.backends import detect_gpu_architecture, explain_backend, set_backend
+
+# Functions of q, k, v.
+from hilbert_attn.backends import hilbert_attention
 from hilbert_attn.block_ring import block_sparse_ring_attention
-from hilbert_attn.block_sparse import BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig, block_lists, block_sparse_attention, block_stats
-from hilbert_attn.curves import (CURVES, Locality, create_hilbert_mapping, curve_order, hilbert_decode, hilbert_encode, inverse_order, locality,
-                                 segment_map)
+from hilbert_attn.block_sparse import block_sparse_attention
+from hilbert_attn.blocks.planner import block_lists
+from hilbert_attn.blocks.schedule import SparsePatternConfig
+
+# Layers.
+from hilbert_attn.branched import DilatedAttention, HilbertAttentionMixin, HilbertDilatedAttention
+from hilbert_attn.config import AttentionConfig
+
+# Curves.
+from hilbert_attn.curves import curve_order, hilbert_decode, hilbert_encode, inverse_order
 from hilbert_attn.dilated import dilated_attention
-from hilbert_attn.integrations import (HilbertSettings, convert_attention, convert_vit, register_hilbert_attention, use_hilbert_attention,
-                                       use_hilbert_processor)
-from hilbert_attn.local import hilbert_slide_attention, hilbert_window_attention, neighborhood_attention, tiles_shared_attention, window_attention
-from hilbert_attn.modules import (BlockSparseAttention, DilatedAttention, DilatedSelfAttention, HilbertAttentionCore, HilbertAttentionCoreWithSDPA,
-                                  HilbertAttentionMixin, HilbertAttentionTritonWrapper, HilbertDilatedAttention, HilbertOrder,
-                                  MultiheadDilatedAttention, RingBlockSparseAttention, RingDilatedAttention, TransformerBlock, apply_rotary,
-                                  rotary_embedding)
-from hilbert_attn.patterns import (COMBINES, DILATION_MODES, DilatedPattern, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern,
-                                   WindowPattern, attention_mask, create_dilated_mask)
-from hilbert_attn.reference import merge_attention, reference_attention
-from hilbert_attn.ring import plan_ring, ring_attention, ring_dilated_attention, shard_sequence, unshard_sequence
+
+# Models that exist.
+from hilbert_attn.integrations import HilbertSettings, convert_attention
+from hilbert_attn.integrations import use_hilbert_attention, use_hilbert_processor
+from hilbert_attn.local import hilbert_slide_attention, hilbert_window_attention
+from hilbert_attn.local import neighborhood_attention, tiles_shared_attention, window_attention
+from hilbert_attn.modules import HilbertAttentionCore
+from hilbert_attn.multihead import MultiheadDilatedAttention
+
+# Patterns.
+from hilbert_attn.patterns import DilatedPattern, NeighborhoodPattern, SegmentPattern, SlidePattern
+from hilbert_attn.patterns import TilesSharedPattern, WindowPattern, attention_mask, create_dilated_mask
+from hilbert_attn.reference import merge_attention
+from hilbert_attn.ring import ring_attention, ring_dilated_attention
+from hilbert_attn.ring_exchange import shard_sequence, unshard_sequence
 
 __all__ = [
-    "ATTENTION_TYPES", "AttentionChoice", "AttentionType", "BACKENDS", "BackendChoice", "BlockLists", "BlockSparseAttention",
-    "BlockSparseRingDilatedAttentionHilbertPostPattern", "COMBINES", "CURVES", "DILATION_MODES", "DilatedAttention", "DilatedPattern",
-    "DilatedSelfAttention", "GPUArchitecture", "HilbertAttentionCore", "HilbertAttentionCoreWithSDPA", "HilbertAttentionFunction",
-    "HilbertAttentionMixin", "HilbertAttentionTritonFixed", "HilbertAttentionTritonWrapper", "HilbertDilatedAttention", "HilbertOrder",
-    "HilbertSettings", "Locality", "MultiheadDilatedAttention", "NeighborhoodPattern", "PostPatternHilbertOptimizer",
-    "RingBlockSparseAttention", "RingDilatedAttention", "RingDilatedAttentionHilbertCore", "RingDilatedAttentionHilbertOptimizedFixed",
-    "SegmentPattern", "SlidePattern", "SparsePatternConfig", "StandardizedRingConfig", "TilesSharedPattern", "TransformerBlock",
-    "WindowPattern", "apply_rotary", "attention_mask", "block_lists", "block_sparse_attention", "block_sparse_ring_attention", "block_stats",
-    "convert_attention", "convert_vit", "create_dilated_attention", "create_dilated_mask", "create_hilbert_mapping",
-    "create_multihead_dilated_attention", "create_standardized_ring_attention", "curve_order", "detect_gpu_architecture", "dilated_attention",
-    "explain_attention_type", "explain_backend", "hilbert_attention", "hilbert_attention_kernel", "hilbert_decode", "hilbert_encode",
-    "hilbert_slide_attention", "hilbert_window_attention", "inverse_order", "locality", "merge_attention", "neighborhood_attention",
-    "plan_ring", "reference_attention", "register_attention_type", "register_hilbert_attention", "ring_attention", "ring_dilated_attention",
-    "rotary_embedding", "segment_map", "set_backend", "shard_sequence", "standard_attention_kernel", "tiles_shared_attention",
-    "unshard_sequence", "use_hilbert_attention", "use_hilbert_processor", "which_when", "window_attention",
+    # functions of q, k, v
+    "hilbert_attention", "dilated_attention", "block_sparse_attention", "window_attention",
+    "neighborhood_attention", "hilbert_window_attention", "hilbert_slide_attention",
+    "tiles_shared_attention", "ring_attention", "ring_dilated_attention",
+    "block_sparse_ring_attention", "shard_sequence", "unshard_sequence", "merge_attention",
+    # layers
+    "HilbertAttentionCore", "HilbertAttentionMixin", "DilatedAttention",
+    "MultiheadDilatedAttention", "HilbertDilatedAttention",
+    # the configuration and the factory
+    "AttentionConfig", "create_dilated_attention", "create_multihead_dilated_attention",
+    "create_self_attention",
+    # patterns
+    "SegmentPattern", "DilatedPattern", "WindowPattern", "NeighborhoodPattern", "SlidePattern",
+    "TilesSharedPattern", "SparsePatternConfig", "block_lists", "attention_mask",
+    "create_dilated_mask",
+    # curves
+    "curve_order", "inverse_order", "hilbert_encode", "hilbert_decode",
+    # what runs, and why
+    "explain_backend", "explain_attention_type", "set_backend", "detect_gpu_architecture",
+    # models that exist
+    "HilbertSettings", "use_hilbert_attention", "convert_attention", "use_hilbert_processor",
 ]
 
-_LAZY = {"hilbert_attention_kernel": "hilbert_attn.kernels.forward", "standard_attention_kernel": "hilbert_attn.kernels.forward"}  # these import Triton
+_ELSEWHERE = {  # module -> names that can be had from here too, looked up when they are asked for
+    "compat": "HilbertAttentionFunction HilbertAttentionCoreWithSDPA HilbertAttentionTritonWrapper "
+              "HilbertAttentionTritonFixed RingDilatedAttentionHilbertCore "
+              "RingDilatedAttentionHilbertOptimizedFixed PostPatternHilbertOptimizer "
+              "BlockSparseRingDilatedAttentionHilbertPostPattern StandardizedRingConfig "
+              "create_standardized_ring_attention create_hilbert_mapping "
+              "hilbert_attention_kernel standard_attention_kernel",
+    "api": "ATTENTION_TYPES AttentionChoice AttentionType register_attention_type which_when",
+    "backends": "BACKENDS BackendChoice GPUArchitecture",
+    "block_layers": "BlockSparseAttention RingBlockSparseAttention",
+    "blocks.engine": "block_stats",
+    "blocks.lists": "BlockLists",
+    "curves": "CURVES Locality locality segment_map",
+    "integrations": "convert_vit register_hilbert_attention",
+    "modules": "HilbertOrder TransformerBlock apply_rotary rotary_embedding",
+    "multihead": "DilatedSelfAttention",
+    "patterns": "COMBINES DILATION_MODES",
+    "reference": "reference_attention",
+    "ring_layers": "RingDilatedAttention",
+    "ring_plan": "plan_ring",
+}
+_HOMES = {name: module for module, names in _ELSEWHERE.items() for name in names.split()}
 
-if TYPE_CHECKING: from hilbert_attn.kernels.forward import hilbert_attention_kernel, standard_attention_kernel
+if TYPE_CHECKING:
+    from hilbert_attn.api import ATTENTION_TYPES as ATTENTION_TYPES
+    from hilbert_attn.api import AttentionChoice as AttentionChoice
+    from hilbert_attn.api import AttentionType as AttentionType
+    from hilbert_attn.api import register_attention_type as register_attention_type
+    from hilbert_attn.api import which_when as which_when
+    from hilbert_attn.backends import BACKENDS as BACKENDS
+    from hilbert_attn.backends import BackendChoice as BackendChoice
+    from hilbert_attn.backends import GPUArchitecture as GPUArchitecture
+    from hilbert_attn.block_layers import BlockSparseAttention as BlockSparseAttention
+    from hilbert_attn.block_layers import RingBlockSparseAttention as RingBlockSparseAttention
+    from hilbert_attn.blocks.lists import BlockLists as BlockLists
+    from hilbert_attn.blocks.engine import block_stats as block_stats
+    from hilbert_attn.compat import BlockSparseRingDilatedAttentionHilbertPostPattern as BlockSparseRingDilatedAttentionHilbertPostPattern
+    from hilbert_attn.compat import HilbertAttentionCoreWithSDPA as HilbertAttentionCoreWithSDPA
+    from hilbert_attn.compat import HilbertAttentionFunction as HilbertAttentionFunction
+    from hilbert_attn.compat import HilbertAttentionTritonFixed as HilbertAttentionTritonFixed
+    from hilbert_attn.compat import HilbertAttentionTritonWrapper as HilbertAttentionTritonWrapper
+    from hilbert_attn.compat import PostPatternHilbertOptimizer as PostPatternHilbertOptimizer
+    from hilbert_attn.compat import RingDilatedAttentionHilbertCore as RingDilatedAttentionHilbertCore
+    from hilbert_attn.compat import RingDilatedAttentionHilbertOptimizedFixed as RingDilatedAttentionHilbertOptimizedFixed
+    from hilbert_attn.compat import StandardizedRingConfig as StandardizedRingConfig
+    from hilbert_attn.compat import create_hilbert_mapping as create_hilbert_mapping
+    from hilbert_attn.compat import create_standardized_ring_attention as create_standardized_ring_attention
+    from hilbert_attn.compat import hilbert_attention_kernel as hilbert_attention_kernel
+    from hilbert_attn.compat import standard_attention_kernel as standard_attention_kernel
+    from hilbert_attn.curves import CURVES as CURVES
+    from hilbert_attn.curves import Locality as Locality
+    from hilbert_attn.curves import locality as locality
+    from hilbert_attn.curves import segment_map as segment_map
+    from hilbert_attn.integrations import convert_vit as convert_vit
+    from hilbert_attn.integrations import register_hilbert_attention as register_hilbert_attention
+    from hilbert_attn.modules import HilbertOrder as HilbertOrder
+    from hilbert_attn.modules import TransformerBlock as TransformerBlock
+    from hilbert_attn.modules import apply_rotary as apply_rotary
+    from hilbert_attn.modules import rotary_embedding as rotary_embedding
+    from hilbert_attn.multihead import DilatedSelfAttention as DilatedSelfAttention
+    from hilbert_attn.patterns import COMBINES as COMBINES
+    from hilbert_attn.patterns import DILATION_MODES as DILATION_MODES
+    from hilbert_attn.reference import reference_attention as reference_attention
+    from hilbert_attn.ring_plan import plan_ring as plan_ring
+    from hilbert_attn.ring_layers import RingDilatedAttention as RingDilatedAttention
 else:
-    def __getattr__(name):
-        if name not in _LAZY: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
-        return getattr(import_module(_LAZY[name]), name)
+        return getattr(import_module(f"hilbert_attn.{_HOMES[name]}"), name)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'PolicyRow', 'MemoryRow',
-           'set_backend', 'hilbert_attention', 'training_memory', 'BackendChoice', 'explain_backend']
+           'check_backend_name', 'set_backend', 'choose_backend', 'hilbert_attention', 'training_memory',
+           'BackendChoice', 'explain_backend']
 
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
@@ -215,7 +216,6 @@ class _Backend:
 
     def why_not(self, device: torch.device, capability: tuple[int, int] | None) -> str | None:
         "Why it cannot run on a device, or None."
-        if self.name == "flex": return "it is not part of this version"
         if self.name != "triton": return None
         if not _HAS_TRITON: return "the package triton is not installed"
         if device.type == "cpu": return None if _interpreted() else "it needs a CUDA GPU (on a CPU it runs only in Triton's interpreter, for tests: set TRITON_INTERPRET=1 before Python starts)"
@@ -228,7 +228,6 @@ _BACKENDS = {b.name: b for b in (
     _Backend("sdpa_mask", "hilbert_attn.sdpa:sdpa_mask_attention", "SDPA with a dense bool mask"),
     _Backend("sdpa", "hilbert_attn.sdpa:sdpa_attention", "dense SDPA kernels on the gathered groups"),
     _Backend("triton", "hilbert_attn.autograd:triton_attention", "fused kernels that gather inside"),
-    _Backend("flex", "hilbert_attn.flex:flex_attention", "FlexAttention"),
 )}
 BACKENDS = ("auto", *_BACKENDS)
 
@@ -265,11 +264,13 @@ MEMORY_POLICY = (
 )
 
 # %% ../nbs/07_backends.ipynb #fb6774c3
-def _check_backend_name(name: str, source: str = "backend") -> str:
+def check_backend_name(name: str, source: str = "backend") -> str:
     "A name of a backend; a `ValueError` for anything else."
     if isinstance(name, str) and name in BACKENDS: return name
     known = ", ".join(map(repr, BACKENDS))
     raise ValueError(f"{source}={name!r}: known backends are {known}")
+
+_check_backend_name = check_backend_name  # until every module takes the public name
 
 # %% ../nbs/07_backends.ipynb #5a1d0c31
 class _ProcessDefault:
@@ -357,6 +358,10 @@ def _forced(backend: str) -> tuple[str, str]:
 # %% ../nbs/07_backends.ipynb #5a1d0c35
 _warned: set[str] = set()
 _FUSED = ("triton",)  # kernels alone: there is no PyTorch expression to differentiate
+_NOT_PLAIN = (
+    "it has no plain PyTorch expression to differentiate, "
+    "which custom_backward=False and forward-mode derivatives ask for"
+)
 _PASSED_OVER = {
     "reference": "for tests: float64 and O(N^2)",
     "sdpa_mask": "computes all N^2 scores and masks them",
@@ -367,10 +372,7 @@ def _blocked(device: torch.device, custom_backward: bool) -> dict[str, str]:
     "Backends that cannot run a call, and why."
     capability = _capability(device)
     reasons = {name: b.why_not(device, capability) for name, b in _BACKENDS.items()}
-    if not custom_backward:
-        for name in _FUSED: reasons[name] = (
-            "it has no plain PyTorch expression to differentiate, "
-            "which custom_backward=False and forward-mode derivatives ask for")
+    if not custom_backward: reasons |= dict.fromkeys(_FUSED, _NOT_PLAIN)
     return {name: reason for name, reason in reasons.items() if reason}
 
 
@@ -384,12 +386,14 @@ def _check_forced(name: str, source: str, device: torch.device, blocked: dict[st
 def _warn_once(name: str, device: torch.device, why: str):
     if name in _warned: return
     _warned.add(name)
-    warnings.warn(f"hilbert_attn: backend {name!r} is preferred on {device} but {why}; using the next one that can run",
-                  stacklevel=4)
+    text = f"hilbert_attn: backend {name!r} is preferred on {device} but {why}"
+    warnings.warn(f"{text}; using the next one that can run", stacklevel=4)
 
 
-def _by_policy(device: torch.device, tokens: int | None, blocked: dict[str, str]) -> tuple[str, str]:
-    "The first row of the policy that fits and can run: name and reason. Rows with a length count only where `tokens` is given."
+def _by_policy(
+    device: torch.device, tokens: int | None, blocked: dict[str, str]
+) -> tuple[str, str]: # name and reason
+    "The first row that fits and can run; rows with a length count only where `tokens` is given."
     for row in POLICY:
         if row.device not in (device.type, "any"): continue
         if row.max_tokens is not None and (tokens is None or tokens > row.max_tokens): continue
@@ -397,8 +401,12 @@ def _by_policy(device: torch.device, tokens: int | None, blocked: dict[str, str]
         _warn_once(row.backend, device, blocked[row.backend])
     raise RuntimeError(f"no backend can run on {device}: {blocked}")
 
+# %% ../nbs/07_backends.ipynb #5a1d0c39
+def _rejected(name: str, reasons: dict[str, str]) -> dict[str, str]:
+    return {b: reason for b, reason in reasons.items() if b != name}
+
 # %% ../nbs/07_backends.ipynb #5a1d0c37
-def _choose(
+def choose_backend(
     backend: str, # what the caller asks for
     device: torch.device,
     tokens: int | None = None, # N, where the policy may go by it
@@ -413,16 +421,14 @@ def _choose(
         return name, f"forced by {source}", _rejected(name, others | blocked)
     others = dict.fromkeys(_BACKENDS, "is not the policy's first choice here") | _PASSED_OVER
     if not custom_backward:
-        name, reason = "sdpa", "the plain PyTorch expression on the groups is what custom_backward=False asks for"
-        return name, reason, _rejected(name, others | blocked)
+        return "sdpa", "custom_backward=False asks for plain PyTorch", _rejected("sdpa", others | blocked)
     if tokens: others["sdpa"] = "cutting so few tokens into groups costs more than it saves"
     if torch.compiler.is_compiling(): tokens = None  # a graph should not depend on a length
     name, reason = _by_policy(device, tokens, blocked)
     return name, reason, _rejected(name, others | blocked)
 
 
-def _rejected(name: str, reasons: dict[str, str]) -> dict[str, str]:
-    return {b: reason for b, reason in reasons.items() if b != name}
+_choose = choose_backend  # until every module takes the public name
 
 # %% ../nbs/07_backends.ipynb #e28e77a1
 def _wants_expression(custom_backward: bool) -> bool:
@@ -474,7 +480,7 @@ class CurveOptions(PatternOptions, total=False):
     "What the front doors of segmented attention share."
     grid: int | Sequence[int] | None
     curve: str | None
-    dilation_mode: str
+    dilation_mode: str | None
     offsets: int | Sequence[int] | None
 
 
@@ -502,7 +508,7 @@ def hilbert_attention(
     order: Tensor | None = None, # int64 (N,), any permutation, instead of a curve: token index at each position
     segment_size: int | None = None, # positions per segment; None is one segment
     dilation_rate: int = 1, # every how many positions
-    dilation_mode: str = "residue", # "residue", "keys" or "longnet"
+    dilation_mode: str | None = "residue", # "residue", "keys" or "longnet"; None: "residue"
     offsets: int | Sequence[int] | None = None, # residue of the keys, for all heads or per head; None is the mode's default
     causal: bool = False, # key token index <= query token index, whatever the curve
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
@@ -624,9 +630,9 @@ def explain_backend(
     k = q if k is None else torch.empty(tuple(k.shape if isinstance(k, Tensor) else k), dtype=q.dtype, device="meta")
     _check_tensors(q, k, k)
     if "segment_lengths" in options:
-        pattern = DilatedPattern.for_heads(q.shape[2], q.shape[1], options["segment_lengths"], options.get("dilation_rates", 1), options.get("combine", "lse"), options.get("dilation_mode", "longnet"),
+        pattern = DilatedPattern.for_heads(q.shape[2], q.shape[1], options["segment_lengths"], options.get("dilation_rates", 1), options.get("combine", "lse"), options.get("dilation_mode"),
                                            options.get("offsets"))
-    else: pattern = SegmentPattern.for_heads(q.shape[2], q.shape[1], options.get("segment_size"), options.get("dilation_rate", 1), options.get("dilation_mode", "residue"), options.get("offsets"))
+    else: pattern = SegmentPattern.for_heads(q.shape[2], q.shape[1], options.get("segment_size"), options.get("dilation_rate", 1), options.get("dilation_mode"), options.get("offsets"))
     name, reason, rejected = _choose(backend, device, q.shape[2])
     pairs = q.shape[0] * pattern.pairs(q.shape[1])
     size = torch.finfo(q.dtype).bits // 8

@@ -5,126 +5,249 @@
 # %% auto #0
 __all__ = ['main']
 
-# %% ../nbs/17_cli.ipynb #9d78bf47
+# %% ../nbs/17_cli.ipynb #4880f166
 import argparse
 import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
 
-# %% ../nbs/17_cli.ipynb #3402ae31
+# %% ../nbs/17_cli.ipynb #ea6a8786
 def _demo(args):
-    from hilbert_attn.demo import run_demo
+    "Attention on a photo."
+    from hilbert_attn.demo.report import run_demo
     result = run_demo(args.photo, args.out, args.segment_size, args.patch, seed=args.seed)
     if result.photo.note: print(result.photo.note, end="\n\n")
     print(result)
 
-
-_SUITES = ("cpu", "memory", "curves", "crossover", "dilated", "local", "ring", "gpu")  # `bench.SUITES`, without importing it
+# %% ../nbs/17_cli.ipynb #a8e9f857
+_SUITES = ("cpu", "memory", "curves", "crossover", "dilated", "local", "ring", "gpu") # `SUITES`
 
 
 def _bench(args):
-    from hilbert_attn.bench import format_run, load_run, report_run, run_suite, save_run
-    old = load_run(args.against, args.suite) if args.against else None  # before anything is measured, and before this run is added to the file
+    "Measures, stores and prints."
+    from hilbert_attn.bench.results import load_run, save_run
+    from hilbert_attn.bench.suites import format_run, report_run, run_suite
+    # before anything is measured, and before this run is added to the file
+    old = load_run(args.against, args.suite) if args.against else None
     run = run_suite(args.suite, args.quick)
-    path = save_run(run, args.out) if args.out or not args.quick else None  # a toy run is kept only where it was asked for
-    if path: print(f"appended to {path}\n", file=sys.stderr, flush=True)
+    if args.out or not args.quick:  # a toy run is kept only where it was asked for
+        path = save_run(run, args.out)
+        print(f"appended to {path}\n", file=sys.stderr, flush=True)
     print(json.dumps(report_run(run, old), indent=1) if args.json else format_run(run, old))
 
+# %% ../nbs/17_cli.ipynb #e0fb2b08
+def _option(name: str) -> str:
+    "As it is spelled on the command line."
+    return f"--{name.replace('_', '-')}"
 
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+def _one_branch(args) -> dict[str, Any]:
+    "The arguments of one branch."
+    for name in ("dilation_rates", "combine"):
+        if getattr(args, name) is None: continue
+        raise ValueError(f"{_option(name)} is for several branches: give --segment-lengths too")
+    rate = 1 if args.dilation_rate is None else args.dilation_rate
+    return dict(segment_size=args.segment_size, dilation_rate=rate)
 
 
-def _pattern_options(args) -> dict:
-    "The arguments of one branch or of several, as `explain_backend` takes them; a `ValueError` where they are mixed."
-    options = {} if args.dilation_mode is None else {"dilation_mode": args.dilation_mode}
-    if args.segment_lengths is None:
-        for name in ("dilation_rates", "combine"):
-            if getattr(args, name) is not None: raise ValueError(f"--{name.replace('_', '-')} is for several branches: give --segment-lengths too")
-        return options | dict(segment_size=args.segment_size, dilation_rate=1 if args.dilation_rate is None else args.dilation_rate)
+def _several_branches(args) -> dict[str, Any]:
+    "The arguments of several branches."
     for name in ("segment_size", "dilation_rate"):
-        if getattr(args, name) is not None: raise ValueError(f"--{name.replace('_', '-')} is for one branch, and --segment-lengths for several: give one of them")
-    return options | dict(segment_lengths=args.segment_lengths, dilation_rates=[1] * len(args.segment_lengths) if args.dilation_rates is None else args.dilation_rates, combine=args.combine or "lse")
+        if getattr(args, name) is None: continue
+        other = "--segment-lengths for several: give one of them"
+        raise ValueError(f"{_option(name)} is for one branch, and {other}")
+    lengths, rates = args.segment_lengths, args.dilation_rates
+    if rates is None: rates = [1] * len(lengths)
+    return dict(segment_lengths=lengths, dilation_rates=rates, combine=args.combine or "lse")
+
+# %% ../nbs/17_cli.ipynb #5da7522f
+def _check_explain(args):
+    "A `ValueError` for what `explain_backend` would not notice."
+    if min(args.shape) < 1:
+        raise ValueError(f"shape={tuple(args.shape)}: B, H, N and D must be at least 1")
+    for name in ("layers", "ranks"):
+        value = getattr(args, name)
+        if value is not None and value < 1: raise ValueError(f"{name}={value}: must be at least 1")
+    if args.memory is not None and not 0 < args.memory < float("inf"):
+        raise ValueError(f"memory={args.memory}: must be positive, in GB")
 
 
 def _explain(args):
+    "The choice of a backend, in words."
     import torch
+
     from hilbert_attn.backends import explain_backend
-    if min(args.shape) < 1: raise ValueError(f"shape={tuple(args.shape)}: B, H, N and D must be at least 1")
-    for name in ("layers", "ranks"):
-        if getattr(args, name) is not None and getattr(args, name) < 1: raise ValueError(f"{name}={getattr(args, name)}: must be at least 1")
-    if args.memory is not None and not 0 < args.memory < float("inf"): raise ValueError(f"memory={args.memory}: must be positive, in GB")
-    if args.device == "cuda" and not torch.cuda.is_available(): raise ValueError("device='cuda': there is no CUDA GPU here")
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    _check_explain(args)
+    found = torch.cuda.is_available()
+    if args.device == "cuda" and not found:
+        raise ValueError("device='cuda': there is no CUDA GPU here")
     batch, heads, *rest = args.shape
-    print(explain_backend(args.shape, (batch, heads if args.kv_heads is None else args.kv_heads, *rest), dtype=getattr(torch, args.dtype), device=device, backend=args.backend,
-                          layers=args.layers, memory=None if args.memory is None else int(1e9 * args.memory), ranks=args.ranks, **_pattern_options(args)))
+    kv_heads = heads if args.kv_heads is None else args.kv_heads
+    options = _one_branch(args) if args.segment_lengths is None else _several_branches(args)
+    if args.dilation_mode is not None: options["dilation_mode"] = args.dilation_mode
+    choice = explain_backend(
+        args.shape,
+        (batch, kv_heads, *rest),
+        dtype=getattr(torch, args.dtype),
+        device=args.device or ("cuda" if found else "cpu"),
+        backend=args.backend,
+        layers=args.layers,
+        memory=None if args.memory is None else int(1e9 * args.memory),
+        ranks=args.ranks,
+        **options,
+    )
+    print(choice)
 
-
+# %% ../nbs/17_cli.ipynb #1e24607f
 def _env(args):
-    from dataclasses import asdict
+    "What machine this is."
     from hilbert_attn.backends import detect_gpu_architecture
-    from hilbert_attn.bench import environment
-    found = environment() | {"architecture": (device := asdict(detect_gpu_architecture()))["name"], "backends": list(device["backends"])}
-    if args.json: return print(json.dumps(found, indent=1))
-    for name, value in found.items(): print(f"{name:16} {', '.join(value) if isinstance(value, list) else value}")
+    from hilbert_attn.bench.machine import environment
+    device = asdict(detect_gpu_architecture())
+    found = environment() | dict(architecture=device["name"], backends=list(device["backends"]))
+    if args.json:
+        print(json.dumps(found, indent=1))
+        return
+    for name, value in found.items():
+        print(f"{name:16} {', '.join(value) if isinstance(value, list) else value}")
 
-# %% ../nbs/17_cli.ipynb #f61647fb
+# %% ../nbs/17_cli.ipynb #4fe1720a
+_ABOUT = {
+    "demo": "Attention along five curves on a photo: checked against float64, timed, drawn, and "
+            "written up in DIR/report.html.",
+    "bench": "Measures this machine, suite by suite. Nothing is timed that does not match float64. "
+             "Some minutes; best when nothing else runs. cpu: the backends, beside groups made by "
+             "hand, masked SDPA, naive PyTorch and what the machine can do. memory: peak memory by "
+             "length. curves: making an order. crossover: from which length on one backend is "
+             "faster than another. dilated: several branches in one call. local: windows and "
+             "neighbourhoods. ring: several processes. gpu: the Triton kernels.",
+    "explain": "Which backend a call would take on this machine, why, why not another, how much "
+               "work it is, and how to train with the memory at hand.",
+    "env": "What machine this is, which versions are installed, and which backends run.",
+}
+_SHORT = {
+    "demo": "attention along five curves on a photo, with a report",
+    "bench": "measure this machine",
+    "explain": "which backend a call would take, and why",
+    "env": "machine, versions and backends",
+}
+_RUN = {"demo": _demo, "bench": _bench, "explain": _explain, "env": _env}
+
+# %% ../nbs/17_cli.ipynb #f7afc82b
 class _Parser(argparse.ArgumentParser):
     "Answers a mistake with one line that says where to read on."
+    def __init__(self, **options):
+        super().__init__(**options | dict(formatter_class=self._layout))
+
+    @staticmethod
+    def _layout(prog: str) -> argparse.HelpFormatter:
+        return argparse.HelpFormatter(prog, max_help_position=26, width=100)
+
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
+# %% ../nbs/17_cli.ipynb #a356e97a
+def _demo_options(add):
+    "Of `hilbert-attn demo`."
+    add("photo", nargs="?",
+        help="any image of at least 16 x 16 pixels (default: the portrait of Grace Hopper that "
+             "comes with matplotlib)")
+    add("--out", metavar="DIR", default="out/demo",
+        help="folder for curve.png, segments.png, attention.png and report.html "
+             "(default: out/demo)")
+    add("--segment-size", metavar="N", type=int,
+        help="patches per segment (default: 256, or a quarter of the patches if that is less)")
+    add("--patch", metavar=("ROW", "COL"), nargs=2, type=int,
+        help="the patch whose attention is drawn (default: the middle of the photo, or Grace "
+             "Hopper's cheek)")
+    add("--seed", metavar="N", type=int, default=0, help="of the random projections (default: 0)")
+
+# %% ../nbs/17_cli.ipynb #78e47205
+def _bench_options(add):
+    "Of `hilbert-attn bench`."
+    add("suite", nargs="?", choices=_SUITES, default="cpu", metavar="SUITE",
+        help=f"{', '.join(_SUITES)} (default: cpu)")
+    add("--quick", action="store_true",
+        help="a toy size, in seconds, to see that it runs; stored only if --out is given")
+    add("--json", action="store_true",
+        help="print JSON instead of tables, with the same figures")
+    add("--out", metavar="DIR",
+        help="append the run to DIR/<machine>/<suite>.json (default: nbs/results of the checkout)")
+    add("--against", metavar="FILE",
+        help="compare with the newest run of this suite in FILE: ratios, and which changes exceed "
+             "the spread")
+
+# %% ../nbs/17_cli.ipynb #9cadf4a2
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def _call_options(add):
+    "Of `hilbert-attn explain`: the call."
+    add("--shape", metavar=("B", "H", "N", "D"), nargs=4, type=int, required=True,
+        help="batch, query heads, tokens, head dimension")
+    add("--kv-heads", metavar="H", type=int,
+        help="key/value heads (default: as many as query heads)")
+    add("--segment-size", metavar="N", type=int,
+        help="positions per segment (default: one segment, which is dense attention)")
+    add("--dilation-rate", metavar="R", type=int, help="every how many positions (default: 1)")
+    add("--segment-lengths", metavar="N", nargs="+", type=int,
+        help="several branches instead: positions per segment of each")
+    add("--dilation-rates", metavar="R", nargs="+", type=int, help="of each branch (default: 1)")
+    add("--combine", metavar="HOW",
+        help="lse or heads: every head runs every branch, or they share the heads (default: lse)")
+    add("--dilation-mode", metavar="MODE",
+        help="residue, keys or longnet (default: residue; of several branches longnet)")
+
+# %% ../nbs/17_cli.ipynb #5d81f901
+def _explain_options(add):
+    "Of `hilbert-attn explain`: the call, the model and the machine."
+    _call_options(add)
+    add("--layers", metavar="L", type=int, default=1,
+        help="attention layers of the model to train (default: 1)")
+    add("--memory", metavar="GB", type=float,
+        help="memory at hand, in 10^9 bytes (default: what is free now)")
+    add("--ranks", metavar="P", type=int, help="processes that share the sequence (default: 1)")
+    add("--dtype", choices=_DTYPES, default="float32", metavar="DTYPE",
+        help=f"{', '.join(_DTYPES)} (default: float32)")
+    add("--device", choices=["cpu", "cuda"], metavar="DEVICE",
+        help="cpu or cuda (default: cuda where there is a GPU)")
+    add("--backend", default="auto", metavar="NAME", help="force one, by name (default: auto)")
+
+
+def _env_options(add):
+    "Of `hilbert-attn env`."
+    add("--json", action="store_true", help="print JSON")
+
+# %% ../nbs/17_cli.ipynb #5e8f6710
+_OPTIONS = {
+    "demo": _demo_options,
+    "bench": _bench_options,
+    "explain": _explain_options,
+    "env": _env_options,
+}
+
 
 def _parser() -> argparse.ArgumentParser:
-    def layout(prog): return argparse.HelpFormatter(prog, max_help_position=26, width=100)
-    parser = _Parser(prog="hilbert-attn", description="Exact sparse attention along space-filling curves.", epilog="`hilbert-attn COMMAND --help` tells more about a command.", formatter_class=layout)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, title="commands")
-
-    def command(name, run, short, about):
-        sub = commands.add_parser(name, help=short, description=about, formatter_class=layout)
-        sub.set_defaults(run=run)
-        return sub
-
-    demo = command("demo", _demo, "attention along five curves on a photo, with a report", "Attention along five curves on a photo: checked against float64, timed, drawn, and written up in DIR/report.html.")
-    demo.add_argument("photo", nargs="?", help="any image of at least 16 x 16 pixels (default: the portrait of Grace Hopper that comes with matplotlib)")
-    demo.add_argument("--out", metavar="DIR", default="out/demo", help="folder for curve.png, segments.png, attention.png and report.html (default: out/demo)")
-    demo.add_argument("--segment-size", metavar="N", type=int, help="patches per segment (default: 256, or a quarter of the patches if that is less)")
-    demo.add_argument("--patch", metavar=("ROW", "COL"), nargs=2, type=int, help="the patch whose attention is drawn (default: the middle of the photo, or Grace Hopper's cheek)")
-    demo.add_argument("--seed", metavar="N", type=int, default=0, help="of the random projections (default: 0)")
-
-    bench = command("bench", _bench, "measure this machine", "Measures this machine, suite by suite. Nothing is timed that does not match float64. Some minutes; best when nothing else runs. "
-                    "cpu: the backends, beside masked SDPA, naive PyTorch and what the machine can do. memory: peak memory by length. curves: making an order. crossover: from which length on one backend is faster than "
-                    "another. dilated: several branches in one call. local: windows and neighbourhoods. ring: several processes. gpu: the Triton kernels.")
-    bench.add_argument("suite", nargs="?", choices=_SUITES, default="cpu", metavar="SUITE", help=", ".join(_SUITES) + " (default: cpu)")
-    bench.add_argument("--quick", action="store_true", help="a toy size, in seconds, to see that it runs; stored only if --out is given")
-    bench.add_argument("--json", action="store_true", help="print JSON instead of tables, with the same figures")
-    bench.add_argument("--out", metavar="DIR", help="append the run to DIR/<machine>/<suite>.json (default: nbs/results of the checkout)")
-    bench.add_argument("--against", metavar="FILE", help="compare with the newest run of this suite in FILE: ratios, and which changes exceed the spread")
-
-    explain = command("explain", _explain, "which backend a call would take, and why", "Which backend a call would take on this machine, why, why not another, how much work it is, and how to train with the memory at hand.")
-    explain.add_argument("--shape", metavar=("B", "H", "N", "D"), nargs=4, type=int, required=True, help="batch, query heads, tokens, head dimension")
-    explain.add_argument("--kv-heads", metavar="H", type=int, help="key/value heads (default: as many as query heads)")
-    explain.add_argument("--segment-size", metavar="N", type=int, help="positions per segment (default: one segment, which is dense attention)")
-    explain.add_argument("--dilation-rate", metavar="R", type=int, help="every how many positions (default: 1)")
-    explain.add_argument("--segment-lengths", metavar="N", nargs="+", type=int, help="several branches instead: positions per segment of each")
-    explain.add_argument("--dilation-rates", metavar="R", nargs="+", type=int, help="of each branch (default: 1)")
-    explain.add_argument("--combine", metavar="HOW", help="lse or heads: every head runs every branch, or they share the heads (default: lse)")
-    explain.add_argument("--dilation-mode", metavar="MODE", help="residue, keys or longnet (default: residue; of several branches longnet)")
-    explain.add_argument("--layers", metavar="L", type=int, default=1, help="attention layers of the model to train (default: 1)")
-    explain.add_argument("--memory", metavar="GB", type=float, help="memory at hand, in 10^9 bytes (default: what is free now)")
-    explain.add_argument("--ranks", metavar="P", type=int, help="processes that share the sequence (default: 1)")
-    explain.add_argument("--dtype", choices=_DTYPES, default="float32", help=", ".join(_DTYPES) + " (default: float32)", metavar="DTYPE")
-    explain.add_argument("--device", choices=["cpu", "cuda"], help="cpu or cuda (default: cuda where there is a GPU)", metavar="DEVICE")
-    explain.add_argument("--backend", default="auto", help="force one, by name (default: auto)", metavar="NAME")
-
-    env = command("env", _env, "machine, versions and backends", "What machine this is, which versions are installed, and which backends run.")
-    env.add_argument("--json", action="store_true", help="print JSON")
+    "The program, and a parser for each command."
+    parser = _Parser(
+        prog="hilbert-attn",
+        description="Exact sparse attention along space-filling curves.",
+        epilog="`hilbert-attn COMMAND --help` tells more about a command.",
+    )
+    about: dict[str, Any] = dict(dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(**about, title="commands")
+    for name, run in _RUN.items():
+        command = commands.add_parser(name, help=_SHORT[name], description=_ABOUT[name])
+        command.set_defaults(run=run)
+        _OPTIONS[name](command.add_argument)
     return parser
 
-
+# %% ../nbs/17_cli.ipynb #204caf0c
 def main(
-    argv: Sequence[str] | None = None, # arguments without the program's name; None: those of the process
+    argv: Sequence[str] | None = None, # arguments without the program's name; None: the process's
 ) -> int: # exit code: 0, or 2 after a message on stderr
     "The program `hilbert-attn`."
     try:

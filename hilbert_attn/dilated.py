@@ -197,7 +197,7 @@ def dilated_attention(
     dilation_rates: int | Sequence[int], # every how many positions, of each branch
     *,
     combine: str = "lse", # "lse": every head runs every branch, mixed as one softmax; "heads": heads are dealt out to the branches
-    dilation_mode: str = "longnet", # "longnet", "residue" or "keys"
+    dilation_mode: str | None = None, # None: "longnet" for "lse", "residue" for "heads"; or "keys"
     offsets: int | Sequence[int] | None = None, # residue of the keys, for all heads or per head, modulo each rate; None is the mode's default (h for "longnet")
     grid: int | Sequence[int] | None = None, # how tokens lie: N, (H, W) or (T, H, W), row-major; None is a plain sequence
     curve: str | None = "hilbert", # a name in `CURVES` or "tile:S"; None: tokens are already in the order wanted

@@ -23,9 +23,9 @@ from .backends import _Call, _autocast, _check_inputs, _hide, _pick, _resolve_or
 from .common import define_operator, true_or_false, whole_number
 from .operators import AttentionOperator
 from .curves import _parse_curve, as_grid, curve_order
-from .patterns import (
+from hilbert_attn.patterns import (
     Lattice, NeighborhoodPattern, Pattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern,
-    even_sizes, nearest, shifted_borders)
+    even_sizes)
 from .reference import CallOptions, PatternOptions, default_scale, masked_attention, reference_attention
 from .sdpa import _masked_sdpa, sdpa_mask_attention
 from .tiles import Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows
@@ -36,16 +36,17 @@ _BOXED = ("window", "segment", "tiles") # kinds whose queries attend their own b
 
 def _intervals(kind: str, n: int, size: int, causal: bool) -> tuple[np.ndarray, np.ndarray]: # (n,), (n,)
     "First and last key of each of the `n` members of an axis."
-    member = torch.arange(n)
-    if kind != "slide": first, last = nearest(member, n, size, causal)
-    else: first, last = ((member + sign * (size // 2)).clamp(0, n - 1) for sign in (-1, 1))
-    return first.numpy(), last.numpy()
+    member = np.arange(n)
+    if kind == "slide": return (member - size // 2).clip(0), (member + size // 2).clip(max=n - 1)
+    if causal: return (member - size + 1).clip(0), member
+    first = np.clip(member - size // 2, 0, n - size)
+    return first, first + size - 1
 
 
 def _boxes(kind: str, n: int, size: int, shift: int) -> np.ndarray:
     "Borders of the boxes of an axis, first and last included: `size` long, or `size` of them ('tiles')."
     if kind == "tiles": return np.cumsum([0, *even_sizes(n, size)])
-    return shifted_borders(n, size, shift).numpy()
+    return np.unique(np.r_[0, np.arange(shift, n, size), n])
 
 # %% ../nbs/11_local.ipynb #596540c8
 @dataclass(frozen=True)

@@ -1,55 +1,90 @@
-"""Launches kernels for a Hopper GPU that is not here, up to the point where a GPU would be needed: what the launcher passes is what gets compiled. Run in a process without TRITON_INTERPRET."""
+"""Launches kernels for a Hopper GPU that is not here, up to the point where a GPU would be needed.
+
+What the launcher passes is what gets compiled; and what the tool that compiles ahead makes of it
+must be the very same. Run in a process without TRITON_INTERPRET.
+"""
 import json
 import sys
+from pathlib import Path
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-
-class Hopper:
-    "The little that a launch asks of a driver before it has a kernel."
-    def get_current_device(self): return 0
-    def get_current_stream(self, device): return 0
-    def get_current_target(self): return GPUTarget("cuda", 90, 32)
-
-
-driver.set_active(Hopper())
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+from gpu.compiling import AbsentGPU, describe_launch, warm
 from hilbert_attn.block_sparse import lists_from_bounds
 from hilbert_attn.kernels import backward, block_sparse, forward
 
+ARCH = 90
+Tile = forward.Tile
 launched = []
 
 
 def launch(kernel, programs, tile, *args, **constants):
-    compiled = kernel.warmup(*args, grid=(programs,), **constants, num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
-    launched.append(dict(kernel=kernel.fn.__name__, programs=programs, shared=compiled.metadata.shared, wgmma=compiled.asm["ptx"].count("wgmma.mma_async"), tma=compiled.asm["ptx"].count("cp.async.bulk.tensor"),
-                         describes=bool(constants.get("TMA"))))
+    options = dict(num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=True)
+    driver.set_active(AbsentGPU(ARCH))
+    compiled = kernel.warmup(*args, grid=(programs,), **constants, **options)
+    ahead = warm(describe_launch(kernel, tile, args, constants), ARCH)
+    ptx = compiled.asm["ptx"]
+    launched.append(dict(
+        kernel=kernel.fn.__name__, programs=programs, shared=compiled.metadata.shared,
+        wgmma=ptx.count("wgmma.mma_async"), tma=ptx.count("cp.async.bulk.tensor"),
+        describes="tensordesc" in str(compiled.src.signature), ahead=ahead.hash == compiled.hash))
 
 
-for module in (forward, backward, block_sparse):
-    module._launch, module.check_triton, module._capability = launch, lambda device: None, lambda device: (9, 0)
+def stand_in():
+    for module in (forward, backward, block_sparse):
+        module._launch = launch
+        module.check_triton = lambda device: None
+        module._capability = lambda device: (9, 0)
 
-n, offsets = 1000, {"residue": (0,), "keys": (0, 1, 0, 1), "longnet": (0, 1, 0, 1)}
-q, kv = torch.randn(2, n, 4, 64, dtype=torch.bfloat16).transpose(1, 2), torch.randn(2, 2, n, 64, dtype=torch.bfloat16)
-traits = [{}, dict(order=torch.arange(n)), dict(causal=True), dict(key_mask=torch.ones(2, n, dtype=torch.bool)), dict(dropout_p=0.1, seed=torch.tensor([1]))]
-for options, (w, r, mode) in zip(traits * 2, [(1000, 2, "residue"), (64, 4, "residue"), (1000, 3, "keys"), (1000, 2, "longnet"), (128, 1, "residue"), (64, 2, "keys")]):
-    out, lse = forward.attention_forward(q, kv, kv, w, r, mode, offsets[mode], **options)
-    backward.attention_backward(q, kv, kv, out, lse, out, lse if r == 3 else None, w, r, mode, offsets[mode], **options)
-tiles = dict(dq=forward.Tile(128, 64, 8, 3, tma=True), dkv=forward.Tile(64, 128, 8, 3, tma=True))
-out, lse = forward.attention_forward(q, kv, kv, 500, 2, tile=forward.Tile(128, 64, 8, 3, tma=True, overlap=True))
-backward.attention_backward(q, kv, kv, out, lse, out, None, 500, 2, tiles=tiles)
 
-slots, m = torch.arange(1024, dtype=torch.int32), 1024
-bounds = dict(lo=(slots - 200)[None], hi=(slots + 200)[None], at=slots[None])
-order = slots.flip(0).where(slots.flip(0) < n, -1)
-kv = torch.cat([kv, kv[:, :, :m - n]], 2)
-for options, layout in zip(traits[2:] + [{}] * 3, [dict(causal=True), {}, bounds, bounds, dict(q_tokens=order, k_tokens=slots, **bounds), dict(q_tokens=order)]):
-    options = {name: torch.ones(2, m, dtype=torch.bool) if name == "key_mask" else x for name, x in options.items() if name != "causal"}
-    lists = lists_from_bounds(n, m, (128, 128), **layout)
-    out, lse = block_sparse.block_attention_forward(q, kv, kv, lists, **options)
-    block_sparse.block_attention_backward(q, kv, kv, out, lse, out, None if options else lse, lists, **options)
-out, lse = block_sparse.block_attention_forward(q, kv, kv, lists := lists_from_bounds(n, m, (128, 128), **bounds), tile=forward.Tile(128, 64, 8, 3, tma=True, overlap=True))
-block_sparse.block_attention_backward(q, kv, kv, out, lse, out, None, lists, tiles=tiles)
-json.dump(launched, sys.stdout)
+N, SLOTS = 1000, 1024
+MASK = torch.ones(2, N, dtype=torch.bool)
+TRAITS = [{}, dict(order=torch.arange(N)), dict(causal=True), dict(key_mask=MASK),
+          dict(dropout_p=0.1, seed=torch.tensor([1]))]
+FIELDS = [(1000, 2, "residue"), (64, 4, "residue"), (1000, 3, "keys"), (1000, 2, "longnet"),
+          (128, 1, "residue"), (64, 2, "keys")]
+TILES = dict(dq=Tile(128, 64, 8, 3, tma=True), dkv=Tile(64, 128, 8, 3, tma=True))
+OVERLAPPED = Tile(128, 64, 8, 3, tma=True, overlap=True)
+
+
+def tensors():
+    q = torch.randn(2, N, 4, 64, dtype=torch.bfloat16).transpose(1, 2)
+    return q, torch.randn(2, 2, N, 64, dtype=torch.bfloat16)
+
+
+def launch_segments(q, kv):
+    for options, (w, r, mode) in zip(TRAITS * 2, FIELDS):
+        fields = w, r, mode, (0,) if mode == "residue" else (0, 1, 0, 1)
+        out, lse = forward.attention_forward(q, kv, kv, *fields, **options)
+        dlse = lse if r == 3 else None
+        backward.attention_backward(q, kv, kv, out, lse, out, dlse, *fields, **options)
+    out, lse = forward.attention_forward(q, kv, kv, 500, 2, tile=OVERLAPPED)
+    backward.attention_backward(q, kv, kv, out, lse, out, None, 500, 2, tiles=TILES)
+
+
+def launch_blocks(q, kv):
+    kv = torch.cat([kv, kv[:, :, :SLOTS - N]], 2)
+    slots = torch.arange(SLOTS, dtype=torch.int32)
+    bounds = dict(lo=(slots - 200)[None], hi=(slots + 200)[None], at=slots[None])
+    order = slots.flip(0).where(slots.flip(0) < N, -1)
+    mask = torch.ones(2, SLOTS, dtype=torch.bool)
+    layouts = [(dict(causal=True), {}), ({}, dict(key_mask=mask)), (bounds, TRAITS[4]),
+               (bounds, {}), (dict(q_tokens=order, k_tokens=slots, **bounds), {}),
+               (dict(q_tokens=order), {})]
+    for layout, options in layouts:
+        lists = lists_from_bounds(N, SLOTS, (128, 128), **layout)
+        out, lse = block_sparse.block_attention_forward(q, kv, kv, lists, **options)
+        dlse = None if options else lse
+        block_sparse.block_attention_backward(q, kv, kv, out, lse, out, dlse, lists, **options)
+    lists = lists_from_bounds(N, SLOTS, (128, 128), **bounds)
+    out, lse = block_sparse.block_attention_forward(q, kv, kv, lists, tile=OVERLAPPED)
+    block_sparse.block_attention_backward(q, kv, kv, out, lse, out, None, lists, tiles=TILES)
+
+
+if __name__ == "__main__":
+    stand_in()
+    launch_segments(*tensors())
+    launch_blocks(*tensors())
+    json.dump(launched, sys.stdout)

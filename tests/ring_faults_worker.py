@@ -4,21 +4,20 @@ import time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
 from unittest import mock
 
 import torch
 import torch.distributed as dist
 from ring_processes import attempt, main, outcome
 
-import hilbert_attn.ring as ring_module
+from hilbert_attn import ring, ring_blocks
 from hilbert_attn.reference import masked_attention
-from hilbert_attn.ring import (
-    ring_attention,
-    ring_dilated_attention,
-    share_errors,
-    unshard_sequence,
-)
+from hilbert_attn.ring import ring_attention, ring_dilated_attention
+from hilbert_attn.ring_exchange import share_errors, unshard_sequence
 
+FORWARD, BACKWARD = (ring_blocks, "block_forward"), (ring_blocks, "block_backward")
+INSIDE, MERGE = (ring, "hilbert_attention"), (ring, "merge_attention")
 N = 8 # positions of each rank
 
 
@@ -43,14 +42,14 @@ def works(group=None):
 
 
 @contextmanager
-def on_call(odd: bool, name: str, action: Callable, which: int = 1):
-    "On one rank, `action` runs before a call of a function of hilbert_attn.ring."
-    original, calls = getattr(ring_module, name), []
+def on_call(odd: bool, place: tuple, action: Callable, which: int = 1):
+    "On one rank, `action` runs before a call of a function of a module."
+    original, calls = getattr(*place), []
     def wrapped(*args, **kwargs):
         calls.append(1)
         if len(calls) == which: action()
         return original(*args, **kwargs)
-    with mock.patch.object(ring_module, name, wrapped) if odd else nullcontext(): yield
+    with mock.patch.object(*place, wrapped) if odd else nullcontext(): yield
 
 
 def no_memory(): raise MemoryError("no memory left")
@@ -100,9 +99,9 @@ def errors(results, rank, world):
         return ring_dilated_attention(*tensors(), *arguments, dilation_mode="residue")
     def inside(): return ring_attention(*tensors(), segment_size=4)
 
-    def during(call, name, which=1):
+    def during(call, place, which=1):
         def run():
-            with on_call(odd, name, no_memory, which): backward(call())
+            with on_call(odd, place, no_memory, which): backward(call())
         return run
 
     @share_errors()
@@ -122,17 +121,17 @@ def errors(results, rank, world):
         if odd: no_memory()
 
     calls = {
-        "dense, first step": during(dense, "_kernel"),
-        "dense, last step": during(dense, "_kernel", world),
-        "dense, backward, first step": during(dense, "_kernel_backward"),
-        "dense, backward, last step": during(dense, "_kernel_backward", world),
-        "exchange": during(branches, "_kernel"),
-        "exchange, backward": during(branches, "_kernel_backward"),
-        "segments beside an exchange": during(branches, "hilbert_attention"),
-        "merge after an exchange": during(branches, "merge_attention"),
-        "segments before a ring": during(two_rings, "hilbert_attention"),
-        "a ring before an exchange": during(two_rings, "_kernel"),
-        "segments inside": during(inside, "hilbert_attention"),
+        "dense, first step": during(dense, FORWARD),
+        "dense, last step": during(dense, FORWARD, world),
+        "dense, backward, first step": during(dense, BACKWARD),
+        "dense, backward, last step": during(dense, BACKWARD, world),
+        "exchange": during(branches, FORWARD),
+        "exchange, backward": during(branches, BACKWARD),
+        "segments beside an exchange": during(branches, INSIDE),
+        "merge after an exchange": during(branches, MERGE),
+        "segments before a ring": during(two_rings, INSIDE),
+        "a ring before an exchange": during(two_rings, FORWARD),
+        "segments inside": during(inside, INSIDE),
         "code before a call": before, "code after a call": after, "code at the end": at_the_end}
     for name, function in calls.items():
         attempt(results, name, outcome, function)
@@ -148,7 +147,7 @@ def orders(results, rank, world):
     across = dict(segment_size=12, dilation_rate=2)
     pairs = dict(alike=({}, {}), exchanges=(across, across), unlike=({}, across))
     for name, options in pairs.items():
-        attempt(results, name, lambda: outcome(lambda: backwards(*options)))
+        attempt(results, name, outcome, partial(backwards, *options))
         attempt(results, name + ", then usable", works)
 
     def skipped(): # rank 1 goes on to another call, where the others go back
@@ -156,7 +155,7 @@ def orders(results, rank, world):
         out = ring_attention(*x)
         if rank == 1: ring_attention(*x)
         else: torch.autograd.grad(out.sum(), x)
-    attempt(results, "forward beside backward", lambda: outcome(skipped))
+    attempt(results, "forward beside backward", outcome, skipped)
     attempt(results, "forward beside backward, then usable", works)
 
 
@@ -166,18 +165,18 @@ def lost(results, rank, world):
     groups = [dist.new_group(ranks, timeout=timedelta(seconds=2)) for _ in range(3)]
     odd = rank == 1
 
-    def stalls(name, group):
+    def stalls(place, group):
         dist.barrier()
-        with on_call(odd, name, lambda: time.sleep(4)):
+        with on_call(odd, place, lambda: time.sleep(4)):
             found = outcome(lambda: backward(ring_attention(*tensors(), group=group)))
         return found | dict(again=outcome(lambda: works(group)))
-    attempt(results, "stalls forward", stalls, "_kernel", groups[0])
-    attempt(results, "stalls backward", stalls, "_kernel_backward", groups[1])
+    attempt(results, "stalls forward", stalls, FORWARD, groups[0])
+    attempt(results, "stalls backward", stalls, BACKWARD, groups[1])
 
     def interrupted(): # no exception like others: it is not shared, but marks the group
         def interrupt(): raise KeyboardInterrupt
         try:
-            with on_call(odd, "_kernel", interrupt): ring_attention(*tensors(), group=groups[2])
+            with on_call(odd, FORWARD, interrupt): ring_attention(*tensors(), group=groups[2])
         except KeyboardInterrupt: return outcome(lambda: works(groups[2]))
         except RuntimeError as error: return dict(type="RuntimeError", message=str(error), took=0)
     dist.barrier()
@@ -185,7 +184,7 @@ def lost(results, rank, world):
 
     dist.barrier()
     def exits():
-        with on_call(odd, "_kernel", lambda: os._exit(3)): return outcome(works)
+        with on_call(odd, FORWARD, lambda: os._exit(3)): return outcome(works)
     attempt(results, "exits", exits)
 
 

@@ -78,10 +78,10 @@ def said(found: Found, suite: str, name: str, ranks: Sequence[int]) -> list[dict
     return entries
 
 
-def attempt(results, name: str, function: Callable, *arguments) -> bool:
+def attempt(results, name: str, function: Callable, *arguments, **options) -> bool:
     "Runs one check and writes down how it went."
     start = time.perf_counter()
-    try: entry = dict(ok=True, **(function(*arguments) or {}))
+    try: entry = dict(ok=True, **(function(*arguments, **options) or {}))
     except Exception: entry = dict(ok=False, error=traceback.format_exc()[-3000:])
     entry |= dict(name=name, seconds=round(time.perf_counter() - start, 3))
     results.write(json.dumps(entry) + "\n")

@@ -13,7 +13,7 @@ from test_triton import DEVICE, poison, poisoned, pytestmark, quick_interpreter,
 
 from hilbert_attn.block_sparse import ALWAYS, BlockLists, block_lists, lists_from_block_mask, lists_from_kinds, lists_to_operands
 from hilbert_attn.curves import curve_order
-from hilbert_attn.kernels import forward
+from hilbert_attn.kernels import block_sparse, forward
 from hilbert_attn.kernels.block_sparse import _turns, block_attention_backward, block_attention_forward, block_triton_attention, fit_block_tile
 from hilbert_attn.kernels.forward import Tile
 from hilbert_attn.patterns import NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
@@ -373,6 +373,15 @@ def test_long_rows_have_their_turn_first():
     rows.start.copy_(torch.arange(rows.start.shape[1]))
     assert _turns(rows, False).tolist() == [0, *range(rows.start.shape[1] - 1)]  # equally long, and no stale answer
     with torch.inference_mode(): assert torch.equal(_turns(replace(rows, start=rows.start.clone()), False), _turns(rows, False))
+
+
+def test_a_captured_graph_reads_known_turns_and_keeps_none(monkeypatch):
+    rows = random_lists(64).rows
+    known = _turns(rows, False)
+    monkeypatch.setattr(block_sparse, "_capturing", lambda device: True)
+    assert _turns(rows, False) is known  # otherwise each replay would compute them again
+    fresh = replace(rows, start=rows.start.clone())
+    assert torch.equal(_turns(fresh, False), known) and _turns(fresh, False) is not _turns(fresh, False)
 
 
 def test_tiles_divide_their_blocks():

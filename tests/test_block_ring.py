@@ -1,38 +1,67 @@
-"""Block-sparse attention over a sharded sequence: exact on 1 to 4 processes, and what travels is the plan."""
-from pathlib import Path
+"""Block-sparse attention over a sharded sequence: exact, and what travels is the plan.
 
+The processes run block_ring_worker.py."""
 import pytest
 import torch
-from ring_processes import run_processes
+from block_ring_worker import NAMES
+from ring_processes import run_ranks, said
 
 from hilbert_attn.block_ring import lists_order, plan_block_ring
 from hilbert_attn.block_sparse import block_lists
 from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
 
-HERE = Path(__file__).parent
+WORKER = "block_ring_worker.py"
 
 
-@pytest.mark.timeout(150)
-@pytest.mark.parametrize("size", (1, 2, 3, 4))
-def test_against_the_oracle_and_the_plan(size, tmp_path):
-    commands = [[HERE / "block_ring_worker.py", rank, size, tmp_path / "store"] for rank in range(size)]
-    done = run_processes(commands, tmp_path, 120)
-    assert all(code == 0 for code, _ in done), "\n".join(output for _, output in done)
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    "Results for each number of processes."
+    def run(world):
+        return run_ranks(WORKER, ["exact"], world, tmp_path_factory.mktemp("exact"), 120)
+    return {world: run(world) for world in (1, 2, 3, 4)}
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    return run_ranks(WORKER, ["faults"], 3, tmp_path_factory.mktemp("faults"), 120)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("world", (1, 2, 3, 4))
+def test_against_the_oracle_and_the_plan(exact, world, name):
+    said(exact[world], "exact", name, range(world))
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name, kind, text", [
+    ("other lists", "ValueError", "blocks is "),
+    ("a short shard", "ValueError", "this rank holds"),
+    ("no memory", "MemoryError", "no memory left (on rank 1)"),
+    ("no number", "ValueError", "scale='1'"),
+    ("no backend", "ValueError", "backend='bogus'"),
+    ("backwards in other orders", "ValueError", "call is ")])
+def test_what_goes_wrong_on_one_rank_is_an_error_on_all(faults, name, kind, text):
+    for entry in said(faults, "faults", name, range(3)):
+        assert entry["type"] == kind and text in entry["message"] and entry["took"] < 10
+    said(faults, "faults", name + ", then usable", range(3))
 
 
 def test_windows_inside_a_shard_need_nothing():
-    "Along the Hilbert curve, a window of 8 x 8 on a grid of 32 x 32 lies inside each of 4 or 16 shards."
+    "Along the Hilbert curve, a window of 8 x 8 of 32 x 32 lies inside each of 4 or 16 shards."
     lists = block_lists(WindowPattern((32, 32), 8), order=curve_order((32, 32)), block_size=64)
-    for ranks in (2, 4, 16): assert [plan_block_ring(lists, ranks).rows_received(rank) for rank in range(ranks)] == [0] * ranks
+    for ranks in (2, 4, 16):
+        plan = plan_block_ring(lists, ranks)
+        assert not any(plan.rows_received(rank) for rank in range(ranks))
 
 
 @pytest.mark.parametrize("curve", ("row_major", "hilbert"))
 def test_what_is_read_is_what_the_mask_says(curve):
     "A rank reads every key of its queries, and nothing outside of the blocks that hold one."
-    grid = (9, 13)
-    lists = block_lists(NeighborhoodPattern(grid, 5), order=curve_order(grid, curve), block_size=8)
-    plan, order, mask = plan_block_ring(lists, 3), lists_order(lists), NeighborhoodPattern(grid, 5).mask()[0]
+    grid, pattern = (9, 13), NeighborhoodPattern((9, 13), 5)
+    lists = block_lists(pattern, order=curve_order(grid, curve), block_size=8)
+    plan, order, mask = plan_block_ring(lists, 3), lists_order(lists), pattern.mask()[0]
     for rank in range(3):
         queries = order[plan.edges[rank]:plan.edges[rank + 1]]
         keys = mask[queries].any(0).nonzero()[:, 0]

@@ -1,23 +1,33 @@
-"""Block lists against dense masks, block-sparse attention against the float64 oracle, and everything that may go wrong between them."""
+"""Block lists against dense masks, block-sparse attention against the float64 oracle."""
 import time
+import tracemalloc
 from dataclasses import dataclass
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 from cases import LAYOUTS, laid_out
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from hilbert_attn import block_sparse
 from hilbert_attn.backends import set_backend
-from hilbert_attn.block_sparse import (ALWAYS, PATTERN_TYPES, BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig, block_lists, block_reference_attention,
-                                       block_sdpa_attention, block_sdpa_mask_attention, block_sparse_attention, block_stats, lists_from_block_mask, lists_from_bounds, lists_from_kinds, lists_from_operands,
-                                       lists_to_operands, permute_blocks)
+from hilbert_attn.blocks import engine, planner
+from hilbert_attn.block_sparse import (
+    ALWAYS, PATTERN_TYPES, BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig,
+    block_lists, block_reference_attention, block_sdpa_attention, block_sdpa_mask_attention,
+    block_sparse_attention, block_stats, lists_from_block_mask, lists_from_bounds,
+    lists_from_kinds, lists_from_operands, lists_to_operands, permute_blocks)
+from hilbert_attn.common import is_plain
 from hilbert_attn.curves import CURVES, curve_order, inverse_order
-from hilbert_attn.patterns import DILATION_MODES, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern
+from hilbert_attn.patterns import (
+    DILATION_MODES, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern,
+    WindowPattern)
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
 
 
@@ -31,7 +41,7 @@ def poison(run):
 
 
 @pytest.fixture
-def small_pieces(monkeypatch): monkeypatch.setattr(block_sparse, "_CHUNK", 700)
+def small_pieces(monkeypatch): monkeypatch.setattr(engine, "_CHUNK", 700)
 
 
 @dataclass
@@ -49,10 +59,14 @@ class Layout:
     def order(self):
         if self.curve == "none": return None
         n = self.pattern.seq_len - getattr(self.pattern, "shared", 0)
-        if self.curve == "random": return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
+        if self.curve == "random":
+            return torch.randperm(n, generator=torch.Generator().manual_seed(self.seed))
         return curve_order(getattr(self.pattern, "grid", n), self.curve)
 
-    def lists(self) -> BlockLists: return block_lists(self.pattern, order=self.order, block_size=self.block_size, causal=self.causal, registers=self.registers, grouped=self.grouped)
+    def lists(self) -> BlockLists:
+        return block_lists(
+            self.pattern, order=self.order, block_size=self.block_size, causal=self.causal,
+            registers=self.registers, grouped=self.grouped)
 
     def mask(self) -> torch.Tensor: # bool (N, N + registers), from the definition
         n = self.pattern.seq_len
@@ -65,20 +79,25 @@ class Layout:
 def patterns(draw, max_n: int = 90):
     ndim = draw(st.integers(1, 3))
     side = max(2, int(max_n ** (1 / ndim)))
-    grid = tuple(draw(st.integers(1, 3 * side if ndim > 1 and axis == 0 else side)) for axis in range(ndim))
+    grid = tuple(
+        draw(st.integers(1, 3 * side if ndim > 1 and axis == 0 else side)) for axis in range(ndim))
     grid = grid if prod(grid) <= 2 * max_n else (side,) * ndim
     n = prod(grid)
-    kind = draw(st.sampled_from(("window", "neighborhood", "neighborhood", "slide", "tiles", "segment")))
+    kind = draw(
+        st.sampled_from(("window", "neighborhood", "neighborhood", "slide", "tiles", "segment")))
     if kind == "window":
         window = tuple(draw(st.integers(1, g + 2)) for g in grid)
         return WindowPattern(grid, window, tuple(draw(st.integers(0, w - 1)) for w in window))
     if kind == "neighborhood":
         dilation = tuple(draw(st.integers(1, min(4, g))) for g in grid)
-        return NeighborhoodPattern(grid, tuple(draw(st.integers(1, g // d)) for g, d in zip(grid, dilation)), dilation, tuple(draw(st.booleans()) for _ in grid))
+        return NeighborhoodPattern(
+            grid, tuple(draw(st.integers(1, g // d)) for g, d in zip(grid, dilation)), dilation,
+            tuple(draw(st.booleans()) for _ in grid))
     if kind == "slide": return SlidePattern(n, draw(st.integers(1, n + 3)))
     if kind == "tiles":
         shared = draw(st.integers(0, min(n - 1, 20)))
-        return TilesSharedPattern(n, draw(st.integers(1, n - shared)), draw(st.integers(0, 2 * n)), shared)
+        return TilesSharedPattern(
+            n, draw(st.integers(1, n - shared)), draw(st.integers(0, 2 * n)), shared)
     w = draw(st.integers(1, n + 3))
     r, mode = draw(st.integers(1, min(w, 9))), draw(st.sampled_from(DILATION_MODES))
     return SegmentPattern(n, w, r, mode, (0 if mode == "residue" else draw(st.integers(0, r - 1)),))
@@ -90,22 +109,32 @@ SIZES = st.sampled_from((1, 2, 4, 5, 8, 16))
 @st.composite
 def layouts(draw, max_n: int = 90):
     pattern, size = draw(patterns(max_n)), draw(SIZES)
-    return Layout(pattern, draw(st.sampled_from(("none", "random", *CURVES))), (size, draw(st.just(size) | SIZES)), draw(st.booleans()), draw(st.sampled_from((0, 0, 1, 5))),
-                  isinstance(pattern, WindowPattern) and draw(st.booleans()), draw(st.integers(0, 999)))
+    return Layout(
+        pattern, draw(st.sampled_from(("none", "random", *CURVES))),
+        (size, draw(st.just(size) | SIZES)), draw(st.booleans()),
+        draw(st.sampled_from((0, 0, 1, 5))),
+        isinstance(pattern, WindowPattern) and draw(st.booleans()), draw(st.integers(0, 999)))
 
 
 def assert_exact(lists: BlockLists, mask: torch.Tensor):
-    "Lists say what a dense mask (N, M) says: the pairs, the blocks that are empty, partial or full, rows and their transpose, and each token in one slot."
+    """Lists say what a dense mask (N, M) says: the pairs, the blocks that are empty, partial or
+    full, rows and their transpose, and each token in one slot."""
     assert torch.equal(lists.mask()[0], mask)
     q, k = lists.query_tokens(), lists.key_tokens()
-    for tokens, n in ((q, lists.num_queries), (k, lists.num_keys)): assert torch.equal(tokens[tokens >= 0].sort().values, torch.arange(n))
-    pairs = mask[q.clamp(min=0)[:, :, None, None], k.clamp(min=0)] & (q >= 0)[:, :, None, None] & (k >= 0)  # (nQ, BM, nK, BN)
+    for tokens, n in ((q, lists.num_queries), (k, lists.num_keys)):
+        assert torch.equal(tokens[tokens >= 0].sort().values, torch.arange(n))
+    pairs = (
+        mask[q.clamp(min=0)[:, :, None, None], k.clamp(min=0)]
+        & (q >= 0)[:, :, None, None]
+        & (k >= 0)
+    )  # (nQ, BM, nK, BN)
     some, every = pairs.any(3).any(1), (pairs | (q < 0)[:, :, None, None]).all(3).all(1)
     assert torch.equal(lists.kinds()[0], some.to(torch.int8) + (some & every).to(torch.int8))
-    assert torch.equal(block_sparse._kinds(lists.columns, len(q)).transpose(1, 2), lists.kinds())
+    assert torch.equal(lists.columns.kinds(len(q)).transpose(1, 2), lists.kinds())
     for rows in (lists.rows, lists.columns):
         for start, end, full in zip(rows.start[0], rows.start[0, 1:], rows.full[0]):
-            for part in rows.index[start:start + full], rows.index[start + full:end]: assert torch.equal(part, part.sort().values)
+            for part in rows.index[start : start + full], rows.index[start + full : end]:
+                assert torch.equal(part, part.sort().values)
 
 
 # block lists
@@ -121,54 +150,110 @@ def test_lists_are_exact(case): assert_exact(case.lists(), case.mask())
 @given(layouts(40))
 def test_the_slow_builder_agrees(case):
     lists = case.lists()
-    fields = {name: getattr(lists, name) for name in ("q_tokens", "k_tokens", "lo", "hi", "at", "causal")}
+    fields = {
+        name: getattr(lists, name) for name in ("q_tokens", "k_tokens", "lo", "hi", "at", "causal")
+    }
     slow = lists_from_bounds(lists.num_queries, lists.num_keys, lists.block_size, **fields)
-    listed = lists.kinds() > 0 if lists.at is None else slice(None)  # without a test, the bounds do not say which blocks are empty
+    listed = (
+        lists.kinds() > 0 if lists.at is None else slice(None)
+    )  # without a test, the bounds do not say which blocks are empty
     assert torch.equal(slow.kinds()[listed], lists.kinds()[listed])
 
 
 @pytest.mark.parametrize("curve", CURVES)
 @pytest.mark.parametrize("causal", (False, True))
 def test_larger_grids(curve, causal):
-    for pattern in (WindowPattern((40, 33), (16, 7), (3, 2)), NeighborhoodPattern((40, 33), (13, 6)), NeighborhoodPattern((40, 33), 5, (3, 2), (True, False)), SlidePattern(1320, 200), TilesSharedPattern(1320, 5, 100, 33)):
-        assert_exact(Layout(pattern, curve, (64, 32), causal, 2, False, 0).lists(), Layout(pattern, curve, (64, 32), causal, 2, False, 0).mask())
+    for pattern in (
+        WindowPattern((40, 33), (16, 7), (3, 2)), NeighborhoodPattern((40, 33), (13, 6)),
+        NeighborhoodPattern((40, 33), 5, (3, 2), (True, False)), SlidePattern(1320, 200),
+        TilesSharedPattern(1320, 5, 100, 33)
+    ):
+        assert_exact(
+            Layout(pattern, curve, (64, 32), causal, 2, False, 0).lists(),
+            Layout(pattern, curve, (64, 32), causal, 2, False, 0).mask())
+
+
+GRID, N = (1024, 1024), 1 << 20
+ON_GRID = [
+    WindowPattern(GRID, 16, 5), NeighborhoodPattern(GRID, 13), NeighborhoodPattern(GRID, 13, 4)]
+ON_POSITIONS = [
+    SlidePattern(N, 1000), TilesSharedPattern(N, 1000, 77, 0), SegmentPattern(N, 1024, 3)]
+
+
+def keys_of(pattern, position: torch.Tensor, query: int) -> torch.Tensor: # bool (N,), by token
+    "The keys of one query, by definition."
+    if isinstance(pattern, (WindowPattern, NeighborhoodPattern)):
+        x, y = divmod(query, GRID[1])
+        return (pattern._axis_mask(0)[x][:, None] & pattern._axis_mask(1)[y]).flatten()
+    if isinstance(pattern, SlidePattern):
+        return (position - position[query]).abs() <= pattern.window // 2
+    if isinstance(pattern, TilesSharedPattern):
+        sizes = torch.tensor(pattern.tile_sizes())
+        tile = torch.repeat_interleave(torch.arange(pattern.tiles), sizes)
+        tile = tile[(position - pattern.offset) % N]
+        return tile == tile[query]
+    w, r = pattern.segment_size, pattern.dilation_rate
+    segment, residue = position // w, position % w % r
+    return (segment == segment[query]) & (residue == residue[query])
 
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_a_million_tokens(curve):
-    grid, n = (1024, 1024), 1 << 20
-    order, generator = curve_order(grid, curve), torch.Generator().manual_seed(0)
-    on_grid, on_positions = [WindowPattern(grid, 16, 5), NeighborhoodPattern(grid, 13), NeighborhoodPattern(grid, 13, 4)], [SlidePattern(n, 1000), TilesSharedPattern(n, 1000, 77, 0), SegmentPattern(n, 1024, 3)]
-    for pattern in on_grid + (on_positions if curve == "hilbert" else []):
-        start = time.perf_counter()
+    order, generator = curve_order(GRID, curve), torch.Generator().manual_seed(0)
+    position = inverse_order(order)
+    for pattern in ON_GRID + (ON_POSITIONS if curve == "hilbert" else []):
+        tracemalloc.start()
         lists = block_lists(pattern, order=order)
-        print(f"{curve} {type(pattern).__name__}: {time.perf_counter() - start:.2f} s, {lists.rows.index.numel()} blocks")
-        q_tokens, k_tokens = lists.query_tokens(), lists.key_tokens().flatten()
-        position = inverse_order(order)
-        for block in torch.randint(0, lists.num_blocks[0], (2,), generator=generator).tolist():  # these rows, by definition
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert peak < 400 * N  # bytes
+        q_tokens, k_tokens = lists.query_tokens(), lists.key_tokens()
+        for block in torch.randint(0, lists.num_blocks[0], (2,), generator=generator).tolist():
             found = torch.zeros(lists.num_blocks[1], dtype=torch.bool)
             for query in q_tokens[block][q_tokens[block] >= 0][::9].tolist():
-                if isinstance(pattern, (WindowPattern, NeighborhoodPattern)):
-                    x, y = divmod(query, grid[1])
-                    keys = (pattern._axis_mask(0)[x][:, None] & pattern._axis_mask(1)[y]).flatten()
-                elif isinstance(pattern, SlidePattern): keys = (position - position[query]).abs() <= pattern.window // 2
-                elif isinstance(pattern, TilesSharedPattern):
-                    tile = torch.repeat_interleave(torch.arange(pattern.tiles), torch.tensor(pattern.tile_sizes()))[(position - pattern.offset) % n]
-                    keys = tile == tile[query]
-                else:
-                    w, r = pattern.segment_size, pattern.dilation_rate
-                    keys = (position // w == position[query] // w) & (position % w % r == position[query] % w % r)
-                found |= (keys[k_tokens.clamp(min=0)] & (k_tokens >= 0)).view(-1, lists.block_size[1]).any(1)
+                keys = keys_of(pattern, position, query)
+                found |= (keys[k_tokens.clamp(min=0)] & (k_tokens >= 0)).any(1)
             listed = torch.zeros_like(found)
-            listed[lists.rows.index[lists.rows.start[0, block]:lists.rows.start[0, block + 1]].long()] = True
+            entries = slice(*lists.rows.start[0, block:block + 2].tolist())
+            listed[lists.rows.index[entries].long()] = True
             assert not (found & ~listed).any()
             assert listed.sum() <= 1.5 * found.sum() + 2  # every ninth query was asked
 
 
+def test_a_random_order_is_no_worse_than_its_pairs():
+    "Nothing is near anything: every block of queries meets almost every block of keys."
+    pattern, order = NeighborhoodPattern((512, 512), 7), torch.randperm(512 * 512)
+    tracemalloc.start()
+    start = time.process_time()
+    lists = block_lists(pattern, order=order)
+    seconds, (_, peak) = time.process_time() - start, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    print(f"{seconds:.2f} s, {peak / 1e6:.0f} MB, {lists.rows.index.numel()} blocks")
+    assert seconds < 20 and peak < 80 * lists.rows.index.numel()  # bytes
+    assert block_stats(lists, pattern.pairs()).full == 0
+    rank, x = inverse_order(order), torch.arange(512)
+    first = (x - 3).clamp(0, 505)
+    for block in (0, 1000):
+        row, column = (
+            order[block * 128 : block * 128 + 128] // 512,
+            order[block * 128 : block * 128 + 128] % 512)
+        keys = (
+            (first[row, None, None] + torch.arange(7)[:, None]) * 512
+            + first[column, None, None]
+            + torch.arange(7))
+        found = lists.rows.index[lists.rows.start[0, block]:lists.rows.start[0, block + 1]]
+        assert torch.equal(found.long(), (rank[keys] // 128).unique())
+
+
 def test_where_hilbert_earns_its_place():
     "128 x 128 tokens, windows of 16 x 16, blocks of 128."
-    count = {curve: block_stats(block_lists(WindowPattern((128, 128), 16), curve=curve)).non_empty for curve in CURVES}
-    assert count["hilbert"] <= 1.05 * min(count.values()) and 5 * count["hilbert"] <= count["row_major"]
+    count = {
+        curve: block_stats(block_lists(WindowPattern((128, 128), 16), curve=curve)).non_empty
+        for curve in CURVES
+    }
+    assert (
+        count["hilbert"] <= 1.05 * min(count.values())
+        and 5 * count["hilbert"] <= count["row_major"])
     assert count == {"row_major": 2048, "snake": 2048, "tile": 256, "morton": 256, "hilbert": 256}
     grouped = block_stats(block_lists(WindowPattern((96, 96), 16), curve="hilbert", grouped=True))
     assert (grouped.non_empty, grouped.full, round(grouped.empty_share, 3)) == (144, 144, 0.972)
@@ -180,7 +265,8 @@ def test_where_hilbert_earns_its_place():
 def test_stats_count_blocks_and_pairs(case):
     lists, mask = case.lists(), case.mask()
     stats, kinds = block_stats(lists), lists.kinds()
-    assert (stats.blocks, stats.full, stats.partial, stats.pairs) == (kinds.numel(), int((kinds == 2).sum()), int((kinds == 1).sum()), int(mask.sum()))
+    assert (stats.blocks, stats.full, stats.partial, stats.pairs) == (
+        kinds.numel(), int((kinds == 2).sum()), int((kinds == 1).sum()), int(mask.sum()))
     test, partial = lists.pair_test(), (kinds[0] == 1)[:, None, :, None]
     assert stats.wasted == int((~test & partial).sum())
     assert block_stats(lists, int(mask.sum())) == stats
@@ -193,11 +279,13 @@ def test_the_cache_is_bounded_and_notices_writes():
     order.copy_(torch.arange(64))
     assert block_lists(SlidePattern(64, 9), order=order, block_size=8).q_tokens is None
     for window in range(1, 90): block_lists(SlidePattern(64, window), block_size=8)
-    assert len(block_sparse._list_cache.entries) <= block_sparse._list_cache.max_entries
+    assert len(planner._list_cache.entries) <= planner._list_cache.max_entries
 
 
 def test_lists_survive_the_way_through_an_operator():
-    lists = block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=(8, 4), causal=True, registers=3)
+    lists = block_lists(
+        NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=(8, 4), causal=True, registers=3
+    )
     back = lists_from_operands(*lists_to_operands(lists))
     assert torch.equal(back.mask(), lists.mask()) and back.groups == lists.groups and back.causal
     assert lists.to("cpu").nbytes == lists.nbytes
@@ -229,13 +317,21 @@ class Call:
             key_mask = torch.rand(self.b, m, generator=generator) < 0.6
             mask = mask & key_mask[:, None, None]
         lists = self.layout.lists()
-        return assert_matches_oracle(lambda q, k, v: attention(q, k, v, lists, key_mask=key_mask, scale=self.scale), q, k, v, mask, scale=self.scale, lse_grad=self.lse_grad)
+        return assert_matches_oracle(
+            lambda q, k, v: attention(q, k, v, lists, key_mask=key_mask, scale=self.scale), q, k,
+            v, mask, scale=self.scale, lse_grad=self.lse_grad)
 
 
 @st.composite
-def calls(draw, max_n: int = 70, dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16)):
-    return Call(draw(layouts(max_n)), draw(st.integers(1, 3)), draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1), (4, 2)))), draw(st.sampled_from((8, 16, 24, 32, 80))), draw(st.booleans()),
-                draw(st.sampled_from(dtypes)), draw(st.sampled_from(LAYOUTS)), draw(st.sampled_from((None, 0.3))), draw(st.booleans()))
+def calls(
+    draw, max_n: int = 70, dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16)
+):
+    return Call(
+        draw(layouts(max_n)), draw(st.integers(1, 3)),
+        draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1), (4, 2)))),
+        draw(st.sampled_from((8, 16, 24, 32, 80))), draw(st.booleans()),
+        draw(st.sampled_from(dtypes)), draw(st.sampled_from(LAYOUTS)),
+        draw(st.sampled_from((None, 0.3))), draw(st.booleans()))
 
 
 @settings(max_examples=250)
@@ -246,15 +342,17 @@ def test_equals_the_oracle(call): poison(lambda: call.check(block_sdpa_attention
 @settings(max_examples=150)
 @given(call=calls())
 def test_equals_the_oracle_in_small_pieces(call):
-    chunk, block_sparse._CHUNK = block_sparse._CHUNK, 700
+    chunk, engine._CHUNK = engine._CHUNK, 700
     try: poison(lambda: call.check(block_sdpa_attention))
-    finally: block_sparse._CHUNK = chunk
+    finally: engine._CHUNK = chunk
 
 
 @settings(max_examples=60)
 @given(calls(40))
 def test_the_expression_equals_the_oracle(call):
-    def expression(q, k, v, lists, *, key_mask, scale): return block_sparse._block_expression(q, k, v, lists, key_mask, 0.0, q.shape[-1] ** -0.5 if scale is None else scale)
+    def expression(q, k, v, lists, *, key_mask, scale):
+        return engine._block_expression(
+            q, k, v, lists, key_mask, 0.0, q.shape[-1] ** -0.5 if scale is None else scale)
     poison(lambda: call.check(lambda *x, **o: (lambda out, lse: (out, lse))(*expression(*x, **o))))
 
 
@@ -266,25 +364,37 @@ def test_the_dense_backends_equal_the_oracle(call):
 
 @st.composite
 def any_lists(draw):
-    "Lists that no pattern makes: any bounds on up to three axes, empty slots anywhere, tokens without a slot, groups of heads and batches."
+    """Lists that no pattern makes: any bounds on up to three axes, empty slots anywhere, tokens
+    without a slot, groups of heads and batches."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
     def rand(low, high, shape): return torch.randint(low, high, shape, generator=generator)
     n, extra, size = draw(st.integers(1, 40)), draw(st.integers(0, 6)), (draw(SIZES), draw(SIZES))
     def tokens(count, block):
         slots = torch.cat([torch.arange(count), torch.full((draw(st.integers(0, 9)),), -1)])
         slots = slots[torch.randperm(len(slots), generator=generator)][draw(st.integers(0, 2)):]
-        return torch.nn.functional.pad(slots, (0, -len(slots) % block + block * draw(st.integers(0, 1))), value=-1).to(torch.int32)
-    q_tokens, k_tokens, axes = tokens(n, size[0]), tokens(n + extra, size[1]), draw(st.integers(0, 3))
+        return torch.nn.functional.pad(
+            slots, (0, -len(slots) % block + block * draw(st.integers(0, 1))), value=-1
+        ).to(torch.int32)
+    q_tokens, k_tokens, axes = (
+        tokens(n, size[0]), tokens(n + extra, size[1]), draw(st.integers(0, 3)))
     bounds = {}
     if axes:
         at, lo = rand(0, 8, (axes, len(k_tokens))), rand(-1, 7, (axes, len(q_tokens)))
         at[0, k_tokens >= n] = ALWAYS
-        bounds = {name: x.to(torch.int32) for name, x in dict(lo=lo, hi=lo + rand(-1, 8, lo.shape), at=at).items()}
+        bounds = {
+            name: x.to(torch.int32)
+            for name, x in dict(lo=lo, hi=lo + rand(-1, 8, lo.shape), at=at).items()
+        }
     causal = draw(st.booleans())
-    one = lists_from_bounds(n, n + extra, size, q_tokens=q_tokens, k_tokens=k_tokens, causal=causal, **bounds)
+    one = lists_from_bounds(
+        n, n + extra, size, q_tokens=q_tokens, k_tokens=k_tokens, causal=causal, **bounds)
     groups = draw(st.sampled_from(((1, 1), (2, 1), (1, 4), (2, 4))))
-    kinds = one.kinds() * (rand(0, 3, (prod(groups), *one.num_blocks)) > 0)  # some blocks are left out
-    return lists_from_kinds(kinds, block_size=size, num_queries=n, num_keys=n + extra, q_tokens=q_tokens, k_tokens=k_tokens, groups=groups, causal=causal, **bounds)
+    kinds = one.kinds() * (
+        rand(0, 3, (prod(groups), *one.num_blocks)) > 0
+    )  # some blocks are left out
+    return lists_from_kinds(
+        kinds, block_size=size, num_queries=n, num_keys=n + extra, q_tokens=q_tokens,
+        k_tokens=k_tokens, groups=groups, causal=causal, **bounds)
 
 
 @settings(max_examples=150)
@@ -292,20 +402,33 @@ def any_lists(draw):
 def test_any_lists_equal_the_oracle(lists, masked):
     generator = torch.Generator().manual_seed(0)
     n, m = lists.num_queries, lists.num_keys
-    q, k, v = (torch.randn(2, h, length, 16, generator=generator, dtype=torch.float64).float() for h, length in ((4, n), (2, m), (2, m)))
+    q, k, v = (
+        torch.randn(2, h, length, 16, generator=generator, dtype=torch.float64).float()
+        for h, length in ((4, n), (2, m), (2, m)))
     key_mask = torch.rand(2, m, generator=generator) < 0.7 if masked else None
     mask = lists.mask().unflatten(0, lists.groups)
     if masked: mask = mask & key_mask[:, None, None]
-    poison(lambda: assert_matches_oracle(lambda *x: block_sdpa_attention(*x, lists, key_mask=key_mask), q, k, v, mask))
+    poison(
+        lambda: assert_matches_oracle(
+            lambda *x: block_sdpa_attention(*x, lists, key_mask=key_mask), q, k, v, mask)
+    )
 
 
 LISTS = {
     "window": block_lists(WindowPattern((4, 5), 2, 1), curve="hilbert", block_size=(4, 2)),
-    "grouped windows, causal, registers": block_lists(WindowPattern((4, 5), (2, 3)), curve="hilbert", block_size=4, grouped=True, causal=True, registers=3),
-    "dilated neighbourhood": block_lists(NeighborhoodPattern((4, 5), 2, 2), curve="hilbert", block_size=(4, 3)),
+    "grouped windows, causal, registers": block_lists(
+        WindowPattern((4, 5), (2, 3)), curve="hilbert", block_size=4, grouped=True, causal=True,
+        registers=3),
+    "dilated neighbourhood": block_lists(
+        NeighborhoodPattern((4, 5), 2, 2), curve="hilbert", block_size=(4, 3)
+    ),
     "tiles, shared": block_lists(TilesSharedPattern(20, 3, 5, 2), block_size=4, causal=True),
-    "longnet": block_lists(SegmentPattern(20, 7, 3, "longnet", (1,)), curve="hilbert", block_size=4),
-    "a mask per head": lists_from_block_mask(torch.rand(2, 4, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.5, 20, 20, (4, 3), order=curve_order(20), causal=True),
+    "longnet": block_lists(
+        SegmentPattern(20, 7, 3, "longnet", (1,)), curve="hilbert", block_size=4
+    ),
+    "a mask per head": lists_from_block_mask(
+        torch.rand(2, 4, 5, 7, generator=torch.Generator().manual_seed(0)) < 0.5, 20, 20, (4, 3),
+        order=curve_order(20), causal=True),
 }
 
 
@@ -316,7 +439,10 @@ def test_gradcheck(name, masked, small_pieces):
     lists = LISTS[name]
     whole = name == "window"  # every entry of the Jacobian; elsewhere one random direction
     b, heads = (1, (2, 1, 1)) if whole else (2, (4, 2, 2))
-    x = [torch.randn(b, h, n, 3, dtype=torch.float64, requires_grad=True) for h, n in zip(heads, (20, lists.num_keys, lists.num_keys))]
+    x = [
+        torch.randn(b, h, n, 3, dtype=torch.float64, requires_grad=True)
+        for h, n in zip(heads, (20, lists.num_keys, lists.num_keys))
+    ]
     key_mask = torch.rand(b, lists.num_keys) < 0.7 if masked else None
 
     def call(*x):
@@ -330,19 +456,28 @@ def test_gradcheck(name, masked, small_pieces):
 def test_opcheck(name):
     torch.manual_seed(0)
     lists = LISTS[name]
-    q, k, v = (torch.randn(2, h, n, 8, requires_grad=True) for h, n in ((4, 20), (2, lists.num_keys), (2, lists.num_keys)))
-    args = (q, k, v, torch.rand(2, lists.num_keys) < 0.7, 0.3, *lists_to_operands(lists))
+    q, k, v = (
+        torch.randn(2, h, n, 8, requires_grad=True)
+        for h, n in ((4, 20), (2, lists.num_keys), (2, lists.num_keys)))
+    *tensors, sizes, causal = lists_to_operands(lists)
+    args = (q, k, v, torch.rand(2, lists.num_keys) < 0.7, *tensors, 0.3, sizes, causal)
     opcheck(torch.ops.hilbert_attn.block_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.hilbert_attn.block_forward(*args))
-    opcheck(torch.ops.hilbert_attn.block_backward.default, (torch.randn_like(out), torch.randn_like(lse), *(x.detach() for x in (q, k, v)), out, lse, *args[3:]))
+    upstream = torch.randn_like(out), torch.randn_like(lse)
+    args = (*upstream, *(x.detach() for x in (q, k, v)), out, lse, *args[3:])
+    opcheck(torch.ops.hilbert_attn.block_backward.default, args)
 
 
 def test_under_torch_compile():
-    def model(q, k, v): return block_sparse_attention(q * 2, k, v, block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=(8, 4))).sin()
+    def model(q, k, v):
+        return block_sparse_attention(
+            q * 2, k, v,
+            block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=(8, 4))).sin()
     x = [torch.randn(1, 2, 42, 16, requires_grad=True) for _ in range(3)]
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*x), model(*x))
-    torch.testing.assert_close(torch.autograd.grad(compiled(*x).sum(), x), torch.autograd.grad(model(*x).sum(), x))
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(*x).sum(), x), torch.autograd.grad(model(*x).sum(), x))
 
 
 @pytest.mark.parametrize("inside", (False, True))
@@ -354,7 +489,8 @@ def test_export(inside, strict):
             super().__init__()
             self.lists = None if inside else make()
 
-        def forward(self, q, k, v): return block_sparse_attention(q * 2, k, v, make() if inside else self.lists).sin()
+        def forward(self, q, k, v):
+            return block_sparse_attention(q * 2, k, v, make() if inside else self.lists).sin()
 
     x = [torch.randn(1, 2, 42, 16) for _ in range(3)]
     exported = torch.export.export(Attend(), tuple(x), strict=strict)
@@ -374,14 +510,25 @@ def test_repeats_are_bit_identical():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("pattern", (WindowPattern((11, 14), 4), NeighborhoodPattern((11, 14), 5), NeighborhoodPattern((11, 14), 3, 2)), ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize(
+    "pattern",
+    (
+        WindowPattern((11, 14), 4), NeighborhoodPattern((11, 14), 5),
+        NeighborhoodPattern((11, 14), 3, 2)),
+    ids=lambda p: type(p).__name__,
+)
 def test_the_order_changes_nothing_on_a_grid(pattern):
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 154, 16) for _ in range(3))
-    def run(order, **options): return block_sparse_attention(q, k, v, block_lists(pattern, order=order, block_size=(16, 8), **options))
+    def run(order, **options):
+        return block_sparse_attention(
+            q, k, v, block_lists(pattern, order=order, block_size=(16, 8), **options))
     plain = run(None)
-    for order in [curve_order((11, 14), curve) for curve in CURVES] + [torch.randperm(154)]: torch.testing.assert_close(run(order), plain, atol=2e-6, rtol=0)
-    if isinstance(pattern, WindowPattern): torch.testing.assert_close(run(curve_order((11, 14)), grouped=True), plain, atol=2e-6, rtol=0)
+    for order in [curve_order((11, 14), curve) for curve in CURVES] + [torch.randperm(154)]:
+        torch.testing.assert_close(run(order), plain, atol=2e-6, rtol=0)
+    if isinstance(pattern, WindowPattern):
+        torch.testing.assert_close(
+            run(curve_order((11, 14)), grouped=True), plain, atol=2e-6, rtol=0)
 
 
 def test_rows_without_keys_are_zero_and_pass_no_gradient(small_pieces):
@@ -394,8 +541,13 @@ def test_rows_without_keys_are_zero_and_pass_no_gradient(small_pieces):
         dead = torch.zeros(2, 40, dtype=torch.bool)
         dead[1, 12:28] = True
         assert torch.equal((lse == -torch.inf)[:, 0], dead) and not out[:, 0][dead].any()
-        grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), torch.full_like(lse, torch.nan).where(lse == -torch.inf, 1.0)))
-        assert all(x.isfinite().all() for x in grads) and not grads[0][:, 0][dead].any() and not grads[1][1, :, 10:30].any()
+        grads = torch.autograd.grad(
+            (out, lse), (q, k, v),
+            (torch.ones_like(out), torch.full_like(lse, torch.nan).where(lse == -torch.inf, 1.0)))
+        assert (
+            all(x.isfinite().all() for x in grads)
+            and not grads[0][:, 0][dead].any()
+            and not grads[1][1, :, 10:30].any())
     poison(run)
 
 
@@ -407,7 +559,9 @@ def test_masked_keys_may_hold_anything():
     def run(bad):
         x = [t.masked_fill(~key_mask[:, None, :, None], bad).requires_grad_() for t in (k, v)]
         out, lse = block_sdpa_attention(q, *x, lists, key_mask=key_mask)
-        return [out, lse.nan_to_num(neginf=0), *torch.autograd.grad(out.sum() + lse.nan_to_num(neginf=0).sum(), x)]
+        return [
+            out, lse.nan_to_num(neginf=0),
+            *torch.autograd.grad(out.sum() + lse.nan_to_num(neginf=0).sum(), x)]
     for a, b in zip(run(0.0), run(torch.nan)): assert torch.equal(a, b)
 
 
@@ -416,7 +570,8 @@ def test_nothing_to_attend(empty):
     q = torch.randn(0 if empty == "batch" else 2, 3, 7, 8, requires_grad=True)
     mask = torch.full((2, 3), empty != "mask")
     key_mask = torch.zeros(2, 7, dtype=torch.bool) if empty == "keys" else None
-    out, lse = block_sparse_attention(q, q, q, mask, block_size=(4, 3), key_mask=key_mask, return_lse=True)
+    out, lse = block_sparse_attention(
+        q, q, q, mask, block_size=(4, 3), key_mask=key_mask, return_lse=True)
     assert out.shape == q.shape and not out.any() and (lse == -torch.inf).all()
     (grad,) = torch.autograd.grad(out.sum(), q)
     assert grad.shape == q.shape and not grad.any()
@@ -425,7 +580,9 @@ def test_nothing_to_attend(empty):
 def test_dropout_drops_weights_and_scales_the_rest():
     torch.manual_seed(0)
     q, k = (torch.randn(1, 1, 40, 40, dtype=torch.float64) for _ in range(2))
-    eye = torch.eye(40, dtype=torch.float64)[None, None]  # v = I makes the output the matrix of weights
+    eye = torch.eye(40, dtype=torch.float64)[
+        None, None
+    ]  # v = I makes the output the matrix of weights
     lists = block_lists(SlidePattern(40, 20), block_size=8)
     dense, lse = block_sdpa_attention(q, k, eye, lists)
     dropped, same = block_sdpa_attention(q, k, eye, lists, dropout_p=0.3)
@@ -437,8 +594,197 @@ def test_dropout_drops_weights_and_scales_the_rest():
 
 def test_half_precision_under_autocast():
     q, k, v = (torch.randn(1, 2, 42, 16) for _ in range(3))
-    with torch.autocast("cpu", torch.bfloat16): out = block_sparse_attention(q, k, v, torch.ones(3, 3, dtype=torch.bool), block_size=16)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = block_sparse_attention(q, k, v, torch.ones(3, 3, dtype=torch.bool), block_size=16)
     assert out.dtype == torch.bfloat16
+
+
+# tensors as callers leave them, and content that must not matter
+
+
+def with_strides(x: torch.Tensor, kind: str) -> torch.Tensor:
+    "The values of x (an expanded one: its first values, repeated) with other strides."
+    if kind == "transposed": return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    if kind == "turned": return x.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    if kind == "stepped": return x.repeat_interleave(2, -1)[..., ::2]
+    if kind == "offset": return torch.cat([x, x], -1)[..., x.shape[-1]:]
+    if kind == "expanded": return x[..., :1].expand(x.shape)
+    return x[:1].expand(x.shape)  # "one batch"
+
+
+STRIDES = ("transposed", "turned", "stepped", "offset", "expanded", "one batch")
+
+
+@pytest.mark.parametrize("backend", ("reference", "sdpa_mask", "sdpa", "triton"))
+@pytest.mark.parametrize("kind", STRIDES)
+def test_any_strides(kind, backend):
+    torch.manual_seed(0)
+    lists = block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=16)
+    x = [with_strides(torch.randn(2, h, 42, 16), kind) for h in (4, 2, 2)]
+    upstream = (
+        with_strides(torch.randn(2, 4, 42, 16), kind),
+        with_strides(torch.randn(2, 4, 42, 1), kind)[..., 0])
+
+    def run(x, upstream):
+        x = [y.detach().requires_grad_() for y in x]
+        results = block_sparse_attention(*x, lists, backend=backend, return_lse=True)
+        return [*results, *torch.autograd.grad(results, x, upstream)]
+
+    expected = run([y.contiguous() for y in x], [y.contiguous() for y in upstream])
+    for a, b in zip(run(x, upstream), expected):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", STRIDES)
+def test_any_strides_in_a_graph(kind):
+    lists = block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=16)
+    x = [with_strides(torch.randn(2, h, 42, 16), kind) for h in (4, 2, 2)]
+    def model(q, k, v):
+        return block_sparse_attention(q, k, v, lists).transpose(1, 2).flatten(2).sin()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*x), model(*x))
+
+
+@pytest.mark.parametrize("backend", ("reference", "sdpa_mask", "sdpa", "triton"))
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+def test_masked_keys_never_matter(bad, backend):
+    torch.manual_seed(0)
+    lists = block_lists(NeighborhoodPattern((6, 7), 5), curve="hilbert", block_size=16, registers=3)
+    q, k, v = torch.randn(2, 4, 42, 16), *torch.randn(2, 2, 2, 45, 16)
+    key_mask = torch.rand(2, 45) < 0.7
+    hidden = ~key_mask[:, None, :, None]
+
+    def run(content):
+        x = [
+            q.clone().requires_grad_(),
+            *(y.masked_fill(hidden, content).requires_grad_() for y in (k, v))]
+        results = block_sparse_attention(
+            *x, lists, key_mask=key_mask, backend=backend, return_lse=True)
+        return [*results, *torch.autograd.grad(sum(y.sin().sum() for y in results), x)]
+
+    for a, b in zip(run(bad), run(0.0)): assert a.isfinite().all() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bad", (torch.nan, torch.inf))
+def test_masked_keys_never_matter_under_dropout(bad):
+    lists = block_lists(SlidePattern(42, 9), block_size=16)
+    q, k, v = torch.randn(3, 2, 2, 42, 16)
+    key_mask = torch.rand(2, 42) < 0.7
+
+    def run(content):
+        torch.manual_seed(0)
+        x = [y.masked_fill(~key_mask[:, None, :, None], content).requires_grad_() for y in (k, v)]
+        out = block_sparse_attention(q, *x, lists, key_mask=key_mask, dropout_p=0.2)
+        return [out, *torch.autograd.grad(out.sin().sum(), x)]
+
+    for a, b in zip(run(bad), run(0.0)): assert torch.equal(a, b)
+
+
+# numbers, orders and caches
+
+
+@pytest.mark.parametrize("bad", (2.5, 24.0, float("nan"), "24", True, None))
+def test_numbers_are_whole(bad):
+    pattern, mask, q = (
+        SlidePattern(48, 9), torch.ones(2, 2, dtype=torch.bool), torch.randn(1, 1, 48, 16))
+    for size in (bad, (24, bad)):
+        with pytest.raises(ValueError, match="block_size"): block_lists(pattern, block_size=size)
+        with pytest.raises(ValueError, match="block_size"):
+            block_sparse_attention(q, q, q, mask, block_size=size)
+        with pytest.raises(ValueError, match="block_size"): SparsePatternConfig(block_size=size)
+    with pytest.raises(ValueError, match="registers"): block_lists(pattern, registers=bad)
+    if bad is True: return
+    with pytest.raises(ValueError, match="causal"): block_lists(pattern, causal=bad)
+    with pytest.raises(ValueError, match="grouped"): block_lists(pattern, grouped=bad)
+    with pytest.raises(ValueError, match="causal"):
+        block_sparse_attention(q, q, q, mask, block_size=24, causal=bad)
+
+
+PATTERNS = {
+    "window": lambda x: WindowPattern((6, 8), x),
+    "kernel_size": lambda x: NeighborhoodPattern((6, 8), x),
+    "dilation": lambda x: NeighborhoodPattern((6, 8), 3, x),
+    "slide": lambda x: SlidePattern(48, x), "tiles": lambda x: TilesSharedPattern(48, x),
+    "segment_size": lambda x: SegmentPattern(48, x)}
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@pytest.mark.parametrize("bad", (2.5, 2.0, float("nan"), "2", True))
+def test_numbers_of_a_pattern_are_whole(name, bad):
+    with pytest.raises(ValueError, match="window" if name == "slide" else name): PATTERNS[name](bad)
+    good, same = (block_lists(PATTERNS[name](make(2)), block_size=16) for make in (int, np.int64))
+    assert good is same
+
+
+@pytest.mark.parametrize("name", ("window", "dilation_rates", "global_tokens"))
+@pytest.mark.parametrize("bad", (2.5, 24.0, float("nan"), "24", True))
+def test_numbers_of_a_block_pattern_are_whole(name, bad):
+    with pytest.raises(ValueError, match=name): SparsePatternConfig("dilated_sparse", **{name: bad})
+
+
+def test_numpy_numbers_are_whole():
+    mine, theirs = (
+        block_lists(SlidePattern(48, 9), block_size=make(24), registers=make(3))
+        for make in (int, np.int64))
+    assert mine is theirs
+    assert block_lists(SlidePattern(48, 9), block_size=np.array([24, 24]), registers=3) is mine
+
+
+class Attend(torch.nn.Module):
+    def forward(self, q, order):
+        return block_sparse_attention(
+            q, q, q, torch.eye(3, dtype=torch.bool), block_size=16, order=order)
+
+
+@pytest.mark.parametrize("mode", ("eager", "inference", "compiled"))
+def test_an_order_is_a_permutation(mode):
+    q, order = torch.randn(1, 1, 48, 16), torch.arange(48).flip(0)
+    wrong = order.clone()
+    wrong[3] = wrong[5]
+    if mode == "inference":
+        with torch.inference_mode(): order, wrong = order.clone(), wrong.clone()
+    call = torch.compile(Attend(), backend="aot_eager") if mode == "compiled" else Attend()
+    torch.testing.assert_close(call(q, order).flip(2), call(q.flip(2), torch.arange(48)))
+    with pytest.raises(Exception, match="no permutation"): call(q, wrong)
+    if mode == "compiled": return
+    block_lists(SlidePattern(48, 9), order=order, block_size=16)
+    with pytest.raises(ValueError, match="no permutation"):
+        block_lists(SlidePattern(48, 9), order=wrong, block_size=16)
+
+
+def fake_mode(call, q, order):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode: call(mode.from_tensor(q))
+
+
+POISON = {
+    "fake mode": fake_mode,
+    "make_fx": lambda call, q, order: make_fx(lambda q: call(q), tracing_mode="fake")(q),
+    "functionalize": lambda call, q, order: torch.func.functionalize(call)(q, order),
+    "vmap": lambda call, q, order: torch.vmap(lambda x: call(q, x))(order[None]),
+    "meta": lambda call, q, order: call(q, order.to("meta")),
+    "float": lambda call, q, order: call(q, block_size=16.0)}
+
+
+@pytest.mark.parametrize("poison", POISON)
+def test_no_call_spoils_the_lists(poison):
+    pattern = NeighborhoodPattern((5, 7 + len(poison)), 3)  # of this test alone
+
+    def call(q, order=None, block_size=16):
+        curve = "hilbert" if order is None else None
+        lists = block_lists(pattern, order=order, curve=curve, block_size=block_size)
+        return block_sparse_attention(q, q, q, lists)
+
+    q, order = torch.randn(1, 1, pattern.seq_len, 16), torch.randperm(pattern.seq_len)
+    try:
+        POISON[poison](call, q, order)
+    except ValueError as error:
+        assert "order" in str(error) or "block_size" in str(error)
+    except (RuntimeError, AssertionError) as error:
+        assert "Please convert all Tensors to FakeTensors" in str(error)
+    expected = masked_attention(q, q, q, pattern.mask()[0])[0]
+    for options in ((), (order,)): torch.testing.assert_close(call(q, *options), expected)
+    for lists, *_ in planner._list_cache.entries.values():
+        assert all(is_plain(x) for x in lists.tensors())
 
 
 # the front door
@@ -446,8 +792,13 @@ def test_half_precision_under_autocast():
 
 @st.composite
 def masked_calls(draw):
-    b, (h, kv), n, extra = draw(st.integers(1, 2)), draw(st.sampled_from(((1, 1), (2, 1), (4, 2)))), draw(st.integers(1, 60)), draw(st.sampled_from((0, 0, 7)))
-    return b, h, kv, n, extra, (draw(SIZES), draw(SIZES)), draw(st.integers(0, 2)), draw(st.sampled_from((None, "random", *CURVES))), draw(st.booleans()), draw(st.booleans()), draw(st.integers(0, 999))
+    b, (h, kv), n, extra = (
+        draw(st.integers(1, 2)), draw(st.sampled_from(((1, 1), (2, 1), (4, 2)))),
+        draw(st.integers(1, 60)), draw(st.sampled_from((0, 0, 7))))
+    return (
+        b, h, kv, n, extra, (draw(SIZES), draw(SIZES)), draw(st.integers(0, 2)),
+        draw(st.sampled_from((None, "random", *CURVES))), draw(st.booleans()),
+        draw(st.booleans()), draw(st.integers(0, 999)))
 
 
 @settings(max_examples=150)
@@ -455,30 +806,53 @@ def masked_calls(draw):
 def test_block_masks_equal_the_oracle(call, backend):
     b, h, kv, n, extra, (BM, BN), leading, curve, causal, masked, seed = call
     generator, m = torch.Generator().manual_seed(seed), n + extra
-    q, k, v = (torch.randn(b, heads, length, 16, generator=generator, dtype=torch.float64).float() for heads, length in ((h, n), (kv, m), (kv, m)))
-    block_mask = torch.rand((b, h, -(-n // BM), -(-m // BN))[2 - leading:], generator=generator) < 0.5
-    order = None if curve is None else torch.randperm(n, generator=generator) if curve == "random" else curve_order(n, curve)
+    q, k, v = (
+        torch.randn(b, heads, length, 16, generator=generator, dtype=torch.float64).float()
+        for heads, length in ((h, n), (kv, m), (kv, m)))
+    block_mask = (
+        torch.rand((b, h, -(-n // BM), -(-m // BN))[2 - leading :], generator=generator) < 0.5)
+    order = (
+        None
+        if curve is None
+        else torch.randperm(n, generator=generator)
+        if curve == "random"
+        else curve_order(n, curve))
     key_mask = torch.rand(b, m, generator=generator) < 0.7 if masked else None
     rank = torch.arange(n) if order is None else inverse_order(order)
-    mask = block_mask[..., rank[:, None] // BM, torch.cat([rank, torch.arange(n, m)]) // BN]  # from the definition
-    if causal: mask = mask & ((torch.arange(m) <= torch.arange(n)[:, None]) | (torch.arange(m) >= n))
+    mask = block_mask[
+        ..., rank[:, None] // BM, torch.cat([rank, torch.arange(n, m)]) // BN
+    ]  # from the definition
+    if causal:
+        mask = mask & ((torch.arange(m) <= torch.arange(n)[:, None]) | (torch.arange(m) >= n))
     mask = mask.expand(b, h, n, m)
     if masked: mask = mask & key_mask[:, None, None]
-    poison(lambda: assert_matches_oracle(lambda *x: block_sparse_attention(*x, block_mask, block_size=(BM, BN), order=order, causal=causal, key_mask=key_mask, backend=backend, return_lse=True), q, k, v, mask))
+    poison(
+        lambda: assert_matches_oracle(
+            lambda *x: block_sparse_attention(
+                *x, block_mask, block_size=(BM, BN), order=order, causal=causal,
+                key_mask=key_mask, backend=backend, return_lse=True),
+            q,
+            k,
+            v,
+            mask,)
+    )
 
 
 def test_backends_can_be_forced(monkeypatch):
     q = torch.randn(1, 1, 12, 8)
-    call = lambda **options: block_sparse_attention(q, q, q, torch.ones(3, 3, dtype=torch.bool), block_size=4, **options)
+    call = lambda **options: block_sparse_attention(
+        q, q, q, torch.ones(3, 3, dtype=torch.bool), block_size=4, **options)
     seen = []
-    monkeypatch.setitem(block_sparse._BLOCK_BACKENDS, "reference", lambda *x, **o: (seen.append(1), block_reference_attention(*x, **o))[1])
+    monkeypatch.setitem(
+        block_sparse._BLOCK_BACKENDS, "reference",
+        lambda *x, **o: (seen.append(1), block_reference_attention(*x, **o))[1])
     with set_backend("reference"): call()
     assert len(seen) == 1
     monkeypatch.setenv("HILBERT_ATTN_BACKEND", "reference")
     call()
     call(backend="sdpa")
     assert len(seen) == 2
-    with pytest.raises(RuntimeError, match="flex"): call(backend="flex")
+    with pytest.raises(ValueError, match="backend='flex': known backends are"): call(backend="flex")
 
 
 def test_bad_arguments_are_named():
@@ -486,24 +860,59 @@ def test_bad_arguments_are_named():
     lists = lists_from_block_mask(mask, 12, 12, (4, 4))
     for text, options in [
         ("block_size is missing", dict()),
-        ("block_size=0", dict(block_size=0)), ("block_size=(4, 4, 4)", dict(block_size=(4, 4, 4))),
-        ("(nQ, nK)", dict(block_size=3)), ("block_mask is torch.float32", dict(block_size=4, block_mask=mask.float())), ("block_mask is a list", dict(block_size=4, block_mask=[[True]])),
+        ("block_size=0", dict(block_size=0)),
+        ("block_size=(4, 4, 4)", dict(block_size=(4, 4, 4))),
+        ("(nQ, nK)", dict(block_size=3)),
+        ("block_mask is torch.float32", dict(block_size=4, block_mask=mask.float())),
+        ("block_mask is a list", dict(block_size=4, block_mask=[[True]])),
         ("(3, 3, 3)", dict(block_size=4, block_mask=mask.expand(3, 3, 3))),
         ("no permutation", dict(block_size=4, order=torch.zeros(12, dtype=torch.int64))),
-        ("key_mask", dict(block_size=4, key_mask=torch.ones(2, 11, dtype=torch.bool))), ("dropout_p=1", dict(block_size=4, dropout_p=1)), ("scale=0", dict(block_size=4, scale=0)),
-        ("N or more", dict(block_size=4, k=q[:, :, :11], v=q[:, :, :11])), ("heads", dict(block_size=4, k=q[:, :3], v=q[:, :3])), ("must agree", dict(block_size=4, v=q[:, :, :, :4])),
-        ("key_mask has shape", dict(block_size=4, k=torch.randn(2, 4, 13, 8), v=torch.randn(2, 4, 13, 8), key_mask=torch.ones(2, 12, dtype=torch.bool))),
-        ("leave it out", dict(block_mask=lists, block_size=8)), ("hold their layout", dict(block_mask=lists, order=torch.arange(12))), ("not causal", dict(block_mask=lists, causal=True)),
-        ("11 queries", dict(block_mask=lists_from_block_mask(mask, 11, 12, (4, 4)))), ("groups=(3, 1)", dict(block_mask=lists_from_block_mask(mask.expand(3, 1, 3, 3), 12, 12, (4, 4)))),
-        ("known backends", dict(block_size=4, backend="cudnn")), ("dtypes", dict(block_size=4, k=q.double())), ("4 dimensions", dict(block_size=4, q=q[0])),
+        ("key_mask", dict(block_size=4, key_mask=torch.ones(2, 11, dtype=torch.bool))),
+        ("dropout_p=1", dict(block_size=4, dropout_p=1)),
+        ("scale=0", dict(block_size=4, scale=0)),
+        ("N or more", dict(block_size=4, k=q[:, :, :11], v=q[:, :, :11])),
+        ("heads", dict(block_size=4, k=q[:, :3], v=q[:, :3])),
+        ("must agree", dict(block_size=4, v=q[:, :, :, :4])),
+        (
+            "key_mask has shape",
+            dict(
+                block_size=4, k=torch.randn(2, 4, 13, 8), v=torch.randn(2, 4, 13, 8),
+                key_mask=torch.ones(2, 12, dtype=torch.bool)),
+        ),
+        ("leave it out", dict(block_mask=lists, block_size=8)),
+        ("hold their layout", dict(block_mask=lists, order=torch.arange(12))),
+        ("not causal", dict(block_mask=lists, causal=True)),
+        ("11 queries", dict(block_mask=lists_from_block_mask(mask, 11, 12, (4, 4)))),
+        (
+            "groups=(3, 1)",
+            dict(block_mask=lists_from_block_mask(mask.expand(3, 1, 3, 3), 12, 12, (4, 4)))),
+        ("known backends", dict(block_size=4, backend="cudnn")),
+        ("dtypes", dict(block_size=4, k=q.double())),
+        ("4 dimensions", dict(block_size=4, q=q[0])),
     ]:
         options = {"q": q, "k": q, "v": q, "block_mask": mask, **options}
-        with pytest.raises(ValueError) as error: block_sparse_attention(options.pop("q"), options.pop("k"), options.pop("v"), options.pop("block_mask"), **options)
+        with pytest.raises(ValueError) as error:
+            block_sparse_attention(
+                options.pop("q"), options.pop("k"), options.pop("v"), options.pop("block_mask"),
+                **options)
         assert text in str(error.value), (text, str(error.value))
-    for text, make in [("expected a pattern", lambda: block_lists("window")), ("registers=-1", lambda: block_lists(SlidePattern(4, 2), registers=-1)), ("expected one of them", lambda: block_lists(SlidePattern(4, 2), order=torch.arange(4), curve="hilbert")),
-                       ("order is given with", lambda: block_lists(SlidePattern(4, 2), order=torch.arange(5))), ("known curves", lambda: block_lists(SlidePattern(4, 2), curve="peano")), ("one per offset", lambda: block_lists(SegmentPattern(8, 4, 2, "keys", (0, 1)))),
-                       ("known types", lambda: SparsePatternConfig("diagonal")), ("missing", lambda: SparsePatternConfig("mask")), ("equal blocks", lambda: SparsePatternConfig("dilated_sparse", (4, 8))), ("window=-1", lambda: SparsePatternConfig(window=-1)),
-                       ("no permutation", lambda: permute_blocks(lists, torch.zeros(3, dtype=torch.int64), torch.arange(3)))]:
+    for text, make in [
+        ("expected a pattern", lambda: block_lists("window")),
+        ("registers=-1", lambda: block_lists(SlidePattern(4, 2), registers=-1)),
+        (
+            "expected one of them",
+            lambda: block_lists(SlidePattern(4, 2), order=torch.arange(4), curve="hilbert")),
+        ("order is given with", lambda: block_lists(SlidePattern(4, 2), order=torch.arange(5))),
+        ("known curves", lambda: block_lists(SlidePattern(4, 2), curve="peano")),
+        ("one per offset", lambda: block_lists(SegmentPattern(8, 4, 2, "keys", (0, 1)))),
+        ("known types", lambda: SparsePatternConfig("diagonal")),
+        ("missing", lambda: SparsePatternConfig("mask")),
+        ("equal blocks", lambda: SparsePatternConfig("dilated_sparse", (4, 8))),
+        ("window=-1", lambda: SparsePatternConfig(window=-1)),
+        (
+            "no permutation",
+            lambda: permute_blocks(lists, torch.zeros(3, dtype=torch.int64), torch.arange(3))),
+    ]:
         with pytest.raises(ValueError) as error: make()
         assert text in str(error.value), (text, str(error.value))
 
@@ -513,40 +922,59 @@ def test_bad_arguments_are_named():
 
 DOCUMENT = torch.tensor([0] * 37 + [1] * 50 + [2] * 30 + [3] * 3)
 MODS = {
-    "causal": lambda b, h, q, k: q >= k,
-    "sliding": lambda b, h, q, k: (q >= k) & (q - k < 40),
+    "causal": lambda b, h, q, k: q >= k, "sliding": lambda b, h, q, k: (q >= k) & (q - k < 40),
     "documents": lambda b, h, q, k: DOCUMENT[q] == DOCUMENT[k],
-    "prefix": lambda b, h, q, k: (k <= q) | (k < 20),
-}
+    "prefix": lambda b, h, q, k: (k <= q) | (k < 20)}
 
 
 @pytest.mark.parametrize("name", MODS)
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_from_flex(name):
     torch.manual_seed(0)
-    block_mask = create_block_mask(MODS[name], None, None, 120, 120, device="cpu", BLOCK_SIZE=(32, 16))
+    block_mask = create_block_mask(
+        MODS[name], None, None, 120, 120, device="cpu", BLOCK_SIZE=(32, 16))
     lists, index = BlockLists.from_flex(block_mask), torch.arange(120)
     assert torch.equal(lists.mask()[0], MODS[name](0, 0, index[:, None], index))
     q, k, v = (torch.randn(2, h, 120, 16) for h in (4, 2, 2))
-    torch.testing.assert_close(block_sparse_attention(q, k, v, block_mask), flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True), atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        block_sparse_attention(q, k, v, block_mask),
+        flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True), atol=2e-6, rtol=1e-5)
 
 
 def test_from_flex_by_batch_and_head():
     mask = torch.rand(2, 3, 4, 8, generator=torch.Generator().manual_seed(0)) < 0.5
-    count, index = mask.sum(-1, dtype=torch.int32), torch.argsort(mask.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32)
+    count, index = (
+        mask.sum(-1, dtype=torch.int32),
+        torch.argsort(mask.to(torch.int8), dim=-1, descending=True, stable=True).to(torch.int32))
     nothing = torch.zeros_like(count), torch.zeros_like(index)
     for tables, kind in ((((*nothing, count, index)), 2), ((count, index), 1)):
         lists = BlockLists.from_flex(BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=(16, 8)))
-        assert lists.groups == (2, 3) and torch.equal(lists.kinds().unflatten(0, (2, 3)), mask.to(torch.int8) * kind)
-        assert torch.equal(lists.mask(), mask.flatten(0, 1).repeat_interleave(16, 1).repeat_interleave(8, 2))
-    ragged = BlockLists.from_flex(BlockMask.from_kv_blocks(*nothing, count, index, BLOCK_SIZE=(16, 8), seq_lengths=(60, 60)))
-    assert torch.equal(ragged.mask(), mask.flatten(0, 1).repeat_interleave(16, 1).repeat_interleave(8, 2)[:, :60, :60])
+        assert lists.groups == (2, 3) and torch.equal(
+            lists.kinds().unflatten(0, (2, 3)), mask.to(torch.int8) * kind)
+        assert torch.equal(
+            lists.mask(), mask.flatten(0, 1).repeat_interleave(16, 1).repeat_interleave(8, 2))
+    ragged = BlockLists.from_flex(
+        BlockMask.from_kv_blocks(*nothing, count, index, BLOCK_SIZE=(16, 8), seq_lengths=(60, 60)))
+    assert torch.equal(
+        ragged.mask(),
+        mask.flatten(0, 1).repeat_interleave(16, 1).repeat_interleave(8, 2)[:, :60, :60])
 
 
 def test_from_flex_says_what_it_cannot():
-    with pytest.raises(ValueError, match="no interval"): BlockLists.from_flex(create_block_mask(lambda b, h, q, k: (q - k) % 3 == 0, None, None, 64, 64, device="cpu", BLOCK_SIZE=16))
-    with pytest.raises(ValueError, match="the same in all"): BlockLists.from_flex(create_block_mask(lambda b, h, q, k: q - k > h, None, 2, 64, 64, device="cpu", BLOCK_SIZE=16))
-    with pytest.raises(ValueError, match="as many keys"): BlockLists.from_flex(create_block_mask(MODS["causal"], None, None, 64, 32, device="cpu", BLOCK_SIZE=16))
+    with pytest.raises(ValueError, match="no interval"):
+        BlockLists.from_flex(
+            create_block_mask(
+                lambda b, h, q, k: (q - k) % 3 == 0, None, None, 64, 64, device="cpu", BLOCK_SIZE=16
+            )
+        )
+    with pytest.raises(ValueError, match="the same in all"):
+        BlockLists.from_flex(
+            create_block_mask(
+                lambda b, h, q, k: q - k > h, None, 2, 64, 64, device="cpu", BLOCK_SIZE=16)
+        )
+    with pytest.raises(ValueError, match="as many keys"):
+        BlockLists.from_flex(
+            create_block_mask(MODS["causal"], None, None, 64, 32, device="cpu", BLOCK_SIZE=16))
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -555,16 +983,27 @@ def test_to_flex(name):
     torch.manual_seed(0)
     lists = LISTS[name]
     block_mask = lists.to_flex()
-    assert BlockLists.from_flex(block_mask) is lists and tuple(block_mask.BLOCK_SIZE) == lists.block_size
-    q, k, v = (torch.randn(2, h, n, 16) for h, n in ((4, 20), (2, lists.num_keys), (2, lists.num_keys)))
+    assert (
+        BlockLists.from_flex(block_mask) is lists
+        and tuple(block_mask.BLOCK_SIZE) == lists.block_size)
+    q, k, v = (
+        torch.randn(2, h, n, 16) for h, n in ((4, 20), (2, lists.num_keys), (2, lists.num_keys)))
     out, lse = block_sdpa_attention(q, k, v, lists)
-    sides = [(x, tokens if explicit is not None else tokens[:x.shape[2]]) for x, tokens, explicit in
-             ((q, lists.query_tokens().flatten(), lists.q_tokens), (k, lists.key_tokens().flatten(), lists.k_tokens), (v, lists.key_tokens().flatten(), lists.k_tokens))]
-    flex = flex_attention(*(x[:, :, t.clamp(min=0)] for x, t in sides), block_mask=block_mask, enable_gqa=True)
+    sides = [
+        (x, tokens if explicit is not None else tokens[: x.shape[2]])
+        for x, tokens, explicit in (
+            (q, lists.query_tokens().flatten(), lists.q_tokens),
+            (k, lists.key_tokens().flatten(), lists.k_tokens),
+            (v, lists.key_tokens().flatten(), lists.k_tokens))
+    ]
+    flex = flex_attention(
+        *(x[:, :, t.clamp(min=0)] for x, t in sides), block_mask=block_mask, enable_gqa=True)
     tokens = sides[0][1]
     back = torch.zeros_like(out).index_copy(2, tokens[tokens >= 0], flex[:, :, tokens >= 0])
     torch.testing.assert_close(back, out, atol=2e-6, rtol=1e-5)
-    without = BlockMask.from_kv_blocks(block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.full_kv_num_blocks, block_mask.full_kv_indices, BLOCK_SIZE=block_mask.BLOCK_SIZE)
+    without = BlockMask.from_kv_blocks(
+        block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.full_kv_num_blocks,
+        block_mask.full_kv_indices, BLOCK_SIZE=block_mask.BLOCK_SIZE)
     assert torch.equal(BlockLists.from_flex(without).kinds() > 0, lists.kinds() > 0)
 
 
@@ -575,29 +1014,42 @@ def test_to_flex(name):
 @pytest.mark.parametrize("causal", (False, True))
 def test_post_pattern_leaves_the_output_alone(kind, causal):
     torch.manual_seed(0)
-    config = SparsePatternConfig(kind, 16, window=64, global_tokens=20, block_mask=torch.rand(4, 13, 13) < 0.4 if kind == "mask" else None)
-    off, on = (PostPatternHilbertOptimizer(enabled=enabled).lists(config, seq_len=200, causal=causal) for enabled in (False, True))
+    config = SparsePatternConfig(
+        kind, 16, window=64, global_tokens=20,
+        block_mask=torch.rand(4, 13, 13) < 0.4 if kind == "mask" else None)
+    off, on = (
+        PostPatternHilbertOptimizer(enabled=enabled).lists(config, seq_len=200, causal=causal)
+        for enabled in (False, True))
     assert torch.equal(off.mask(), on.mask()) and off.q_tokens is None and on.q_tokens is not None
     assert torch.equal(off.columns.full.sum(), on.columns.full.sum())
     q, k, v = (torch.randn(2, h, 200, 16, requires_grad=True) for h in (4, 2, 2))
     def run(lists):
         out, lse = block_sparse_attention(q, k, v, lists, return_lse=True)
-        return out, lse, *torch.autograd.grad(out.sin().sum() + lse.nan_to_num(neginf=0).sin().sum(), (q, k, v))
+        return (
+            out, lse,
+            *torch.autograd.grad(out.sin().sum() + lse.nan_to_num(neginf=0).sin().sum(), (q, k, v)))
     for a, b in zip(run(off), run(on)): torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
 
 
 def test_post_pattern_on_grids():
-    for pattern in (WindowPattern((16, 16), 4), NeighborhoodPattern((16, 16), 5), SlidePattern(256, 20), TilesSharedPattern(256, 4, 3, 5)):
-        off, on = (PostPatternHilbertOptimizer(enabled=enabled).lists(pattern, block_size=16) for enabled in (False, True))
+    for pattern in (
+        WindowPattern((16, 16), 4), NeighborhoodPattern((16, 16), 5), SlidePattern(256, 20),
+        TilesSharedPattern(256, 4, 3, 5)
+    ):
+        off, on = (
+            PostPatternHilbertOptimizer(enabled=enabled).lists(pattern, block_size=16)
+            for enabled in (False, True))
         assert torch.equal(off.mask(), on.mask())
-        if isinstance(pattern, WindowPattern): assert 3 * on.rows.index.numel() <= off.rows.index.numel()
+        if isinstance(pattern, WindowPattern):
+            assert 3 * on.rows.index.numel() <= off.rows.index.numel()
 
 
 @settings(max_examples=60)
 @given(layouts(60))
 def test_moving_blocks_moves_nothing_else(case):
     lists, generator = case.lists(), torch.Generator().manual_seed(case.seed)
-    moved = permute_blocks(lists, *(torch.randperm(n, generator=generator) for n in lists.num_blocks))
+    moved = permute_blocks(
+        lists, *(torch.randperm(n, generator=generator) for n in lists.num_blocks))
     assert_exact(moved, case.mask())
     assert_exact(PostPatternHilbertOptimizer()(lists), case.mask())
 
@@ -606,9 +1058,15 @@ def test_patterns_of_blocks_by_definition():
     n, size = 200, 16
     block = torch.arange(13)
     apart = (block[:, None] - block).abs()
-    assert torch.equal(SparsePatternConfig("local_window", size, window=64).blocks(n), apart <= 2)  # 32 tokens beyond a block reach to the end of the second
-    assert torch.equal(SparsePatternConfig("global_local", size, window=0, global_tokens=17).blocks(n), (apart == 0) | (block < 2) | (block < 2)[:, None])
-    assert torch.equal(SparsePatternConfig("dilated_sparse", size, window=32, dilation_rates=(1, 4)).blocks(n), (apart <= 1) | (apart == 4))
+    assert torch.equal(
+        SparsePatternConfig("local_window", size, window=64).blocks(n), apart <= 2
+    )  # 32 tokens beyond a block reach to the end of the second
+    assert torch.equal(
+        SparsePatternConfig("global_local", size, window=0, global_tokens=17).blocks(n),
+        (apart == 0) | (block < 2) | (block < 2)[:, None])
+    assert torch.equal(
+        SparsePatternConfig("dilated_sparse", size, window=32, dilation_rates=(1, 4)).blocks(n),
+        (apart <= 1) | (apart == 4))
     token = torch.arange(n)
     wide = SparsePatternConfig("local_window", (16, 10), window=64)
     mask = wide.lists(n).mask()[0]

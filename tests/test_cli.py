@@ -1,131 +1,250 @@
-"""The program `hilbert-attn`: exit codes, messages, and that its commands do what the functions do."""
+"""The program `hilbert-attn`: exit codes, messages, and that its commands do what functions do."""
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
-from hilbert_attn import bench
 from hilbert_attn.backends import explain_backend
+from hilbert_attn.bench import contenders, results
+from hilbert_attn.bench.cpu import CPU_CONFIG
+from hilbert_attn.bench.machine import FLOPS_PER_PAIR, environment
+from hilbert_attn.bench.results import load_runs
+from hilbert_attn.bench.suites import SUITES
 from hilbert_attn.cli import _SUITES, main
+
+COMMANDS = ("demo", "bench", "explain", "env")
 
 
 def run(capsys, *argv):
-    "Exit code, stdout and stderr."
-    try: code = main(list(map(str, argv)))
-    except SystemExit as stop: code = stop.code
+    "Exit code, stdout and stderr; a string is split into words."
+    words = [word for part in argv for word in str(part).split()]
+    return run_words(capsys, *words)
+
+
+def run_words(capsys, *argv):
+    try:
+        code = main(list(map(str, argv)))
+    except SystemExit as stop:
+        code = stop.code
     out = capsys.readouterr()
     return code, out.out, out.err
 
 
 def test_help(capsys):
     code, out, _ = run(capsys, "--help")
-    assert code == 0 and all(name in out for name in ("demo", "bench", "explain", "env"))
-    for command in ("demo", "bench", "explain", "env"):
+    assert code == 0 and all(name in out for name in COMMANDS)
+    for command in COMMANDS:
         code, out, _ = run(capsys, command, "--help")
-        assert code == 0 and f"hilbert-attn {command}" in out and max(map(len, out.splitlines())) <= 100
+        assert code == 0 and f"hilbert-attn {command}" in out
+        assert max(map(len, out.splitlines())) <= 100
 
 
-@pytest.mark.parametrize("argv, message", [
-    ((), "COMMAND"),
-    (("benchmark",), "invalid choice: 'benchmark'"),
-    (("bench", "disk"), "invalid choice: 'disk'"),
-    (("bench", "cpu", "--against", "nothing.json"), "nothing.json"),
-    (("demo", "no such photo.jpg"), "photo='no such photo.jpg': there is no such file"),
-    (("demo", "--patch", 80, 3), "patch=(80, 3): rows are 0 to 74 and columns 0 to 63"),
-    (("demo", "--patch", 80), "--patch"),
-    (("demo", "--segment-size", 5000), "segment_size=5000: must be at least 1 and at most the 4,800 patches"),
-    (("explain",), "--shape"),
-    (("explain", "--shape", 1, 12, "many", 64), "invalid int value: 'many'"),
-    (("explain", "--shape", 1, 0, 64, 64), "shape=(1, 0, 64, 64)"),
-    (("explain", "--shape", 1, 2, 64, 64, "--segment-size", 8, "--dilation-rate", 9), "dilation_rate=9: must not exceed segment_size=8"),
-    (("explain", "--shape", 1, 4, 64, 64, "--kv-heads", 3), "4 heads"),
-    (("explain", "--shape", 1, 2, 64, 64, "--backend", "cudnn"), "'cudnn'"),
-    (("explain", "--shape", 1, 2, 64, 64, "--combine", "lse"), "--combine is for several branches"),
-    (("explain", "--shape", 1, 2, 64, 64, "--dilation-rates", 1, 2), "--dilation-rates is for several branches"),
-    (("explain", "--shape", 1, 2, 64, 64, "--segment-lengths", 8, 16, "--segment-size", 8), "--segment-size is for one branch"),
-    (("explain", "--shape", 1, 2, 64, 64, "--segment-lengths", 8, 16, "--dilation-rate", 2), "--dilation-rate is for one branch"),
-    (("explain", "--shape", 1, 2, 64, 64, "--segment-lengths", 8, 16, "--dilation-rates", 1), "expected as many of each"),
-    (("explain", "--shape", 1, 2, 64, 64, "--segment-lengths", 8, 16, "--combine", "mean"), "combine='mean'"),
-    (("explain", "--shape", 1, 2, 64, 64, "--layers", 0), "layers=0: must be at least 1"),
-    (("explain", "--shape", 1, 2, 64, 64, "--ranks", 0), "ranks=0: must be at least 1"),
-    (("explain", "--shape", 1, 2, 64, 64, "--memory", -1), "memory=-1.0: must be positive"),
-    (("explain", "--shape", 1, 2, 64, 64, "--dilation-mode", "every"), "dilation_mode='every'"),
-])
-def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, argv, message):
+SMALL = "explain --shape 1 2 64 64"
+BRANCHES = f"{SMALL} --segment-lengths 8 16"
+LARGE = "segment_size=5000: must be at least 1 and at most the 4,800 patches"
+MISTAKES = {
+    "": "COMMAND",
+    "benchmark": "invalid choice: 'benchmark'",
+    "bench disk": "invalid choice: 'disk'",
+    "bench cpu --against nothing.json": "nothing.json",
+    "demo none.jpg": "photo='none.jpg': there is no such file",
+    "demo --patch 80 3": "patch=(80, 3): rows are 0 to 74 and columns 0 to 63",
+    "demo --patch 80": "--patch",
+    "demo --segment-size 5000": LARGE,
+    "explain": "--shape",
+    "explain --shape 1 12 many 64": "invalid int value: 'many'",
+    "explain --shape 1 0 64 64": "shape=(1, 0, 64, 64)",
+    f"{SMALL} --segment-size 8 --dilation-rate 9": "dilation_rate=9: must not exceed",
+    "explain --shape 1 4 64 64 --kv-heads 3": "4 heads",
+    f"{SMALL} --backend cudnn": "'cudnn'",
+    f"{SMALL} --combine lse": "--combine is for several branches",
+    f"{SMALL} --dilation-rates 1 2": "--dilation-rates is for several branches",
+    f"{BRANCHES} --segment-size 8": "--segment-size is for one branch",
+    f"{BRANCHES} --dilation-rate 2": "--dilation-rate is for one branch",
+    f"{BRANCHES} --dilation-rates 1": "expected as many of each",
+    f"{BRANCHES} --combine mean": "combine='mean'",
+    f"{SMALL} --layers 0": "layers=0: must be at least 1",
+    f"{SMALL} --ranks 0": "ranks=0: must be at least 1",
+    f"{SMALL} --memory -1": "memory=-1.0: must be positive",
+    f"{SMALL} --dilation-mode every": "dilation_mode='every'",
+}
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_mistakes_get_one_line_and_exit_code_2(capsys, tmp_path, monkeypatch, line):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, *argv)
+    code, out, err = run(capsys, line)
     assert code == 2 and not out
-    assert err.startswith("hilbert-attn") and message in err and err.count("\n") == 1
+    assert err.startswith("hilbert-attn") and MISTAKES[line] in err
+    assert err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
 def test_explain(capsys):
-    code, out, _ = run(capsys, "explain", "--shape", 1, 12, 4096, 64, "--segment-size", 1024, "--dilation-rate", 4, "--device", "cpu")
-    assert code == 0 and out.startswith("sdpa: ") and "12,582,912 pairs (6.25% of dense)" in out and "not sdpa_mask:" in out
+    call = "explain --shape 1 12 4096 64 --segment-size 1024 --dilation-rate 4"
+    code, out, _ = run(capsys, call, "--device cpu")
+    assert code == 0 and out.startswith("sdpa: ")
+    assert "12,582,912 pairs (6.25% of dense)" in out and "not sdpa_mask:" in out
 
 
-def test_explain_with_several_branches_and_how_to_train(capsys):
-    argv = ("explain", "--shape", 1, 12, 2 ** 20, 64, "--segment-lengths", 2048, 65536, "--dilation-rates", 1, 32, "--layers", 12, "--memory", 16, "--device", "cpu")
-    for ranks, strategy in ((1, "checkpoint"), (8, "ring")):
-        code, out, _ = run(capsys, *argv, "--ranks", ranks)
-        expected = explain_backend((1, 12, 2 ** 20, 64), segment_lengths=[2048, 65536], dilation_rates=[1, 32], layers=12, memory=16 * 10 ** 9, ranks=ranks)
-        assert code == 0 and out == f"{expected}\n" and f"to train: {strategy}, " in out and "at hand: 16 GB" in out
-    assert "at hand: 0.5 GB" in run(capsys, "explain", "--shape", 1, 2, 64, 64, "--memory", 0.5)[1]
-    for combine in ("lse", "heads"):
-        out = run(capsys, "explain", "--shape", 1, 4, 256, 64, "--segment-lengths", 64, 128, "--combine", combine, "--dilation-mode", "residue", "--memory", 1, "--device", "cpu")[1]
-        assert out == f"{explain_backend((1, 4, 256, 64), segment_lengths=[64, 128], dilation_rates=[1, 1], combine=combine, dilation_mode='residue', memory=10 ** 9)}\n"
+@pytest.mark.parametrize("ranks, strategy", [(1, "checkpoint"), (8, "ring")])
+def test_explain_says_how_to_train(capsys, ranks, strategy):
+    lengths, rates = [2048, 65536], [1, 32]
+    branches = "--segment-lengths 2048 65536 --dilation-rates 1 32"
+    model = f"--layers 12 --memory 16 --device cpu --ranks {ranks}"
+    code, out, _ = run(capsys, "explain --shape 1 12 1048576 64", branches, model)
+    expected = explain_backend(
+        (1, 12, 2 ** 20, 64),
+        segment_lengths=lengths,
+        dilation_rates=rates,
+        layers=12,
+        memory=16 * 10 ** 9,
+        ranks=ranks,
+    )
+    assert code == 0 and out == f"{expected}\n"
+    assert f"to train: {strategy}, " in out and "at hand: 16 GB" in out
+
+
+def test_memory_is_in_gigabytes(capsys):
+    assert "at hand: 0.5 GB" in run(capsys, SMALL, "--memory 0.5")[1]
+
+
+@pytest.mark.parametrize("combine", ["lse", "heads"])
+def test_explain_several_branches(capsys, combine):
+    call = "explain --shape 1 4 256 64 --segment-lengths 64 128 --memory 1 --device cpu"
+    how = f"--combine {combine} --dilation-mode residue"
+    expected = explain_backend(
+        (1, 4, 256, 64),
+        segment_lengths=[64, 128],
+        dilation_rates=[1, 1],
+        combine=combine,
+        dilation_mode="residue",
+        memory=10 ** 9,
+    )
+    assert run(capsys, call, how)[1] == f"{expected}\n"
 
 
 def test_env(capsys):
-    code, out, _ = run(capsys, "env", "--json")
+    code, out, _ = run(capsys, "env --json")
     assert code == 0 and {"cpu", "torch", "backends"} <= set(json.loads(out))
     assert run(capsys, "env")[1].startswith("cpu  ")
 
 
 def test_demo(capsys, tmp_path):
     Image = pytest.importorskip("PIL.Image")
-    Image.linear_gradient("L").resize((90, 50)).save(tmp_path / "gradient.png")
-    code, out, _ = run(capsys, "demo", tmp_path / "gradient.png", "--out", tmp_path / "out", "--segment-size", 16, "--patch", 2, 3, "--seed", 5)
-    assert code == 0 and out.startswith("gradient.png: 6 x 11 = 66 patches") and "report.html" in out
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["attention.png", "curve.png", "report.html", "segments.png"]
+    photo, folder = tmp_path / "gradient.png", tmp_path / "out"
+    Image.linear_gradient("L").resize((90, 50)).save(photo)
+    options = "--segment-size 16 --patch 2 3 --seed 5".split()
+    code, out, _ = run_words(capsys, "demo", photo, "--out", folder, *options)
+    assert code == 0 and out.startswith("gradient.png: 6 x 11 = 66 patches")
+    assert "report.html" in out
+    pictures = ["attention.png", "curve.png", "report.html", "segments.png"]
+    assert sorted(path.name for path in folder.iterdir()) == pictures
 
 
-def test_the_suites_are_those_of_the_module(): assert _SUITES == tuple(bench.SUITES)
+def test_the_suites_are_those_of_the_module():
+    assert _SUITES == tuple(SUITES)
 
 
-def test_bench(capsys, tmp_path, monkeypatch):
-    def instead(quick=False, progress=None):  # the suite itself is run in test_bench
-        names = (bench.NAIVE, bench.MASKED, bench.MASKED_HILBERT, bench.DENSE, bench.OURS, bench.OURS_HILBERT, bench.OURS_LSE, bench.OURS_HILBERT_LSE, bench.MATMUL)
-        rows = [dict(name=name, direction=direction, median=0.5, p20=0.25, p80=1.0, repeats=3, pairs=8) for name in names for direction in bench.FLOPS_PER_PAIR]
-        return dict(suite="cpu", quick=quick, config=bench.CPU_CONFIG, environment=bench.environment(), limits=dict(matmul_flops_per_s=1e9), rows=rows, sweep=[], memory=[])
-    monkeypatch.setattr(bench, "bench_cpu", instead)
-    monkeypatch.setattr(bench, "results_folder", lambda: tmp_path / "default")
-    code, out, err = run(capsys, "bench", "cpu", "--json", "--out", tmp_path)
+NAMES = [
+    contenders.NAIVE,
+    contenders.MASKED,
+    contenders.MASKED_HILBERT,
+    contenders.DENSE,
+    contenders.OURS,
+    contenders.OURS_HILBERT,
+    contenders.OURS_LSE,
+    contenders.OURS_HILBERT_LSE,
+    contenders.MATMUL,
+]
+
+
+def made_up(quick=False, progress=None) -> dict:
+    "A run of the suite `cpu`; the suite itself is run in test_bench_suites."
+    spread = dict(median=0.5, p20=0.25, p80=1.0, repeats=3, pairs=8)
+    return dict(
+        suite="cpu",
+        quick=quick,
+        config=CPU_CONFIG,
+        environment=environment(),
+        limits=dict(matmul_flops_per_s=1e9),
+        rows=[
+            dict(name=name, direction=direction, **spread)
+            for name in NAMES for direction in FLOPS_PER_PAIR
+        ],
+        sweep=[],
+        memory=[],
+    )
+
+
+@pytest.fixture
+def instead(monkeypatch, tmp_path):
+    "The suite `cpu` is made up, and results have a folder of their own."
+    suite = replace(SUITES["cpu"], run=made_up)
+    monkeypatch.setitem(SUITES, "cpu", suite)
+    monkeypatch.setattr(results, "results_folder", lambda: tmp_path / "default")
+
+
+def test_bench_stores_and_prints_the_same(capsys, tmp_path, instead):
+    code, out, err = run_words(capsys, "bench", "cpu", "--json", "--out", tmp_path)
     assert code == 0 and "appended to" in err
-    printed, (stored,) = json.loads(out), bench.load_runs("cpu", tmp_path)
-    assert {name: printed[name] for name in stored} == stored and len(printed["tables"]["forward"]) == 9 and printed["tables"]["target"]
-    code, out, err = run(capsys, "bench", "--quick")  # cpu is the default
-    assert code == 0 and "a toy size" in out and "500.00" in out and not err  # not stored
-    run(capsys, "bench", "cpu")
-    assert len(bench.load_runs("cpu")) == 1
-    file = next(tmp_path.glob("*/cpu.json"))
+    printed, (stored,) = json.loads(out), load_runs("cpu", tmp_path)
+    assert {name: printed[name] for name in stored} == stored
+    assert len(printed["tables"]["forward"]) == 9 and printed["tables"]["target"]
+
+
+def test_bench_keeps_no_toy(capsys, tmp_path, instead):
+    code, out, err = run(capsys, "bench --quick")  # cpu is the default
+    assert code == 0 and "a toy size" in out and "500.00" in out and not err
+    assert not load_runs("cpu")
+    run(capsys, "bench cpu")
+    assert len(load_runs("cpu")) == 1
+
+
+def test_bench_against_an_earlier_run(capsys, tmp_path, instead):
+    run_words(capsys, "bench", "cpu", "--out", tmp_path)
+    file, (stored,) = next(tmp_path.glob("*/cpu.json")), load_runs("cpu", tmp_path)
     stored["rows"][0] |= dict(median=0.1, p20=0.1, p80=0.1)
     file.write_text(json.dumps([stored]))
-    code, out, err = run(capsys, "bench", "cpu", "--out", tmp_path, "--against", file)  # compares with what was there before
-    assert code == 0 and "slower" in out and f"{stored['rows'][0]['name']}, forward" in out and "5.00" in out and len(bench.load_runs("cpu", tmp_path)) == 2
+    against = ("--against", file)
+    # compares with what was there before
+    code, out, _ = run_words(capsys, "bench", "cpu", "--out", tmp_path, *against)
+    assert code == 0 and "slower" in out and "5.00" in out
+    assert f"{stored['rows'][0]['name']}, forward" in out
+    assert len(load_runs("cpu", tmp_path)) == 2
     file.write_text(json.dumps([stored]))
-    report = json.loads(run(capsys, "bench", "cpu", "--quick", "--json", "--against", file)[1])
-    assert [row["change"] for row in report["against"]["changes"]] == ["slower", *["within the spread"] * 17]
+    _, out, _ = run_words(capsys, "bench", "cpu", "--quick", "--json", *against)
+    changes = [row["change"] for row in json.loads(out)["against"]["changes"]]
+    assert changes == ["slower", *["within the spread"] * 17]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bench_gpu_without_one(capsys):
-    code, out, err = run(capsys, "bench", "gpu")
-    assert code == 2 and not out and err.startswith("hilbert-attn: the suite gpu needs an NVIDIA GPU") and err.count("\n") == 1
+    code, out, err = run(capsys, "bench gpu")
+    assert code == 2 and not out and err.count("\n") == 1
+    assert err.startswith("hilbert-attn: the suite gpu needs an NVIDIA GPU")
+
+
+PROGRAM = "import sys; from hilbert_attn.cli import main; sys.exit(main(sys.argv[1:]))"
 
 
 def test_as_a_program():
-    done = subprocess.run([sys.executable, "-c", "import sys; from hilbert_attn.cli import main; sys.exit(main(sys.argv[1:]))", "demo", "x.jpg"], capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", "hilbert-attn: photo='x.jpg': there is no such file\n")
+    command = [sys.executable, "-c", PROGRAM, "demo", "x.jpg"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    said = "hilbert-attn: photo='x.jpg': there is no such file\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+IMPORTS = """
+import sys, hilbert_attn
+ours = [name for name in sys.modules if name.startswith("hilbert_attn")]
+print([name for name in ours if name.split(".")[1:2] in (["bench"], ["demo"], ["cli"])])
+"""
+
+
+def test_importing_the_package_touches_neither_bench_nor_demo():
+    command = [sys.executable, "-c", IMPORTS]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == "[]\n"

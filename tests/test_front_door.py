@@ -70,7 +70,7 @@ X = torch.zeros(2, 4, 12, 8)
     (dict(dropout_p="0.1"), "dropout_p='0.1': expected a number"),
     (dict(scale="1"), "scale='1': expected a number"),
     (dict(scale=torch.tensor(1.0)), r"scale=tensor\(1.\): expected a number"),
-    (dict(backend="cudnn"), "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', 'triton', 'flex'"),
+    (dict(backend="cudnn"), "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', 'triton'"),
 ])
 def test_bad_input_is_answered_with_a_sentence(arguments, message, monkeypatch):
     monkeypatch.setattr(backends, "_run", lambda *a, **k: pytest.fail("a kernel was started"))
@@ -171,7 +171,7 @@ def test_huge_scores_stay_finite():
         assert out.isfinite().all() and lse.isfinite().all()
 
 
-@pytest.mark.parametrize("name", ("triton", "flex"))
+@pytest.mark.parametrize("name", ("triton",))
 def test_a_forced_backend_that_cannot_run_is_an_error(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match=rf"backend '{name}', asked for by the argument backend, cannot run on cpu: .*Backends that can: 'reference', 'sdpa_mask', 'sdpa'"):
@@ -256,7 +256,7 @@ def test_explain_backend():
     mask = attention_mask(hilbert_attn.SegmentPattern(100, 30, 2))
     assert choice.backend == "sdpa" and choice.pairs == 8 * mask.sum() and choice.density == pytest.approx(mask.double().mean().item())
     assert choice.flops == 4 * 16 * choice.pairs and choice.bytes == 4 * 2 * 4 * 100 * 16 * 2 + 4 * 2 * 4 * 100
-    assert set(choice.rejected) == {"reference", "sdpa_mask", "triton", "flex"} and all(choice.rejected.values())
+    assert set(choice.rejected) == {"reference", "sdpa_mask", "triton"} and all(choice.rejected.values())
     assert re.search(r"sdpa: .*\n.*pairs.*GFLOP.*MB", str(choice)) and "not sdpa_mask: " in str(choice)
     assert explain_backend(rand(1, 4, 30, 8), rand(1, 2, 30, 8)).flops == 4 * 8 * 4 * 900
     with pytest.raises(ValueError, match="dilation_rate=0"): explain_backend((1, 1, 8, 8), dilation_rate=0)

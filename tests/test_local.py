@@ -397,7 +397,7 @@ def test_set_backend():
     with set_backend("reference"): a = window_attention(q, k, v, (4, 4), 2)
     with set_backend("sdpa"): b = window_attention(q, k, v, (4, 4), 2)
     assert (a - b).abs().max() < 1e-6
-    with pytest.raises(RuntimeError, match="flex"): window_attention(q, k, v, (4, 4), 2, backend="flex")
+    with pytest.raises(ValueError, match="backend='flex': known backends are"): window_attention(q, k, v, (4, 4), 2, backend="flex")
 
 
 def test_dropout():

@@ -5,10 +5,12 @@ import io
 import pytest
 import torch
 
-from hilbert_attn import BlockSparseAttention, DilatedAttention, HilbertAttentionCore, MultiheadDilatedAttention
-from hilbert_attn import NeighborhoodPattern, RingBlockSparseAttention, RingDilatedAttention, SparsePatternConfig, curve_order
+from hilbert_attn import DilatedAttention, HilbertAttentionCore, MultiheadDilatedAttention
+from hilbert_attn import NeighborhoodPattern, SparsePatternConfig, curve_order
+from hilbert_attn.block_layers import BlockSparseAttention, RingBlockSparseAttention
 from hilbert_attn.patterns import SegmentPattern, attention_mask
 from hilbert_attn.reference import masked_attention
+from hilbert_attn.ring_layers import RingDilatedAttention
 
 SETTINGS = [
     dict(segment_size=30), dict(segment_size=30, dilation_rate=3, grid=(7, 11)), dict(segment_size=None), dict(segment_size=200, causal=True),
@@ -239,7 +241,7 @@ CORE, BRANCHED = lambda **o: HilbertAttentionCore(**{**dict(hidden_dim=48, num_h
     (BlockSparseAttention, "sparsity", [float("nan"), "0.5", 1.0, True]), (BlockSparseAttention, "block_size", [16.0, "16", 0]),
     *((BlockSparseAttention, name, ["False", 0]) for name in ("causal", "checkpoint")),
     *((lambda name=name, **o: MultiheadDilatedAttention(48, 4, **o), name, ["False", 0, None]) for name in ("bias", "batch_first", "add_zero_attn", "add_bias_kv")),
-    (lambda **o: MultiheadDilatedAttention(num_heads=4, **o), "embed_dim", [48.0, "48"])], ids=str)
+    (lambda **o: MultiheadDilatedAttention(num_heads=4, **o), "embed_dim", [48.0, "48"])])
 def test_settings_are_what_they_seem(make, name, values):
     "The error names argument, value and rule."
     import re

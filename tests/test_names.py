@@ -99,4 +99,4 @@ def test_compiles(make, free, ring):
 def test_names_that_are_no_modules():
     for name in ("HilbertAttentionFunction", "hilbert_attention_kernel", "standard_attention_kernel", "PostPatternHilbertOptimizer", "SparsePatternConfig", "StandardizedRingConfig",
                  "create_standardized_ring_attention", "create_dilated_attention", "create_multihead_dilated_attention", "create_dilated_mask", "detect_gpu_architecture"): assert callable(getattr(h, name)), name
-    assert {*TOKENS, *FREE} <= {*h.__all__}
+    assert all(hasattr(h, name) for name in (*TOKENS, *FREE))

@@ -27,7 +27,18 @@ def python(code: str, *options: str) -> str:
     return done.stdout.strip()
 
 
-def test_public_names(): assert all(hasattr(hilbert_attn, name) for name in hilbert_attn.__all__) and sorted(hilbert_attn.__all__) == hilbert_attn.__all__
+def test_public_names():
+    "A front that a person can remember; what else can be had from there is looked up when it is asked for."
+    front, others = hilbert_attn.__all__, hilbert_attn._HOMES
+    assert len(front) == len(set(front)) <= 45 and not set(front) & set(others)
+    for name in (*front, *others): assert hasattr(hilbert_attn, name), name
+    with pytest.raises(AttributeError, match="has no attribute 'hilbert_atention'"): hilbert_attn.hilbert_atention
+
+
+def test_names_from_elsewhere_are_looked_up_late():
+    "Of historical names nothing is imported until somebody asks; then it is the same thing under both names."
+    code = "import sys, hilbert_attn as h; print('hilbert_attn.compat' in sys.modules, h.StandardizedRingConfig is h.AttentionConfig, 'hilbert_attn.compat' in sys.modules)"
+    assert python(code) == "False True True"
 
 
 def test_import_is_cheap():

@@ -1,4 +1,6 @@
 """Patterns: three independent descriptions (groups, counts, masks) say the same, and the masks say what the definition says."""
+import tracemalloc
+
 import pytest
 import torch
 from hypothesis import given
@@ -139,3 +141,17 @@ def test_tiles_shared(rest, shared, offset, data):
                                  lambda: TilesSharedPattern(4, 1, 0, 4)])
 def test_bad_grid_patterns(bad):
     with pytest.raises(ValueError, match="="): bad()
+
+
+@pytest.mark.parametrize("make", (
+    lambda n: NeighborhoodPattern(n, 7), lambda n: NeighborhoodPattern(n, 7, 3, True),
+    lambda n: WindowPattern(n, 16, 5)))
+def test_pairs_are_counted_without_the_mask(make):
+    n = 1 << 20
+    tracemalloc.start()
+    pairs = make(n).pairs()
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100 * n  # bytes: a few integers per token
+    few = make(1000).pairs()
+    assert few == make(1000).mask().sum() and abs(pairs - few * n / 1000) < 0.05 * pairs

@@ -73,7 +73,7 @@ def plain_plots():
 
 def test_the_page_speaks_from_what_is_stored(plain_plots, monkeypatch, tmp_path):
     if latest_runs("crossover"): assert "agree" in shown("21_which_backend_when.ipynb")[0]
-    monkeypatch.setattr(bench, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(bench.results, "results_folder", lambda: tmp_path)
     empty = "\n".join(shown("21_which_backend_when.ipynb"))
     assert empty.count("No run of the suite") >= 6 and not any(words in empty for words in ("clearly wins", "Measured on", "disagree", "on average", "MemoryRow", "times the estimate"))
 
@@ -82,13 +82,16 @@ def test_a_drifted_measurement_is_said_on_the_page(plain_plots, monkeypatch, tmp
     run = measured({16: 0.5, LIMIT: 2.0, 512: 4.0}) | dict(environment=bench.environment(), limits={}, checks={})
     run["config"] |= dict(patterns=[[1, 4]], head_dims=[64], repeats=9)
     bench.save_run(run, tmp_path)
-    monkeypatch.setattr(bench, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(bench.results, "results_folder", lambda: tmp_path)
     assert "the policy does not agree with this measurement any more" in shown("21_which_backend_when.ipynb")[0]
 
 
-def test_the_benchmark_page_without_results(plain_plots, monkeypatch, tmp_path):
+@pytest.mark.parametrize("notebook", ["15e_cpu", "15f_memory", "15g_crossover", "15h_suites"])
+def test_the_benchmark_pages_without_results(plain_plots, monkeypatch, tmp_path, notebook):
     import pandas as pd
     from IPython.display import Markdown
-    monkeypatch.setattr(bench, "results_folder", lambda: tmp_path)
-    empty = "\n".join(shown("15_bench.ipynb", "## Results", vars(bench) | dict(pd=pd, Markdown=Markdown)))
-    assert all(f"No run of the suite `{name}` is stored" in empty for name in bench.SUITES) and "faster" not in empty
+    monkeypatch.setattr(bench.results, "results_folder", lambda: tmp_path)
+    module = getattr(bench, notebook.partition("_")[2])
+    names = vars(bench) | vars(module) | dict(pd=pd, Markdown=Markdown)
+    empty = "\n".join(shown(f"{notebook}.ipynb", "## What was found", names))
+    assert "is stored: `hilbert-attn bench" in empty and "faster" not in empty

@@ -1,68 +1,242 @@
-"""The translations behind the site and the README, on the small part of Quarto that the notebooks may use."""
+"""The translations behind the site and the README: the small part of Quarto that notebooks use."""
+
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import pytest
+import torch
+from nbformat.v4 import (
+    new_code_cell,
+    new_markdown_cell,
+    new_notebook,
+    new_output,
+    new_raw_cell,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 pytest.importorskip("sphinx")
-build_site, make_readme, notebook = map(pytest.importorskip, ("build_site", "make_readme", "notebook"))
+import documented
+import make_readme
+import notebook
+import processed
+import sphinx_site
+
 DOCS = {"00_curves.ipynb": "curves"}
-KNOWN = {"curves": ({"curve_order", "box", "the-order"}, {"_walk"})}
+EQUATION = "$$\nx\n$$ {#eq-b}\n"
+WARNING = '::: {.callout-warning title="Beware"}\nA `b`.\n:::\n'
+TIP = '::: {.callout-tip collapse="true"}\n## Why\nSo.\n:::\n'
 
 
-def test_callouts():
-    text = '::: {.callout-warning title="Beware"}\nA `b`.\n:::\n\n::: {.callout-tip collapse="true"}\n## Why\nSo.\n:::\n'
-    assert build_site.myst(text, DOCS, KNOWN) == (
-        ":::{admonition} Beware\n:class: warning\n\nA `b`.\n:::\n\n:::{admonition} Why\n:class: tip\n:collapsible: closed\n\nSo.\n:::\n")
-    assert make_readme.markdown(text) == "> [!WARNING]\n> **Beware**\n>\n> A `b`.\n\n> [!TIP]\n> **Why**\n>\n> So.\n"
+def test_callouts_on_the_site():
+    assert sphinx_site.myst(WARNING + TIP, DOCS) == (
+        ":::{admonition} Beware\n:class: warning\n\nA `b`.\n:::\n"
+        ":::{admonition} Why\n:class: tip\n:collapsible: closed\n\nSo.\n:::\n"
+    )
 
 
-def test_references_and_links():
-    text = "See @fig-a, @eq-b and [it](00_curves.ipynb#the-order), not `@fig-a`.\n\n$$\nx\n$$ {#eq-b}\n"
-    assert build_site.myst(text, DOCS, KNOWN) == (
-        "See {numref}`fig-a`, {eq}`eq-b` and [it](curves.ipynb#the-order), not `@fig-a`.\n\n$$\nx\n$$ (eq-b)\n")
-    assert make_readme.markdown("[it](00_curves.ipynb#a) ![](a.png) [b](../LICENSE) [c](https://d.org)") == (
-        "[it](nbs/00_curves.ipynb) ![](nbs/a.png) [b](LICENSE) [c](https://d.org)")
+def test_callouts_of_the_readme():
+    expected = (
+        "> [!WARNING]\n> **Beware**\n>\n> A `b`.\n\n> [!TIP]\n> **Why**\n>\n> So.\n"
+    )
+    assert make_readme.markdown(f"{WARNING}\n{TIP}") == expected
 
 
-def test_links_around_names():
-    def linked(name, anchor): return f"[`{name}`](00_curves.ipynb#{anchor})"
-    text = " ".join(linked(name, name.lower()) for name in ("curve_order", "Box.cut", "_walk", "_hidden"))
-    assert build_site.myst(text, DOCS, KNOWN) == (
-        '[`curve_order`](curves.ipynb#curve_order) [`Box.cut`](curves.ipynb#box) <a href="curves.html#_walk">`_walk`</a> `_hidden`')
+def test_references_and_links_on_the_site():
+    text = f"See @fig-a, @eq-b and [it](00_curves.ipynb#order), not `@fig-a`.\n\n{EQUATION}"
+    assert sphinx_site.myst(text, DOCS) == (
+        "See {numref}`fig-a`, {eq}`eq-b` and [it](curves.ipynb#order), not `@fig-a`.\n\n"
+        "$$\nx\n$$ (eq-b)\n"
+    )
 
 
-def test_unknown_syntax_is_an_error():
-    for text in ("{{< include a.md >}}", "::: {.column-margin}\na\n:::", "See @tbl-a."):
-        with pytest.raises(ValueError, match="no translation"): build_site.myst(text, DOCS, KNOWN)
+def test_links_of_the_readme():
+    text = "[it](00_curves.ipynb#a) ![](a.png) [b](../LICENSE) [c](https://d.org)"
+    expected = (
+        "[it](nbs/00_curves.ipynb) ![](nbs/a.png) [b](LICENSE) [c](https://d.org)"
+    )
+    assert make_readme.markdown(text) == expected
+
+
+def test_links_say_titles():
+    text = "[00_curves](00_curves.ipynb) [mine](00_curves.ipynb)"
+    assert (
+        notebook.local_links(str, text)
+        == "[Curves](00_curves.ipynb) [mine](00_curves.ipynb)"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{{< include a.md >}}",
+        "::: {.column-margin}\na\n:::",
+        "See @tbl-a.",
+    ],
+)
+def test_unknown_syntax_is_an_error(text):
+    with pytest.raises(ValueError, match="no translation"):
+        sphinx_site.myst(text, DOCS)
+
+
+def test_anchors_are_those_of_pandoc():
+    titles = {
+        "1. A & `b.c`": "a-b.c",
+        "Two  words, one": "two-words-one",
+        "`curve_x`": "curve_x",
+    }
+    assert {title: notebook.slug(title) for title in titles} == titles
 
 
 def test_cell_options():
-    assert notebook.options('#| echo: false\n#| fig-cap: "a: b"\nx = 1\n#| no option\n') == (
-        {"echo": False, "fig-cap": "a: b"}, "x = 1\n#| no option")
+    source = '#| echo: false\n#| fig-cap: "a: b"\nx = 1\n#| no option\n'
+    expected = {"echo": False, "fig-cap": "a: b"}, "x = 1\n#| no option"
+    assert notebook.options(source) == expected
+
+
+@pytest.fixture
+def page(tmp_path):
+    "A processed notebook with a documented function, a private one, and Markdown that is printed."
+    printed = new_output("display_data", {"text/markdown": "### box\n\n| a |"})
+    exported = '#| code-fold: show\n#| code-summary: "Exported source"\n'
+    cells = [
+        new_raw_cell("---\ntitle: Curves\noutput-file: curves.html\n---"),
+        new_markdown_cell("<!-- WARNING: THIS FILE WAS AUTOGENERATED! -->"),
+        new_markdown_cell("## The [`order`](https://a.org) of it"),
+        new_code_cell(
+            "#| echo: false\n#| output: asis\nshow_doc(box)", outputs=[printed]
+        ),
+        new_code_cell(f"{exported}def box(): pass"),
+        new_code_cell(f"{exported}def _walk(): pass"),
+    ]
+    nbformat.write(new_notebook(cells=cells), tmp_path / "00_curves.ipynb")
+    return processed.Page(tmp_path / "00_curves.ipynb")
+
+
+def test_a_page_knows_what_can_be_linked(page):
+    assert (page.headings, page.private) == ({"the-order-of-it", "box"}, {"_walk"})
+
+
+def test_links_around_names(page):
+    def linked(name, anchor):
+        return f"[`{name}`](00_curves.ipynb#{anchor})"
+
+    names = "box", "Box.cut", "_walk", "_hidden"
+    text = " ".join(linked(name, name.lower()) for name in names)
+    assert processed.links(text, {"00_curves.ipynb": page}) == " ".join(
+        [
+            linked("box", "box"),
+            linked("Box.cut", "box"),
+            '<a href="curves.html#_walk">`_walk`</a>',
+            "`_hidden`",
+        ]
+    )
+
+
+def test_a_link_to_a_notebook_that_is_gone_is_an_error(page):
+    with pytest.raises(ValueError, match="99_gone.ipynb, which is no notebook"):
+        processed.links("See [it](99_gone.ipynb#a).", {"00_curves.ipynb": page})
+
+
+def test_no_level_of_headings_is_left_out(page):
+    sources = ["### a\n\n```\n### code\n```", "## b", "### c"]
+    page.notebook.cells[1:] = map(new_markdown_cell, sources)
+    processed.start_at_second_level(page)
+    assert page.texts() == ["## a\n\n```\n### code\n```", "## b", "### c"]
+
+
+def test_cells_are_mended(page):
+    heading, printed, box, anchor, walk = processed.mended_cells(page)[1:]
+    assert heading.source == "## The `order` of it"
+    assert printed.outputs[0].data["text/markdown"] == "\n\n### box\n\n| a |\n\n"
+    assert box.source.startswith(
+        "#| code-fold: true\n"
+    )  # its arguments stand in a table
+    assert anchor.source == '<span id="_walk"></span>'
+    assert walk.source.startswith("#| code-fold: show\n")
+
+
+@pytest.mark.parametrize("tex, html", [
+    (r"4\,D\,w/r", "4 <em>D</em> <em>w</em>/<em>r</em>"),
+    ("N^2", "<em>N</em><sup>2</sup>"),
+    (r"x\,\theta_i", "<em>x</em> <em>θ</em><sub>i</sub>"),
+    (r"\frac{1}{2}", None),
+    ("x_{ij}", None),
+])
+def test_simple_formulas_are_text(tex, html):
+    assert processed.set_in_text(tex) == html
+
+
+def test_a_page_of_simple_formulas_needs_no_script(page):
+    page.notebook.cells[1].source = "$N^2$ and `$a$`"
+    processed.spare_mathjax(page)
+    assert page.notebook.cells[1].source == "<em>N</em><sup>2</sup> and `$a$`"
+
+
+def test_a_page_with_one_other_formula_keeps_all(page):
+    text = "$N^2$ and $$\n\\sum_i x_i\n$$"
+    page.notebook.cells[1].source = text
+    processed.spare_mathjax(page)
+    assert page.notebook.cells[1].source == text
+
+
+def shown(sym, **options) -> str:
+    return documented.DocTable(sym, **options)._repr_markdown_()
 
 
 def test_documentation_of_a_function():
-    def f(a: int | None,  # one * of *two
-          *, b=2,  # more
-          c=print,
-          ) -> tuple[Path, int | None] | None: pass
+    def f(
+        a: int | None,  # one * of *two
+        *,
+        b=2,  # more
+        c=print,
+    ) -> tuple[Path, int | None] | None:
+        pass
+
     f.__doc__ = "Does it."
-    page = notebook.DocTable(f, name="f")._repr_markdown_()
+    page = shown(f, name="f")
     assert "f(a, *, b=2, c=print)\n" in page and "Does it." in page
     assert r"| `a` | `int` or `None` |  | one \* of \*two |" in page
     assert "| `b` |  | `2` | more |" in page
     assert "| *returns* | `tuple[Path, int or None]` or `None` |" in page
 
 
-def test_documentation_of_a_long_call_and_a_dataclass():
+def test_documentation_of_a_dataclass():
     @dataclass
     class Point:
         x: float = 0.5
-    assert "| `x` | `float` | `0.5` |" in notebook.DocTable(Point)._repr_markdown_()
 
-    def g(first_argument, second_argument=None, third_argument=(1, 2), *fourth_argument, fifth_argument=None): pass
-    assert "g(first_argument, second_argument=None, third_argument=(1, 2), *fourth_argument,\n  fifth_argument=None)" in (
-        notebook.DocTable(g, name="g")._repr_markdown_())
+    assert "| `x` | `float` | `0.5` |" in shown(Point)
+
+
+def test_documentation_of_an_exception():
+    class Lost(RuntimeError):
+        "Gone."
+
+    page = shown(Lost, name="Lost")
+    assert "### Lost" in page and "Gone." in page
+
+
+def test_documentation_of_a_long_call():
+    def g(
+        first_argument, second_argument=None, third_argument=(1, 2), *fourth_argument
+    ):
+        pass
+
+    lines = (
+        "g(first_argument, second_argument=None, third_argument=(1, 2),\n"
+        "  *fourth_argument)"
+    )
+    assert lines in shown(g, name="g")
+
+
+def test_documentation_of_an_operator_is_that_of_its_function():
+    @torch.library.custom_op("hilbert_attn_test::negative", mutates_args=())
+    def negative(x: torch.Tensor) -> torch.Tensor:
+        "The other sign."
+        return -x
+
+    page = shown(negative, name="negative")
+    assert "negative(x)" in page and "The other sign." in page
+    assert "instantiate" not in page

@@ -15,7 +15,7 @@ from hilbert_attn.autograd import HilbertAttentionFunction, HybridAttentionFunct
 from hilbert_attn.curves import curve_order
 from hilbert_attn.kernels import forward
 from hilbert_attn.kernels.backward import attention_backward
-from hilbert_attn.kernels.forward import Tile, TileCache, attention_forward, default_tile, fit_tile, hilbert_attention_kernel, split_head_dim, standard_attention_kernel
+from hilbert_attn.kernels.forward import Tile, TileCache, Workload, attention_forward, default_tile, fit_tile, hilbert_attention_kernel, split_head_dim, standard_attention_kernel
 from hilbert_attn.patterns import DILATION_MODES, SegmentPattern, attention_mask
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
 
@@ -442,3 +442,68 @@ def test_tf32_only_where_torch_was_told_so():
     torch.backends.cuda.matmul.fp32_precision = "tf32"
     try: assert forward._precision(torch.float32) == "tf32" and forward._precision(torch.float64) == "ieee"
     finally: torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+def test_the_tuner_knows_what_a_tile_may_depend_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    usual = dict(kernel="dkv", head_dim=128, keys=1000, heads=(8, 2), dtype=torch.bfloat16)
+    changes = [{}, dict(kernel="dq"), dict(head_dim=64), dict(keys=100), dict(heads=(8, 8)), dict(dtype=torch.float16),
+               dict(traits=("dropout",)), dict(traits=("mask",)), dict(tma=True)]
+    keys = {Workload(**usual | change).key(torch.device("cuda")) for change in changes}
+    assert len(keys) == len(changes) and all("NVIDIA X" in key for key in keys)
+    assert Workload(**usual | dict(keys=5000)).key(None) == Workload(**usual | dict(keys=2048)).key(None)
+
+
+def test_candidates_are_those_that_nothing_spoils():
+    default = default_tile("forward", 64, torch.bfloat16, (9, 0))
+
+    def candidates(*traits, tma=False, kernel="forward"):
+        return Workload(kernel, 64, 1024, (8, 8), torch.bfloat16, traits, tma).candidates(default)
+
+    assert candidates()[0] == default and len(candidates()) == len(set(candidates())) > 2
+    assert not any(tile.tma for tile in candidates()) and any(tile.tma for tile in candidates(tma=True))
+    assert not any(tile.overlap for tile in candidates("order", tma=True))
+    for trait in ("dropout", "mask", "causal", "blocks"): assert len(candidates(trait, tma=True)) < len(candidates(tma=True))
+    assert candidates("causal", kernel="dkv", tma=True) == [default]
+
+
+def test_a_tile_is_timed_as_a_graph_of_ten(monkeypatch):
+    "With a stand-in for CUDA, whose clock counts replayed launches."
+    launched, clock, graphs = [], [0.0], []
+
+    class Event:
+        def __init__(self, enable_timing): pass
+        def record(self): self.at = clock[0]
+        def synchronize(self): pass
+        def elapsed_time(self, other): return other.at - self.at
+
+    class Graph:
+        def replay(self): clock[0] += 3.0 * len(self.runs)
+
+    class Capture:
+        def __init__(self, graph, capture_error_mode): self.graph = graph
+        def __enter__(self): self.before = len(launched)
+        def __exit__(self, *_): self.graph.runs = launched[self.before:]; graphs.append(self.graph)
+
+    class Stream:
+        def wait_stream(self, other): pass
+        def __enter__(self): pass
+        def __exit__(self, *_): pass
+
+    fakes = dict(Event=Event, CUDAGraph=Graph, graph=Capture, Stream=Stream, stream=lambda s: s, current_stream=Stream)
+    for name, fake in fakes.items(): monkeypatch.setattr(torch.cuda, name, fake)
+    assert forward._time(lambda: launched.append(1)) == 3.0
+    assert len(graphs) == 1 and len(graphs[0].runs) == 10 and len(launched) == 11
+
+
+def test_offsets_are_not_copied_from_the_host(monkeypatch):
+    monkeypatch.setattr(forward, "_offset_tables", {})
+    monkeypatch.setattr(torch, "tensor", None)
+    device = torch.device("cpu")
+    table = forward._offset_table((2, 0, 1), 5, device)
+    assert table.tolist() == [2, 0, 1, 2, 0] and table.dtype == torch.int32
+    assert forward._offset_table((2, 0, 1), 5, device) is table
+    monkeypatch.setattr(forward, "_capturing", lambda device: True)
+    assert forward._offset_table((2, 0, 1), 5, device) is table  # read while a graph is captured
+    captured = forward._offset_table((1,), 2, device)
+    assert forward._offset_table((1,), 2, device) is not captured  # and not kept

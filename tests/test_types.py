@@ -1,6 +1,7 @@
 """Types: the public names are annotated in full, users who check types find no errors of ours and all of theirs, and the package itself passes."""
 import dataclasses
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -12,7 +13,8 @@ from typing import Any, Literal, get_args, get_overloads, get_type_hints
 import pytest
 
 import hilbert_attn as h
-from hilbert_attn import integrations
+from hilbert_attn import backends, compat, curves, integrations, options, patterns, ring_plan
+from hilbert_attn.block_layers import PLACEMENTS
 from hilbert_attn.autograd import triton_attention
 from hilbert_attn.kernels.forward import attention_forward
 from hilbert_attn.sdpa import sdpa_attention, sdpa_mask_attention
@@ -29,9 +31,12 @@ def methods(cls: type) -> Iterator[tuple[str, Callable]]:
         if inspect.isfunction(member) and not generated and (name[0] != "_" or name in ("__init__", "__call__", "__enter__", "__exit__")): yield f"{cls.__name__}.{name}", member
 
 
+NAMES = [*h.__all__, *h._HOMES]  # those of the front, and those that can be had from there too
+
+
 def public() -> dict[str, Callable]:
     found = {}
-    for name in h.__all__:
+    for name in NAMES:
         value = getattr(h, name)
         if inspect.isclass(value): found |= dict(methods(value))
         elif callable(value): found[name] = value
@@ -42,7 +47,8 @@ PUBLIC = public()
 ANY = {  # where any object will do, or where torch decides
     "MultiheadDilatedAttention.forward options", "DilatedSelfAttention.forward options", "TransformerBlock.forward options",  # of any attention inside
     "set_backend.__exit__ error", "HilbertAttentionFunction.setup_context ctx", "HilbertAttentionFunction.setup_context inputs", "HilbertAttentionFunction.backward ctx",
-    "HilbertSettings.to_dict return", "HilbertSettings.from_dict values", "StandardizedRingConfig.to_dict return", "StandardizedRingConfig.from_dict values",  # JSON
+    *(f"{layer}.settings return" for layer in ("HilbertAttentionCore", "DilatedAttention", "BlockSparseAttention")),
+    "HilbertSettings.to_dict return", "HilbertSettings.from_dict values", # JSON
 }
 
 
@@ -70,7 +76,7 @@ def test_every_parameter_and_result_is_annotated():
 
 def test_every_field_is_annotated_in_full():
     "Of public dataclasses."
-    fields = [(cls, f) for cls in map(h.__dict__.get, h.__all__) if dataclasses.is_dataclass(cls) for f in dataclasses.fields(cls)]
+    fields = [(cls, f) for cls in (getattr(h, name) for name in NAMES) if dataclasses.is_dataclass(cls) for f in dataclasses.fields(cls)]
     assert len(fields) > 60 and not [f"{cls.__name__}.{f.name}" for cls, f in fields if vague(f.type)]
 
 
@@ -101,7 +107,25 @@ def test_overloads_say_what_the_function_takes(function):
 
 def test_every_function_with_a_flag_is_overloaded():
     flagged = {name for name, function in PUBLIC.items() if {"return_lse", "need_lse"} & inspect.signature(function).parameters.keys()}
-    assert flagged == {f.__name__ for f in OVERLOADED} & set(h.__all__) and len(flagged) == 11
+    assert flagged == {f.__name__ for f in OVERLOADED} & set(NAMES) and len(flagged) == 11
+
+
+def test_words_of_the_interface_are_those_that_are_checked():
+    "Each `Literal` holds what the code takes at run time, and nothing else."
+    assert get_args(options.CurveName) == tuple(curves.CURVES)
+    assert get_args(options.Mode) == patterns.DILATION_MODES
+    assert get_args(options.Combine) == patterns.COMBINES
+    assert get_args(options.Backend) == backends.BACKENDS
+    assert get_args(options.Layout) == tuple(ring_plan.LAYOUTS)
+    assert get_args(options.Placement) == PLACEMENTS
+
+
+def test_stubs_stand_out_of_the_way():
+    "In the notebooks of layers and settings, types of options are the last cell and folded away."
+    for path in (ROOT / "nbs").glob("1[23]*.ipynb"):
+        code = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        typed = [i for i, source in enumerate(code) if "(TypedDict" in source or "@overload" in source]
+        assert typed in ([], [len(code) - 1]) and all("code-fold: true" in code[i] for i in typed), path.name
 
 
 PASSED_ON = [  # what passes its options on, to what, and which of them it sets itself
@@ -112,8 +136,8 @@ PASSED_ON = [  # what passes its options on, to what, and which of them it sets 
     (h.BlockSparseRingDilatedAttentionHilbertPostPattern, h.RingBlockSparseAttention, {"pattern", "placement", "curve"}),
     (h.HilbertAttentionTritonWrapper.forward, h.DilatedAttention.forward, set()), (h.HilbertAttentionMixin.compute_hilbert_attention, h.DilatedAttention.forward, {"is_causal"}),
     (h.RingDilatedAttentionHilbertOptimizedFixed.forward, h.RingDilatedAttention.forward, set()), (h.RingBlockSparseAttention.block_lists, h.BlockSparseAttention.block_lists, set()),
-    (h.StandardizedRingConfig.replace, h.StandardizedRingConfig, set()), (h.create_dilated_attention, h.StandardizedRingConfig, set()),
-    (h.create_multihead_dilated_attention, h.StandardizedRingConfig, set()), (h.create_standardized_ring_attention, h.StandardizedRingConfig, set()),
+    (h.AttentionConfig.replace, h.AttentionConfig, set()), (h.create_dilated_attention, h.AttentionConfig, set()),
+    (h.create_multihead_dilated_attention, h.AttentionConfig, set()), (h.create_self_attention, h.AttentionConfig, set()),
     (h.use_hilbert_attention, h.HilbertSettings, set()), (h.register_hilbert_attention, h.HilbertSettings, set()), (h.convert_attention, h.HilbertSettings, set()),
     (h.convert_vit, h.HilbertSettings, set()), (h.use_hilbert_processor, h.HilbertSettings, set()),
     (h.hilbert_attention_kernel, attention_forward, set()), (h.standard_attention_kernel, attention_forward, {"order"}),
@@ -154,7 +178,7 @@ import torch
 from torch import Tensor
 
 import hilbert_attn
-from hilbert_attn import (DilatedAttention, HilbertAttentionCore, HilbertSettings, MultiheadDilatedAttention, NeighborhoodPattern, RingDilatedAttention, SegmentPattern, StandardizedRingConfig, WindowPattern,
+from hilbert_attn import (DilatedAttention, HilbertAttentionCore, HilbertSettings, MultiheadDilatedAttention, NeighborhoodPattern, RingDilatedAttention, SegmentPattern, AttentionConfig, WindowPattern,
                           block_sparse_attention, create_dilated_attention, curve_order, dilated_attention, explain_backend, hilbert_attention, neighborhood_attention, ring_attention, window_attention)
 
 q = torch.randn(1, 2, 64, 8)
@@ -176,7 +200,11 @@ HilbertAttentionCore(dim=32, head=4)  # call-arg: it is heads
 DilatedAttention([16], [1], curve=3)  # arg-type: no name
 MultiheadDilatedAttention(32, 4, kernel=3)  # call-arg: unknown
 RingDilatedAttention([16], [1], sizes=(3, 4))  # call-arg: unknown
-StandardizedRingConfig(dims=32)  # call-arg: it is dim
+AttentionConfig(dims=32)  # call-arg: it is dim
+AttentionConfig(dilation_mode="longnets")  # arg-type: no such mode
+DilatedAttention([16], [1], combine="sum")  # arg-type: no such way
+MultiheadDilatedAttention(32, 4, backend="tritn")  # arg-type: misspelt
+HilbertAttentionCore(32, 4, dilation_mode="both")  # arg-type: no such mode
 create_dilated_attention("hilbert", ring="2")  # call-arg: it is ring_size
 HilbertSettings(segment_size="16")  # arg-type: no number
 WindowPattern((8, 8), "4")  # arg-type: no number, though a sequence

@@ -7,8 +7,8 @@ from torch import Tensor
 
 import hilbert_attn
 from hilbert_attn import (BackendChoice, BlockLists, DilatedSelfAttention, HilbertAttentionCore, HilbertOrder, MultiheadDilatedAttention, NeighborhoodPattern, RingDilatedAttention,
-                          SegmentPattern, SparsePatternConfig, StandardizedRingConfig, TransformerBlock, WindowPattern, block_lists, block_sparse_attention, block_sparse_ring_attention,
-                          create_dilated_attention, create_multihead_dilated_attention, create_standardized_ring_attention, curve_order, dilated_attention, explain_backend,
+                          AttentionConfig, SegmentPattern, SparsePatternConfig, TransformerBlock, WindowPattern, block_lists, block_sparse_attention, block_sparse_ring_attention,
+                          create_dilated_attention, create_multihead_dilated_attention, create_self_attention, curve_order, dilated_attention, explain_backend,
                           hilbert_attention, hilbert_slide_attention, hilbert_window_attention, locality, merge_attention, neighborhood_attention, plan_ring, reference_attention,
                           register_attention_type, ring_attention, ring_dilated_attention, rotary_embedding, set_backend, shard_sequence, tiles_shared_attention, unshard_sequence,
                           use_hilbert_attention, window_attention)
@@ -97,16 +97,19 @@ def modules(x: Tensor) -> Tensor:
 
 
 @register_attention_type("dense here", "One segment.", "short sequences")
-def dense(config: StandardizedRingConfig) -> nn.Module: return hilbert_attn.DilatedAttention(1 << 30, 1, causal=config.causal)
+def dense(config: AttentionConfig) -> nn.Module: return hilbert_attn.DilatedAttention(1 << 30, 1, causal=config.causal)
 
 
 def factory() -> None:
-    config = StandardizedRingConfig(embed_dim=32, num_heads=4, segment_lengths=[16], dilation_rates=[1], grid=(8, 8))
+    config = AttentionConfig(embed_dim=32, num_heads=4, segment_lengths=[16], dilation_rates=[1], grid=(8, 8))
     assert_type(config.replace(causal=True, dtype="float32").hidden_dim, int | None)
     assert_type(create_dilated_attention("dense here", config, causal=True), nn.Module)
     assert_type(create_multihead_dilated_attention("hilbert", config), MultiheadDilatedAttention)
-    assert_type(create_standardized_ring_attention("ring", dim=32, heads=4, segment_lengths=[16], dilation_rates=[1]), DilatedSelfAttention)
+    assert_type(create_self_attention("ring", dim=32, heads=4, segment_lengths=[16], dilation_rates=[1]), DilatedSelfAttention)
     print(hilbert_attn.explain_attention_type(config).reason)
+    old = hilbert_attn.StandardizedRingConfig(dim=32, heads=4, checkpointing=True)
+    assert_type(old.checkpoint, bool)
+    assert_type(hilbert_attn.create_standardized_ring_attention("improved", old, segment_lengths=[16], dilation_rates=[1]), DilatedSelfAttention)
 
 
 def explaining(q: Tensor) -> None:

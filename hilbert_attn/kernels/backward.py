@@ -6,327 +6,248 @@
 __all__ = ['fit_small', 'attention_backward']
 
 # %% ../../nbs/04_triton_backward.ipynb #70722f42
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from .forward import (
-    _SIZES, LOG2E, Fit, Groups, Tile, _alignment, _capability, _dot, _head_pointer, _can_describe, _describe, _kept, _key_range, _launch, _load_box, _load_rows, _load_tile, _locate,
-    _offset_table, _pow2, _precision, _progression, _row_pointers, _rows_contiguous, _scales, _store_rows, _tokens, attention_forward, check_triton,
-    default_tile, fit_tile, split_head_dim, tl, triton, tuned_tile)
+    _SIZES, Fit, Group, Places, Tile, _Call, _describe_both, _key_range, _keys_at, _launch,
+    _locate, _pow2, _progression, _rows_contiguous, _seen, _slots, _tokens,
+    _turn, attention_forward, check_triton, tuned_tile)
+from .steps import (
+    Columns, Keys, Queries, Sums, _add_product, _box_of, _dkv_step, _dq_step, _dropout_of, _dropped,
+    _head_of, _load_columns, _load_rows, _load_statistic, _no_rows, _row_statistics, _scaled,
+    _scales, _scores, _store_rows, _store_sums, _weights, operand, tl, triton)
 
 # %% ../../nbs/04_triton_backward.ipynb #2bce10cd
 @triton.jit
-def _row_statistics(do, do_e, out, out_e, lse_ptr, dlse_ptr, stat, valid, ACC: tl.constexpr, HAS_DLSE: tl.constexpr, BLOCK_E: tl.constexpr):
-    "The base-2 LSE of query rows and their delta. A row without keys gets +inf and 0: p = exp2(s - inf) = 0, and no NaN from its dlse."
-    delta = tl.sum(do.to(ACC) * out.to(ACC), 1)                                  # [BM]
-    if BLOCK_E > 0: delta += tl.sum(do_e.to(ACC) * out_e.to(ACC), 1)
-    if HAS_DLSE: delta -= tl.load(dlse_ptr + stat, mask=valid, other=0.)
-    lse2 = tl.load(lse_ptr + stat, mask=valid, other=-float("inf")) * LOG2E
-    return tl.where(lse2 == -float("inf"), float("inf"), lse2), tl.where(lse2 == -float("inf"), 0., delta)
-
+def _dq_tiles(dq, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, lo, hi, qk_scale,
+              S: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
+    "dq of a query tile: the sum of dS K over the key tiles lo, lo + BLOCK_N, ... below hi."
+    for j in tl.range(lo, hi, S.BLOCK_N):
+        k_token, valid = _keys_at(j, keys, at, S)
+        k_tile = _load_columns(k, k_desc, k_token, valid, box, j, S.BLOCK_N, S, MASKED, TMA)
+        v_tile = _load_columns(v, v_desc, k_token, valid, box, j, S.BLOCK_N, S, MASKED, TMA)
+        p, dp = _weights(own, k_tile, v_tile, qk_scale, S)  # [BM, BN]
+        if MASKED: p = tl.where(_seen(own.token, queries, k_token, keys, valid, S), p, 0.)
+        dq = _dq_step(dq, p, dp, own, k_tile, k_token, drop, S)
+    return dq
 
 @triton.jit
-def _dq_tiles(
-    dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, kv_head, segment_size, order_ptr, mask_ptr, seed, dropout_head,
-    k_first, k_step, k_slot, k_group, n_keys, lo, hi, stride_kn, stride_vn, qk_scale, keep_scale, threshold,
-    MASKED: tl.constexpr, TMA: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    PACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-):
-    "dq of a query tile: the sum of dS K over the key tiles that start at lo, lo + BLOCK_N, ... below hi."
-    for j in tl.range(lo, hi, BLOCK_N):
-        valid = j + k_slot < n_keys                                              # [BN]
-        k_token = _tokens(k_first + k_step * (j + k_slot), valid, order_ptr, HAS_ORDER)
-        if HAS_KEY_MASK: valid &= tl.load(mask_ptr + k_token, mask=valid, other=0) != 0
-        k_rows = _row_pointers(k_ptr, k_token, stride_kn, ALIGN)
-        v_rows = _row_pointers(v_ptr, k_token, stride_vn, ALIGN)
-        if TMA:
-            k = _load_box(k_desc, batch, kv_head, k_first, j, segment_size, k_step, BLOCK_N, BLOCK_D)
-            v = _load_box(v_desc, batch, kv_head, k_first, j, segment_size, k_step, BLOCK_N, BLOCK_D)
-        else:
-            k = _load_tile(k_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)          # [BN, BD]
-            v = _load_tile(v_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)          # [BN, BD]
-        s = _dot(q, tl.trans(k), None, PRECISION)                                # [BM, BN]
-        dp = _dot(do, tl.trans(v), None, PRECISION)                              # [BM, BN]
-        if BLOCK_E > 0:
-            k_e = _load_tile(k_rows, valid, MASKED, BLOCK_D, BLOCK_E, HEAD_DIM)  # [BN, BE]
-            v_e = _load_tile(v_rows, valid, MASKED, BLOCK_D, BLOCK_E, HEAD_DIM)  # [BN, BE]
-            s = _dot(q_e, tl.trans(k_e), s, PRECISION)
-            dp = _dot(do_e, tl.trans(v_e), dp, PRECISION)
-        p = tl.exp2(s * qk_scale - lse2[:, None])
-        if MASKED:
-            seen = valid[None, :]
-            if CAUSAL: seen &= q_token[:, None] >= k_token[None, :]
-            if PACK > 1: seen &= q_group[:, None] == k_group[None, :]
-            p = tl.where(seen, p, 0.)
-        if HAS_DROPOUT:
-            dp = tl.where(_kept(seed, dropout_head, q_token[:, None], k_token[None, :], threshold), dp * keep_scale, 0.)
-        ds = (p * (dp - delta[:, None])).to(k.dtype)                             # [BM, BN]
-        dq = _dot(ds, k, dq, PRECISION)                                          # [BM, BD]
-        if BLOCK_E > 0: dq_e = _dot(ds, k_e, dq_e, PRECISION)
-    return dq, dq_e
+def _load_queries(q, do, out, lse_ptr, dlse_ptr, stat, token, valid, ACC: tl.constexpr,
+                  S: tl.constexpr):
+    "All that the backward needs to know of a tile of queries."
+    q_tile = _load_rows(q, token, valid, S, True)  # [BM, BD], [BM, BE]
+    do_tile = _load_rows(do, token, valid, S, True)
+    out_tile = _load_rows(out, token, valid, S, True)
+    lse2, delta = _row_statistics(do_tile, out_tile, lse_ptr, dlse_ptr, stat, valid, ACC, S)
+    return Queries(q_tile, do_tile, lse2, delta, token)
 
-
+# %% ../../nbs/04_triton_backward.ipynb #b2f7f710
 @triton.jit(do_not_specialize=_SIZES)
 def _dq_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr, k_desc, v_desc,
-    q_strides, k_strides, v_strides, out_strides, do_strides, dq_strides, stride_mask,
-    n_heads, n_tokens, segment_size, rate, tiles, bundles, scale: "fp64", keep_scale: "fp64", threshold,
-    HEAD_GROUP: tl.constexpr, MODE: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    HAS_DLSE: tl.constexpr, EVEN: tl.constexpr, SINGLE: tl.constexpr, TMA: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    q, k, v, out, do, dq, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, at, k_desc, v_desc, stride_mask,
+    n_heads, n_tokens, segment_size, rate, tiles, bundles, scale: "fp64", keep_scale: "fp64",
+    threshold, S: tl.constexpr,
 ):
     "dq of one tile of queries, and for the next kernel their delta and base-2 LSE."
-    ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    tile = tl.program_id(0) % tiles
-    if CAUSAL: tile = tiles - 1 - tile
-    bundle = tl.program_id(0) // tiles % bundles
-    batch_head = tl.program_id(0) // tiles // bundles
-    batch = batch_head // n_heads
-    head = batch_head % n_heads
-    k_ptr = _head_pointer(k_ptr, k_strides, batch, head // HEAD_GROUP, ALIGN)
-    v_ptr = _head_pointer(v_ptr, v_strides, batch, head // HEAD_GROUP, ALIGN)
-    if HAS_KEY_MASK: mask_ptr += batch.to(tl.int64) * stride_mask
-    seed = 0
-    if HAS_DROPOUT: seed = tl.load(seed_ptr)
+    ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
+    tile, bundle, batch, head, batch_head = _turn(tiles, bundles, n_heads, S.CAUSAL)
+    mask = at.mask
+    if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
+    at = Places(at.order, mask, at.offset, at.seed)
+    k = _head_of(k, batch, head // S.HEAD_GROUP, S)
+    v = _head_of(v, batch, head // S.HEAD_GROUP, S)
     qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
+    drop = _dropout_of(at.seed, batch_head, threshold, keep_scale, S)
 
-    q_slot, q_group, q_first, q_step, n_queries, k_slot, k_group, k_first, n_keys = _locate(
-        bundle, head, offset_ptr, n_tokens, segment_size, rate, MODE, PACK, BLOCK_M, BLOCK_N)
-    row = tile * BLOCK_M + q_slot
-    q_valid = row < n_queries
-    q_token = _tokens(q_first + q_step * row, q_valid, order_ptr, HAS_ORDER)     # [BM]
-    q, q_e = _load_rows(q_ptr, q_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BM, BD], [BM, BE]
-    do, do_e = _load_rows(do_ptr, do_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
-    out, out_e = _load_rows(out_ptr, out_strides, batch, head, q_token, q_valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
-    stat = batch_head.to(tl.int64) * n_tokens + q_token
-    lse2, delta = _row_statistics(do, do_e, out, out_e, lse_ptr, dlse_ptr, stat, q_valid, ACC, HAS_DLSE, BLOCK_E)   # [BM]
-    tl.store(lse2_ptr + stat, lse2, mask=q_valid)
-    tl.store(delta_ptr + stat, delta, mask=q_valid)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], ACC)
-    dq_e = tl.zeros([BLOCK_M, BLOCK_E if BLOCK_E > 0 else 1], ACC)
+    queries, keys = _locate(bundle, head, at.offset, n_tokens, segment_size, rate, S)
+    box = _box_of(batch, head // S.HEAD_GROUP, keys.first, segment_size, rate)
+    row = tile * S.BLOCK_M + queries.slot
+    valid = row < queries.count
+    token = _tokens(queries.first + queries.step * row, valid, at.order, S.HAS_ORDER)  # [BM]
+    q, do = _head_of(q, batch, head, S), _head_of(do, batch, head, S)
+    out, dq_rows = _head_of(out, batch, head, S), _head_of(dq, batch, head, S)
+    stat = batch_head.to(tl.int64) * n_tokens + token
+    own = _load_queries(q, do, out, lse_ptr, dlse_ptr, stat, token, valid, ACC, S)
+    tl.store(lse2_ptr + stat, own.lse2, mask=valid)
+    tl.store(delta_ptr + stat, own.delta, mask=valid)
+    dq = _no_rows(S.BLOCK_M, ACC, S)
 
-    ALL_MASKED: tl.constexpr = SINGLE or HAS_KEY_MASK or (CAUSAL and HAS_ORDER)
     full = 0
     end = 1
-    if not SINGLE: full, end = _key_range(tile, q_first, q_step, n_queries, k_first, rate, n_keys, CAUSAL and not HAS_ORDER, BLOCK_M, BLOCK_N)
-    if ALL_MASKED: full = 0
-    if not ALL_MASKED:
-        dq, dq_e = _dq_tiles(
-            dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, head // HEAD_GROUP, segment_size, order_ptr, mask_ptr, seed, batch_head,
-            k_first, rate, k_slot, k_group, n_keys, 0, full, k_strides[2], v_strides[2], qk_scale, keep_scale, threshold,
-            False, TMA, HAS_ORDER, CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, PACK, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_N, PRECISION, ALIGN)
-    if ALL_MASKED or CAUSAL or not EVEN:
-        dq, dq_e = _dq_tiles(
-            dq, dq_e, q, q_e, do, do_e, lse2, delta, q_token, q_group, k_ptr, v_ptr, k_desc, v_desc, batch, head // HEAD_GROUP, segment_size, order_ptr, mask_ptr, seed, batch_head,
-            k_first, rate, k_slot, k_group, n_keys, full, end, k_strides[2], v_strides[2], qk_scale, keep_scale, threshold,
-            True, False, HAS_ORDER, CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, PACK, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_N, PRECISION, ALIGN)
-    _store_rows(dq_ptr, dq_strides, batch, head, q_token, q_valid, dq * scale, dq_e * scale, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
+    if not S.SINGLE: full, end = _key_range(tile, queries, keys, S)
+    if S.ALL_MASKED: full = 0
+    else:
+        dq = _dq_tiles(dq, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, 0, full,
+                       qk_scale, S, False, S.TMA)
+    if S.ALL_MASKED or S.CAUSAL or not S.EVEN:
+        dq = _dq_tiles(dq, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, full, end,
+                       qk_scale, S, True, False)
+    _store_rows(dq_rows, token, valid, _scaled(dq, scale, S), S)
 
 # %% ../../nbs/04_triton_backward.ipynb #18743ebb
 @triton.jit
-def _dkv_tiles(
-    dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_ptr, do_ptr, q_desc, do_desc, batch, head, segment_size, lse2_ptr, delta_ptr, order_ptr, seed, dropout_head,
-    q_first, q_step, q_slot, n_queries, lo, hi, stride_qn, stride_don, qk_scale, keep_scale, threshold,
-    MASKED: tl.constexpr, TMA: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_DROPOUT: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, PRECISION: tl.constexpr, ALIGN: tl.constexpr,
-):
-    "dk and dv of a key tile: the sums of dS^T Q and P^T dO over the query tiles that start at lo, lo + BLOCK_M, ... below hi."
-    for i in tl.range(lo, hi, BLOCK_M):
-        valid = i + q_slot < n_queries                                           # [BM]
-        q_token = _tokens(q_first + q_step * (i + q_slot), valid, order_ptr, HAS_ORDER)
-        q_rows = _row_pointers(q_ptr, q_token, stride_qn, ALIGN)
-        do_rows = _row_pointers(do_ptr, q_token, stride_don, ALIGN)
-        if TMA:
-            q = _load_box(q_desc, batch, head, q_first, i, segment_size, q_step, BLOCK_M, BLOCK_D)
-            do = _load_box(do_desc, batch, head, q_first, i, segment_size, q_step, BLOCK_M, BLOCK_D)
-        else:
-            q = _load_tile(q_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)          # [BM, BD]
-            do = _load_tile(do_rows, valid, MASKED, 0, BLOCK_D, HEAD_DIM)        # [BM, BD]
-        if MASKED: lse2 = tl.load(lse2_ptr + q_token, mask=valid, other=float("inf"))   # exp2(s - inf) = 0
-        else: lse2 = tl.load(lse2_ptr + q_token)
-        s = _dot(k, tl.trans(q), None, PRECISION)                                # [BN, BM]
-        if BLOCK_E > 0:
-            q_e = _load_tile(q_rows, valid, MASKED, BLOCK_D, BLOCK_E, HEAD_DIM)
-            do_e = _load_tile(do_rows, valid, MASKED, BLOCK_D, BLOCK_E, HEAD_DIM)
-            s = _dot(k_e, tl.trans(q_e), s, PRECISION)
-        p = tl.exp2(s * qk_scale - lse2[None, :])                                # [BN, BM]
-        if MASKED and CAUSAL: p = tl.where(q_token[None, :] >= k_token[:, None], p, 0.)
-        dp = _dot(v, tl.trans(do), None, PRECISION)                              # [BN, BM]
-        if BLOCK_E > 0: dp = _dot(v_e, tl.trans(do_e), dp, PRECISION)
-        z = p
-        if HAS_DROPOUT:
-            kept = _kept(seed, dropout_head, q_token[None, :], k_token[:, None], threshold)
-            z = tl.where(kept, p * keep_scale, 0.)
-            dp = tl.where(kept, dp * keep_scale, 0.)
-        z = z.to(do.dtype)
-        dv = _dot(z, do, dv, PRECISION)                                          # [BN, BD]
-        if BLOCK_E > 0: dv_e = _dot(z, do_e, dv_e, PRECISION)
-        if MASKED: delta = tl.load(delta_ptr + q_token, mask=valid, other=0.)    # as late as possible: registers are what this loop is short of
-        else: delta = tl.load(delta_ptr + q_token)
-        ds = (p * (dp - delta[None, :])).to(q.dtype)                             # [BN, BM]
-        dk = _dot(ds, q, dk, PRECISION)                                          # [BN, BD]
-        if BLOCK_E > 0: dk_e = _dot(ds, q_e, dk_e, PRECISION)
-    return dk, dk_e, dv, dv_e
+def _dkv_tiles(sums, own, queries, q, do, q_desc, do_desc, box, lse2_ptr, delta_ptr, at, drop, lo,
+               hi, qk_scale, S: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
+    """dk and dv of a key tile: the sums of dS^T Q and P^T dO over the query tiles that start at
+    lo, lo + BLOCK_M, ... below hi."""
+    for i in tl.range(lo, hi, S.BLOCK_M):
+        valid = i + queries.slot < queries.count  # [BM]
+        position = queries.first + queries.step * (i + queries.slot)
+        token = _tokens(position, valid, at.order, S.HAS_ORDER)
+        q_tile = _load_columns(q, q_desc, token, valid, box, i, S.BLOCK_M, S, MASKED, TMA)
+        do_tile = _load_columns(do, do_desc, token, valid, box, i, S.BLOCK_M, S, MASKED, TMA)
+        lse2 = _load_statistic(lse2_ptr, token, valid, float("inf"), MASKED)  # exp2(s - inf) = 0
+        p = tl.exp2(_scores(own.k, q_tile, S) * qk_scale - lse2[None, :])  # [BN, BM]
+        if MASKED and S.CAUSAL: p = tl.where(token[None, :] >= own.token[:, None], p, 0.)
+        sums = _dkv_step(sums, p, own, q_tile, do_tile, token, delta_ptr, valid, drop, S, MASKED)
+    return sums
 
+# %% ../../nbs/04_triton_backward.ipynb #2879946a
+@triton.jit
+def _diagonal(tile, keys, queries, S: tl.constexpr):
+    "The first query of the tiles that cross the diagonal of a tile of keys, and of those below it."
+    near = keys.first + keys.step * tile * S.BLOCK_N  # the tile's first key position, and its last
+    rows = tl.minimum(tile * S.BLOCK_N + S.BLOCK_N, keys.count)
+    far = keys.first + keys.step * (rows - 1)
+    crossing = tl.maximum(near - queries.first + queries.step - 1, 0) // queries.step
+    below = tl.maximum(far - queries.first + queries.step - 1, 0) // queries.step
+    return crossing // S.BLOCK_M * S.BLOCK_M, tl.cdiv(below, S.BLOCK_M) * S.BLOCK_M
+
+@triton.jit
+def _dkv_of_head(sums, own, tile, keys, queries, q, do, q_desc, do_desc, box, lse2_ptr, delta_ptr,
+                 at, drop, qk_scale, S: tl.constexpr):
+    "dk and dv of a key tile from all queries of one head."
+    start = 0
+    full = 0
+    end = queries.count
+    if not (S.CAUSAL and S.HAS_ORDER):
+        full = end // S.BLOCK_M * S.BLOCK_M
+        if S.CAUSAL:  # query tiles that cross the diagonal, then those below it
+            first, start = _diagonal(tile, keys, queries, S)
+            sums = _dkv_tiles(sums, own, queries, q, do, q_desc, do_desc, box, lse2_ptr, delta_ptr,
+                              at, drop, first, tl.minimum(start, end), qk_scale, S, True, False)
+        sums = _dkv_tiles(sums, own, queries, q, do, q_desc, do_desc, box, lse2_ptr, delta_ptr, at,
+                          drop, start, full, qk_scale, S, False, S.TMA)
+        full = tl.maximum(start, full)
+    if (S.CAUSAL and S.HAS_ORDER) or not S.EVEN:
+        sums = _dkv_tiles(sums, own, queries, q, do, q_desc, do_desc, box, lse2_ptr, delta_ptr, at,
+                          drop, full, end, qk_scale, S, True, False)
+    return sums
+
+# %% ../../nbs/04_triton_backward.ipynb #de1f8b75
+@triton.jit
+def _load_keys(k, v, token, stored, at, S: tl.constexpr):
+    "A tile of keys that a program owns, and which of them may be attended."
+    valid = stored
+    if S.HAS_KEY_MASK: valid &= tl.load(at.mask + token, mask=valid, other=0) != 0
+    k_tile = _load_rows(k, token, valid, S, True)  # [BN, BD], [BN, BE]
+    return Keys(k_tile, _load_rows(v, token, valid, S, True), token), valid
 
 @triton.jit(do_not_specialize=_SIZES)
 def _dkv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, dk_ptr, dv_ptr, lse2_ptr, delta_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr, q_desc, do_desc,
-    q_strides, k_strides, v_strides, do_strides, dk_strides, dv_strides, stride_mask,
-    n_heads, n_tokens, segment_size, rate, tiles, bundles, scale: "fp64", keep_scale: "fp64", threshold,
-    HEAD_GROUP: tl.constexpr, MODE: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    EVEN: tl.constexpr, TMA: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    q, k, v, do, dk, dv, lse2_ptr, delta_ptr, at, q_desc, do_desc, stride_mask, n_heads, n_tokens,
+    segment_size, rate, tiles, bundles, scale: "fp64", keep_scale: "fp64", threshold,
+    S: tl.constexpr,
 ):
     "dk and dv of one tile of keys, summed over the query heads that share it."
-    ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    tile = tl.program_id(0) % tiles
-    group = tl.program_id(0) // tiles % bundles                                  # a bundle is one group here
-    batch_head = tl.program_id(0) // tiles // bundles
-    kv_heads = n_heads // HEAD_GROUP
-    batch = batch_head // kv_heads
-    kv_head = batch_head % kv_heads
-    segment = group // rate
-    residue = group % rate
-    seed = 0
-    if HAS_DROPOUT: seed = tl.load(seed_ptr)
+    ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
+    tile, group, batch, kv_head, _ = _turn(tiles, bundles, n_heads // S.HEAD_GROUP, False)
+    mask = at.mask
+    if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
+    at = Places(at.order, mask, at.offset, at.seed)
     qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
+    segment, residue = group // rate, group % rate  # a bundle is one group here
 
     k_first, n_keys = _progression(segment, residue, rate, n_tokens, segment_size)
-    k_row = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    stored = k_row < n_keys
-    k_token = _tokens(k_first + rate * k_row, stored, order_ptr, HAS_ORDER)      # [BN]
-    valid = stored
-    if HAS_KEY_MASK: valid &= tl.load(mask_ptr + batch.to(tl.int64) * stride_mask + k_token, mask=valid, other=0) != 0
-    k, k_e = _load_rows(k_ptr, k_strides, batch, kv_head, k_token, valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BN, BD], [BN, BE]
-    v, v_e = _load_rows(v_ptr, v_strides, batch, kv_head, k_token, valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dk_e = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], ACC)
-    dv_e = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], ACC)
+    keys = Group(tl.arange(0, S.BLOCK_N), group, k_first, rate, n_keys)
+    row = tile * S.BLOCK_N + keys.slot
+    stored = row < n_keys
+    token = _tokens(k_first + rate * row, stored, at.order, S.HAS_ORDER)  # [BN]
+    k, v = _head_of(k, batch, kv_head, S), _head_of(v, batch, kv_head, S)
+    own, valid = _load_keys(k, v, token, stored, at, S)
+    sums = Sums(_no_rows(S.BLOCK_N, ACC, S), _no_rows(S.BLOCK_N, ACC, S))
 
-    q_slot = tl.arange(0, BLOCK_M)
     q_step = rate
     q_first = k_first
     n_queries = n_keys
-    if MODE == "keys":
+    if S.MODE == "keys":
         q_step = 1
         q_first, n_queries = _progression(segment, 0, 1, n_tokens, segment_size)
-    near = k_first + rate * tile * BLOCK_N                                       # the tile's first key position, and its last
-    far = k_first + rate * (tl.minimum(tile * BLOCK_N + BLOCK_N, n_keys) - 1)
-    for g in range(HEAD_GROUP):
-        head = kv_head * HEAD_GROUP + g
-        q_head = _head_pointer(q_ptr, q_strides, batch, head, ALIGN)
-        do_head = _head_pointer(do_ptr, do_strides, batch, head, ALIGN)
-        dropout_head = batch * n_heads + head
-        lse2_head = lse2_ptr + dropout_head.to(tl.int64) * n_tokens
-        delta_head = delta_ptr + dropout_head.to(tl.int64) * n_tokens
+    for g in range(S.HEAD_GROUP):
+        head = kv_head * S.HEAD_GROUP + g
+        batch_head = batch * n_heads + head
+        first_stat = batch_head.to(tl.int64) * n_tokens
         end = n_queries
-        if MODE != "residue": end = tl.where(residue == tl.load(offset_ptr + head), n_queries, 0)   # heads that attend this residue
-        start = 0
-        full = 0
-        if not (CAUSAL and HAS_ORDER):
-            full = end // BLOCK_M * BLOCK_M
-            if CAUSAL:                                                           # query tiles that cross the diagonal, then those below it
-                first = tl.maximum(near - q_first + q_step - 1, 0) // q_step // BLOCK_M * BLOCK_M
-                start = tl.cdiv(tl.maximum(far - q_first + q_step - 1, 0) // q_step, BLOCK_M) * BLOCK_M
-                dk, dk_e, dv, dv_e = _dkv_tiles(
-                    dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_head, do_head, q_desc, do_desc, batch, head, segment_size, lse2_head, delta_head, order_ptr, seed, dropout_head,
-                    q_first, q_step, q_slot, end, first, tl.minimum(start, end), q_strides[2], do_strides[2], qk_scale, keep_scale, threshold,
-                    True, False, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, PRECISION, ALIGN)
-            dk, dk_e, dv, dv_e = _dkv_tiles(
-                dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_head, do_head, q_desc, do_desc, batch, head, segment_size, lse2_head, delta_head, order_ptr, seed, dropout_head,
-                q_first, q_step, q_slot, end, start, full, q_strides[2], do_strides[2], qk_scale, keep_scale, threshold,
-                False, TMA, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, PRECISION, ALIGN)
-            full = tl.maximum(start, full)
-        if (CAUSAL and HAS_ORDER) or not EVEN:
-            dk, dk_e, dv, dv_e = _dkv_tiles(
-                dk, dk_e, dv, dv_e, k, k_e, v, v_e, k_token, q_head, do_head, q_desc, do_desc, batch, head, segment_size, lse2_head, delta_head, order_ptr, seed, dropout_head,
-                q_first, q_step, q_slot, end, full, end, q_strides[2], do_strides[2], qk_scale, keep_scale, threshold,
-                True, False, HAS_ORDER, CAUSAL, HAS_DROPOUT, HEAD_DIM, BLOCK_D, BLOCK_E, BLOCK_M, PRECISION, ALIGN)
-
-    seen = valid[:, None]                                                        # keys that are masked out get 0
-    _store_rows(dk_ptr, dk_strides, batch, kv_head, k_token, stored, tl.where(seen, dk * scale, 0.), tl.where(seen, dk_e * scale, 0.), HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
-    _store_rows(dv_ptr, dv_strides, batch, kv_head, k_token, stored, tl.where(seen, dv, 0.), tl.where(seen, dv_e, 0.), HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
+        if S.MODE != "residue":  # heads that attend this residue
+            end = tl.where(residue == tl.load(at.offset + head), n_queries, 0)
+        queries = Group(tl.arange(0, S.BLOCK_M), group, q_first, q_step, end)
+        sums = _dkv_of_head(
+            sums, own, tile, keys, queries, _head_of(q, batch, head, S),
+            _head_of(do, batch, head, S), q_desc, do_desc,
+            _box_of(batch, head, q_first, segment_size, rate),
+            lse2_ptr + first_stat, delta_ptr + first_stat, at,
+            _dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, S)
+    dk, dv = _head_of(dk, batch, kv_head, S), _head_of(dv, batch, kv_head, S)
+    _store_sums(sums, dk, dv, token, stored, valid, scale, S)
 
 # %% ../../nbs/04_triton_backward.ipynb #9a164ddb
+@triton.jit
+def _small_head(sums, own, seen, q, do, out, dq, lse_ptr, dlse_ptr, stat, active, stored,
+                drop, qk_scale, scale, ACC: tl.constexpr, S: tl.constexpr):
+    "The five products of one query head: writes its dq, adds to dk and dv."
+    rows = _load_queries(q, do, out, lse_ptr, dlse_ptr, stat, own.token, active, ACC, S)
+    s = _scores(own.k, rows.q, S)  # [BN, BM]
+    dp = _scores(own.v, rows.do, S)  # [BN, BM]
+    p = tl.where(seen, tl.exp2(s * qk_scale - rows.lse2[None, :]), 0.)
+    z, dp = _dropped(p, dp, own, own.token, drop, S)
+    ds = p * (dp - rows.delta[None, :])
+    dv = _add_product(sums.dv, z, rows.do, S)
+    dk = _add_product(sums.dk, ds, rows.q, S)
+    dq_rows = _add_product(_no_rows(S.BLOCK_N, ACC, S), tl.trans(ds.to(own.k.main.dtype)), own.k, S)
+    _store_rows(dq, own.token, stored, _scaled(dq_rows, scale, S), S)
+    return Sums(dk, dv)
+
+# %% ../../nbs/04_triton_backward.ipynb #595d51fc
 @triton.jit(do_not_specialize=[n for n in _SIZES if n != "tiles"])
 def _small_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, do_ptr, dq_ptr, dk_ptr, dv_ptr, lse_ptr, dlse_ptr, order_ptr, mask_ptr, offset_ptr, seed_ptr,
-    q_strides, k_strides, v_strides, out_strides, do_strides, dq_strides, dk_strides, dv_strides, stride_mask,
-    n_heads, n_tokens, segment_size, rate, bundles, scale: "fp64", keep_scale: "fp64", threshold,
-    HEAD_GROUP: tl.constexpr, MODE: tl.constexpr, HAS_ORDER: tl.constexpr, CAUSAL: tl.constexpr, HAS_KEY_MASK: tl.constexpr, HAS_DROPOUT: tl.constexpr,
-    HAS_DLSE: tl.constexpr, PACK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
-    PRECISION: tl.constexpr, ALIGN: tl.constexpr,
+    q, k, v, out, do, dq, dk, dv, lse_ptr, dlse_ptr, at, stride_mask, n_heads, n_tokens,
+    segment_size, rate, bundles, scale: "fp64", keep_scale: "fp64", threshold, S: tl.constexpr,
 ):
     "dq, dk and dv of PACK whole groups; residue and longnet mode."
-    ACC: tl.constexpr = tl.float64 if q_ptr.dtype.element_ty == tl.float64 else tl.float32
-    bundle = tl.program_id(0) % bundles
-    batch_head = tl.program_id(0) // bundles
-    kv_heads = n_heads // HEAD_GROUP
-    batch = batch_head // kv_heads
-    kv_head = batch_head % kv_heads
-    seed = 0
-    if HAS_DROPOUT: seed = tl.load(seed_ptr)
+    ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
+    _, bundle, batch, kv_head, _ = _turn(1, bundles, n_heads // S.HEAD_GROUP, False)
+    mask = at.mask
+    if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
+    at = Places(at.order, mask, at.offset, at.seed)
     qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
 
-    slot = tl.arange(0, BLOCK_N)                                                 # queries and keys are the same rows
-    group = bundle * PACK + slot // (BLOCK_N // PACK)
-    first, count = _progression(group // rate, group % rate, rate, n_tokens, segment_size)
-    row = slot % (BLOCK_N // PACK)
-    stored = row < count
-    token = _tokens(first + rate * row, stored, order_ptr, HAS_ORDER)            # [BN]
-    valid = stored
-    if HAS_KEY_MASK: valid &= tl.load(mask_ptr + batch.to(tl.int64) * stride_mask + token, mask=valid, other=0) != 0
-    k, k_e = _load_rows(k_ptr, k_strides, batch, kv_head, token, valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BN, BD], [BN, BE]
-    v, v_e = _load_rows(v_ptr, v_strides, batch, kv_head, token, valid, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], ACC)
-    dk_e = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], ACC)
-    dv_e = tl.zeros([BLOCK_N, BLOCK_E if BLOCK_E > 0 else 1], ACC)
-    for g in range(HEAD_GROUP):
-        head = kv_head * HEAD_GROUP + g
-        dropout_head = batch * n_heads + head
-        stat = dropout_head.to(tl.int64) * n_tokens + token
-        active = stored
-        if MODE == "longnet": active &= group % rate == tl.load(offset_ptr + head)
-        q, q_e = _load_rows(q_ptr, q_strides, batch, head, token, active, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)   # [BM, BD], [BM, BE]; BM = BN
-        do, do_e = _load_rows(do_ptr, do_strides, batch, head, token, active, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
-        out, out_e = _load_rows(out_ptr, out_strides, batch, head, token, active, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
-        lse2 = tl.load(lse_ptr + stat, mask=active, other=-float("inf")) * LOG2E
-        delta = tl.sum(do.to(ACC) * out.to(ACC), 1)                              # [BM]
-        s = _dot(k, tl.trans(q), None, PRECISION)                                # [BN, BM]
-        dp = _dot(v, tl.trans(do), None, PRECISION)                              # [BN, BM]
-        if BLOCK_E > 0:
-            delta += tl.sum(do_e.to(ACC) * out_e.to(ACC), 1)
-            s = _dot(k_e, tl.trans(q_e), s, PRECISION)
-            dp = _dot(v_e, tl.trans(do_e), dp, PRECISION)
-        if HAS_DLSE: delta -= tl.load(dlse_ptr + stat, mask=active, other=0.)
-        seen = valid[:, None] & (lse2 != -float("inf"))[None, :]                 # rows without keys have no gradient
-        if PACK > 1: seen &= group[:, None] == group[None, :]
-        if CAUSAL: seen &= token[None, :] >= token[:, None]
-        p = tl.where(seen, tl.exp2(s * qk_scale - lse2[None, :]), 0.)            # [BN, BM]
-        z = p
-        if HAS_DROPOUT:
-            kept = _kept(seed, dropout_head, token[None, :], token[:, None], threshold)
-            z = tl.where(kept, p * keep_scale, 0.)
-            dp = tl.where(kept, dp * keep_scale, 0.)
-        z = z.to(do.dtype)
-        ds = tl.where(seen, p * (dp - delta[None, :]), 0.).to(q.dtype)           # [BN, BM]
-        dv = _dot(z, do, dv, PRECISION)
-        dk = _dot(ds, q, dk, PRECISION)
-        dq = _dot(tl.trans(ds), k, None, PRECISION)                              # [BM, BD]
-        dq_e = dq
-        if BLOCK_E > 0:
-            dv_e = _dot(z, do_e, dv_e, PRECISION)
-            dk_e = _dot(ds, q_e, dk_e, PRECISION)
-            dq_e = _dot(tl.trans(ds), k_e, None, PRECISION)
-        _store_rows(dq_ptr, dq_strides, batch, head, token, stored, dq * scale, dq_e * scale, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
-    _store_rows(dk_ptr, dk_strides, batch, kv_head, token, stored, dk * scale, dk_e * scale, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
-    _store_rows(dv_ptr, dv_strides, batch, kv_head, token, stored, dv, dv_e, HEAD_DIM, BLOCK_D, BLOCK_E, ALIGN)
+    slot, group = _slots(bundle, S.BLOCK_N, S.PACK)  # queries and keys are the same rows
+    residue = group % rate
+    first, count = _progression(group // rate, residue, rate, n_tokens, segment_size)
+    stored = slot < count
+    token = _tokens(first + rate * slot, stored, at.order, S.HAS_ORDER)  # [BN]
+    k, v = _head_of(k, batch, kv_head, S), _head_of(v, batch, kv_head, S)
+    own, valid = _load_keys(k, v, token, stored, at, S)
+    sums = Sums(_no_rows(S.BLOCK_N, ACC, S), _no_rows(S.BLOCK_N, ACC, S))
+    seen = valid[:, None] & stored[None, :]  # [BN, BM]
+    if S.PACK > 1: seen &= group[:, None] == group[None, :]
+    if S.CAUSAL: seen &= token[None, :] >= token[:, None]
+    for g in range(S.HEAD_GROUP):
+        head = kv_head * S.HEAD_GROUP + g
+        batch_head = batch * n_heads + head
+        rows = count
+        if S.MODE == "longnet": rows = tl.where(residue == tl.load(at.offset + head), count, 0)
+        sums = _small_head(
+            sums, own, seen, _head_of(q, batch, head, S),
+            _head_of(do, batch, head, S), _head_of(out, batch, head, S),
+            _head_of(dq, batch, head, S), lse_ptr, dlse_ptr,
+            batch_head.to(tl.int64) * n_tokens + token, slot < rows, stored,
+            _dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, scale, ACC, S)
+    dk, dv = _head_of(dk, batch, kv_head, S), _head_of(dv, batch, kv_head, S)
+    _store_sums(sums, dk, dv, token, stored, valid, scale, S)
 
 # %% ../../nbs/04_triton_backward.ipynb #c566217e
 def fit_small(
@@ -337,15 +258,77 @@ def fit_small(
     capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
 ) -> Fit | None: # None where groups are too large to be done in one program
     "The tile of `_small_kernel`: square, with whole groups in it."
-    interpreted = capability < (8, 0)
-    if interpreted: limit = 32
-    elif dtype in (torch.float16, torch.bfloat16): limit = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 0
+    simulated, half = capability < (8, 0), dtype in (torch.float16, torch.bfloat16)
+    if simulated: limit = 32
+    elif half: limit = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 0
     else: limit = 32 if head_dim <= 64 else 0
     if rows > limit: return None
-    block = max(16 if interpreted else min(64, limit), _pow2(rows))
-    return Fit(replace(tile, block_m=block, block_n=block, num_warps=8 if block * max(head_dim, 64) > 64 * 64 else 4, num_stages=1), block // _pow2(rows), True)
+    block = max(16 if simulated else min(64, limit), _pow2(rows))
+    warps = 8 if block * max(head_dim, 64) > 64 * 64 else 4
+    fitted = replace(tile, block_m=block, block_n=block, num_warps=warps, num_stages=1)
+    return Fit(fitted, block // _pow2(rows), True)
+
+# %% ../../nbs/04_triton_backward.ipynb #984e81ea
+@dataclass
+class _Tensors:
+    "What the backward kernels read and write."
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    dout: Tensor
+    lse: Tensor
+    dlse: Tensor | None
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+
+    @classmethod
+    def of(cls, q, k, v, out, lse, dout, dlse) -> "_Tensors":
+        q, k, v, out, dout = map(_rows_contiguous, (q, k, v, out, dout))
+        dlse = None if dlse is None else dlse.contiguous()
+        return cls(q, k, v, out, dout, lse.contiguous(), dlse, *map(torch.empty_like, (q, k, v)))
+
+    def strided(self) -> list[Tensor]:
+        return [self.q, self.k, self.v, self.out, self.dout, self.dq, self.dk, self.dv]
+
+    def operands(self, names: str) -> list:
+        return [operand(getattr(self, name)) for name in names.split()]
+
+# %% ../../nbs/04_triton_backward.ipynb #6a3e86b0
+def _run_small(call: _Call, fit: Fit, x: _Tensors):
+    "Everything at once."
+    bundles = -(-call.groups.q_groups // fit.pack)
+    S = call.static(fit.tile, x.strided(), HAS_DLSE=x.dlse is not None, PACK=fit.pack)
+    stride_mask, H, N, w, r, _, *rest = call.sizes(1, bundles)
+    _launch(_small_kernel, bundles * call.B * call.kv_heads, fit.tile,
+            *x.operands("q k v out dout dq dk dv"), x.lse, x.dlse, call.places, stride_mask, H, N,
+            w, r, *rest, S=S)
 
 
+def _run_dq(call: _Call, tile: Tile, x: _Tensors, lse2: Tensor, delta: Tensor, tma: bool):
+    "dq, and the two numbers of each row."
+    fit, tiles, bundles = call.fit(tile)
+    t, tma = fit.tile, fit.tile.tma and tma
+    S = call.static(t, x.strided(), HAS_DLSE=x.dlse is not None, TMA=tma, SINGLE=fit.single,
+                    PACK=fit.pack, EVEN=call.even(call.groups.k_rows, t.block_n))
+    _launch(_dq_kernel, tiles * bundles * call.B * call.H, t, *x.operands("q k v out dout dq"),
+            x.lse, x.dlse, lse2, delta, call.places,
+            *_describe_both(x.k, x.v, call.r, t.block_n, tma), *call.sizes(tiles, bundles), S=S)
+
+
+def _run_dkv(call: _Call, tile: Tile, x: _Tensors, lse2: Tensor, delta: Tensor, tma: bool):
+    "dk and dv."
+    groups, smallest = call.groups, 16 if call.capability == (0, 0) else min(64, tile.block_n)
+    t = replace(tile, block_n=min(tile.block_n, max(smallest, _pow2(groups.k_rows))))
+    tiles, tma = -(-groups.k_rows // t.block_n), t.tma and tma
+    S = call.static(t, x.strided(), TMA=tma, EVEN=call.even(groups.q_rows, t.block_m))
+    _launch(_dkv_kernel, tiles * groups.k_groups * call.B * call.kv_heads, t,
+            *x.operands("q k v dout dk dv"), lse2, delta, call.places,
+            *_describe_both(x.q, x.dout, call.r, t.block_m, tma),
+            *call.sizes(tiles, groups.k_groups), S=S)
+
+# %% ../../nbs/04_triton_backward.ipynb #074faf21
 def attention_backward(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)
@@ -369,54 +352,24 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]: # dq (B, H, N, D), dk and dv (B, H_kv, N, D)
     "Launches the backward kernels; arguments are those of the forward, and the gradients."
     check_triton(q.device)
-    q, k, v, out, dout = map(_rows_contiguous, (q, k, v, out, dout))
-    if key_mask is not None: key_mask = _rows_contiguous(key_mask)
-    (B, H, N, D), H_kv, w, r = q.shape, k.shape[1], min(segment_size, q.shape[2]), dilation_rate
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
-    if not q.numel(): return dq, dk, dv
-    groups, (block_d, block_e), capability = Groups.of(N, w, r, mode), split_head_dim(D), _capability(q.device)
-    table = None if mode == "residue" else _offset_table(tuple(offsets), H, q.device)
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    scalars = (D ** -0.5 if scale is None else scale, 1 / (1 - dropout_p) if dropout_p < 1 else 0.0, min(round(dropout_p * 2 ** 31), 2 ** 31 - 1))
-    stride_mask = 0 if key_mask is None else key_mask.stride(0)
-    flags = dict(HEAD_GROUP=H // H_kv, MODE=mode, HAS_ORDER=order is not None, CAUSAL=causal, HAS_KEY_MASK=key_mask is not None, HAS_DROPOUT=dropout_p > 0,
-                 HEAD_DIM=D, BLOCK_D=block_d, BLOCK_E=block_e, PRECISION=_precision(q.dtype), ALIGN=_alignment(q, k, v, out, dout, dq, dk, dv))
-    can: dict[str, Any] = dict(rate=r, segment_size=w, order=order, capability=capability)
-    describe = {"dq": _can_describe(k, v, **can), "dkv": (mode != "keys" or r == 1) and _can_describe(q, dout, **can)}
-    wanted = {name: (tiles or {}).get(name) or default_tile(name, D, q.dtype, capability, dropout_p > 0) for name in ("dq", "dkv")}
-
-    def run_small(fit):
-        bundles = -(-groups.q_groups // fit.pack)
-        _launch(_small_kernel, bundles * B * H_kv, fit.tile, q, k, v, out, dout, dq, dk, dv, lse, dlse, order, key_mask, table, seed,
-                *(x.stride()[:3] for x in (q, k, v, out, dout, dq, dk, dv)), stride_mask, H, N, w, r, bundles, *scalars,
-                HAS_DLSE=dlse is not None, PACK=fit.pack, BLOCK_N=fit.tile.block_n, **flags)
-
-    def run_dq(tile):
-        fit = fit_tile(tile, groups.q_rows, groups.k_rows, D, q.dtype, capability)
-        t = fit.tile
-        tiles, bundles = (-(-groups.q_rows // t.block_m), groups.q_groups) if fit.pack == 1 else (1, -(-groups.q_groups // fit.pack))
-        tma = t.tma and describe["dq"]
-        _launch(_dq_kernel, tiles * bundles * B * H, t, q, k, v, out, dout, dq, lse, dlse, lse2, delta, order, key_mask, table, seed,
-                *(_describe(x, r, (t.block_n, D)) if tma else None for x in (k, v)),
-                *(x.stride()[:3] for x in (q, k, v, out, dout, dq)), stride_mask, H, N, w, r, tiles, bundles, *scalars,
-                HAS_DLSE=dlse is not None, EVEN=groups.even and groups.k_rows % t.block_n == 0, SINGLE=fit.single, TMA=tma, PACK=fit.pack, BLOCK_M=t.block_m, BLOCK_N=t.block_n, **flags)
-
-    def run_dkv(tile):
-        smallest = 16 if capability == (0, 0) else min(64, tile.block_n)
-        block_n = min(tile.block_n, max(smallest, _pow2(groups.k_rows)))
-        tiles, tma = -(-groups.k_rows // block_n), tile.tma and describe["dkv"]
-        _launch(_dkv_kernel, tiles * groups.k_groups * B * H_kv, replace(tile, block_n=block_n), q, k, v, dout, dk, dv, lse2, delta, order, key_mask, table, seed,
-                *(_describe(x, r, (tile.block_m, D)) if tma else None for x in (q, dout)),
-                *(x.stride()[:3] for x in (q, k, v, dout, dk, dv)), stride_mask, H, N, w, r, tiles, groups.k_groups, *scalars,
-                EVEN=groups.even and groups.q_rows % tile.block_m == 0, TMA=tma, BLOCK_M=tile.block_m, BLOCK_N=block_n, **flags)
+    x = _Tensors.of(q, k, v, out, lse, dout, dlse)
+    if not q.numel(): return x.dq, x.dk, x.dv
+    call = _Call(x.q, x.k, segment_size, dilation_rate, mode, offsets, order, key_mask, causal,
+                 scale, dropout_p, seed)
+    wanted = {name: (tiles or {}).get(name) or call.default(name) for name in ("dq", "dkv")}
+    same_groups = mode != "keys" or call.r == 1
+    tma = dict(dq=call.describable(x.k, x.v),
+               dkv=same_groups and call.describable(x.q, x.dout))
 
     with torch.cuda.device_of(q):
-        if mode != "keys" and (fit := fit_small(wanted["dq"], groups.k_rows, D, q.dtype, capability)) is not None:
-            run_small(fit)
-            return dq, dk, dv
-        lse2, delta = torch.empty_like(lse), torch.empty_like(lse)
-        for name, run in (("dq", run_dq), ("dkv", run_dkv)):
+        fit = fit_small(wanted["dq"], call.groups.k_rows, call.D, q.dtype, call.capability)
+        if fit is not None and mode != "keys":
+            _run_small(call, fit, x)
+            return x.dq, x.dk, x.dv
+        statistics = torch.empty_like(x.lse), torch.empty_like(x.lse)
+        for name, launch in (("dq", _run_dq), ("dkv", _run_dkv)):
+            def run(tile, name=name, launch=launch): launch(call, tile, x, *statistics, tma[name])
             tile = wanted[name]
-            if tiles is None: tile = tuned_tile(name, tile, D, groups.k_rows, q, f"{mode} {'order' if order is not None else 'plain'}{' causal' if causal else ''}", run, describe[name])
+            if tiles is None: tile = tuned_tile(call.workload(name, tma[name]), tile, q, run)
             run(tile)
-    return dq, dk, dv
+    return x.dq, x.dk, x.dv

@@ -1,0 +1,36 @@
+"""Models that exist already: of transformers, PyTorch, timm, torchvision and diffusers."""
+from hilbert_attn.integrations.diffusers import (
+    HilbertAttnProcessor,
+    use_hilbert_processor,
+)
+from hilbert_attn.integrations.settings import (
+    HilbertOptions,
+    HilbertSettings,
+    PrefixAttention,
+    prefix_attention,
+)
+from hilbert_attn.integrations.transformers import (
+    register_hilbert_attention,
+    use_hilbert_attention,
+)
+from hilbert_attn.integrations.vision import (
+    FusedQKVAttention,
+    convert_attention,
+    convert_vit,
+    vit_geometry,
+)
+
+__all__ = [
+    "FusedQKVAttention",
+    "HilbertAttnProcessor",
+    "HilbertOptions",
+    "HilbertSettings",
+    "PrefixAttention",
+    "convert_attention",
+    "convert_vit",
+    "prefix_attention",
+    "register_hilbert_attention",
+    "use_hilbert_attention",
+    "use_hilbert_processor",
+    "vit_geometry",
+]

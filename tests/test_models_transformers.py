@@ -1,0 +1,416 @@
+"""Models of transformers against eager attention: exact, with padding, caches, masks."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+from hilbert_attn.integrations import (
+    HilbertSettings,
+    register_hilbert_attention,
+    use_hilbert_attention,
+    vit_geometry,
+)
+
+
+@pytest.fixture(scope="module")
+def hf():
+    transformers = pytest.importorskip("transformers")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    masks = transformers.AttentionMaskInterface
+    transformers.AttentionInterface.register("masked", masked_eager)
+    masks.register("masked", masks()["sdpa"])
+    return transformers
+
+
+SIZES = dict(
+    hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+)
+SQUARE, WIDE = (dict(image_size=size, patch_size=4) for size in (32, (24, 32)))
+DINO = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+VISION = {  # configuration, its options, grid, prefix
+    "ViT": ("ViTConfig", SIZES | WIDE, (6, 8), 1),
+    "DeiT": ("DeiTConfig", SIZES | WIDE, (6, 8), 2),
+    "CLIP": ("CLIPVisionConfig", SIZES | SQUARE, (8, 8), 1),
+    "DINOv2, registers": (
+        "Dinov2WithRegistersConfig",
+        DINO | SQUARE | dict(num_register_tokens=3),
+        (8, 8),
+        4,
+    ),
+}
+GROUPED = dict(**SIZES, num_key_value_heads=2, vocab_size=50)
+GPT = dict(
+    n_embd=32, n_layer=2, n_head=4, vocab_size=50, bos_token_id=1, eos_token_id=2
+)
+TEXT = {
+    "Llama": ("LlamaConfig", GROUPED),
+    "GPT-2": ("GPT2Config", GPT),
+    "BERT": ("BertConfig", dict(**SIZES, vocab_size=50)),
+    "Mistral, wide window": ("MistralConfig", GROUPED | dict(sliding_window=64)),
+}
+_COUNTS = [None]  # the mask of `masked_eager`: (H, N, N)
+
+
+def masked_eager(module, query, key, value, attention_mask, scaling=None, **options):
+    "The yardstick: scores, mask, softmax."
+    group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(group, 1) for x in (key, value))
+    allowed = (_COUNTS[0] > 0)[None]
+    if attention_mask is not None:
+        allowed = allowed & attention_mask
+    scores = query @ key.mT * scaling
+    scores = scores.masked_fill(~allowed, torch.finfo(query.dtype).min)
+    return (scores.softmax(-1) @ value).transpose(1, 2).contiguous(), None
+
+
+def rand(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).float()
+
+
+def build(hf, config, options, attention="eager", head="AutoModel"):
+    "A small model, away from the tiny initial weights."
+    torch.manual_seed(0)
+    config = getattr(hf, config)(**options)
+    model = (
+        getattr(hf, head).from_config(config, attn_implementation=attention).eval()
+    )
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(
+                0.05
+                * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+            )
+    return model
+
+
+def llama(hf, **options):
+    return build(hf, "LlamaConfig", GROUPED | options, head="AutoModelForCausalLM")
+
+
+def switched(hf, *settings, **options):
+    return use_hilbert_attention(llama(hf), *settings, **options)
+
+
+def results(model, keep=..., **inputs):
+    "Output, and gradients of all parameters."
+    out = model(**inputs)
+    out = out.logits if hasattr(out, "logits") else out.last_hidden_state
+    names, leaves = zip(*model.named_parameters())
+    loss = (out * rand(*out.shape, seed=3))[keep].sum()
+    grads = torch.autograd.grad(loss, leaves, allow_unused=True)
+    found = {n: g for n, g in zip(names, grads) if g is not None}
+    return out.detach()[keep], found
+
+
+def assert_same(a, b, tolerance=2e-5):
+    (out, grads), (expected, others) = a, b
+    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+    assert grads.keys() == others.keys()
+    largest = max(g.norm() for g in others.values())
+    assert largest > 1e-3
+    for name, g in others.items():
+        error = (grads[name] - g).norm()
+        assert error <= tolerance * g.norm() + 2e-5 * largest, name
+
+
+def pixels(model):
+    size = model.config.image_size
+    return rand(2, 3, *((size, size) if isinstance(size, int) else size), seed=4)
+
+
+def texts(n=30, padding=None):
+    "Inputs of two texts, and which tokens of the result count."
+    ids = torch.randint(3, 50, (2, n), generator=torch.Generator().manual_seed(2))
+    if padding is None:
+        return dict(input_ids=ids), ...
+    keys = torch.ones(2, n, dtype=torch.int64)
+    keys[1, slice(11) if padding == "left" else slice(n - 11, n)] = 0
+    return dict(input_ids=ids, attention_mask=keys), keys.bool()
+
+
+IDS = texts(30)[0]["input_ids"]
+
+
+# against eager attention
+
+
+@pytest.mark.parametrize("name", VISION)
+def test_vision_models(hf, name):
+    "One segment is dense eager attention; several are eager attention with the mask."
+    config, options, grid, prefix = VISION[name]
+    eager = build(hf, config, options)
+    x = dict(pixel_values=pixels(eager))
+    assert vit_geometry(eager) == (grid, prefix)
+    dense = use_hilbert_attention(build(hf, config, options), segment_size=64)
+    expected = results(eager, **x)
+    assert_same(results(dense, **x), expected)
+    how = dict(segment_size=12, dilation_rate=2)
+    sparse = use_hilbert_attention(build(hf, config, options), **how)
+    assert sparse.config.hilbert_attention == dict(
+        segment_lengths=12, dilation_rates=2
+    )
+    s = HilbertSettings(**how, grid=grid, prefix_tokens=prefix)
+    _COUNTS[0] = s.counts(prefix + grid[0] * grid[1], 4)
+    ours = results(sparse, **x)
+    assert_same(ours, results(build(hf, config, options, "masked"), **x))
+    assert (ours[0] - expected[0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", TEXT)
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+def test_text_models(hf, name, padding):
+    def model(attention="eager"):
+        return build(hf, *TEXT[name], attention)
+
+    inputs, keep = texts(padding=padding)
+    dense = use_hilbert_attention(model(), segment_size=30)
+    assert_same(results(dense, keep, **inputs), results(model(), keep, **inputs))
+    prefix = 2 if padding == "right" else 0
+    s = HilbertSettings(segment_size=10, dilation_rate=3, prefix_tokens=prefix)
+    _COUNTS[0] = s.counts(30, 4, causal=name != "BERT")
+    sparse = use_hilbert_attention(model(), s)
+    expected = results(model("masked"), keep, **inputs)
+    assert_same(results(sparse, keep, **inputs), expected)
+
+
+def test_the_mask_is_not_dropped(hf):
+    "A name without a mask function gets no padding mask from transformers: ours has one."
+    inputs, keep = texts(padding="left")
+    model = switched(hf, segment_size=30)
+    change = model(**inputs).logits - model(inputs["input_ids"]).logits
+    assert change[keep].abs().max() > 1e-2
+
+
+# caches
+
+GROWING = [
+    dict(segment_size=8, prefix_tokens=2),
+    dict(segment_lengths=(4, 16), dilation_rates=(1, 4), dilation_mode="longnet"),
+    dict(segment_size=12, dilation_rate=3),
+    dict(),
+]
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("settings", GROWING)
+def test_generation_from_a_cache_is_the_whole_sequence(hf, settings, padding):
+    if padding and "prefix_tokens" in settings:
+        settings = dict(segment_size=8)
+    model, inputs = switched(hf, **settings), texts(13, padding)[0]
+    done = model.generate(
+        **inputs,
+        max_new_tokens=20,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    prompt = inputs.get("attention_mask", torch.ones(2, 13, dtype=torch.int64))
+    keys = torch.cat([prompt, torch.ones(2, 20, dtype=torch.int64)], 1)
+    position = (keys.cumsum(1) - 1).clamp(min=0)
+    whole = dict(attention_mask=keys, position_ids=position, use_cache=False)
+    with torch.no_grad():
+        logits = model(done.sequences, **whole).logits[:, 12:-1]
+    assert (torch.stack(done.logits, 1) - logits).abs().max() < 1e-4
+
+
+def assert_chunks_are_the_whole(model, ids, sizes):
+    with torch.no_grad():
+        whole, cache, parts = model(ids, use_cache=False).logits, None, []
+        for part in ids.split(sizes, 1):
+            out = model(part, past_key_values=cache, use_cache=True)
+            cache = out.past_key_values
+            parts.append(out.logits)
+    assert (torch.cat(parts, 1) - whole).abs().max() < 1e-4
+
+
+def test_a_cache_filled_in_chunks(hf):
+    model = switched(hf, segment_size=8, dilation_rate=2)
+    assert_chunks_are_the_whole(model, IDS, (11, 7, 1, 11))
+
+
+def test_pixels_one_after_another(hf):
+    "With the grid given, positions along the curve do not move while the picture grows."
+    model = switched(
+        hf, segment_size=8, dilation_rate=2, grid=(5, 6), prefix_tokens=1
+    )
+    ids = texts(31)[0]["input_ids"]
+    assert_chunks_are_the_whole(model, ids, (1, 9, 1, 20))
+    with pytest.raises(ValueError, match="do not fit grid"):
+        model(ids[:, :1].expand(2, 33), use_cache=False)
+
+
+def test_padding_may_hold_anything(hf):
+    "NaN in the embedding of the padding token, which stands on the left, reaches nobody."
+    ids, keys = IDS.clone(), torch.ones(2, 30, dtype=torch.int64)
+    ids[1, :11], keys[1, :11] = 0, 0
+    model, found = switched(hf, segment_size=30), []
+    for value in (0.0, torch.nan):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[0] = value
+            first = model(ids[:, :20], attention_mask=keys[:, :20], use_cache=True)
+            cache = dict(past_key_values=first.past_key_values, use_cache=True)
+            then = model(ids[:, 20:], attention_mask=keys, **cache)
+        logits = torch.cat([first.logits, then.logits], 1)[keys.bool()]
+        found.append(logits[:, 1:])  # the head may be tied to the embedding
+    assert torch.equal(*found)
+
+
+# masks of four dimensions
+
+LOWER = torch.ones(30, 30, dtype=torch.bool).tril()
+MINIMUM = torch.finfo(torch.float32).min
+
+
+def test_masks_of_four_dimensions(hf):
+    "Causal and both ways are understood, with padding or not."
+    model, (inputs, keep) = switched(hf, segment_size=30), texts(padding="left")
+    ids, keys = inputs["input_ids"], inputs["attention_mask"].bool()
+    allowed, expected = LOWER & keys[:, None, None], model(**inputs).logits[keep]
+    for low in (None, MINIMUM, -torch.inf):
+        mask = allowed if low is None else torch.where(allowed, 0.0, low)
+        out = model(ids, attention_mask=mask).logits[keep]
+        assert torch.allclose(out, expected, atol=1e-5)
+    both, position = keys[:, None, None].expand(2, 1, 30, 30), torch.arange(30)[None]
+    bias = torch.where(both, 0.0, MINIMUM)
+    eager = llama(hf)(ids, attention_mask=bias, position_ids=position).logits
+    for mask in (both, keys[:, None, None]):
+        out = model(ids, attention_mask=mask, position_ids=position).logits
+        assert torch.allclose(out, eager, atol=1e-4)
+
+
+BAND = LOWER.triu(-3)
+REFUSED_MASKS = {
+    "neither causal": BAND[None, None],
+    "a bias on the scores": torch.where(LOWER[None, None], 0.1, MINIMUM),
+    "learned bias": torch.zeros(1, 1, 30, 30).requires_grad_(),
+    "between heads": torch.stack([LOWER, BAND] * 2)[None],
+    "shape": LOWER[None, None, :, :20],
+}
+
+
+@pytest.mark.parametrize("said", REFUSED_MASKS)
+def test_other_masks_are_refused(hf, said):
+    model = switched(hf, segment_size=30)
+    with pytest.raises(ValueError, match=said):
+        model(IDS, attention_mask=REFUSED_MASKS[said])
+
+
+# what cannot be honoured
+
+SHORT = dict(max_new_tokens=2, pad_token_id=0, eos_token_id=None)
+
+
+def test_windows_and_packed_documents_are_refused(hf):
+    window = build(hf, "MistralConfig", GROUPED | dict(sliding_window=16))
+    with pytest.raises(ValueError, match="window"):
+        use_hilbert_attention(window, segment_size=8)(IDS)
+    positions = torch.arange(15).repeat(2)[None].expand(2, -1)
+    with pytest.raises(ValueError, match="packed"):
+        switched(hf, segment_size=8)(IDS, position_ids=positions, use_cache=False)
+
+
+def test_caches_that_do_not_fit_are_refused(hf):
+    with pytest.raises(ValueError, match="curve="):
+        switched(hf, segment_size=8, curve="hilbert").generate(IDS, **SHORT)
+    with pytest.raises(ValueError, match="cache"):
+        switched(hf, segment_size=8).generate(
+            IDS, cache_implementation="static", **SHORT
+        )
+    with pytest.raises(ValueError, match="padding on the left"):
+        switched(hf, segment_size=8, prefix_tokens=1)(**texts(30, "left")[0])
+
+
+def test_scores_that_are_more_than_a_softmax_are_refused(hf):
+    gemma = build(hf, "Gemma2Config", GROUPED | dict(head_dim=8))
+    with pytest.raises(ValueError, match="softcap"):
+        use_hilbert_attention(gemma, segment_size=8)(IDS)
+    with pytest.raises(ValueError, match="attn"):
+        switched(hf, segment_size=8)(IDS, output_attentions=True)
+
+
+def test_other_kinds_of_models_are_refused(hf):
+    t5 = build(
+        hf, "T5Config", dict(d_model=32, num_layers=1, num_heads=4, vocab_size=50)
+    )
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        use_hilbert_attention(t5, segment_size=8)
+    with pytest.raises(ValueError, match="expected a transformers.PreTrainedModel"):
+        use_hilbert_attention(nn.Linear(2, 2), segment_size=8)
+
+
+def test_settings_and_names_are_checked(hf):
+    with pytest.raises(ValueError, match="no setting"):
+        switched(hf, segments=8)
+    unset = register_hilbert_attention(name="hilbert_unset")
+    with pytest.raises(ValueError, match="no settings"):
+        build(hf, *TEXT["Llama"], unset)(IDS)
+    with pytest.raises(ValueError, match="means something else"):
+        register_hilbert_attention(name="sdpa")
+
+
+# names, training, graphs
+
+
+def test_registered_names_carry_settings(hf):
+    eight, nine = HilbertSettings(segment_size=8), HilbertSettings(segment_size=9)
+    for settings in (eight, None):  # again, and the settings stay
+        assert (
+            register_hilbert_attention(settings, name="hilbert_eight")
+            == "hilbert_eight"
+        )
+    by_name = build(hf, *TEXT["Llama"], "hilbert_eight", head="AutoModelForCausalLM")
+    by_model = switched(hf, eight)
+    assert torch.equal(by_name(IDS).logits, by_model(IDS).logits)
+    assert not torch.equal(by_name(IDS).logits, switched(hf, nine)(IDS).logits)
+    by_model.set_attn_implementation("sdpa")
+    assert torch.allclose(by_model(IDS).logits, llama(hf)(IDS).logits, atol=1e-4)
+
+
+def test_saving_keeps_the_settings_of_a_name(hf, tmp_path):
+    register_hilbert_attention(segment_size=8, name="hilbert_saved")
+    model = build(hf, *TEXT["Llama"], "hilbert_saved", head="AutoModelForCausalLM")
+    model.save_pretrained(tmp_path)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.hilbert_attention == {"segment_lengths": 8}
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+
+
+def test_training_with_checkpointing(hf):
+    model, reference = (switched(hf, segment_size=10).train() for _ in range(2))
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    (enable or model.gradient_checkpointing_enable)()
+    inputs = dict(input_ids=IDS, use_cache=False)
+    assert_same(results(model, **inputs), results(reference, **inputs))
+
+
+def test_dropout_is_for_training(hf):
+    options = SIZES | WIDE | dict(attention_probs_dropout_prob=0.5)
+    model = use_hilbert_attention(build(hf, "ViTConfig", options), segment_size=10)
+    x = pixels(model)
+
+    def out():
+        return model(x).last_hidden_state
+
+    assert torch.equal(out(), out())
+    model.train()
+    assert not torch.equal(out(), out())
+
+
+@pytest.mark.parametrize("kind", ["vision", "text"])
+def test_compiles_into_one_graph(hf, kind):
+    torch._dynamo.reset()
+    model = build(hf, *(VISION["ViT"][:2] if kind == "vision" else TEXT["Llama"]))
+    use_hilbert_attention(model, segment_size=10)
+    inputs = (
+        dict(pixel_values=pixels(model))
+        if kind == "vision"
+        else texts(padding="right")[0] | dict(use_cache=False)
+    )
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    with torch.no_grad():
+        outs = [m(**inputs).last_hidden_state for m in (compiled, model)]
+    assert torch.allclose(*outs, atol=1e-5)

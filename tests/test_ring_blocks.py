@@ -1,0 +1,104 @@
+"""One block of keys, on every device: against the definition, or what a kernel would be given."""
+from unittest import mock
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from hilbert_attn import ring_blocks
+from hilbert_attn.reference import masked_attention
+
+
+def tensors(n, m, d, dtype=torch.float64, **options):
+    "q, k, v and the upstream gradient of the output."
+    return [torch.randn(2, 3, rows, d, **options).to(dtype) for rows in (n, m, m, n)]
+
+
+def exact_block(q, k, v, dout, dlse, mask, scale):
+    leaves = [x.double().requires_grad_() for x in (q, k, v)]
+    results = masked_attention(*leaves, mask, scale)
+    upstream = dout.double(), dlse.double()
+    return *results, *torch.autograd.grad(results, leaves, upstream)
+
+
+@pytest.mark.parametrize("triangle, masked", [(False, False), (True, False), (False, True)])
+def test_plain_kernels(triangle, masked):
+    "The matrix products for devices without a kernel, some rows at a time, with a scale."
+    n, m = (19, 19) if triangle else (19, 23)
+    q, k, v, dout = tensors(n, m, 16)
+    mask, bias = torch.ones(n, m, dtype=torch.bool), None
+    if triangle: mask = mask.tril()
+    if masked:
+        mask = torch.rand(n, m) < 0.4
+        mask[7] = False  # a row without keys
+        bias = torch.zeros(n, m, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    dlse = torch.randn(2, 3, n, dtype=torch.float64).masked_fill(~mask.any(-1), 0)
+    expected = exact_block(q, k, v, dout, dlse, mask, 0.37)
+    rows = [slice(start, min(start + 4, n)) for start in range(0, n, 4)]
+    with mock.patch.object(ring_blocks, "_row_chunks", lambda q, k: rows):
+        out, lse = ring_blocks._plain_forward(q, k, v, triangle, bias, 0.37)
+        shift = lse.masked_fill(lse.isneginf(), 0)
+        block = q, k, v, out, shift, triangle, bias, 0.37
+        grads = ring_blocks._plain_backward(dout, dlse, *block)
+    for a, e in zip((out, lse, *grads), expected):
+        torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 3, 1 << 14)])
+def test_row_chunks_cover_the_rows(shape):
+    b, h, m = shape
+    chunks = ring_blocks._row_chunks(torch.empty(b, h, 1000, 1), torch.empty(b, h, m, 1))
+    assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(1000))
+
+
+def test_cuda_flash_backward_takes_the_gradient_of_the_lse():
+    "What PyTorch's CUDA kernel would be given, handed to the CPU's: three columns carry a float32."
+    q, k, v, dout = tensors(9, 14, 24, torch.bfloat16)
+    dlse = torch.randn(2, 3, 9)
+    out, lse = ring_blocks.block_forward(q, k, v, False, None, 0.2)
+    out = out.bfloat16()
+
+    def given(dout, q, k, v, out, lse, cq, ck, m, j, p, triangle, seed, offset, scale=None):
+        assert (cq, ck, m, j, p) == (None, None, 9, 14, 0.0) and q.shape[-1] % 8 == 0
+        block = [x.float() for x in (dout, q, k, v, out)]
+        on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return *on_cpu(*block, lse, 0.0, triangle, scale=scale), None
+
+    name = "_scaled_dot_product_flash_attention_backward"
+    block = q, k, v, out, lse, False
+    with mock.patch.object(torch.ops.aten, name, given):
+        for gradient in (None, dlse):
+            found = ring_blocks._cuda_flash_backward(dout, gradient, *block, 0.2)
+            expected = ring_blocks.block_backward(dout, gradient, *block, None, 0.2)
+            for a, b in zip(found, expected):
+                torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+def test_cuda_kernels_accept_the_calls():
+    "Shapes and dtypes of PyTorch's CUDA flash operators, without a GPU."
+    with FakeTensorMode():
+        options = dict(device="cuda", dtype=torch.bfloat16)
+        q, k, v = (torch.empty(2, 3, n, 64, **options) for n in (128, 256, 256))
+        out, lse = ring_blocks.block_forward(q, k, v, False, None, 0.125)
+        assert (out.dtype, lse.dtype) == (torch.float32, torch.float32)
+        assert (out.shape, lse.shape) == (q.shape, q.shape[:3])
+        block = q, k, v, out.bfloat16(), lse, False, None, 0.125
+        grads = ring_blocks.block_backward(torch.empty_like(q), None, *block)
+        assert [g.shape for g in grads] == [x.shape for x in (q, k, v)]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("n, m, triangle", [(100, 300, False), (257, 257, True), (1, 70, False)])
+def test_kernels_on_cuda(dtype, n, m, triangle):
+    q, k, v, dout = tensors(n, m, 64, dtype, device="cuda")
+    mask = torch.ones(n, m, dtype=torch.bool, device="cuda")
+    if triangle: mask = mask.tril()
+    dlse = torch.randn(2, 3, n, device="cuda")
+    expected = exact_block(q, k, v, dout, dlse, mask, 0.125)
+    out, lse = ring_blocks.block_forward(q, k, v, triangle, None, 0.125)
+    block = q, k, v, out.to(dtype), lse, triangle, None, 0.125
+    found = out, lse, *ring_blocks.block_backward(dout, dlse, *block)
+    limit = 1e-4 if dtype == torch.float32 else 0.05
+    for a, e in zip(found, expected):
+        assert (a - e).abs().max() < limit * max(1.0, e.abs().max().item())

@@ -1,0 +1,361 @@
+"""The site in a browser, offline: pages, pictures, formulas, search, links; desk and phone."""
+
+import json
+import os
+import re
+import shutil
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from urllib.parse import unquote, urldefrag, urljoin
+
+import pytest
+
+import hilbert_attn
+from built_site import NBS, SITE, built, read_cells
+from hilbert_attn.bench import SUITES, machine_slug
+
+pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
+CHROMIUM = "chromium", "chromium-browser", "google-chrome"
+FLAGS = """headless no-sandbox disable-gpu disable-quic no-first-run
+    disable-background-networking disable-component-update disable-sync""".split()
+
+
+@pytest.fixture(scope="module")
+def chromium() -> str:
+    found = [path for path in map(shutil.which, CHROMIUM) if path]
+    if found:
+        return found[0]
+    missing = "no Chromium on PATH: install Debian's package `chromium`"
+    pytest.fail(missing) if os.environ.get("CI") == "true" else pytest.skip(missing)
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    def handle_error(self, request, client_address):
+        "A page that is left while it loads; what it lacks is for the page to complain of."
+
+
+@pytest.fixture(scope="module")
+def server(chromium) -> str:
+    "The address of the site."
+    handler = partial(Quiet, directory=built())
+    with Server(("127.0.0.1", 0), handler) as running:
+        thread = Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}/"
+        running.shutdown()
+        thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def browser(chromium):
+    playwright = pytest.importorskip("playwright.sync_api")
+    flags = [f"--{flag}" for flag in FLAGS]
+    with playwright.sync_playwright() as driver:
+        launch = partial(driver.chromium.launch, executable_path=chromium, timeout=60_000)
+        opened = launch(args=flags)
+        yield opened
+        opened.close()
+
+
+def listen(page, server: str, complaints: list[str]) -> None:
+    "Notes what leaves this machine, fails to load, or complains in the console."
+
+    def check(route):
+        if route.request.url.startswith((server, "data:", "blob:")):
+            return route.continue_()
+        complaints.append(f"asked for {route.request.url}")
+        route.abort()
+
+    def hear(message):
+        if message.type in ("error", "warning"):
+            complaints.append(message.text)
+
+    def answered(response):
+        if response.status >= 400:
+            complaints.append(f"{response.status} {response.url}")
+
+    page.context.route("**/*", check)
+    page.on("console", hear)
+    page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("websocket", lambda socket: complaints.append(f"opened {socket.url}"))
+    page.on("response", answered)
+
+
+@pytest.fixture
+def open_page(server, browser):
+    "Opens pages of the site; in the end, there may be no complaint."
+    contexts, complaints = [], []
+
+    def opener(name, width=1280, **options):
+        size = {"width": width, "height": 900}
+        context = browser.new_context(viewport=size, **options)
+        contexts.append(context)
+        context.set_default_timeout(20_000)
+        page = context.new_page()
+        listen(page, server, complaints)
+        page.goto(f"{server}{name}.html")
+        return page
+
+    yield opener
+    for context in contexts:
+        context.close()
+    assert not complaints
+
+
+def follow(link):
+    "Clicks on a link to another page, and waits for all of it: a click returns when it begins."
+    with link.page.expect_navigation(wait_until="load"):
+        link.click()
+
+
+def texts_of(found) -> list[str]:
+    return found.evaluate_all("found => found.map(element => element.textContent)")
+
+
+def targets(found) -> list[str]:
+    return found.evaluate_all("links => links.map(link => link.getAttribute('href'))")
+
+
+BROKEN = """[...document.images]
+    .filter(image => !image.naturalWidth).map(image => image.src)"""
+
+
+def drawn(page) -> tuple[int, int]:
+    "How many pictures and formulas there are, once every one has been drawn."
+    page.wait_for_load_state("load")
+    page.wait_for_function("[...document.images].every(image => image.complete)")
+    if page.locator(".math").count():
+        page.wait_for_selector("mjx-container", state="attached")
+    assert not page.evaluate(BROKEN)
+    pictures, formulas = page.locator("article img"), page.locator("article mjx-container")
+    return pictures.count(), formulas.count()
+
+
+def test_start_page(server, open_page):
+    page = open_page("index")
+    assert "hilbert_attn" in page.title()
+    assert page.locator("h1").inner_text().startswith("hilbert_attn")
+    cards = page.locator("ul.cards a")
+    assert cards.count() == len(list(NBS.glob("[0-9]*.ipynb")))
+    assert page.locator("article .cell_output img").count() == 1
+    numbers = page.locator("article table").first.inner_text()
+    assert re.search(r"\d+x, \d+x\s+as fast .* as SDPA with a dense mask", numbers)
+    look_up = targets(page.locator("article p:has(strong:text('Look up')) a"))
+    expected = {"api_by_topic.html", "benchmarks.html", "claims_on_trial.html"}
+    assert {"#which-variant-when", *expected} <= {*look_up}
+    assert "@software{hilbert_attn" in page.locator("section#citing pre").inner_text()
+    follow(cards.get_by_text("Curves", exact=True))
+    assert page.url.startswith(f"{server}curves.html")
+
+
+def test_notebook_page_has_figures_formulas_and_tables(server, open_page):
+    page = open_page("curves")
+    assert all(drawn(page))
+    docments = page.locator("section:has(> h3:text('curve_order')) table")
+    assert "grid" in docments.first.inner_text()
+
+
+def test_search_finds_curve_order(server, open_page):
+    page = open_page("index")
+    page.locator("input[name=q]").first.fill("curve_order")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#search-results li a")
+    found = targets(page.locator("#search-results li a"))
+    assert any("curves.html" in link for link in found)
+
+
+def test_code_can_be_copied(server, open_page):
+    page = open_page("index", permissions=["clipboard-read", "clipboard-write"])
+    block = page.locator("section#quickstart div.highlight").first
+    code = block.locator("pre").text_content()
+    block.hover()
+    block.locator("button.copy").click()
+    assert block.locator("button.copy").inner_text() == "Copied"
+    assert page.evaluate("navigator.clipboard.readText()") == code
+    assert page.locator(".cell_output button.copy").count() == 0
+
+
+RAW_MARKUP = r"""[...document.querySelectorAll("article p")].map(paragraph => {
+    const prose = paragraph.cloneNode(true)
+    prose.querySelectorAll("code").forEach(code => code.remove())
+    return prose.textContent
+}).filter(text => /\| *:?(--|—)|^:::|\$\$|@(fig|eq|tbl)-|\]\(/.test(text))"""
+DARK_ON_DARK = r"""[...document.querySelectorAll(
+    "article p, article li, article td, article pre span, article h1, article h2"
+)].filter(element => {
+    const color = getComputedStyle(element).color
+    const [red, green, blue] = color.match(/[\d.]+/g).map(Number)
+    return element.textContent.trim() && 0.3 * red + 0.6 * green + 0.1 * blue < 90
+}).map(element => element.outerHTML.slice(0, 120))"""
+CUT_OFF = r"""[...document.querySelectorAll(
+    "article pre, article table, article .output, article .table-wrapper, article div.math"
+)].filter(box => {
+    if (!box.checkVisibility() || box.scrollWidth <= box.clientWidth + 1) return false
+    const overflow = getComputedStyle(box).overflowX
+    if (overflow === "visible") return !box.closest("[data-more]")
+    return !box.hasAttribute("data-more") || box.tabIndex !== 0
+}).map(box => box.outerHTML.slice(0, 200))"""
+NAMELESS = """[...document.querySelectorAll('article img')]
+    .filter(image => !image.alt).map(image => image.src)"""
+IDS = "[...document.querySelectorAll('[id]')].map(element => element.id)"
+
+
+def faults(page, width: int, scheme: str) -> list:
+    "What is wrong with a page as it is shown."
+    found = []
+    for question in (RAW_MARKUP, NAMELESS, CUT_OFF):
+        found += page.evaluate(question)
+    if scheme == "dark":
+        found += page.evaluate(DARK_ON_DARK)
+    if page.evaluate("document.documentElement.scrollWidth") > width:
+        found.append("too wide")
+    return found
+
+
+def leads_to(page, server: str) -> set[tuple[str, str]]:
+    "The addresses and anchors, here on the site, that a page links to."
+    found = set()
+    for link in targets(page.locator("a[href]")):
+        target, anchor = urldefrag(urljoin(page.url, link))
+        if target.endswith("/"):
+            target += "index.html"
+        if target.startswith(server):
+            found.add((target, unquote(anchor)))
+    return found
+
+
+class Crawl:
+    "All pages that links lead to: what is wrong with them, their anchors, and their links."
+
+    def __init__(self, page, server: str, width: int, scheme: str):
+        self.faults, self.anchors, self.links = {}, {}, {}
+        todo = [f"{server}index.html", f"{server}search.html"]
+        for address in todo:
+            page.goto(address)
+            drawn(page)
+            self.faults[address] = faults(page, width, scheme)
+            self.anchors[address] = {*page.evaluate(IDS)}
+            self.links[address] = leads_to(page, server)
+            linked = {target for target, _ in self.links[address]}
+            pages = {target for target in linked if target.endswith(".html")}
+            todo += sorted(pages - {*todo})
+
+
+@pytest.mark.parametrize("width, scheme", [(1400, "light"), (900, "dark"), (390, "dark")])
+def test_every_page(server, open_page, width, scheme):
+    "Whole, not wider than the screen, readable, no raw markup; no link or anchor leads nowhere."
+    phone = dict(is_mobile=True, has_touch=True) if width < 500 else {}
+    page = open_page("index", width, color_scheme=scheme, **phone)
+    site = Crawl(page, server, width, scheme)
+    assert not {address: found for address, found in site.faults.items() if found}
+    links = {link for found in site.links.values() for link in found}
+    for target, anchor in links:
+        if anchor:
+            assert anchor in site.anchors[target]
+    for file in {target for target, _ in links} - {*site.anchors}:
+        assert page.request.get(file).ok, file
+    reached = {Path(address).name for address in site.anchors}
+    assert reached == {path.name for path in SITE.glob("*.html")}
+
+
+def test_notebook_and_module_lead_to_each_other(server, open_page):
+    page = open_page("curves")
+    line = page.locator("p.source-links")
+    assert line.inner_text().startswith("Module hilbert_attn.curves: source")
+    with page.expect_download() as download:
+        line.locator("a[download]").click()
+    name = "00_curves.ipynb"
+    assert read_cells(download.value.path()) == read_cells(SITE / "notebooks" / name)
+    follow(line.locator("a").first)
+    assert page.locator("h1").inner_text().startswith("hilbert_attn.curves")
+    assert line.inner_text().startswith("View notebook: Curves")
+    follow(line.locator("a").first)
+    assert page.url == f"{server}curves.html"
+
+
+def test_a_function_leads_to_its_source_and_back(server, open_page):
+    page = open_page("curves")
+    follow(page.locator("div.source a[href='module_curves.html#def-curve_order']"))
+    cell = page.locator("p.origin:has(#def-curve_order)")
+    source = cell.locator("xpath=following-sibling::div[1]").inner_text()
+    assert "def curve_order(" in source
+    follow(cell.locator("a"))
+    assert page.url.startswith(f"{server}curves.html#")
+    assert f"def {page.url.partition('#')[2]}(" in source
+
+
+def row_names(rows) -> list[str]:
+    first = "rows => rows.map(row => row.querySelector('code').textContent)"
+    return rows.evaluate_all(first)
+
+
+def test_api_page_has_every_name_once(server, open_page):
+    page = open_page("api_by_topic")
+    rows = page.locator("article table tbody tr")
+    names = row_names(rows)
+    public = {*hilbert_attn.__all__}
+    measuring = {*row_names(page.locator("section#measuring tbody tr"))}
+    assert {*names} - (measuring - public) == public
+    assert len(names) == len({*names})
+    sources = targets(rows.locator("td:last-child a:last-of-type"))
+    assert len(sources) == rows.count()
+    assert all(re.match(r"[a-z_]+\.html", target) for target in sources)
+    documented = rows.locator("td:first-child a")
+    # constants and aliases have no documentation of their own
+    assert documented.count() > 0.8 * len(names)
+    follow(documented.get_by_text("hilbert_attention", exact=True).first)
+    assert page.url.replace("-", "_") == f"{server}backends.html#hilbert_attention"
+
+
+def stored_suites() -> dict[str, set[str]]:
+    "For each machine, the suites that were measured on it."
+    folders = [folder for folder in (NBS / "results").iterdir() if folder.is_dir()]
+    return {each.name: {path.stem for path in each.glob("*.json")} for each in folders}
+
+
+def test_benchmark_page_has_every_machine(server, open_page):
+    page = open_page("benchmarks")
+    stored = stored_suites()
+    assert page.locator("section > section:has(> h2):has(h3)").count() == len(stored)
+    for machine, suites in stored.items():
+        file = NBS / "results" / machine / f"{min(suites & {*SUITES})}.json"
+        environment = json.loads(file.read_text())[-1]["environment"]
+        assert machine_slug(environment) == machine
+        title = environment.get("gpu", environment["cpu"])
+        section = page.locator(f"section:has(> h2:text('{title}'))").inner_text()
+        for key in ("torch", "python", "date", "commit"):
+            assert environment[key] in section
+        missing = section.rpartition("Not measured on this machine:")[2]
+        assert all(suite in missing for suite in {*SUITES} - suites)
+
+
+def test_benchmark_page_draws_every_suite(server, open_page):
+    page = open_page("benchmarks")
+    suites = [suite for suites in stored_suites().values() for suite in suites]
+    drawn = sum(suite.startswith("gpu_run") or suite in SUITES for suite in suites)
+    pictures = page.locator("article .cell_output img")
+    assert pictures.count() == drawn > 0
+    widths = pictures.evaluate_all("images => images.map(image => image.naturalWidth)")
+    assert max(widths) <= 700  # legible on a phone without scrolling
+    addresses = pictures.evaluate_all("images => images.map(image => image.src)")
+    assert all(len(page.request.get(address).body()) < 200_000 for address in addresses)
+    assert page.locator("section:has(> h3) table").count() >= drawn
+
+
+@pytest.mark.parametrize("name", ["index", "curves", "benchmarks", "which_backend_when"])
+def test_dark_pages_keep_pictures_readable(server, open_page, name):
+    page = open_page(name, color_scheme="dark")
+    assert drawn(page)[0]
+    grounds = "images => images.map(image => getComputedStyle(image).backgroundColor)"
+    found = page.locator(".cell_output img").evaluate_all(grounds)
+    assert {*found} == {"rgb(255, 255, 255)"}
+    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    red, *_ = map(int, re.findall(r"\d+", ground))
+    assert red < 80

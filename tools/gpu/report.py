@@ -1,0 +1,123 @@
+"""The rows of all parts as one file, `gpu_run.json`, and what they say about the targets."""
+import json
+from pathlib import Path
+
+FORWARD, BOTH = "forward", "forward+backward"
+DENSE, GIVEN, GATHER = "cudnn, dense N x N", "cudnn, groups given", "gather + SDPA"
+
+
+def minimal_bytes(case: dict, kind: str, size: int = 2) -> int:
+    "The least that has to be moved: each tensor once."
+    q = case["h"] * case["n"] * case["d"] * size
+    kv = case["kv"] * case["n"] * case["d"] * size
+    forward = 2 * q + 2 * kv
+    backward = (3 * q + 2 * kv) + (q + 2 * kv)  # q, o, do, k, v in; dq, dk, dv out
+    return forward + backward * (kind == BOTH)
+
+
+def with_shares(row: dict, rates: dict) -> dict:
+    "A timed row, with what it reached of the device's own rates."
+    case, ms = row["case"], row["ms"]
+    flops = row["pairs"] * 4 * case["d"] * (3.5 if row["kind"] == BOTH else 1)
+    tflops, gbs = flops / ms / 1e9, minimal_bytes(case, row["kind"]) / ms / 1e6
+    return row | dict(
+        tflops=tflops, share_of_matmul=tflops / rates["matmul_tflops"], gbs_minimal=gbs,
+        share_of_copy=gbs / rates["copy_gbs"])
+
+
+class Times:
+    "Milliseconds by case, kind and name."
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+        self.known = {(r["case"]["name"], r["kind"], r["name"]): r for r in rows}
+
+    def row(self, case: str, kind: str, name: str) -> dict | None:
+        return self.known.get((case, kind, name))
+
+    def ms(self, case: str, kind: str, name: str) -> float | None:
+        row = self.row(case, kind, name)
+        return row and row["ms"]
+
+    def backward(self, case: str, name: str) -> float | None:
+        both, forward = (self.ms(case, kind, name) for kind in (BOTH, FORWARD))
+        return both - forward if both and forward else None
+
+
+def judged(row: dict, target: str, value: float | None, needed: float) -> list[dict]:
+    if value is None: return []
+    return [dict(target=target, case=row["case"]["name"], kind=row["kind"], measured=value,
+                 needed=needed, met=value >= needed)]
+
+
+def ratio(a: float | None, b: float | None) -> float | None: return a / b if a and b else None
+
+
+def segment_verdicts(row: dict, times: Times) -> list[dict]:
+    "The targets for segments, as set for an H200."
+    case, kind, ms = row["case"], row["kind"], row["ms"]
+    name, keys = case["name"], case["w"] // case["r"]
+    found = []
+    if keys >= 1024 and kind == FORWARD:
+        found += judged(row, "share of cuDNN's rate on given groups, forward",
+                        ratio(times.ms(name, kind, GIVEN), ms), 0.85)
+    if keys >= 1024 and kind == BOTH:
+        share = ratio(times.backward(name, GIVEN), times.backward(name, "triton"))
+        found += judged(row, "share of cuDNN's rate on given groups, backward", share, 0.75)
+    if keys <= 512:
+        found += judged(row, "times faster than gather + SDPA",
+                        ratio(times.ms(name, kind, GATHER), ms), 1.0)
+    if keys <= 128:
+        found += judged(row, "share of the copy rate on minimal bytes", row["share_of_copy"], 0.6)
+    if case["n"] == 8192 and kind == BOTH:
+        found += judged(row, "times faster than sdpa_mask",
+                        ratio(times.ms(name, kind, "sdpa_mask"), ms), 40)
+    return found
+
+
+def block_verdicts(row: dict, times: Times) -> list[dict]:
+    "The targets for blocks: a share of what the number of pairs allows over dense attention."
+    case, kind = row["case"], row["kind"]
+    ceiling = case["n"] ** 2 * case["h"] / row["pairs"]
+    if kind == FORWARD:
+        faster, needed = ratio(times.ms(case["name"], kind, DENSE), row["ms"]), 0.9
+    else:
+        dense, ours = (times.backward(case["name"], name) for name in (DENSE, row["name"]))
+        faster, needed = ratio(dense, ours), 0.8
+    target = f"share of the pair-count ceiling, {row['name']}"
+    return judged(row, target, faster and faster / ceiling, needed)
+
+
+def verdicts(rows: list[dict]) -> list[dict]:
+    times, found = Times(rows), []
+    for row in rows:
+        case = row["case"]
+        if not row["name"].startswith("triton") or row["name"].endswith("laid out"): continue
+        if case["kv"] != case["h"] or case.get("causal"): continue
+        found += block_verdicts(row, times) if "pattern" in case else segment_verdicts(row, times)
+    return found
+
+
+def gather(rows: list[dict], left: list[str]) -> dict:
+    "What the benchmark page reads."
+    newest = {}
+    for row in rows:
+        if "ms" in row and "kind" in row:
+            newest[row["case"]["name"], row["kind"], row["name"]] = row
+    rates = next((row["rates"] for row in reversed(rows) if "rates" in row), None)
+    timed = [with_shares(row, rates) for row in newest.values()] if rates else []
+    checks = [row for row in rows if "wrong" in row]
+    wrong = [f"{row['case']}: {row.get('report', '')}" for row in checks
+             if row["wrong"] or row.get("inexact")]
+    failed = [f"{row['task']}: {row['failed']}" for row in rows if "failed" in row]
+    return dict(environment=next(row["environment"] for row in rows if "environment" in row),
+                rates=rates, rows=timed, verdicts=verdicts(timed), skipped=failed + left,
+                correctness=dict(cases=len(checks), wrong=wrong))
+
+
+def write(rows: list[dict], left: list[str], folder: Path) -> Path | None:
+    "The file, once device rates and an environment are known."
+    if not any("rates" in row for row in rows): return None
+    if not any("environment" in row for row in rows): return None
+    path = folder / "gpu_run.json"
+    path.write_text(json.dumps(gather(rows, left), indent=1) + "\n")
+    return path
