@@ -45,7 +45,8 @@ class PretendGPU:
         if "dtype" in case: shape, many = {k: v for k, v in case.items() if k != "n"}, 3
         elif "w" in case:
             keys = case["w"] // case["r"]
-            shape = [case["d"], case["order"], case["causal"], case["kv"] < case["h"], min(keys, 128)]
+            traits = [case["order"], case["causal"], case["kv"] < case["h"]]
+            shape = [case["d"], *traits, min(keys, 128)]
             many = 12
         else: shape, many = [case["pattern"][0], len(case.get("grid", [0])), case["block"]], 12
         return {f"{json.dumps(shape)} {i}" for i in range(many)}
@@ -279,8 +280,9 @@ def test_the_report_judges_what_is_there(tmp_path):
     env = dict(gpu="X", commit="unknown", date="2026-01-01T00:00:00+00:00", dry_run=False)
     rows = [dict(task="a", environment=env),
             dict(task="b", rates=dict(matmul_tflops=600.0, copy_gbs=4000.0)),
-            dict(task="c", case="c", wrong=["dq"], report="off"), dict(task="d", failed="no memory"),
-            timed(case, "forward", "triton", 1.0), timed(case, "forward", "cudnn, groups given", 0.9),
+            dict(task="c", case="c", wrong=["dq"], report="off"),
+            dict(task="d", failed="no memory"), timed(case, "forward", "triton", 1.0),
+            timed(case, "forward", "cudnn, groups given", 0.9),
             timed(image, "forward", "triton", 1.0, image["n"] ** 2 * 6),
             timed(image, "forward", "cudnn, dense N x N", 3.8)]
     path = report.write(rows, ["not measured: e"], tmp_path)

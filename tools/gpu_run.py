@@ -116,7 +116,8 @@ def summarise(results: Path, state: Path, dry: bool) -> int:
     if path:
         for v in () if dry else json.loads(path.read_text())["verdicts"]:
             words = f"{v['case']:40} {v['kind']:17} {v['target']}"
-            print("met   " if v["met"] else "MISSED", words, f"{v['measured']:.2f} of {v['needed']}")
+            met = "met   " if v["met"] else "MISSED"
+            print(met, words, f"{v['measured']:.2f} of {v['needed']}")
     print(f"{len(rows)} rows, {len(failed)} failed, {len(wrong)} wrong, in {path or results}")
     return 1 if wrong else 0
 
@@ -140,7 +141,8 @@ def main() -> int:
     files = paths(options.part, results, state)
     set_aside(files, sources(), options.again)
     seconds = {task.key: task.seconds for task in tasks}
-    for news in watch(lambda: subprocess.Popen(worker), files, seconds, clock): print(news, flush=True)
+    for news in watch(lambda: subprocess.Popen(worker), files, seconds, clock):
+        print(news, flush=True)
     print(f"part {options.part} took {clock.elapsed():.0f} s", flush=True)
     return summarise(results, state, options.dry_run)
 

@@ -35,12 +35,12 @@ def _dq_tiles(dq, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, lo, h
     return dq
 
 @triton.jit
-def _load_queries(q, do, out, lse_ptr, dlse_ptr, stat, token, valid, ACC: tl.constexpr,
-                  S: tl.constexpr):
+def _load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid,
+                  ACC: tl.constexpr, S: tl.constexpr):
     "All that the backward needs to know of a tile of queries."
-    q_tile = _load_rows(q, token, valid, S, True)  # [BM, BD], [BM, BE]
-    do_tile = _load_rows(do, token, valid, S, True)
-    out_tile = _load_rows(out, token, valid, S, True)
+    q_tile = _load_rows(_head_of(q, batch, head, S), token, valid, S, True)  # [BM, BD], [BM, BE]
+    do_tile = _load_rows(_head_of(do, batch, head, S), token, valid, S, True)
+    out_tile = _load_rows(_head_of(out, batch, head, S), token, valid, S, True)
     lse2, delta = _row_statistics(do_tile, out_tile, lse_ptr, dlse_ptr, stat, valid, ACC, S)
     return Queries(q_tile, do_tile, lse2, delta, token)
 
@@ -67,25 +67,24 @@ def _dq_kernel(
     row = tile * S.BLOCK_M + queries.slot
     valid = row < queries.count
     token = _tokens(queries.first + queries.step * row, valid, at.order, S.HAS_ORDER)  # [BM]
-    q, do = _head_of(q, batch, head, S), _head_of(do, batch, head, S)
-    out, dq_rows = _head_of(out, batch, head, S), _head_of(dq, batch, head, S)
     stat = batch_head.to(tl.int64) * n_tokens + token
-    own = _load_queries(q, do, out, lse_ptr, dlse_ptr, stat, token, valid, ACC, S)
+    own = _load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid, ACC, S)
     tl.store(lse2_ptr + stat, own.lse2, mask=valid)
     tl.store(delta_ptr + stat, own.delta, mask=valid)
-    dq = _no_rows(S.BLOCK_M, ACC, S)
+    total = _no_rows(S.BLOCK_M, ACC, S)
 
     full = 0
     end = 1
     if not S.SINGLE: full, end = _key_range(tile, queries, keys, S)
     if S.ALL_MASKED: full = 0
     else:
-        dq = _dq_tiles(dq, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, 0, full,
-                       qk_scale, S, False, S.TMA)
+        total = _dq_tiles(total, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, 0, full,
+                          qk_scale, S, False, S.TMA)
     if S.ALL_MASKED or S.CAUSAL or not S.EVEN:
-        dq = _dq_tiles(dq, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, full, end,
-                       qk_scale, S, True, False)
-    _store_rows(dq_rows, token, valid, _scaled(dq, scale, S), S)
+        total = _dq_tiles(total, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, full, end,
+                          qk_scale, S, True, False)
+    dq = _head_of(dq, batch, head, S)
+    _store_rows(dq, token, valid, _scaled(total, scale, S), S)
 
 # %% ../../nbs/04_triton_backward.ipynb #18743ebb
 @triton.jit
@@ -139,12 +138,15 @@ def _dkv_of_head(sums, own, tile, keys, queries, q, do, q_desc, do_desc, box, ls
 
 # %% ../../nbs/04_triton_backward.ipynb #de1f8b75
 @triton.jit
-def _load_keys(k, v, token, stored, at, S: tl.constexpr):
+def _load_keys(k, v, batch, head, token, stored, mask_ptr, stride_mask, S: tl.constexpr):
     "A tile of keys that a program owns, and which of them may be attended."
     valid = stored
-    if S.HAS_KEY_MASK: valid &= tl.load(at.mask + token, mask=valid, other=0) != 0
-    k_tile = _load_rows(k, token, valid, S, True)  # [BN, BD], [BN, BE]
-    return Keys(k_tile, _load_rows(v, token, valid, S, True), token), valid
+    if S.HAS_KEY_MASK:
+        mask_ptr += batch.to(tl.int64) * stride_mask
+        valid &= tl.load(mask_ptr + token, mask=valid, other=0) != 0
+    k_tile = _load_rows(_head_of(k, batch, head, S), token, valid, S, True)  # [BN, BD], [BN, BE]
+    v_tile = _load_rows(_head_of(v, batch, head, S), token, valid, S, True)
+    return Keys(k_tile, v_tile, token), valid
 
 @triton.jit(do_not_specialize=_SIZES)
 def _dkv_kernel(
@@ -155,9 +157,6 @@ def _dkv_kernel(
     "dk and dv of one tile of keys, summed over the query heads that share it."
     ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     tile, group, batch, kv_head, _ = _turn(tiles, bundles, n_heads // S.HEAD_GROUP, False)
-    mask = at.mask
-    if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
-    at = Places(at.order, mask, at.offset, at.seed)
     qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
     segment, residue = group // rate, group % rate  # a bundle is one group here
 
@@ -166,8 +165,7 @@ def _dkv_kernel(
     row = tile * S.BLOCK_N + keys.slot
     stored = row < n_keys
     token = _tokens(k_first + rate * row, stored, at.order, S.HAS_ORDER)  # [BN]
-    k, v = _head_of(k, batch, kv_head, S), _head_of(v, batch, kv_head, S)
-    own, valid = _load_keys(k, v, token, stored, at, S)
+    own, valid = _load_keys(k, v, batch, kv_head, token, stored, at.mask, stride_mask, S)
     sums = Sums(_no_rows(S.BLOCK_N, ACC, S), _no_rows(S.BLOCK_N, ACC, S))
 
     q_step = rate
@@ -190,15 +188,15 @@ def _dkv_kernel(
             _box_of(batch, head, q_first, segment_size, rate),
             lse2_ptr + first_stat, delta_ptr + first_stat, at,
             _dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, S)
-    dk, dv = _head_of(dk, batch, kv_head, S), _head_of(dv, batch, kv_head, S)
-    _store_sums(sums, dk, dv, token, stored, valid, scale, S)
+    _store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
 
 # %% ../../nbs/04_triton_backward.ipynb #9a164ddb
 @triton.jit
-def _small_head(sums, own, seen, q, do, out, dq, lse_ptr, dlse_ptr, stat, active, stored,
-                drop, qk_scale, scale, ACC: tl.constexpr, S: tl.constexpr):
+def _small_head(sums, own, seen, q, do, out, dq, lse_ptr, dlse_ptr, batch, head, stat, active,
+                stored, drop, qk_scale, scale, ACC: tl.constexpr, S: tl.constexpr):
     "The five products of one query head: writes its dq, adds to dk and dv."
-    rows = _load_queries(q, do, out, lse_ptr, dlse_ptr, stat, own.token, active, ACC, S)
+    token = own.token
+    rows = _load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, active, ACC, S)
     s = _scores(own.k, rows.q, S)  # [BN, BM]
     dp = _scores(own.v, rows.do, S)  # [BN, BM]
     p = tl.where(seen, tl.exp2(s * qk_scale - rows.lse2[None, :]), 0.)
@@ -207,7 +205,8 @@ def _small_head(sums, own, seen, q, do, out, dq, lse_ptr, dlse_ptr, stat, active
     dv = _add_product(sums.dv, z, rows.do, S)
     dk = _add_product(sums.dk, ds, rows.q, S)
     dq_rows = _add_product(_no_rows(S.BLOCK_N, ACC, S), tl.trans(ds.to(own.k.main.dtype)), own.k, S)
-    _store_rows(dq, own.token, stored, _scaled(dq_rows, scale, S), S)
+    dq = _head_of(dq, batch, head, S)
+    _store_rows(dq, token, stored, _scaled(dq_rows, scale, S), S)
     return Sums(dk, dv)
 
 # %% ../../nbs/04_triton_backward.ipynb #595d51fc
@@ -219,9 +218,6 @@ def _small_kernel(
     "dq, dk and dv of PACK whole groups; residue and longnet mode."
     ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     _, bundle, batch, kv_head, _ = _turn(1, bundles, n_heads // S.HEAD_GROUP, False)
-    mask = at.mask
-    if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
-    at = Places(at.order, mask, at.offset, at.seed)
     qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
 
     slot, group = _slots(bundle, S.BLOCK_N, S.PACK)  # queries and keys are the same rows
@@ -229,8 +225,7 @@ def _small_kernel(
     first, count = _progression(group // rate, residue, rate, n_tokens, segment_size)
     stored = slot < count
     token = _tokens(first + rate * slot, stored, at.order, S.HAS_ORDER)  # [BN]
-    k, v = _head_of(k, batch, kv_head, S), _head_of(v, batch, kv_head, S)
-    own, valid = _load_keys(k, v, token, stored, at, S)
+    own, valid = _load_keys(k, v, batch, kv_head, token, stored, at.mask, stride_mask, S)
     sums = Sums(_no_rows(S.BLOCK_N, ACC, S), _no_rows(S.BLOCK_N, ACC, S))
     seen = valid[:, None] & stored[None, :]  # [BN, BM]
     if S.PACK > 1: seen &= group[:, None] == group[None, :]
@@ -241,13 +236,10 @@ def _small_kernel(
         rows = count
         if S.MODE == "longnet": rows = tl.where(residue == tl.load(at.offset + head), count, 0)
         sums = _small_head(
-            sums, own, seen, _head_of(q, batch, head, S),
-            _head_of(do, batch, head, S), _head_of(out, batch, head, S),
-            _head_of(dq, batch, head, S), lse_ptr, dlse_ptr,
+            sums, own, seen, q, do, out, dq, lse_ptr, dlse_ptr, batch, head,
             batch_head.to(tl.int64) * n_tokens + token, slot < rows, stored,
             _dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, scale, ACC, S)
-    dk, dv = _head_of(dk, batch, kv_head, S), _head_of(dv, batch, kv_head, S)
-    _store_sums(sums, dk, dv, token, stored, valid, scale, S)
+    _store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
 
 # %% ../../nbs/04_triton_backward.ipynb #c566217e
 def fit_small(

@@ -33,7 +33,10 @@ from ..reference import default_scale
 # %% ../../nbs/10b_block_kernels.ipynb #656c5e27
 @dataclass(frozen=True)
 class BlockStatic(Static):
-    "What else is known of blocks when a kernel is compiled. HAS_ORDER: the inner loop's slots have tokens."
+    """What else is known of blocks when a kernel is compiled.
+
+    HAS_ORDER: the slots of the inner loop have tokens.
+    """
     AXES: int = 0 # coordinates per slot
     OWN_ORDER: bool = False # the owned tile's slots have tokens
     SPLIT_M: int = 1 # tiles of queries in a block
@@ -59,7 +62,8 @@ class Rows(NamedTuple):
 # %% ../../nbs/10b_block_kernels.ipynb #64b90efc
 @triton.jit
 def _slot_tokens(slot, token_ptr, n_tokens, GATHER: tl.constexpr, EMPTY: tl.constexpr):
-    "The token in each slot, and whether there is one. Where slots may be EMPTY, an empty one pretends to hold token 0."
+    """The token in each slot, and whether there is one. Where slots may be EMPTY, an empty one
+    pretends to hold token 0."""
     token = slot
     if GATHER: token = tl.load(token_ptr + slot)
     valid = slot >= 0
@@ -78,7 +82,7 @@ class Bounds(NamedTuple):
 
 @triton.jit
 def _load_axes(ptr, slot, n_slots, AXES: tl.constexpr):
-    "What an (A, slots) table says of these slots: always three vectors, of which the first A count."
+    "What an (A, slots) table says of these slots: three vectors, of which the first A count."
     a = slot
     b = slot
     c = slot
@@ -100,9 +104,10 @@ def _inside(lo, hi, at, K_DIM: tl.constexpr):
     return (tl.expand_dims(lo, 1 - K_DIM) <= at) & (at <= tl.expand_dims(hi, 1 - K_DIM))
 
 @triton.jit
-def _attended(q_token, bounds, k_token, k_valid, at, n_queries, S: tl.constexpr, K_DIM: tl.constexpr):
-    """Which pairs of a partial block are attended. Vectors of keys are expanded along K_DIM: 0 where
-    keys are columns, 1 where they are rows."""
+def _attended(q_token, bounds, k_token, k_valid, at, n_queries, S: tl.constexpr,
+              K_DIM: tl.constexpr):
+    """Which pairs of a partial block are attended. Vectors of keys are expanded along K_DIM: 0
+    where keys are columns, 1 where they are rows."""
     seen = tl.expand_dims(k_valid, K_DIM)
     if S.AXES > 0:
         inside = _inside(bounds.lo[0], bounds.hi[0], at[0], K_DIM)
@@ -135,8 +140,8 @@ def _keys_in(first, layout, mask_ptr, n_keys, S: tl.constexpr, PARTIAL: tl.const
     return slot, token, valid
 
 @triton.jit
-def _masked(x, own_token, bounds, slot, k_token, valid, layout, n_queries, n_slots, OTHER: tl.constexpr,
-            S: tl.constexpr, PARTIAL: tl.constexpr):
+def _masked(x, own_token, bounds, slot, k_token, valid, layout, n_queries, n_slots,
+            OTHER: tl.constexpr, S: tl.constexpr, PARTIAL: tl.constexpr):
     "A tile [BM, BN] with OTHER where pairs are not attended."
     if PARTIAL:
         at = _load_axes(layout.at, slot, n_slots, S.AXES)
@@ -148,8 +153,9 @@ def _masked(x, own_token, bounds, slot, k_token, valid, layout, n_queries, n_slo
 
 # %% ../../nbs/10b_block_kernels.ipynb #f92fe2a0
 @triton.jit
-def _attend_blocks(run, q, q_token, bounds, k, v, k_desc, v_desc, box, walk, layout, mask_ptr, drop, n_queries,
-                   n_keys, qk_scale, S: tl.constexpr, PARTIAL: tl.constexpr, OVERLAP: tl.constexpr):
+def _attend_blocks(run, q, q_token, bounds, k, v, k_desc, v_desc, box, walk, layout, mask_ptr, drop,
+                   n_queries, n_keys, qk_scale, S: tl.constexpr, PARTIAL: tl.constexpr,
+                   OVERLAP: tl.constexpr):
     "The online softmax over a list of key blocks, each in SPLIT_N tiles."
     MASKED: tl.constexpr = PARTIAL or S.HAS_KEY_MASK
     v_first = walk.count * 0
@@ -208,7 +214,8 @@ def _turns(rows: BlockRows, backwards: bool) -> Tensor: # int32 (1 + n,), on the
 # %% ../../nbs/10b_block_kernels.ipynb #1d248653
 @triton.jit
 def _row_in_turn(turn_ptr, n_rows, SPLIT: tl.constexpr):
-    "This program's row of blocks, tile of all tiles, and head of all batches: the long rows of all heads first, then head by head."
+    """This program's row of blocks, tile of all tiles, and head of all batches: the long rows of all
+    heads first, then head by head."""
     place = tl.program_id(0) // SPLIT
     heads = tl.num_programs(0) // (n_rows * SPLIT)
     long = tl.load(turn_ptr)
@@ -243,7 +250,6 @@ def _block_forward_kernel(
     batch, head = batch_head // n_heads, batch_head % n_heads
     mask = more.mask
     if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
-    more = Places(None, mask, None, more.seed)
     k = _head_of(k, batch, head // S.HEAD_GROUP, S)
     v = _head_of(v, batch, head // S.HEAD_GROUP, S)
     box = _box_of(batch, head // S.HEAD_GROUP, 0, 1, 1)
@@ -259,11 +265,11 @@ def _block_forward_kernel(
     nothing = Bounds(slot, slot)
     walk = Walk(rows.index + first, full, k_slots)
     run = _attend_blocks(run, q_tile, token, nothing, k, v, k_desc, v_desc, box, walk, layout,
-                         more.mask, drop, n_queries, n_keys, qk_scale, S, False, S.OVERLAP)
+                         mask, drop, n_queries, n_keys, qk_scale, S, False, S.OVERLAP)
     bounds = _load_bounds(layout, slot, q_slots, S.AXES)
     walk = Walk(rows.index + first + full, partial, k_slots)
     run = _attend_blocks(run, q_tile, token, bounds, k, v, k_desc, v_desc, box, walk, layout,
-                         more.mask, drop, n_queries, n_keys, qk_scale, S, True, False)
+                         mask, drop, n_queries, n_keys, qk_scale, S, True, False)
     lse_ptr += batch_head.to(tl.int64) * n_queries
     out = _head_of(out, batch, head, S)
     _finish_softmax(run, out, lse_ptr, token, valid, qk_scale, keep_scale, S)
@@ -288,8 +294,8 @@ def _dq_blocks(dq, own, bounds, k, v, k_desc, v_desc, box, walk, layout, mask_pt
 # %% ../../nbs/10b_block_kernels.ipynb #3a227251
 @triton.jit(do_not_specialize=_SIZES)
 def _block_dq_kernel(
-    q, k, v, out, do, dq, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, layout, rows, more, k_desc, v_desc,
-    stride_mask, n_heads,
+    q, k, v, out, do, dq, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, layout, rows, more, k_desc,
+    v_desc, stride_mask, n_heads,
     n_queries, n_keys, n_rows, q_slots, k_slots, list_batches, list_heads, scale: "fp64",
     keep_scale: "fp64", threshold, S: tl.constexpr,
 ):
@@ -299,7 +305,6 @@ def _block_dq_kernel(
     batch, head = batch_head // n_heads, batch_head % n_heads
     mask = more.mask
     if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
-    more = Places(None, mask, None, more.seed)
     k = _head_of(k, batch, head // S.HEAD_GROUP, S)
     v = _head_of(v, batch, head // S.HEAD_GROUP, S)
     box = _box_of(batch, head // S.HEAD_GROUP, 0, 1, 1)
@@ -308,24 +313,23 @@ def _block_dq_kernel(
 
     slot = tile * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
     token, valid = _slot_tokens(slot, layout.q_token, n_queries, S.OWN_ORDER, True)  # [BM]
-    q, do = _head_of(q, batch, head, S), _head_of(do, batch, head, S)
-    out, dq_rows = _head_of(out, batch, head, S), _head_of(dq, batch, head, S)
     stat = batch_head.to(tl.int64) * n_queries + token
-    own = _load_queries(q, do, out, lse_ptr, dlse_ptr, stat, token, valid, ACC, S)
+    own = _load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid, ACC, S)
     tl.store(lse2_ptr + stat, own.lse2, mask=valid)
     tl.store(delta_ptr + stat, own.delta, mask=valid)
-    dq = _no_rows(S.BLOCK_M, ACC, S)
+    total = _no_rows(S.BLOCK_M, ACC, S)
 
     first, full, partial = _row_of_blocks(rows, batch, head, list_batches, list_heads, row, n_rows)
     nothing = Bounds(slot, slot)
     walk = Walk(rows.index + first, full, k_slots)
-    dq = _dq_blocks(dq, own, nothing, k, v, k_desc, v_desc, box, walk, layout, more.mask, drop,
-                    n_queries, n_keys, qk_scale, S, False)
+    total = _dq_blocks(total, own, nothing, k, v, k_desc, v_desc, box, walk, layout, mask, drop,
+                       n_queries, n_keys, qk_scale, S, False)
     bounds = _load_bounds(layout, slot, q_slots, S.AXES)
     walk = Walk(rows.index + first + full, partial, k_slots)
-    dq = _dq_blocks(dq, own, bounds, k, v, k_desc, v_desc, box, walk, layout, more.mask, drop,
-                    n_queries, n_keys, qk_scale, S, True)
-    _store_rows(dq_rows, token, valid, _scaled(dq, scale, S), S)
+    total = _dq_blocks(total, own, bounds, k, v, k_desc, v_desc, box, walk, layout, mask, drop,
+                       n_queries, n_keys, qk_scale, S, True)
+    dq = _head_of(dq, batch, head, S)
+    _store_rows(dq, token, valid, _scaled(total, scale, S), S)
 
 # %% ../../nbs/10b_block_kernels.ipynb #49b6a53f
 @triton.jit
@@ -362,15 +366,11 @@ def _block_dkv_kernel(
     row, tile, batch_head = _row_in_turn(rows.turn, n_rows, S.SPLIT_N)
     kv_heads = n_heads // S.HEAD_GROUP
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
-    mask = more.mask
-    if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
-    more = Places(None, mask, None, more.seed)
     qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
 
     slot = tile * S.BLOCK_N + tl.arange(0, S.BLOCK_N)
     token, stored = _slot_tokens(slot, layout.k_token, n_keys, S.OWN_ORDER, True)  # [BN]
-    k, v = _head_of(k, batch, kv_head, S), _head_of(v, batch, kv_head, S)
-    own, valid = _load_keys(k, v, token, stored, more, S)
+    own, valid = _load_keys(k, v, batch, kv_head, token, stored, more.mask, stride_mask, S)
     sums = Sums(_no_rows(S.BLOCK_N, ACC, S), _no_rows(S.BLOCK_N, ACC, S))
     at = _load_axes(layout.at, slot, k_slots, S.AXES)
 
@@ -386,14 +386,13 @@ def _block_dkv_kernel(
         first, full, partial = _row_of_blocks(
             rows, batch, head, list_batches, list_heads, row, n_rows)
         walk = Walk(rows.index + first, full, q_slots)
-        sums = _dkv_blocks(sums, own, valid, at, q_head, do_head, q_desc, do_desc, box, walk, layout,
-                           lse2, delta, drop, n_queries, qk_scale, S, False)
+        sums = _dkv_blocks(sums, own, valid, at, q_head, do_head, q_desc, do_desc, box, walk,
+                           layout, lse2, delta, drop, n_queries, qk_scale, S, False)
         walk = Walk(rows.index + first + full, partial, q_slots)
-        sums = _dkv_blocks(sums, own, valid, at, q_head, do_head, q_desc, do_desc, box, walk, layout,
-                           lse2, delta, drop, n_queries, qk_scale, S, True)
+        sums = _dkv_blocks(sums, own, valid, at, q_head, do_head, q_desc, do_desc, box, walk,
+                           layout, lse2, delta, drop, n_queries, qk_scale, S, True)
 
-    dk, dv = _head_of(dk, batch, kv_head, S), _head_of(dv, batch, kv_head, S)
-    _store_sums(sums, dk, dv, token, stored, valid, scale, S)
+    _store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
 
 # %% ../../nbs/10b_block_kernels.ipynb #401409f9
 def default_block_tile(
@@ -404,7 +403,8 @@ def default_block_tile(
     dropout: bool = False, # the generator needs registers
     axes: int = 0, # coordinates per slot, which need registers too
 ) -> Tile: # before it is fitted to the block
-    "The tile to use where nothing was measured: that of the segment kernels, smaller where the bounds would spill."
+    """The tile to use where nothing was measured: that of the segment kernels, smaller where the
+    bounds would spill."""
     tile = default_tile(kernel, head_dim, dtype, min(capability, (9, 0)), dropout)
     half = dtype in (torch.float16, torch.bfloat16)
     if not half or head_dim > 128 or capability < (8, 0): return tile
@@ -422,7 +422,8 @@ def fit_block_tile(
     own: int = 0, # the side that a program owns: 0 queries, 1 keys
 ) -> Tile: # whose sides divide those of a block
     "Shrinks a tile to blocks, and its warps with the side that they share."
-    fitted = replace(tile, block_m=gcd(tile.block_m, block_size[0]), block_n=gcd(tile.block_n, block_size[1]))
+    rows, keys = gcd(tile.block_m, block_size[0]), gcd(tile.block_n, block_size[1])
+    fitted = replace(tile, block_m=rows, block_n=keys)
     share = (tile.block_m // fitted.block_m, tile.block_n // fitted.block_n)[own]
     return replace(fitted, num_warps=min(tile.num_warps, max(4, tile.num_warps // share)))
 
@@ -529,7 +530,7 @@ def block_attention_forward(
     return out, lse
 
 # %% ../../nbs/10b_block_kernels.ipynb #8c273159
-def _run_block_dq(call: _BlockCall, tile: Tile, x: _Tensors, lse2: Tensor, delta: Tensor, tma: bool):
+def _run_block_dq(call: _BlockCall, tile: Tile, x: _Tensors, lse2, delta, tma: bool):
     "dq, and the two numbers of each row."
     t = fit_block_tile(tile, call.lists.block_size)
     tma = t.tma and tma
@@ -540,7 +541,7 @@ def _run_block_dq(call: _BlockCall, tile: Tile, x: _Tensors, lse2: Tensor, delta
             *_describe_both(x.k, x.v, 1, t.block_n, tma), *call.sizes(call.n_rows), S=S)
 
 
-def _run_block_dkv(call: _BlockCall, tile: Tile, x: _Tensors, lse2: Tensor, delta: Tensor, tma: bool):
+def _run_block_dkv(call: _BlockCall, tile: Tile, x: _Tensors, lse2, delta, tma: bool):
     "dk and dv."
     t = fit_block_tile(tile, call.lists.block_size, 1)
     tma = t.tma and tma
@@ -591,11 +592,14 @@ _backward_library = _define_operator("block_triton_backward", f"(Tensor dout, Te
 
 
 def _block_triton_forward(q, k, v, key_mask, seed, scale, dropout_p, *lists):
-    return block_attention_forward(q, k, v, lists_from_operands(*lists), key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+    options = dict(key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+    return block_attention_forward(q, k, v, lists_from_operands(*lists), **options)
 
 
 def _block_triton_backward(dout, dlse, q, k, v, out, lse, key_mask, seed, scale, dropout_p, *lists):
-    return block_attention_backward(q, k, v, out, lse, dout, dlse, lists_from_operands(*lists), key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+    options = dict(key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+    lists = lists_from_operands(*lists)
+    return block_attention_backward(q, k, v, out, lse, dout, dlse, lists, **options)
 
 
 def _block_triton_setup(ctx, inputs, output):
@@ -618,6 +622,20 @@ torch.library.register_fake("hilbert_attn::block_triton_backward", lambda dout, 
 torch.library.register_autograd("hilbert_attn::block_triton_forward", _block_triton_step, setup_context=_block_triton_setup, lib=_forward_library)
 
 # %% ../../nbs/10b_block_kernels.ipynb #46ccd30c
+def _check_lists(q: Tensor, k: Tensor, lists: BlockLists):
+    "A `ValueError` where lists and tensors don't fit."
+    (B, H, N), M, where = q.shape[:3], k.shape[2], lists.rows.start.device
+    if (N, M) != (lists.num_queries, lists.num_keys): raise ValueError(
+        f"lists: they are over {lists.num_queries} queries and {lists.num_keys} keys, "
+        f"and q and k have {N} and {M}; both must agree")
+    if any(size % 16 or size < 16 for size in lists.block_size): raise ValueError(
+        f"block_size={lists.block_size}: both sides must be multiples of 16 for the triton backend")
+    if any(own not in (1, size) for own, size in zip(lists.groups, (B, H))): raise ValueError(
+        f"groups={lists.groups}: lists of their own have 1 or B={B} batches, and 1 or H={H} heads")
+    if where != q.device: raise ValueError(
+        f"lists: they are on {where}, and q is on {q.device}; `lists.to(q.device)` moves them")
+
+
 def block_triton_attention(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, M, D): tokens, then registers
@@ -628,13 +646,11 @@ def block_triton_attention(
     dropout_p: float = 0.0, # probability of dropping an attention weight; the seed is drawn from torch's generator
     scale: float | None = None, # None is 1 / sqrt(D)
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N) float32 (float64 for float64)
-    "Block-sparse attention on the fused kernels, differentiable in q, k and v through both results. A `ValueError` where lists and tensors don't fit, a `RuntimeError` where Triton can't run."
-    if (q.shape[2], k.shape[2]) != (lists.num_queries, lists.num_keys):
-        raise ValueError(f"lists: they are over {lists.num_queries} queries and {lists.num_keys} keys, and q and k have {q.shape[2]} and {k.shape[2]}; both must agree")
-    if any(size % 16 or size < 16 for size in lists.block_size): raise ValueError(f"block_size={lists.block_size}: both sides must be multiples of 16 for the triton backend")
-    if any(own not in (1, size) for own, size in zip(lists.groups, q.shape[:2])):
-        raise ValueError(f"groups={lists.groups}: lists of their own have 1 or B={q.shape[0]} batches, and 1 or H={q.shape[1]} heads")
-    if lists.rows.start.device != q.device: raise ValueError(f"lists: they are on {lists.rows.start.device}, and q is on {q.device}; `lists.to(q.device)` moves them")
+    """Block-sparse attention on the fused kernels, differentiable in q, k and v through both results.
+
+    A `ValueError` where lists and tensors don't fit, a `RuntimeError` where Triton can't run.
+    """
+    _check_lists(q, k, lists)
     scale = default_scale(q) if scale is None else float(scale)
     if scale <= 0: q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
     seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p else None

@@ -99,7 +99,7 @@ def _locate(bundle, head, offset_ptr, n_tokens, segment_size, rate, S: tl.conste
 # %% ../../nbs/03_triton_forward.ipynb #0fc9933d
 @triton.jit
 def _key_range(tile, queries, keys, S: tl.constexpr):
-    "How many keys every query of the tile sees, in whole tiles of keys, and how many any of them sees."
+    "How many keys every query of the tile sees, in whole tiles, and how many any of them sees."
     full = keys.count
     end = keys.count
     if S.CAUSAL and not S.HAS_ORDER:
@@ -215,17 +215,22 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 3 # tiles in flight
     overlap: bool = False # weigh the values of a tile during the next tile's softmax; forward only
-    tma: bool = False # load through tensor descriptors; without an order, compute capability 9.0 and up
+    tma: bool = False # through tensor descriptors: no order, compute capability 9.0 and up
 
 
 # (kernel, for head dims up to) -> tile, for half precision
 _DEFAULT_TILES = {
-    "sm90": {("forward", 128): Tile(128, 64, 8, 3), ("forward", 256): Tile(128, 32, 8, 2),
-             ("dq", 64): Tile(128, 64, 8, 3), ("dq", 128): Tile(128, 64, 8, 2), ("dq", 256): Tile(64, 32, 8, 2),
-             ("dkv", 64): Tile(64, 128, 8, 3), ("dkv", 128): Tile(32, 128, 8, 3), ("dkv", 256): Tile(16, 64, 8, 2)},
-    "sm80": {("forward", 64): Tile(128, 64, 8, 3), ("forward", 128): Tile(128, 32, 8, 3), ("forward", 256): Tile(64, 32, 8, 2),
-             ("dq", 64): Tile(64, 64, 4, 3), ("dq", 128): Tile(64, 64, 8, 2), ("dq", 256): Tile(64, 32, 8, 2),
-             ("dkv", 64): Tile(32, 128, 8, 3), ("dkv", 96): Tile(32, 64, 8, 3), ("dkv", 128): Tile(64, 64, 8, 2), ("dkv", 256): Tile(32, 32, 8, 2)},
+    "sm90": {
+        ("forward", 128): Tile(128, 64, 8, 3), ("forward", 256): Tile(128, 32, 8, 2),
+        ("dq", 64): Tile(128, 64, 8, 3), ("dq", 128): Tile(128, 64, 8, 2),
+        ("dq", 256): Tile(64, 32, 8, 2), ("dkv", 64): Tile(64, 128, 8, 3),
+        ("dkv", 128): Tile(32, 128, 8, 3), ("dkv", 256): Tile(16, 64, 8, 2)},
+    "sm80": {
+        ("forward", 64): Tile(128, 64, 8, 3), ("forward", 128): Tile(128, 32, 8, 3),
+        ("forward", 256): Tile(64, 32, 8, 2), ("dq", 64): Tile(64, 64, 4, 3),
+        ("dq", 128): Tile(64, 64, 8, 2), ("dq", 256): Tile(64, 32, 8, 2),
+        ("dkv", 64): Tile(32, 128, 8, 3), ("dkv", 96): Tile(32, 64, 8, 3),
+        ("dkv", 128): Tile(64, 64, 8, 2), ("dkv", 256): Tile(32, 32, 8, 2)},
 }
 
 _DEFAULT_TILES["sm100"] = {("forward", 64): Tile(128, 128, 8, 3)} | _DEFAULT_TILES["sm90"]
@@ -261,7 +266,7 @@ def _pow2(n: int) -> int: return 1 << max(n - 1, 0).bit_length()
 
 def split_head_dim(
     head_dim: int, # D
-) -> tuple[int, int]: # BLOCK_D, BLOCK_E: two powers of two whose sum is at least D; the second may be 0
+) -> tuple[int, int]: # BLOCK_D, BLOCK_E: powers of two, together at least D; the second may be 0
     "Columns as one or two powers of two, whichever is less work."
     whole = max(16, _pow2(head_dim))
     head = max(16, whole // 2)
@@ -295,8 +300,10 @@ def fit_tile(
     single = k_rows <= limit and pack * _pow2(k_rows) <= max(limit, block_m)
     if not single: return Fit(replace(tile, block_m=block_m), 1, False)
     block_n = max(16, pack * _pow2(k_rows))
-    warps = 4 if block_m * block_n * max(1, head_dim // 64) <= (64 * 128 if half else 32 * 64) else 8
-    return Fit(replace(tile, block_m=block_m, block_n=block_n, num_warps=warps, overlap=False, tma=False), pack, True)
+    work = block_m * block_n * max(1, head_dim // 64)
+    warps = 4 if work <= (64 * 128 if half else 32 * 64) else 8
+    fitted = replace(tile, block_m=block_m, block_n=block_n, num_warps=warps)
+    return Fit(replace(fitted, overlap=False, tma=False), pack, True)
 
 # %% ../../nbs/03_triton_forward.ipynb #edc0b2e6
 CANDIDATES = {  # (kernel, for head dims up to) -> tiles, for half precision
@@ -345,7 +352,8 @@ class Workload:
     def key(self, device: torch.device) -> str: # of a remembered tile
         "Everything in words."
         rounded = min(_pow2(self.keys), 2048)
-        words = [self.kernel, f"D{self.head_dim}", f"keys{rounded}", "heads{}/{}".format(*self.heads)]
+        heads = "heads{}/{}".format(*self.heads)
+        words = [self.kernel, f"D{self.head_dim}", f"keys{rounded}", heads]
         words += [str(self.dtype)[6:], *self.traits, *["tma"] * self.tma]
         where = f"{torch.cuda.get_device_name(device)} triton{triton.__version__}"
         return f"{' '.join(words)} on {where}"
@@ -719,7 +727,8 @@ def hilbert_attention_kernel(
     **options: "Unpack[LaunchOptions]", # of `attention_forward`
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "The forward kernel with an order: the gather happens inside."
-    return attention_forward(q, k, v, segment_size or q.shape[2], dilation_rate, order=order, **options)
+    w = segment_size or q.shape[2]
+    return attention_forward(q, k, v, w, dilation_rate, order=order, **options)
 
 
 def standard_attention_kernel(

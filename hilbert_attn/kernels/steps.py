@@ -353,11 +353,11 @@ def _dkv_step(sums, p, own, q, do, q_token, delta_ptr, valid, drop, S: tl.conste
     return Sums(dk, dv)
 
 @triton.jit
-def _store_sums(sums, dk, dv, token, stored, seen, scale, S: tl.constexpr):
+def _store_sums(sums, dk, dv, batch, head, token, stored, seen, scale, S: tl.constexpr):
     "Writes dk and dv; keys that are masked out get 0."
     d_k, d_v = _scaled(sums.dk, scale, S), sums.dv
     seen = seen[:, None]
     d_k = Columns(tl.where(seen, d_k.main, 0.), tl.where(seen, d_k.rest, 0.))
     d_v = Columns(tl.where(seen, d_v.main, 0.), tl.where(seen, d_v.rest, 0.))
-    _store_rows(dk, token, stored, d_k, S)
-    _store_rows(dv, token, stored, d_v, S)
+    _store_rows(_head_of(dk, batch, head, S), token, stored, d_k, S)
+    _store_rows(_head_of(dv, batch, head, S), token, stored, d_v, S)

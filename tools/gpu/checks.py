@@ -39,7 +39,8 @@ def check(case: dict) -> dict:
         return dict(wrong=kernel_names(case, gross), inexact=not gross, report=str(report)[:1500])
     once, twice = both_ways(problem), both_ways(problem)
     moved = [n for n, a, b in zip(KERNEL_OF, once, twice) if not torch.equal(a, b)]
-    return dict(wrong=kernel_names(case, moved), report="two runs differ") if moved else dict(wrong=[])
+    if not moved: return dict(wrong=[])
+    return dict(wrong=kernel_names(case, moved), report="two runs differ")
 
 
 def both_ways(problem: Problem) -> list[Tensor]:
@@ -77,7 +78,8 @@ def check_dropout(problem: Problem, case: dict) -> dict:
     p, mask, kept = case["dropout"], problem.mask(), kept_weights(problem)
     drawn = kept[mask.expand_as(kept)]
     if abs(drawn.mean().item() - (1 - p)) > 5 * math.sqrt(p * (1 - p) / drawn.numel()):
-        return dict(wrong=kernel_names(case, ["out"]), report=f"keeps {drawn.mean():.3f} of the weights")
+        share = f"keeps {drawn.mean():.3f} of the weights"
+        return dict(wrong=kernel_names(case, ["out"]), report=share)
     x = [t.detach().clone().requires_grad_() for t in (problem.q, problem.k, problem.v)]
     exact = [t.detach().double().requires_grad_() for t in x]
     out = problem.attend(*x)[0]

@@ -64,13 +64,14 @@ class Machine:
 
     def describe_gpu(self) -> dict:
         p = torch.cuda.get_device_properties(0)
-        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+        asked = dict(driver="driver_version", sm_clock="clocks.sm", memory_clock="clocks.mem",
+                     power="power.draw", power_limit="power.limit", temperature="temperature.gpu")
+        query = f"--query-gpu={','.join(asked.values())}"
         told = words_of("nvidia-smi", query, "--format=csv,noheader").split(", ")
-        names = ("driver", "sm_clock", "memory_clock", "power", "power_limit", "temperature")
         return dict(gpu=p.name, capability=f"{p.major}.{p.minor}", cores=os.cpu_count(),
                     multiprocessors=p.multi_processor_count, cuda=torch.version.cuda,
                     memory_gib=round(p.total_memory / 2 ** 30),
-                    cudnn=torch.backends.cudnn.version(), **dict(zip(names, told)))
+                    cudnn=torch.backends.cudnn.version(), **dict(zip(asked, told)))
 
     def rates(self, case: dict, emit: Emit) -> None:
         "bf16 matrix products, the best of three shapes, and copies larger than any cache."

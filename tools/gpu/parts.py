@@ -23,7 +23,8 @@ def precompiling(key: str, small=(), large=(), workers: int = 16) -> list[Task]:
         for start in range(0, len(found), size):
             piece = list(found[start:start + size])
             seconds = 10 + len(piece) * kernels * COMPILE / workers
-            tasks.append(named("precompile", f"{key}, {name} from {start}", seconds, **{name: piece}))
+            label = f"{key}, {name} from {start}"
+            tasks.append(named("precompile", label, seconds, **{name: piece}))
     return tasks
 
 

@@ -68,7 +68,8 @@ def set_aside(paths: list[Path], stamp: str, again: bool = False) -> None:
     for path in paths:
         first = path.read_text().partition("\n")[0] if path.exists() else line
         if first == line and not again: continue
-        if path.exists(): path.rename(path.with_name(f"{path.stem}.{int(path.stat().st_mtime)}.jsonl"))
+        if not path.exists(): continue
+        path.rename(path.with_name(f"{path.stem}.{int(path.stat().st_mtime)}.jsonl"))
     for path in paths:
         if path.exists(): continue
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,8 @@ def set_aside(paths: list[Path], stamp: str, again: bool = False) -> None:
 
 class Clock:
     "Seconds since the start, and how many are left."
-    def __init__(self, limit: float, now: Callable[[], float] = time.time, start: float | None = None):
+    def __init__(self, limit: float, now: Callable[[], float] = time.time,
+                 start: float | None = None):
         self.now, self.start = now, now() if start is None else start
         self.limit = limit
 
