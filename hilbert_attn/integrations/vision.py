@@ -20,13 +20,19 @@ from .switch import (
     Geometry, Switch, check_stated, listed, patch_layer, prefix_length, refuse_layers)
 from ..modules import MultiheadDilatedAttention
 
-# %% ../../nbs/14d_vision.ipynb #faff53ac
+# %% ../../nbs/14d_vision.ipynb #a993f03f
 class FusedQKVAttention(nn.Module):
     """A layer as timm has it, its own projections, norms and gate around `PrefixAttention`.
 
     Tokens (B, N, E) to tokens (B, N, E)."""
-    qkv: Any; q_norm: Any; k_norm: Any; attn_drop: Any
-    norm: Any; gate: Any; proj: Any; proj_drop: Any
+    qkv: Any
+    q_norm: Any
+    k_norm: Any
+    attn_drop: Any
+    norm: Any
+    gate: Any
+    proj: Any
+    proj_drop: Any
     parts = ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop")
 
     def __init__(
