@@ -166,7 +166,8 @@ def _mask(lists: BlockLists) -> Tensor: # bool (G, num_queries, num_keys)
 def _rows_of(group, row, other, full, groups: int, n: int, width: int) -> BlockRows:
     """Sorts entries (group, row, other, full) into rows: full blocks first, each part in ascending
     order."""
-    key = np.sort(((group * n + row) * 2 + ~full) * width + other)
+    key = ((group * n + row) * 2 + ~full) * width + other
+    key = np.sort(key, kind="stable")  # entries come in long runs, which this sort merges
     line, index = np.divmod(key, width)
     counts = np.bincount(line, minlength=2 * groups * n).reshape(groups, n, 2)
     begins = np.append(0, counts.sum(-1).cumsum())
