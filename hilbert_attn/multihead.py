@@ -171,10 +171,6 @@ class MultiheadDilatedAttention(nn.Module):
         for bias in (self.in_proj_bias, self.out_proj.bias):
             if bias is not None: nn.init.zeros_(bias)
 
-    def extra_repr(self) -> str:
-        names = ("embed_dim", "num_heads", "batch_first")
-        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
-
 # %% ../nbs/12c_multihead.ipynb #12c0a014
 _NO_WEIGHTS = ("need_weights=True: attention weights are never formed here; leave it out, "
                "or use nn.MultiheadAttention to look at them")
