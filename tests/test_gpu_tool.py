@@ -297,5 +297,5 @@ def test_the_report_judges_what_is_there(tmp_path):
     assert math.isclose(share["measured"], 3.8 / 4) and share["met"]
     assert report.write(rows[:1], [], tmp_path) is None
     assert all(row["share_of_matmul"] > 0 for row in found["rows"])
-    from hilbert_attn.bench import _from_gpu_run
-    assert _from_gpu_run(found, quick=False)["limits"]["copy_bytes_per_s"] == 4e12
+    from hilbert_attn.bench.results import from_gpu_run
+    assert from_gpu_run(found, quick=False)["limits"]["copy_bytes_per_s"] == 4e12
