@@ -33,7 +33,7 @@ FUNCTIONS = {
     "tiles_shared": lambda q, k, v, size=4, **o: tiles_shared_attention(q, k, v, tiles=size, grid=GRID, **o),
     "blocks": blocks,
 }
-each = pytest.mark.parametrize("name", [name for name in FUNCTIONS if name != "blocks"])
+each = pytest.mark.parametrize("name", FUNCTIONS)
 
 
 def tensors(seed=0):
@@ -90,7 +90,7 @@ def test_a_valid_call_is_right_afterwards(name, spoil):
     expected = results(function)
     forget()
     try: spoil(function)
-    except (RuntimeError, NotImplementedError, TypeError) as error: print(f"{spoil.__name__} of {name}: {error}")  # that it cannot is no harm
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error: print(f"{spoil.__name__} of {name}: {error}")  # that it cannot is no harm
     for a, b in zip(results(function), expected): assert a.equal(b)
 
 
