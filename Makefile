@@ -24,6 +24,9 @@ lint: $(BIN)/.all  ## ruff on notebooks, tests and tools, and how the code looks
 	$(BIN)/ruff check nbs tests tools --exit-zero --statistics
 	$(BIN)/python tools/readable.py
 
+mutate: $(BIN)/.all  ## plant mistakes one at a time, and see which of them no test notices (ARGS="-k ring" for some)
+	$(BIN)/python tools/mutate.py $(ARGS)
+
 lab: $(BIN)/.all  ## open the notebooks in JupyterLab
 	$(INTERPRET) $(BIN)/jupyter lab --notebook-dir=nbs $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS)
 
@@ -80,4 +83,4 @@ $(BIN)/.all: $(SETUP) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
 	@touch $(BIN)/.runtime $(BIN)/.demo $(BIN)/.docs $@
 
-.PHONY: help quickstart demo test full lint lab docs export readme wheel newcomer gpu clean distclean
+.PHONY: help quickstart demo test full lint mutate lab docs export readme wheel newcomer gpu clean distclean
