@@ -1,7 +1,7 @@
-"""Do the tests bite? Plants one mistake at a time and runs the tests that should notice: `make mutate`.
+"""Do the tests bite? Plants one mistake at a time and runs the tests that should notice it.
 
-The list is tools/mutations.json: file, text to replace (it occurs once), what to put there, the tests,
-and what would go wrong. A mistake that no test notices is named, unless the list explains why none can.
+The list is mutations.json: file, text to replace (it occurs once), what to put there, tests, and
+what goes wrong. A mistake that no test notices is named, unless the list says why none can.
 """
 import argparse
 import json
