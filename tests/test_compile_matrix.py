@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 from compile_cases import KERNELS, Case, matrix, sampled
 
 HERE = Path(__file__).parent
+SERIALISED = {("dkv", 80): ["C7514"]}  # by every tile and both compilers: 16 columns beside 64
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 EVERY = matrix()
@@ -85,4 +86,4 @@ def test_compiles(compiled, case):
     if case.head_dim > 128: return
     registers = f"at {result['registers']} registers"
     assert result["spilled"] == result["stack"] == 0, f"{result['stack']} bytes spilled, {registers}"
-    if case.arch == 90: assert not result["advice"], f"the assembler warns: {result['advice']}"
+    if case.arch == 90: assert result["advice"] == SERIALISED.get((case.kernel, case.head_dim), [])

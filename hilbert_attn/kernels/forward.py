@@ -233,7 +233,8 @@ _DEFAULT_TILES = {
         ("dkv", 128): Tile(64, 64, 8, 2), ("dkv", 256): Tile(32, 32, 8, 2)},
 }
 
-_DEFAULT_TILES["sm100"] = {("forward", 64): Tile(128, 128, 8, 3)} | _DEFAULT_TILES["sm90"]
+_DEFAULT_TILES["sm100"] = _DEFAULT_TILES["sm90"] | {
+    ("forward", 64): Tile(128, 128, 8, 3), ("dq", 128): Tile(128, 32, 8, 2)}
 
 
 def _covers(key: tuple[str, int], kernel: str, head_dim: int) -> bool:
@@ -253,12 +254,16 @@ def default_tile(
     dropout: bool = False, # the generator needs registers
 ) -> Tile: # before it is fitted to the group
     "The tile to use where nothing was measured."
-    if capability < (8, 0): return Tile(32, 32, 4, 1)  # the interpreter: small, so that small tests have several tiles
+    if capability < (8, 0): return Tile(32, 32, 4, 1)  # the interpreter: small tests, several tiles
     if dtype == torch.float64: return Tile(16, 16, 4, 1)
-    if dtype == torch.float32: return Tile(16, 16, 4, 2) if head_dim > 128 else Tile(32, 32, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
-    if dropout and kernel == "dkv" and head_dim > 64: return Tile(32, 64, 8, 2) if head_dim <= 128 else Tile(16, 32, 4, 2)
+    if dtype == torch.float32:
+        if head_dim > 128: return Tile(16, 16, 4, 2)
+        return Tile(32, 32, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
+    if dropout and kernel == "dkv" and head_dim > 64:
+        return Tile(32, 64, 8, 2) if head_dim <= 128 else Tile(16, 32, 4, 2)
     if dropout and kernel == "forward" and capability < (9, 0): return Tile(64, 32, 4, 2)
-    return _row_of(_DEFAULT_TILES["sm100" if capability >= (10, 0) else "sm90" if capability >= (9, 0) else "sm80"], kernel, head_dim)
+    arch = max(name for name in (80, 90, 100) if capability >= (name // 10, name % 10))
+    return _row_of(_DEFAULT_TILES[f"sm{arch}"], kernel, head_dim)
 
 # %% ../../nbs/03_triton_forward.ipynb #d276f447
 def _pow2(n: int) -> int: return 1 << max(n - 1, 0).bit_length()

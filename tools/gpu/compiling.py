@@ -168,7 +168,7 @@ def recording(capability: tuple[int, int], all_tiles: bool) -> Iterator[dict[str
 class AbsentGPU:
     "The little that a launch asks of a driver before it has a kernel."
     def __init__(self, arch: int): self.arch = arch
-    def get_current_device(self): return 0
+    def get_current_device(self): return self.arch  # kernels are remembered by device
     def get_current_stream(self, device): return 0
 
     def get_current_target(self):
