@@ -10,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "nbs").glob("*.ipynb"))
+LESSONS = [path for path in NOTEBOOKS if path.stem < "11"]  # the others: test_later_notebooks
 DESCRIBE = {"index", "18_api_by_topic", "24_benchmarks", "30_contributing"}
 
 
@@ -21,11 +22,16 @@ def tables(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 @pytest.mark.timeout(400)
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
 def test_runs(path, tmp_path):
+    run_and_compare(path, tmp_path)
+
+
+def run_and_compare(path: Path, folder: Path) -> None:
+    "Runs a notebook in a folder; a page that describes the package shows what is stored."
     notebook = nbformat.read(path, as_version=4)
     stored = tables(notebook)
-    place = {"metadata": {"path": str(tmp_path)}}
+    place = {"metadata": {"path": str(folder)}}
     NotebookClient(
         notebook, timeout=300, kernel_name="python3", resources=place
     ).execute()
