@@ -38,17 +38,21 @@ class Memory:
 
 @st.composite
 def memories(draw, expandable=(0, 1, 2, 3)) -> Memory:
-    expanded = draw(st.sampled_from([(), (), (), *((dim,) for dim in expandable), tuple(expandable)]))
+    expanded = draw(st.sampled_from([(), *((dim,) for dim in expandable), tuple(expandable)]))
     steps = tuple(draw(st.sampled_from((1, 1, 2, 3))) for _ in range(4))
     return Memory(tuple(draw(st.permutations(range(4)))), steps, expanded, draw(st.integers(0, 5)))
 
 
 @st.composite
 def layouts(draw, masked: bool = False):
-    "A name of `LAYOUTS`, or four memories: of q, k, v and of the upstream gradients."
+    """A name of `LAYOUTS`, or four memories: of q, k, v and of the upstream gradients.
+
+    One of them at most has expanded dims: where two repeat a value, sums of equal terms round in
+    one direction, and the error of the yardstick is a matter of luck."""
     if draw(st.integers(0, 3)) == 0: return draw(st.sampled_from(LAYOUTS))
     own = (1, 3) if masked else (0, 1, 2, 3)  # masked keys hold other values than their neighbours
-    return draw(memories()), draw(memories(own)), draw(memories(own)), draw(memories())
+    dims, expanded = ((0, 1, 2, 3), own, own, (0, 1, 2, 3)), draw(st.integers(-1, 3))
+    return tuple(draw(memories(d if i == expanded else ())) for i, d in enumerate(dims))
 
 
 def placed(layout, tensors):
