@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ def whole_number(
     "A size that is a whole number; a `ValueError` for anything else, floats and bools included."
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt, Integral)):
         raise ValueError(f"{name}={value!r}: expected a whole number")
-    number = value if isinstance(value, (int, torch.SymInt)) else int(value)
+    number: Any = value if isinstance(value, (int, torch.SymInt)) else int(value)
     if least is not None and number < least:
         raise ValueError(f"{name}={value!r}: must be at least {least}")
     return number
@@ -59,6 +59,12 @@ def true_or_false(
     if type(value).__name__ in ("bool_", "bool") and getattr(value, "shape", None) == ():
         return bool(value)
     raise ValueError(f"{name}={value!r}: expected True or False")
+
+# %% ../nbs/00_common.ipynb #a72483a1
+@overload
+def unit_stride(x: Tensor) -> Tensor: ...
+@overload
+def unit_stride(x: Tensor | None) -> Tensor | None: ...
 
 # %% ../nbs/00_common.ipynb #2034f40b
 def unit_stride(

@@ -82,10 +82,11 @@ def _differentiable(forward: Callable, setup: Callable, backward: Callable) -> A
     class Step(torch.autograd.Function):
         generate_vmap_rule = True
 
-    Step.forward = staticmethod(forward)
-    Step.setup_context = staticmethod(setup)
-    Step.backward = staticmethod(backward)
-    return Step
+    step: Any = Step
+    step.forward = staticmethod(forward)
+    step.setup_context = staticmethod(setup)
+    step.backward = staticmethod(backward)
+    return step
 
 # %% ../nbs/02b_operators.ipynb #87b525e6
 class AttentionOperator:

@@ -9,7 +9,7 @@ __all__ = ['default_scale', 'masked_attention', 'reference_attention', 'merge_at
 # %% ../nbs/02_reference.ipynb #b8cc1878
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -204,7 +204,7 @@ def _error(x: Tensor, exact: Tensor) -> float:
 def _upstream(q: Tensor, seed: int, lse_grad: bool) -> tuple[Tensor, Tensor | None]:
     "Random gradients of out and LSE."
     generator = torch.Generator(q.device).manual_seed(seed)
-    options = dict(dtype=torch.float64, device=q.device, generator=generator)
+    options: dict[str, Any] = dict(dtype=torch.float64, device=q.device, generator=generator)
     dout = torch.randn(q.shape, **options).to(q.dtype)
     if not lse_grad: return dout, None
     return dout, torch.randn(q.shape[:-1], **options).to(_accumulator(q.dtype))
@@ -224,12 +224,12 @@ def compare_to_oracle(
     hidden: Sequence[Tensor] | None = None, # k and v for `attention` alone; they differ where the mask hides
 ) -> OracleReport: # errors, baseline and bounds of out, lse, dq, dk, dv
     "Measures outputs, LSE and gradients of a path against the float64 oracle and against same-precision SDPA."
-    upstream = _upstream(q, seed, lse_grad)
+    upstream: Sequence[Any] = _upstream(q, seed, lse_grad)  # None: no gradient of the LSE
     if layout is not None: upstream = [x if x is None else layout(x) for x in upstream]
-    tidy = [x if x is None else x.contiguous() for x in upstream]
-    def exact(q, k, v): return masked_attention(q, k, v, mask, scale)
+    tidy: list[Any] = [x if x is None else x.contiguous() for x in upstream]
+    def precise(q, k, v): return masked_attention(q, k, v, mask, scale)
     def yardstick(q, k, v): return _sdpa_yardstick(q, k, v, mask, scale)
-    oracle = _with_grads(exact, [_tidy(x).double() for x in (q, k, v)], *tidy)
+    oracle = _with_grads(precise, [_tidy(x).double() for x in (q, k, v)], *tidy)
     sdpa = _with_grads(yardstick, [_tidy(x) for x in (q, k, v)], *tidy)
     ours = _with_grads(attention, [_same_layout(x) for x in (q, *(hidden or (k, v)))], *upstream)
     factor = default_scale(q) if scale is None else abs(scale)

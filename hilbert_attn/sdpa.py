@@ -104,7 +104,8 @@ def _by_residue(q: Lattice, k: Lattice, r: int, offset: int) -> Iterator[_Block]
 @lru_cache(maxsize=512)
 def _blocks(pattern: SegmentPattern, offset: int, causal: bool, ordered: bool) -> tuple[_Block, ...]:
     "The blocks of the heads with this offset; groups without queries or keys are left out."
-    found, keys_only = [], pattern.mode == "keys"
+    found: list[_Block] = []
+    keys_only = pattern.mode == "keys"
     for q, k in pattern.lattices(offset):
         if keys_only and causal and not ordered:
             found += _by_residue(q, k, pattern.dilation_rate, offset)
@@ -279,14 +280,18 @@ class _SegmentTile(Tile):
 
     def read(self, queries, keys):
         sides = [(x, "q") for x in queries] + [(x, "k") for x in keys]
-        views = [None if x is None else self.rows.read(x, side).to(self.dtype) for x, side in sides]
+        views: list[Any] = [
+            None if x is None else self.rows.read(x, side).to(self.dtype) for x, side in sides]
         if self.layout is None:
             self.sizes = views[0].shape[:4]
             self.layout = _best_layout([x for x in views if x is not None and x.ndim == 6])
         batches = [None if x is None else _merge(x, self.layout) for x in views]
         return batches[:len(queries)], batches[len(queries):]
 
-    def mask(self) -> Tensor: return self.pairs.mask(self.sizes, self.layout, self.rows.tokens["q"].device)
+    def mask(self) -> Tensor:
+        assert self.rows.tokens is not None  # given by `_grouped_expression`
+        return self.pairs.mask(self.sizes, self.layout, self.rows.tokens["q"].device)
+
     def bias(self) -> Tensor | None: return self.pairs.bias(self.sizes, self.layout, self.dtype)
     def empty(self) -> Tensor | None: return self.pairs.empty(self.sizes, self.layout)
 
@@ -399,12 +404,12 @@ def _grouped_expression(
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide) + nothing
     tokens = torch.arange(q.shape[2], device=q.device) if order is None else order
     for tile in _tiles(q, k, pattern, tokens, key_mask, causal, q.dtype):
-        (queries,), pairs = tile.read([q], [k, v])
+        (queries,), (keys, values) = tile.read([q], [k, v])
         mask = tile.mask()
         if need_lse:
-            part, part_lse = masked_attention(queries, *pairs, mask, scale, dropout_p)
+            part, part_lse = masked_attention(queries, keys, values, mask, scale, dropout_p)
             tile.write(lse, part_lse, lse)
-        else: part = _masked_sdpa(queries, *pairs, mask, scale, dropout_p)
+        else: part = _masked_sdpa(queries, keys, values, mask, scale, dropout_p)
         tile.write(out, part, out)
     return out.to(dtype), lse if need_lse else None
 

@@ -116,7 +116,9 @@ def dense_backward(
 ) -> list[Tensor]: # dq, dk, dv
     "Gradients of dense attention, from the gradients of output and LSE."
     def gradients(rows, lse, bias):
-        return flash_backward(*rows, lse, 0.0, triangular, attn_mask=bias, scale=scale)
+        dout, q, k, v, out = rows
+        return flash_backward(
+            dout, q, k, v, out, lse, 0.0, triangular, attn_mask=bias, scale=scale)
 
     if dlse is None: return list(gradients((dout, q, k, v, out), lse, bias))
     grads = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
@@ -201,6 +203,7 @@ def attend_tiles(
         empty = tile.empty()
         if empty is not None: part_lse = part_lse.masked_fill(empty, -torch.inf)
         if mixing:
+            assert out is not None
             tile.mix(out, lse, part, part_lse)
             continue
         out = tile.write(out, part, q)
@@ -224,10 +227,11 @@ def attend_tiles_backward(
     "Backward: gradients of q, k and v, tile by tile."
     dq, dk, dv = grads
     for tile in tiles:
-        rows, pairs = tile.read([q, dout, out, lse, dlse], [k, v])
+        rows, (keys, values) = tile.read([q, dout, out, lse, dlse], [k, v])
         queries, upstream, output, norm, dnorm = rows
         found = dense_backward(
-            upstream, dnorm, queries, *pairs, output, norm, tile.triangular, tile.bias(), scale)
+            upstream, dnorm, queries, keys, values, output, norm,
+            tile.triangular, tile.bias(), scale)
         dq = tile.write(dq, found[0], q, mixing)
         dk = tile.add(dk, found[1], k, mixing)
         dv = tile.add(dv, found[2], v, mixing)
