@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from math import isfinite, prod
@@ -159,7 +159,7 @@ def _check_order(order: Tensor, n: int, device: torch.device) -> Tensor:
     return _permutations.get("order", lambda: _checked(order), source=order)
 
 
-def _check_number(name: str, value: Any) -> float:
+def _check_number(name: str, value: Any) -> float | Any: # Any: a symbol of a graph
     "A real number; a `ValueError` for anything else, texts, bools and tensors included."
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real)):
         raise ValueError(f"{name}={value!r}: expected a number")
@@ -599,7 +599,7 @@ _ONE_BRANCH = ("segment_size", "dilation_rate")
 _BRANCHES = ("segment_lengths", "dilation_rates", "combine")
 
 
-def _check_options(options: dict[str, Any]):
+def _check_options(options: Mapping[str, Any]):
     "Names of arguments of one of the two functions, not of both, and nothing misspelt."
     name, others = "hilbert_attention", _BRANCHES
     if "segment_lengths" in options: name, others = "dilated_attention", _ONE_BRANCH

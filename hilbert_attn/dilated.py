@@ -90,7 +90,8 @@ def _share_on_kernels(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, mix
 
 
 def _dilated_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, *settings) -> tuple[Tensor, ...]:
-    mixture, grads = _Mixture(*settings), None
+    mixture = _Mixture(*settings)
+    grads: Any = None  # of the branches so far
     for i, (pattern, copies) in enumerate(mixture.branches(q)):
         own = lse - log(copies)
         if mixture.triton:
@@ -129,8 +130,10 @@ def _run_heads(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, need_
     group, outs, lses = q.shape[1] // k.shape[1], [], []
     for branch in call.pattern.branches:
         own = replace(call, pattern=branch.pattern)
-        heads = q[:, slice(*branch.heads)], _kv_heads(k, *branch.heads, group), _kv_heads(v, *branch.heads, group)
-        out, lse = _run(own, *heads, backend, need_lse, custom_backward)
+        first, last = branch.heads
+        own_k, own_v = (_kv_heads(x, first, last, group) for x in (k, v))
+        out, lse = _run(
+            own, q[:, first:last], own_k, own_v, backend, need_lse, custom_backward)
         outs.append(out)
         lses.append(lse)
     return torch.cat(outs, 1), torch.cat(lses, 1) if need_lse else None
@@ -152,10 +155,11 @@ def _run_mixture(call: _Call, q: Tensor, k: Tensor, v: Tensor, triton: bool) -> 
 
 def _run_apart(call: _Call, q: Tensor, k: Tensor, v: Tensor, backend: str, custom_backward: bool) -> tuple[Tensor, Tensor]:
     "Each branch by itself, merged by plain PyTorch; gradients of the branches are summed in float32."
-    wide = [x.to(lse_dtype(x.dtype)) for x in (q, k, v)]
+    q_wide, k_wide, v_wide = (x.to(lse_dtype(x.dtype)) for x in (q, k, v))
     outs, lses = [], []
     for branch in call.pattern.branches:
-        out, lse = _run(replace(call, pattern=branch.pattern), *wide, backend, True, custom_backward)
+        own = replace(call, pattern=branch.pattern)
+        out, lse = _run(own, q_wide, k_wide, v_wide, backend, True, custom_backward)
         outs.append(out)
         lses.append(lse + log(branch.copies))
     out, lse = merge_attention(outs, lses)

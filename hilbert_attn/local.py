@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise, product
 from math import prod
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 import torch
@@ -271,6 +271,9 @@ class _Keys:
     always: Tensor | None # (B, H_kv, R, D): those that everybody attends
 
 
+_Rows = TypeVar("_Rows", Tensor, Tensor | None)  # a tensor in gives a tensor out
+
+
 class _Part:
     "Some batches and heads of a call."
 
@@ -281,10 +284,10 @@ class _Part:
         self.key_mask = None if key_mask is None else key_mask[batch, None]  # (B, 1, keys)
         self.cells = slice(local.shared, local.shared + prod(local.grid))
 
-    def rows(self, x: Tensor | None, side: str) -> Tensor | None:
+    def rows(self, x: _Rows, side: str) -> _Rows:
         return None if x is None else x[self.index[side]]
 
-    def on_grid(self, x: Tensor | None) -> Tensor | None: # (B, heads, cells, ...): a view where there is no order
+    def on_grid(self, x: _Rows) -> _Rows: # (B, heads, cells, ...): a view where there is no order
         "The rows of the grid's cells, in order."
         if x is None: return None
         x = x[:, :, self.cells]
@@ -336,7 +339,8 @@ class _LocalTile(Tile):
 
     def __init__(self, part: _Part, unit: _Unit, batches: int, heads: int, extra: int):
         self.part, self.unit, self.extra = part, unit, extra
-        self.sizes, self.no_keys = (batches * unit.tiles, heads), None
+        self.sizes = batches * unit.tiles, heads
+        self.no_keys: Tensor | None = None
 
     def read(self, queries, keys):
         group, dtype = self.part.group, self.part.dtype
@@ -388,7 +392,7 @@ class _SharedTile(Tile):
         group, dtype = self.part.group, self.part.dtype
         def stacked(x): # (B, H, N, ...) -> (B, H_kv, group * shared, ...)
             return x[:, :, :self.count].unflatten(1, (-1, group)).flatten(2, 3).to(dtype)
-        rows = [None if x is None else stacked(x) for x in queries]
+        rows: list[Any] = [None if x is None else stacked(x) for x in queries]
         self.sizes = rows[0].shape[:3]
         return rows, [x.to(dtype) for x in keys]
 
