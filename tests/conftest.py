@@ -1,4 +1,4 @@
-"""What must stand before any test module is imported: Triton's interpreter, torch's threads, hypothesis' profiles."""
+"""What must stand before any test is imported: Triton's interpreter, threads, hypothesis."""
 import os
 from importlib.util import find_spec
 
@@ -43,8 +43,10 @@ def rounding_interpreter():
     cast = InterpreterBuilder.cast_impl
 
     def rounded(self, src, dst_type):
-        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16: return cast(self, src, dst_type)
-        return TensorHandle(torch.tensor(src.data).bfloat16().view(torch.int16).numpy().view("uint16"), tl.bfloat16)
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        bits = torch.tensor(src.data).bfloat16().view(torch.int16)
+        return TensorHandle(bits.numpy().view("uint16"), tl.bfloat16)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", rounded)

@@ -11,9 +11,9 @@ from threading import Thread
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
+from built_site import NBS, SITE, built, read_cells
 
 import hilbert_attn
-from built_site import NBS, SITE, built, read_cells
 from hilbert_attn.bench import SUITES, machine_slug
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(600)]
