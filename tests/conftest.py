@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from sampling import FULL
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -14,20 +15,17 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(threads)
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
-settings.register_profile("ci", max_examples=300, derandomize=True, **common)
+settings.register_profile("ci", max_examples=300 if FULL else 100, derandomize=True, **common)
 settings.register_profile("slow", max_examples=5000, **common)
 profile = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 settings.load_profile(profile)
-
-
-full = os.environ.get("FULL") == "1"
 
 
 def pytest_collection_modifyitems(config, items):
     "Long grids and long fuzzing are left out, not skipped: a skip is for what cannot run here."
     def runs(item):
         if item.get_closest_marker("slow") and profile != "slow": return False
-        return full or not item.get_closest_marker("full")
+        return FULL or not item.get_closest_marker("full")
 
     left_out = [item for item in items if not runs(item)]
     if left_out:

@@ -7,8 +7,9 @@ import sys
 import pytest
 import torch
 from cases import cases
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sampling import examples
 
 pytest.importorskip("triton")
 from hilbert_attn.autograd import HilbertAttentionFunction, HybridAttentionFunction, triton_attention, triton_backward, triton_forward
@@ -90,7 +91,7 @@ class Kernels(torch.autograd.Function):
         return *attention_backward(*ctx.saved_tensors, dout, dlse, *fields, **options, tiles=tiles), None, None, None
 
 
-@settings(max_examples=100)
+@examples(30, 100)
 @given(cases(max_n=48, head_dims=(16, 20, 24, 32, 40, 48, 64, 80)))
 def test_equals_the_oracle(case): poison(lambda: case.check(on_device))
 
@@ -109,7 +110,7 @@ def tiles(draw):
     return pattern, tile, (heads, kv_heads, d), ordered, draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])), draw(st.integers(0, 999))
 
 
-@settings(max_examples=60)
+@examples(20, 60)
 @given(tiles())
 def test_every_tile_equals_the_oracle(case):
     pattern, tile, (heads, kv_heads, d), ordered, causal, masked, dtype, seed = case
