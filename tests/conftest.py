@@ -21,8 +21,32 @@ profile = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 settings.load_profile(profile)
 
 
+# Files that take a minute or more. They come first, so that none of them is left for the end,
+# where the other process would have nothing to do.
+LONGEST = (
+    "test_ring",
+    "test_notebooks",
+    "test_backends",
+    "test_later_notebooks",
+    "test_dilated",
+    "test_triton",
+    "test_block_sparse",
+    "test_block_kernels",
+    "test_local",
+    "test_compile_matrix",
+)
+
+
+def place(item) -> int:
+    return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+
 def pytest_collection_modifyitems(config, items):
     "Long grids and long fuzzing are left out, not skipped: a skip is for what cannot run here."
+    gone = [name for name in LONGEST if not (config.rootpath / "tests" / f"{name}.py").exists()]
+    if gone: raise pytest.UsageError(f"tests/conftest.py lists files that are gone: {gone}")
+    items.sort(key=place)
+
     def runs(item):
         if item.get_closest_marker("slow") and profile != "slow": return False
         return FULL or not item.get_closest_marker("full")
