@@ -3,6 +3,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -453,6 +454,21 @@ def test_the_tuner_knows_what_a_tile_may_depend_on(monkeypatch):
     keys = {Workload(**usual | change).key(torch.device("cuda")) for change in changes}
     assert len(keys) == len(changes) and all("NVIDIA X" in key for key in keys)
     assert Workload(**usual | dict(keys=5000)).key(None) == Workload(**usual | dict(keys=2048)).key(None)
+
+
+def test_the_tuner_takes_the_fastest_tile(tmp_path, monkeypatch):
+    monkeypatch.setenv("HILBERT_ATTN_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    monkeypatch.setattr(forward, "interpreted", False)
+    monkeypatch.setattr(forward, "tile_cache", TileCache())
+    monkeypatch.setattr(forward, "_may_time", lambda q: True)
+    default = default_tile("forward", 64, torch.bfloat16, (9, 0))
+    work = Workload("forward", 64, 1024, (8, 8), torch.bfloat16)
+    slow, *others = work.candidates(default)
+    seconds = {tile: 3.0 - i for i, tile in enumerate([slow, *others[:2]])}
+    monkeypatch.setattr(forward, "_time", lambda launch: seconds.get(launch(), 9.0))
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert forward.tuned_tile(work, default, q, lambda tile: tile) == others[1]
 
 
 def test_candidates_are_those_that_nothing_spoils():

@@ -259,23 +259,19 @@ def cpu_tables(run: dict) -> list[Table]:
         tables.append(Table(direction, rows, formats, titles))
     return tables + ([] if run["quick"] else target_tables(bench_targets(run)))
 
-# %% ../../nbs/15e_cpu.ipynb #539a4321
-def _plot_time(ax, y: int, row: dict):
-    "A median with its spread; the limit has a line."
-    limit = row["name"] == MATMUL
-    color = RED if limit else BLUE if row["name"].startswith(OURS) else GREY
-    low, ms, high = row["p20_ms"], row["ms"], row["p80_ms"]
-    ax.plot((low, high), (y, y), color=color, lw=5, alpha=0.3, solid_capstyle="round")
-    ax.plot(ms, y, "o", color=color, ms=6)
-    text = f"{ms:,.0f}" if ms >= 99.5 else f"{ms:.3g}"
-    place = dict(textcoords="offset points", va="center", fontsize=8, color=color)
-    ax.annotate(text, (max(ms, high), y), (7, 0), **place)
-    if limit: ax.axvline(ms, color=color, lw=1, ls=":")
-
 # %% ../../nbs/15e_cpu.ipynb #cc959afa
 def _plot_times_of(ax, rows: list[dict]):
-    "All rows, the first on top."
-    for y, row in enumerate(rows[::-1]): _plot_time(ax, y, row)
+    "Medians with their spreads, the first row on top, and the limit as a line."
+    for y, row in enumerate(rows[::-1]):
+        ours = row["name"].startswith(OURS)
+        color = RED if row["name"] == MATMUL else BLUE if ours else GREY
+        low, ms, high = row["p20_ms"], row["ms"], row["p80_ms"]
+        ax.plot((low, high), (y, y), color=color, lw=5, alpha=0.3, solid_capstyle="round")
+        ax.plot(ms, y, "o", color=color, ms=6)
+        text = f"{ms:,.0f}" if ms >= 99.5 else f"{ms:.3g}"
+        place = dict(textcoords="offset points", va="center", fontsize=8, color=color)
+        ax.annotate(text, (max(ms, high), y), (7, 0), **place)
+        if row["name"] == MATMUL: ax.axvline(ms, color=color, lw=1, ls=":")
     left, right = min(row["p20_ms"] for row in rows), max(row["p80_ms"] for row in rows)
     ax.set(xscale="log", xlabel="time (ms, logarithmic)", xlim=(left / 1.6, 3 * right))
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows[::-1]], fontsize=8)

@@ -411,15 +411,6 @@ def colors_of(names: Iterable[str]) -> dict[str, str]:
     turns = {name: _OTHERS[i % len(_OTHERS)] for i, name in enumerate(others)}
     return {name: _FIXED.get(name) or turns[name] for name in names}
 
-# %% ../../nbs/15d_results.ipynb #01715059
-def _race_axes(ax, places: list[tuple], relative: list[float], baseline: str):
-    "Settings from top to bottom, times as multiples of the baseline's."
-    if max(relative) > 4 or min(relative) < 0.25: ax.set(xscale="log")
-    ax.axvline(1, color=GREY, lw=1, ls=":")
-    ax.set(xlabel=f"time, in multiples of: {baseline}")
-    words = [", ".join(filter(None, place)) for place in places]
-    ax.set_yticks(range(len(places)), words, fontsize=7)
-
 # %% ../../nbs/15d_results.ipynb #2c45295e
 def _race_name(ax, rows: list[dict], places: list, base: dict, look: dict):
     "The dots of one contender, each with its spread."
@@ -443,7 +434,12 @@ def plot_race(
     for i, (name, color) in enumerate(colors_of(row["name"] for row in rows).items()):
         look = dict(marker="os^"[i // 8 % 3], label=name, color=color)  # eight colours in turn
         _race_name(ax, [row for row in rows if row["name"] == name], places, base, look)
-    _race_axes(ax, places, [row["relative"] for row in rows], baseline)
+    relative = [row["relative"] for row in rows]
+    if max(relative) > 4 or min(relative) < 0.25: ax.set(xscale="log")
+    ax.axvline(1, color=GREY, lw=1, ls=":")
+    ax.set(xlabel=f"time, in multiples of: {baseline}")
+    words = [", ".join(filter(None, place)) for place in places]
+    ax.set_yticks(range(len(places)), words, fontsize=7)
     fig.legend(frameon=False, fontsize=7, loc="outside upper left", ncols=2)
 
 # %% ../../nbs/15d_results.ipynb #04e57220
@@ -453,15 +449,6 @@ def _token_ticks(ax, lengths: Iterable[int]):
     for n in sorted(set(lengths)):
         if not ticks or n > 2.5 * ticks[-1]: ticks.append(n)
     ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
-
-# %% ../../nbs/15d_results.ipynb #83f75500
-def _plot_line(ax, rows: list[dict], factor: float, name: str, color: str):
-    "Medians of one name by tokens, with their spread."
-    mine = sorted((row for row in rows if row["name"] == name), key=lambda row: row["tokens"])
-    x = [row["tokens"] for row in mine]
-    def scaled(key): return [factor * row[key] for row in mine]
-    ax.plot(x, scaled("median"), "o-", ms=4, lw=1.5, label=name, color=color)
-    ax.fill_between(x, scaled("p20"), scaled("p80"), color=color, alpha=0.2, lw=0)
 
 # %% ../../nbs/15d_results.ipynb #97608bba
 def plot_lines(
@@ -473,7 +460,13 @@ def plot_lines(
     "Medians by tokens, a line for each name, with spread, on logarithmic axes."
     from matplotlib.ticker import LogLocator
     for name, color in colors_of(row["name"] for row in rows).items():
-        _plot_line(ax, rows, factor, name, color)
+        mine = sorted((r for r in rows if r["name"] == name), key=lambda row: row["tokens"])
+        x = [row["tokens"] for row in mine]
+        median = [factor * row["median"] for row in mine]
+        low = [factor * row["p20"] for row in mine]
+        high = [factor * row["p80"] for row in mine]
+        ax.plot(x, median, "o-", ms=4, lw=1.5, label=name, color=color)
+        ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=ylabel)
     _token_ticks(ax, (row["tokens"] for row in rows))
     bottom, top = ax.get_ylim()

@@ -140,28 +140,23 @@ def _curves_tables(run: dict) -> list[Table]:
         Table("locality", run["locality"], settings | measures, titles),
     ]
 
-# %% ../../nbs/15h_suites.ipynb #cb235873
-def _plot_kept(ax, locality: list[dict], colors: dict[str, str]):
-    "The share of grid neighbours that stay together: a line for each setting, a dot an order."
-    sizes = list(dict.fromkeys((row["grid"], row["segment_size"]) for row in locality))
-    kept = {(r["name"], r["grid"], r["segment_size"]): r["neighbors_kept"] for r in locality}
-    for i, (name, color) in enumerate(colors.items()):
-        if (name, *sizes[0]) not in kept: continue
-        shares = [kept[name, *size] for size in sizes]
-        heights = [y + 0.3 - 0.15 * i for y in range(len(sizes))]
-        ax.plot(shares, heights, "o", ms=5, label=name, color=color)
-    words = [f"{grid}, segments of {w}" for grid, w in sizes]
-    ax.set_yticks(range(len(sizes)), words, fontsize=8)
-    ax.set(xlabel="share of grid neighbours")
-
 # %% ../../nbs/15h_suites.ipynb #6fb27fa4
 def _plot_curves(run: dict):
     "Time by length on 2-D grids, and the share of neighbours that stay together."
+    sizes = list(dict.fromkeys((row["grid"], row["segment_size"]) for row in run["locality"]))
     titles = ["making an order", "neighbours in one segment"]
     fig, axes = new_figure(2, 1, panel=(5.6, 2.9), titles=titles)
     flat = [row for row in run["rows"] if row["grid"].count("x") == 1]
     plot_lines(axes[0], flat, 1e3, "time (ms)")
-    _plot_kept(axes[1], run["locality"], colors_of(row["name"] for row in run["rows"]))
+    kept = {(r["name"], r["grid"], r["segment_size"]): r["neighbors_kept"] for r in run["locality"]}
+    for i, (name, color) in enumerate(colors_of(row["name"] for row in run["rows"]).items()):
+        if (name, *sizes[0]) not in kept: continue
+        shares = [kept[name, *size] for size in sizes]
+        heights = [y + 0.3 - 0.15 * i for y in range(len(sizes))]
+        axes[1].plot(shares, heights, "o", ms=5, label=name, color=color)
+    words = [f"{grid}, segments of {w}" for grid, w in sizes]
+    axes[1].set_yticks(range(len(sizes)), words, fontsize=8)
+    axes[1].set(xlabel="share of grid neighbours")
     axes[0].get_legend().remove()
     handles = axes[0].get_legend_handles_labels()
     fig.legend(*handles, frameon=False, fontsize=7, loc="outside upper left", ncols=4)

@@ -129,11 +129,9 @@ def compare_orders(
 
 # %% ../../nbs/16c_comparison.ipynb #00eef1b3
 _KEEPS = dict(name="", pairs=",", share=".1%", kept=".1%", reach=".1%", error=".1e", allowed=".1e")
-_TAKES = dict(name="") | {
-    f"{direction}_{figure}": ".1f"
-    for direction in ("forward", "both")
-    for figure in ("ms", "over_masked", "over_naive")
-}
+_MEASURED = """forward_ms forward_over_masked forward_over_naive
+    both_ms both_over_masked both_over_naive""".split()
+_TAKES = dict(name="") | dict.fromkeys(_MEASURED, ".1f")
 _TITLES = dict(
     name="order",
     share="of dense",
