@@ -69,7 +69,7 @@ def _architecture(capability: tuple[int, int] | None, interpreted: bool = False)
     _, name, dtype, mixed = next(row for row in _ARCHITECTURES if capability >= row[0])
     tiles, fused = (64, 64), capability >= (8, 0) and _HAS_TRITON
     if fused:
-        from hilbert_attn.kernels.forward import default_tile
+        from hilbert_attn.kernels.tuning import default_tile
         tile = default_tile("forward", 64, dtype, capability)
         tiles = tile.block_m, tile.block_n
     return GPUArchitecture(name, capability, dtype, mixed, tiles, ("triton",) * fused + ("sdpa", "sdpa_mask", "reference"))

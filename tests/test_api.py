@@ -185,7 +185,7 @@ def test_config_round_trip_and_replace():
 @pytest.mark.parametrize("capability, dtype, mixed, tiles", [(None, torch.float32, False, (64, 64)), ((6, 1), torch.float32, False, (64, 64)), ((7, 5), torch.float16, True, (64, 64)),
                                                              ((8, 0), torch.bfloat16, True, None), ((8, 9), torch.bfloat16, True, None), ((9, 0), torch.bfloat16, True, None), ((10, 0), torch.bfloat16, True, None)])
 def test_precision_and_blocks_follow_the_device(capability, dtype, mixed, tiles, monkeypatch):
-    from hilbert_attn.kernels.forward import default_tile
+    from hilbert_attn.kernels.tuning import default_tile
     device = "cpu" if capability is None else "cuda"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)

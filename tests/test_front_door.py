@@ -13,7 +13,7 @@ import hilbert_attn
 from hilbert_attn import backends
 from hilbert_attn.backends import _architecture, _choose, detect_gpu_architecture, explain_backend, hilbert_attention, set_backend
 from hilbert_attn.curves import curve_order
-from hilbert_attn.kernels.forward import default_tile
+from hilbert_attn.kernels.tuning import default_tile
 from hilbert_attn.patterns import attention_mask
 from hilbert_attn.reference import masked_attention
 
