@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'REGISTRY', 'BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'Backend',
-           'PolicyRow', 'MemoryRow', 'check_backend_name', 'set_backend', 'choose_backend', 'rejected_backends',
-           'attend', 'hilbert_attention', 'training_memory', 'BackendChoice', 'ExplainOptions', 'explain_backend']
+           'computes', 'PolicyRow', 'MemoryRow', 'check_backend_name', 'set_backend', 'choose_backend',
+           'rejected_backends', 'attend', 'hilbert_attention', 'training_memory', 'BackendChoice', 'ExplainOptions',
+           'explain_backend']
 
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
 import os
-import sys
 import threading
 import warnings
 import weakref
@@ -106,34 +106,24 @@ def _runs_anywhere(device: torch.device, capability: tuple[int, int] | None) -> 
     return None
 
 
-def _import(module: str):
-    importlib.import_module(module)
-
-
-setattr(_import, "_dynamo_marked_constant", True)  # a graph that is being traced does not look in
-
-
 @dataclass(frozen=True)
 class Backend:
     "One way to compute attention."
     name: str
     about: str # how it computes
-    functions: Mapping[str, Callable[[Call], Any] | str] # by family; or "module:function"
+    functions: dict[str, Callable[[Call], tuple[Tensor, Any]]] # by family, see `computes`
     # why it cannot run on a device of a compute capability, or None
     why_not: Callable[[torch.device, tuple[int, int] | None], str | None] = _runs_anywhere
     drawback: str = "is not the policy's first choice here" # why another is preferred
     has_expression: bool = True # can PyTorch differentiate it without its own backward?
 
-    def function(
+    def run(
         self,
+        call: Call, # checked, with its pattern
         family: str, # one of `FAMILIES`
-    ) -> Callable[[Call], tuple[Tensor, Any]]: # output and log-sum-exp of a checked call
-        "What computes a family."
-        found = self.functions[family]
-        if not isinstance(found, str): return found
-        module, name = found.split(":")
-        if module not in sys.modules: _import(module)
-        return getattr(sys.modules[module], name)
+    ) -> tuple[Tensor, Any]: # output and log-sum-exp
+        "Computes a call."
+        return self.functions[family](call)
 
 # %% ../nbs/07_backends.ipynb #30fd4e68
 def _reference_segments(call: Call) -> tuple[Tensor, Tensor]:
@@ -177,26 +167,31 @@ FAMILIES = {  # of patterns: what a call is
 }
 REGISTRY = {backend.name: backend for backend in (
     Backend(
-        "reference", "dense float64 softmax, the oracle", {
-            "segments": _reference_segments, "branches": _reference_segments,
-            "blocks": "hilbert_attn.block_sparse:reference_blocks"},
+        "reference", "dense float64 softmax, the oracle",
+        {"segments": _reference_segments, "branches": _reference_segments},
         drawback="for tests: float64 and O(N^2)"),
     Backend(
-        "sdpa_mask", "SDPA with a dense bool mask", {
-            "segments": _sdpa_mask_segments, "branches": _sdpa_mask_segments,
-            "blocks": "hilbert_attn.block_sparse:sdpa_mask_blocks"},
+        "sdpa_mask", "SDPA with a dense bool mask",
+        {"segments": _sdpa_mask_segments, "branches": _sdpa_mask_segments},
         drawback="computes all N^2 scores and masks them"),
     Backend(
-        "sdpa", "dense SDPA kernels on the gathered groups", {
-            "segments": _sdpa_segments, "branches": "hilbert_attn.dilated:sdpa_branches",
-            "blocks": "hilbert_attn.block_sparse:sdpa_blocks"}),
+        "sdpa", "dense SDPA kernels on the gathered groups", {"segments": _sdpa_segments}),
     Backend(
-        "triton", "fused kernels that gather inside", {
-            "segments": _triton_segments, "branches": "hilbert_attn.dilated:triton_branches",
-            "blocks": "hilbert_attn.block_sparse:triton_blocks"},
+        "triton", "fused kernels that gather inside", {"segments": _triton_segments},
         why_not=_needs_a_gpu, has_expression=False),
 )}
 BACKENDS = ("auto", *REGISTRY)
+
+
+def computes(
+    backend: str, # a name in `REGISTRY`
+    family: str, # one of `FAMILIES`
+) -> Callable: # a decorator for a function of a `Call`
+    "Tells the registry, from the notebook of a family, how a backend computes it."
+    def register(function: Callable[[Call], tuple[Tensor, Any]]) -> Callable:
+        REGISTRY[backend].functions[family] = function
+        return function
+    return register
 
 # %% ../nbs/07_backends.ipynb #fade4f93
 @dataclass(frozen=True)
@@ -431,7 +426,7 @@ def attend(
     "Computes a checked call. Raises `RuntimeError` where a forced backend cannot run."
     tokens = call.q.shape[2] if family in _BY_LENGTH else None
     name, _ = choose_backend(backend, call.q.device, tokens, call.custom_backward, family)
-    return REGISTRY[name].function(family)(call.hidden())
+    return REGISTRY[name].run(call.hidden(), family)
 
 # %% ../nbs/07_backends.ipynb #9533bb07
 def hilbert_attention(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .backends import attend
+from .backends import attend, computes
 from .blocks.engine import BlockStats, block_sdpa_attention, block_stats
 from .blocks.flex import from_flex, is_flex
 from hilbert_attn.blocks.lists import (
@@ -93,24 +93,28 @@ def block_sdpa_mask_attention(
     return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
 
 # %% ../nbs/10f_block_sparse.ipynb #b4a4a323
+@computes("reference", "blocks")
 def reference_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
-    "The oracle, for the registry."
+    "The oracle."
     return block_reference_attention(call.q, call.k, call.v, call.pattern, **call.common)
 
 
+@computes("sdpa_mask", "blocks")
 def sdpa_mask_blocks(call: Call) -> tuple[Tensor, Any]: # out, lse or None
-    "SDPA with a mask, for the registry."
+    "SDPA with a mask."
     options: Any = call.common | dict(need_lse=call.need_lse)
     return block_sdpa_mask_attention(call.q, call.k, call.v, call.pattern, **options)
 
 
+@computes("sdpa", "blocks")
 def sdpa_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
-    "Dense kernels on the blocks, for the registry."
+    "Dense kernels on the blocks."
     return block_sdpa_attention(call.q, call.k, call.v, call.pattern, **call.common)
 
 
+@computes("triton", "blocks")
 def triton_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
-    "The fused kernels, for the registry."
+    "The fused kernels."
     from hilbert_attn.kernels.block_sparse import block_triton_attention
     return block_triton_attention(call.q, call.k, call.v, call.pattern, **call.common)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, cat
 
-from .backends import REGISTRY, attend, choose_backend
+from .backends import REGISTRY, attend, choose_backend, computes
 from .calls import Call, check_call, on_branches
 from .operators import AttentionOperator, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
@@ -137,6 +137,7 @@ def _one_by_one(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     return call.narrow(*merge_attention(outs, lses))
 
 # %% ../nbs/08_dilated.ipynb #a2743fed
+@computes("triton", "branches")
 def triton_branches(
     call: Call, # of several branches
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
@@ -144,6 +145,7 @@ def triton_branches(
     return _run_mixture(call, triton=True)
 
 
+@computes("sdpa", "branches")
 def sdpa_branches(
     call: Call, # of several branches
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)

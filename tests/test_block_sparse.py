@@ -15,8 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from hilbert_attn import block_sparse
-from hilbert_attn.backends import set_backend
+from hilbert_attn.backends import REGISTRY, set_backend
 from hilbert_attn.blocks import engine, planner
 from hilbert_attn.block_sparse import (
     ALWAYS, PATTERN_TYPES, BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig,
@@ -843,8 +842,8 @@ def test_backends_can_be_forced(monkeypatch):
     call = lambda **options: block_sparse_attention(
         q, q, q, torch.ones(3, 3, dtype=torch.bool), block_size=4, **options)
     seen = []
-    monkeypatch.setattr(
-        block_sparse, "reference_blocks", lambda call: (seen.append(1), (call.q, call.q))[1])
+    monkeypatch.setitem(
+        REGISTRY["reference"].functions, "blocks", lambda call: (seen.append(1), (call.q, None))[1])
     with set_backend("reference"): call()
     assert len(seen) == 1
     monkeypatch.setenv("HILBERT_ATTN_BACKEND", "reference")

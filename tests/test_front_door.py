@@ -104,7 +104,7 @@ X = torch.zeros(2, 4, 12, 8)
             "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', "
             "'triton'")])
 def test_bad_input_is_answered_with_a_sentence(arguments, message, monkeypatch):
-    monkeypatch.setattr(Backend, "function", lambda *a, **k: pytest.fail("a kernel was started"))
+    monkeypatch.setattr(Backend, "run", lambda *a, **k: pytest.fail("a kernel was started"))
     with pytest.raises(ValueError, match=message):
         hilbert_attention(**{"q": X, "k": X, "v": X, **arguments})
 
@@ -235,11 +235,11 @@ def test_a_forced_backend_that_cannot_run_is_an_error(name, monkeypatch):
 
 
 def test_forcing_a_backend(monkeypatch):
-    used, function = [], Backend.function
-    def noted(backend, family):
+    used, function = [], Backend.run
+    def noted(backend, call, family):
         used.append(backend.name)
-        return function(backend, family)
-    monkeypatch.setattr(Backend, "function", noted)
+        return function(backend, call, family)
+    monkeypatch.setattr(Backend, "run", noted)
     x = torch.randn(1, 1, 80, 8)
     def call(**options): hilbert_attention(x, x, x, **options); return used.pop()
     assert call() == "sdpa"
