@@ -16,17 +16,36 @@ from torch.library import opcheck
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from hilbert_attn.backends import REGISTRY, set_backend
-from hilbert_attn.blocks import engine, planner
 from hilbert_attn.block_sparse import (
-    ALWAYS, PATTERN_TYPES, BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig,
-    block_lists, block_reference_attention, block_sdpa_attention, block_sdpa_mask_attention,
-    block_sparse_attention, block_stats, lists_from_block_mask, lists_from_bounds,
-    lists_from_kinds, lists_from_operands, lists_to_operands, permute_blocks)
+    ALWAYS,
+    PATTERN_TYPES,
+    BlockLists,
+    PostPatternHilbertOptimizer,
+    SparsePatternConfig,
+    block_lists,
+    block_reference_attention,
+    block_sdpa_attention,
+    block_sdpa_mask_attention,
+    block_sparse_attention,
+    block_stats,
+    lists_from_block_mask,
+    lists_from_bounds,
+    lists_from_kinds,
+    lists_from_operands,
+    lists_to_operands,
+    permute_blocks,
+)
+from hilbert_attn.blocks import engine, planner
 from hilbert_attn.common import is_plain
 from hilbert_attn.curves import CURVES, curve_order, inverse_order
 from hilbert_attn.patterns import (
-    DILATION_MODES, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern,
-    WindowPattern)
+    DILATION_MODES,
+    NeighborhoodPattern,
+    SegmentPattern,
+    SlidePattern,
+    TilesSharedPattern,
+    WindowPattern,
+)
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
 
 
