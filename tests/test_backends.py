@@ -3,6 +3,7 @@ import pytest
 import torch
 from cases import Case, Memory, cases
 from hypothesis import example, given
+from sampling import FULL
 from torch.library import opcheck
 
 from hilbert_attn import (
@@ -82,7 +83,7 @@ def test_gradcheck(attention, mode, causal, ordered):
             key_mask=key_mask)
         return out, lse.masked_fill(lse == -torch.inf, 0)
 
-    assert torch.autograd.gradcheck(call, x)
+    assert torch.autograd.gradcheck(call, x, fast_mode=not FULL)
 
 
 @pytest.mark.parametrize("empty", ("batch", "all keys masked"))
