@@ -12,17 +12,17 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from types import MappingProxyType
 from typing import Any, TypeVar, Unpack
 
 import torch
 import torch.nn as nn
 
-from .backends import MEMORY_POLICY, POLICY, BackendChoice, explain_backend, _BACKENDS
+from .backends import MEMORY_POLICY, POLICY, REGISTRY, BackendChoice
+from .backends import choose_backend, explain_backend, rejected_backends
 from .block_layers import BlockSparseAttention, RingBlockSparseAttention
 from .branched import DilatedAttention, HilbertDilatedAttention
 from .common import whole_number
-from .config import AttentionConfig, Settings, _known_fields
+from .config import AttentionConfig, Settings, known_fields
 from .curves import as_grid
 from .multihead import DilatedSelfAttention, MultiheadDilatedAttention
 from .ring_layers import RingDilatedAttention
@@ -226,7 +226,7 @@ def _length(config: AttentionConfig, seq_len: int | None) -> int | None:
 
 # %% ../nbs/13_api.ipynb #217442c7
 def _explained(
-    layer: Any, # with `choose_backend` and `pairs`
+    layer: Any, # with `task` and `pairs`
     config: AttentionConfig,
     shape: tuple[int, int, int, int], # (B, H, N, D)
     **memory: Any, # layers, memory: of `explain_backend`
@@ -236,8 +236,10 @@ def _explained(
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: Any = dict(dtype=config.parameter_dtype, device=device, ranks=config.ring_size)
     choice = explain_backend(shape, **options, **memory, backend=config.backend)
-    name, reason, rejected = layer.choose_backend(device, seq_len)
-    choice = replace(choice, backend=name, reason=reason, rejected=MappingProxyType(rejected))
+    task = layer.task(device, seq_len)
+    name, reason = choose_backend(**task)
+    rejected = rejected_backends(name, reason, **task)
+    choice = replace(choice, backend=name, reason=reason, rejected=rejected)
     pairs = batch * layer.pairs(seq_len, heads)
     density = pairs / (batch * heads * seq_len ** 2)
     return replace(choice, pairs=pairs, density=density, flops=4.0 * head_dim * pairs)
@@ -275,7 +277,7 @@ def _configured(
     attention_type: str, config: AttentionConfig | None, settings: Mapping[str, Any]
 ) -> tuple[AttentionType, AttentionConfig]:
     "The registered type and its configuration."
-    if config is None: config = AttentionConfig(**_known_fields(settings))
+    if config is None: config = AttentionConfig(**known_fields(settings))
     elif settings: config = config.replace(**settings)
     if attention_type != "auto": return _type_named(attention_type), config
     choice = explain_attention_type(config)
@@ -347,7 +349,7 @@ def _policy_tables() -> list[str]:
     backends = []
     for row in POLICY:
         tokens = "any number" if row.max_tokens is None else f"up to {row.max_tokens}"
-        what = f"`{row.backend}`: {_BACKENDS[row.backend].about}"
+        what = f"`{row.backend}`: {REGISTRY[row.backend].about}"
         backends.append((devices[row.device], tokens, what, row.reason))
     training = [(f"`{row.strategy}`", f"{row.share:.0%} of the memory at hand", row.reason)
                 for row in MEMORY_POLICY]
@@ -360,18 +362,3 @@ def _policy_tables() -> list[str]:
 def which_when() -> str: # Markdown
     "Which type, which backend, how to train: generated from the registry and the policies."
     return "\n\n".join(_type_tables() + _policy_tables())
-
-# %% ../nbs/13_api.ipynb #13a0a011
-_MOVED = {
-    "StandardizedRingConfig": "compat", "create_standardized_ring_attention": "compat",
-    "HilbertAttentionTritonFixed": "compat", "RingDilatedAttentionHilbertCore": "compat",
-    "RingDilatedAttentionHilbertOptimizedFixed": "compat",
-    "BlockSparseRingDilatedAttentionHilbertPostPattern": "compat",
-}
-
-
-def __getattr__(name: str) -> Any:
-    "Names that were here once, until everybody takes them from where they live."
-    if name not in _MOVED: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-    return getattr(import_module(f"hilbert_attn.{_MOVED[name]}"), name)

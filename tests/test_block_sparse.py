@@ -16,19 +16,37 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from hilbert_attn import block_sparse
-from hilbert_attn.backends import set_backend
-from hilbert_attn.blocks import engine, planner
+from hilbert_attn.backends import REGISTRY, set_backend
 from hilbert_attn.block_sparse import (
-    ALWAYS, PATTERN_TYPES, BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig,
-    block_lists, block_reference_attention, block_sdpa_attention, block_sdpa_mask_attention,
-    block_sparse_attention, block_stats, lists_from_block_mask, lists_from_bounds,
-    lists_from_kinds, lists_from_operands, lists_to_operands, permute_blocks)
+    ALWAYS,
+    PATTERN_TYPES,
+    BlockLists,
+    PostPatternHilbertOptimizer,
+    SparsePatternConfig,
+    block_lists,
+    block_reference_attention,
+    block_sdpa_attention,
+    block_sdpa_mask_attention,
+    block_sparse_attention,
+    block_stats,
+    lists_from_block_mask,
+    lists_from_bounds,
+    lists_from_kinds,
+    lists_from_operands,
+    lists_to_operands,
+    permute_blocks,
+)
+from hilbert_attn.blocks import engine, planner
 from hilbert_attn.common import is_plain
 from hilbert_attn.curves import CURVES, curve_order, inverse_order
 from hilbert_attn.patterns import (
-    DILATION_MODES, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern,
-    WindowPattern)
+    DILATION_MODES,
+    NeighborhoodPattern,
+    SegmentPattern,
+    SlidePattern,
+    TilesSharedPattern,
+    WindowPattern,
+)
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
 
 
@@ -845,8 +863,7 @@ def test_backends_can_be_forced(monkeypatch):
         q, q, q, torch.ones(3, 3, dtype=torch.bool), block_size=4, **options)
     seen = []
     monkeypatch.setitem(
-        block_sparse._BLOCK_BACKENDS, "reference",
-        lambda *x, **o: (seen.append(1), block_reference_attention(*x, **o))[1])
+        REGISTRY["reference"].functions, "blocks", lambda call: (seen.append(1), (call.q, None))[1])
     with set_backend("reference"): call()
     assert len(seen) == 1
     monkeypatch.setenv("HILBERT_ATTN_BACKEND", "reference")
@@ -875,7 +892,7 @@ def test_bad_arguments_are_named():
         ("heads", dict(block_size=4, k=q[:, :3], v=q[:, :3])),
         ("must agree", dict(block_size=4, v=q[:, :, :, :4])),
         (
-            "key_mask has shape",
+            "expected bool of shape (B, M) = (2, 13)",
             dict(
                 block_size=4, k=torch.randn(2, 4, 13, 8), v=torch.randn(2, 4, 13, 8),
                 key_mask=torch.ones(2, 12, dtype=torch.bool)),
