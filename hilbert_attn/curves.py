@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['CURVES', 'hilbert_decode', 'hilbert_encode', 'as_grid', 'curve_order', 'inverse_order', 'create_hilbert_mapping',
-           'new_figure', 'plot_curve', 'segment_map', 'Locality', 'locality']
+           'segment_map', 'Locality', 'locality']
 
 # %% ../nbs/00_curves.ipynb #5b9dcb4e
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import isqrt, prod
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .common import Cache, is_plain, whole_number, whole_numbers
-from .common import define_operator as _define_operator  # until every module takes it from there
+from .common import Cache, define_operator, is_plain, whole_number, whole_numbers
+
+_define_operator = define_operator  # until every module takes it from `common`
 
 # %% ../nbs/00_curves.ipynb #6b76e754
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _check_bits(bits: int, ndim: int):
-    if whole_number("bits", bits) < 1 or whole_number("ndim", ndim) < 1 or bits * ndim > 62:
-        raise ValueError(f"bits={bits} and ndim={ndim}: both must be at least 1, and bits * ndim at most 62 to fit int64")
+    if whole_number("bits", bits) >= 1 <= whole_number("ndim", ndim) and bits * ndim <= 62: return
+    raise ValueError(
+        f"bits={bits} and ndim={ndim}: both must be at least 1, "
+        "and bits * ndim at most 62 to fit int64")
 
 
 def _as_int64(name: str, x: Tensor, end: int) -> Tensor:
@@ -34,38 +36,44 @@ def _as_int64(name: str, x: Tensor, end: int) -> Tensor:
         given = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"{name} is {given}: expected a tensor of whole numbers")
     x = x.long()
-    if is_plain(x) and x.numel() and not torch.compiler.is_compiling():
-        least, most = x.aminmax()
-        if least < 0 or most >= end:
-            raise ValueError(f"{name} holds {int(least)} to {int(most)}: each must be at least 0 and less than {end}")
-    return x
+    if not is_plain(x) or not x.numel() or torch.compiler.is_compiling(): return x
+    least, most = x.aminmax()
+    if least >= 0 and most < end: return x
+    raise ValueError(
+        f"{name} holds {int(least)} to {int(most)}: each must be at least 0 and less than {end}")
 
+# %% ../nbs/00_curves.ipynb #2dac1614
+def _mirror(x: list[Tensor], axis: int, level: int):
+    "Where this bit of the axis is set, inverts the lower bits of axis 0; else swaps the two axes'."
+    low = (1 << level) - 1
+    invert = (x[axis] >> level) & 1
+    swap = (x[0] ^ x[axis]) & low & (invert - 1)
+    x[0] = x[0] ^ swap ^ (low & -invert)
+    if axis: x[axis] = x[axis] ^ swap
 
+# %% ../nbs/00_curves.ipynb #19023f41
 def hilbert_decode(
     index: Tensor, # positions on the curve, int64, any shape, 0 <= index < 2**(bits*ndim)
     bits: int, # the grid has side 2**bits
     ndim: int, # number of dimensions of the grid
 ) -> Tensor: # coordinates, int64, shape (*index.shape, ndim)
-    "Coordinates of positions on the classic Hilbert curve (Skilling 2004); a `ValueError` where `bits*ndim > 62`."
+    """Coordinates of positions on the classic Hilbert curve (Skilling 2004).
+
+    A `ValueError` where `bits*ndim > 62`."""
     _check_bits(bits, ndim)
     index = _as_int64("index", index, 2 ** (bits * ndim))
     x = [torch.zeros_like(index) for _ in range(ndim)]
-    for bit in range(bits * ndim):  # spread the interleaved bits over the axes, the first axis holding the highest
+    for bit in range(bits * ndim):  # interleaved: the first axis holds the highest
         axis, level = ndim - 1 - bit % ndim, bit // ndim
         x[axis] = x[axis] | ((index >> bit) & 1) << level
     carry = x[-1] >> 1  # undo the Gray code
     for axis in range(ndim - 1, 0, -1): x[axis] = x[axis] ^ x[axis - 1]
     x[0] = x[0] ^ carry
     for level in range(1, bits):  # undo the mirrored copies, from the finest to the coarsest
-        low = (1 << level) - 1
-        for axis in range(ndim - 1, -1, -1):
-            invert = (x[axis] >> level) & 1
-            swap = (x[0] ^ x[axis]) & low & (invert - 1)
-            x[0] = x[0] ^ swap ^ (low & -invert)
-            if axis: x[axis] = x[axis] ^ swap
+        for axis in range(ndim - 1, -1, -1): _mirror(x, axis, level)
     return torch.stack(x, -1)
 
-
+# %% ../nbs/00_curves.ipynb #3efe5d07
 def hilbert_encode(
     coords: Tensor, # coordinates, int64, shape (..., ndim), 0 <= coords < 2**bits
     bits: int, # the grid has side 2**bits
@@ -75,92 +83,99 @@ def hilbert_encode(
     _check_bits(bits, ndim)
     x = list(_as_int64("coords", coords, 2 ** bits).unbind(-1))
     for level in range(bits - 1, 0, -1):
-        low = (1 << level) - 1
-        for axis in range(ndim):
-            invert = (x[axis] >> level) & 1
-            swap = (x[0] ^ x[axis]) & low & (invert - 1)
-            x[0] = x[0] ^ swap ^ (low & -invert)
-            if axis: x[axis] = x[axis] ^ swap
-    for axis in range(1, ndim): x[axis] = x[axis] ^ x[axis - 1]
+        for axis in range(ndim): _mirror(x, axis, level)
+    for axis in range(1, ndim): x[axis] = x[axis] ^ x[axis - 1]  # the Gray code
     parity = torch.zeros_like(x[0])
-    for level in range(1, bits): parity = parity ^ (((x[-1] >> level) & 1) * ((1 << level) - 1))
+    for level in range(1, bits):
+        parity = parity ^ (((x[-1] >> level) & 1) * ((1 << level) - 1))
     index = torch.zeros_like(x[0])
     for level in range(bits):
         for axis in range(ndim):
-            index = index | (((x[axis] ^ parity) >> level) & 1) << (level * ndim + ndim - 1 - axis)
+            bit = ((x[axis] ^ parity) >> level) & 1
+            index = index | bit << (level * ndim + ndim - 1 - axis)
     return index
 
 # %% ../nbs/00_curves.ipynb #f707ea7c
+_ACROSS = ("ab", "-*", ""), ("ab", "+*", "")
+_AROUND = ("ba", "--", ""), ("ab", "*+", ""), ("ba", "+-", "ab")
+
+
 def _even_half(n: int) -> int:
     "About half of `n`, even where possible."
     half = n // 2
     return half + 1 if half % 2 and n > 2 else half
 
 
-def _place(
-    path: np.ndarray, # (ndim, n): a path in its own frame
-    *axes: tuple[int, int, int], # for each axis of the outer frame: (axis of the path, origin, sign)
-) -> np.ndarray: # (ndim, n)
-    "The path moved, mirrored and turned into an outer frame."
-    return np.stack([origin + sign * path[axis] for axis, origin, sign in axes])
+def _zigzag(w: int) -> np.ndarray: # (2, 2 * w)
+    "Up and down over the columns of height two; an odd last one is entered by the diagonal step."
+    column = np.repeat(np.arange(w, dtype=np.int32), 2)
+    row = np.resize(np.array([0, 1, 1, 0], np.int32), 2 * w)
+    if w % 2: row[-2:] = 1, 0
+    return np.stack([column, row])
 
 
-def _rectangle(w: int, h: int, memo: dict) -> np.ndarray:
-    "Path (2, w*h) over a `w` x `h` rectangle from (0, 0) to (w-1, 0)."
-    if (w, h) in memo: return memo[w, h]
-    if h == 1:
-        path = np.stack([np.arange(w, dtype=np.int32), np.zeros(w, np.int32)])
-    elif h == 2:  # zigzag over the columns; an odd last column is entered by the diagonal step
-        b = np.resize(np.array([0, 1, 1, 0], np.int32), 2 * w)
-        if w % 2: b[-2:] = 1, 0
-        path = np.stack([np.repeat(np.arange(w, dtype=np.int32), 2), b])
-    elif 2 * w > 3 * h:
-        w2 = _even_half(w)
-        path = np.concatenate([_rectangle(w2, h, memo), _place(_rectangle(w - w2, h, memo), (0, w2, 1), (1, 0, 1))], 1)
-    else:
-        w2, h2 = _even_half(w), _even_half(h)
-        path = np.concatenate([
-            _place(_rectangle(h2, w2, memo), (1, 0, 1), (0, 0, 1)),  # up the left half
-            _place(_rectangle(w, h - h2, memo), (0, 0, 1), (1, h2, 1)),  # across the top
-            _place(_rectangle(h2, w - w2, memo), (1, w - 1, -1), (0, h2 - 1, -1)),  # down the right half
-        ], 1)
-    memo[w, h] = path
+def _cut_rectangle(w: int, h: int) -> tuple[tuple[str, str, str], ...]:
+    return _ACROSS if 2 * w > 3 * h else _AROUND
+
+# %% ../nbs/00_curves.ipynb #e3c6b752
+def _piece(
+    sides: tuple[int, ...], # of the whole
+    along: str, # the axis that each of the piece's own axes runs along
+    halves: str, # per axis: "-" lower, "+" upper, "*" all of it
+    backwards: str, # axes that are walked from the far end
+    memo: dict,
+) -> np.ndarray: # (ndim, cells of the piece), in the frame of the whole
+    "The walk over a part of a rectangle or box, moved, mirrored and turned to its place."
+    low = [_even_half(n) if half == "+" else 0 for n, half in zip(sides, halves)]
+    high = [_even_half(n) if half == "-" else n for n, half in zip(sides, halves)]
+    own = ["abc".index(axis) for axis in along]
+    walk = _walk(tuple(high[axis] - low[axis] for axis in own), memo)
+    placed = np.empty_like(walk)
+    for axis, x in zip(own, walk):
+        placed[axis] = high[axis] - 1 - x if "abc"[axis] in backwards else low[axis] + x
+    return placed
+
+# %% ../nbs/00_curves.ipynb #e911b3b8
+def _walk(
+    sides: tuple[int, ...], # (w, h) or (w, h, d)
+    memo: dict, # walks that are known
+) -> np.ndarray: # int32 (ndim, cells): coordinates by position
+    "The path over a rectangle or box, from the origin to the far end of the first axis."
+    if sides not in memo:
+        if 1 in sides: memo[sides] = _flat_walk(sides, memo)
+        elif sides[1:] == (2,): memo[sides] = _zigzag(sides[0])
+        else:
+            cut = _cut_rectangle if len(sides) == 2 else _cut_box
+            pieces = [_piece(sides, *piece, memo) for piece in cut(*sides)]
+            memo[sides] = np.concatenate(pieces, 1)
+    return memo[sides]
+
+
+def _flat_walk(sides: tuple[int, ...], memo: dict) -> np.ndarray:
+    "Where a side is 1: a line, or the rectangle of the other two."
+    path = np.zeros((len(sides), prod(sides)), np.int32)
+    axes = sorted(range(len(sides)), key=lambda axis: sides[axis] == 1)  # in order, flat ones last
+    if len(sides) == 3: path[axes[:2]] = _walk((sides[axes[0]], sides[axes[1]]), memo)
+    else: path[axes[0]] = np.arange(prod(sides))
     return path
 
 # %% ../nbs/00_curves.ipynb #622c7f4f
-def _box(w: int, h: int, d: int, memo: dict) -> np.ndarray:
-    "Path (3, w*h*d) over a `w` x `h` x `d` box from (0, 0, 0) to (w-1, 0, 0)."
-    if (w, h, d) in memo: return memo[w, h, d]
-    if 1 in (w, h, d):
-        flat = [axis for axis, n in enumerate((w, h, d)) if n > 1]
-        a, b = (flat + [axis for axis in range(3) if axis not in flat])[:2]
-        path = np.zeros((3, w * h * d), np.int32)
-        path[[a, b]] = _rectangle((w, h, d)[a], (w, h, d)[b], {})
-    else:
-        w2, h2, d2 = _even_half(w), _even_half(h), _even_half(d)
+_LONG = ("abc", "-**", ""), ("abc", "+**", "")
+_FLAT_IN_C = ("bca", "--*", ""), ("abc", "*+*", ""), ("bca", "+-*", "ab")
+_FLAT_IN_B = ("cab", "-*-", ""), ("abc", "**+", ""), ("cab", "+*-", "ac")
+_FIVE = (
+    ("bca", "---", ""),  # along b
+    ("cab", "-+*", ""),  # along c
+    ("abc", "*-+", "bc"),  # across along a
+    ("cab", "++*", "ac"),  # back along c
+    ("bca", "+--", "ab"),  # back along b
+)
 
-        def part(u, v, t, *axes): return _place(_box(u, v, t, memo), *axes)
 
-        if 2 * w > 3 * h and 2 * w > 3 * d:  # long: cut across a
-            parts = [part(w2, h, d, (0, 0, 1), (1, 0, 1), (2, 0, 1)),
-                     part(w - w2, h, d, (0, w2, 1), (1, 0, 1), (2, 0, 1))]
-        elif 3 * h > 4 * d:  # flat in c: the rectangle's three pieces in (a, b)
-            parts = [part(h2, d, w2, (2, 0, 1), (0, 0, 1), (1, 0, 1)),
-                     part(w, h - h2, d, (0, 0, 1), (1, h2, 1), (2, 0, 1)),
-                     part(h2, d, w - w2, (2, w - 1, -1), (0, h2 - 1, -1), (1, 0, 1))]
-        elif 3 * d > 4 * h:  # flat in b: the same in (a, c)
-            parts = [part(d2, w2, h, (1, 0, 1), (2, 0, 1), (0, 0, 1)),
-                     part(w, h, d - d2, (0, 0, 1), (1, 0, 1), (2, d2, 1)),
-                     part(d2, w - w2, h, (1, w - 1, -1), (2, 0, 1), (0, d2 - 1, -1))]
-        else:
-            parts = [part(h2, d2, w2, (2, 0, 1), (0, 0, 1), (1, 0, 1)),  # along b
-                     part(d, w2, h - h2, (1, 0, 1), (2, h2, 1), (0, 0, 1)),  # along c
-                     part(w, h2, d - d2, (0, 0, 1), (1, h2 - 1, -1), (2, d - 1, -1)),  # across along a
-                     part(d, w - w2, h - h2, (1, w - 1, -1), (2, h2, 1), (0, d - 1, -1)),  # back along c
-                     part(h2, d2, w - w2, (2, w - 1, -1), (0, h2 - 1, -1), (1, 0, 1))]  # back along b
-        path = np.concatenate(parts, 1)
-    memo[w, h, d] = path
-    return path
+def _cut_box(w: int, h: int, d: int) -> tuple[tuple[str, str, str], ...]:
+    if 2 * w > 3 * max(h, d): return _LONG
+    if 3 * h > 4 * d: return _FLAT_IN_C
+    return _FLAT_IN_B if 3 * d > 4 * h else _FIVE
 
 # %% ../nbs/00_curves.ipynb #0e63431d
 def _row_major(grid: tuple[int, ...]) -> np.ndarray:
@@ -168,10 +183,11 @@ def _row_major(grid: tuple[int, ...]) -> np.ndarray:
 
 
 def _snake(grid: tuple[int, ...]) -> np.ndarray:
+    "From the inside out: each further axis walks the inner path forwards, then backwards."
     order = np.arange(grid[-1])
-    for n in grid[-2::-1]:  # from the inside out: each further axis walks the inner path forwards, then backwards
-        layers = np.where(np.arange(n)[:, None] % 2 == 0, order, order[::-1])
-        order = (layers + np.arange(n)[:, None] * order.size).ravel()
+    for n in grid[-2::-1]:
+        layer = np.arange(n)[:, None]
+        order = (np.where(layer % 2 == 0, order, order[::-1]) + layer * order.size).ravel()
     return order
 
 
@@ -181,29 +197,33 @@ def _tile(grid: tuple[int, ...], side: int) -> np.ndarray:
 
 
 def _morton(grid: tuple[int, ...]) -> np.ndarray:
-    code = np.zeros(prod(grid), np.int64)
-    for axis, coord in enumerate(np.indices(grid).reshape(len(grid), -1)):
+    code, ndim = np.zeros(prod(grid), np.int64), len(grid)
+    for axis, coord in enumerate(np.indices(grid).reshape(ndim, -1)):
         for bit in range(int(grid[axis] - 1).bit_length()):
-            code |= (coord >> bit & 1) << (bit * len(grid) + len(grid) - 1 - axis)
+            code |= (coord >> bit & 1) << (bit * ndim + ndim - 1 - axis)
     return np.argsort(code, kind="stable")
 
-
+# %% ../nbs/00_curves.ipynb #c5838f1f
 def _hilbert(grid: tuple[int, ...]) -> np.ndarray:
+    "The classic curve on cubes of side 2^m, else the generalised one, along the longest side."
     side, ndim = grid[0], len(grid)
     if ndim == 3 and side > 1 and side & (side - 1) == 0 and grid == (side,) * 3:
         path = hilbert_decode(torch.arange(side ** 3), side.bit_length() - 1, 3).T.numpy()
     else:
-        axes = sorted(range(ndim), key=lambda axis: -grid[axis])  # along the longest side; sorted() is stable
-        build: Callable[..., np.ndarray] = _rectangle if ndim == 2 else _box
-        walk = build(*(grid[axis] for axis in axes), {})
+        axes = sorted(range(ndim), key=lambda axis: -grid[axis])  # sorted() is stable
+        walk = _walk(tuple(grid[axis] for axis in axes), {})
         path = np.empty_like(walk)
         path[axes] = walk
-    order = path[0].astype(np.int64)
-    for n, coord in zip(grid[1:], path[1:]): order = order * n + coord
-    return order
+    return np.ravel_multi_index(tuple(path.astype(np.int64)), grid)
 
 
-_CURVES: dict[str, Callable[..., np.ndarray]] = {"row_major": _row_major, "snake": _snake, "tile": _tile, "morton": _morton, "hilbert": _hilbert}
+_CURVES: dict[str, Callable[..., np.ndarray]] = {
+    "row_major": _row_major,
+    "snake": _snake,
+    "tile": _tile,
+    "morton": _morton,
+    "hilbert": _hilbert,
+}
 CURVES = tuple(_CURVES)
 
 # %% ../nbs/00_curves.ipynb #465ef398
@@ -213,17 +233,20 @@ def as_grid(
     "The grid as a tuple of one to three positive sizes, or a `ValueError`."
     try: dims = whole_numbers("grid", grid, 1)
     except ValueError: dims = ()
-    if not 1 <= len(dims) <= 3:
-        raise ValueError(f"grid={grid!r}: expected N, (H, W) or (T, H, W), whole numbers, each at least 1")
-    return dims
+    if 1 <= len(dims) <= 3: return dims
+    raise ValueError(
+        f"grid={grid!r}: expected N, (H, W) or (T, H, W), whole numbers, each at least 1")
 
-
+# %% ../nbs/00_curves.ipynb #eeeabf3b
 def _parse_curve(curve: str) -> tuple[str, tuple[int, ...]]:
     "`'tile:16'` -> `('tile', (16,))`; a `ValueError` that lists the known names otherwise."
     name, _, side = str(curve).partition(":")
-    if name not in _CURVES or (side and (name != "tile" or not side.isdigit() or int(side) < 1)):
-        raise ValueError(f"curve={curve!r}: known curves are {', '.join(map(repr, _CURVES))} and 'tile:S' for tiles of side S")
-    return name, (int(side or 8),) if name == "tile" else ()
+    sized = name == "tile" and side.isdigit() and int(side) >= 1
+    if name in _CURVES and (sized or not side):
+        return name, (int(side or 8),) if name == "tile" else ()
+    known = ", ".join(map(repr, _CURVES))
+    raise ValueError(
+        f"curve={curve!r}: known curves are {known} and 'tile:S' for tiles of side S")
 
 
 def _fold(n: int) -> tuple[int, int]:
@@ -239,13 +262,18 @@ def _compute_order(grid: tuple[int, ...], curve: str) -> np.ndarray:
     order = _CURVES[name](_fold(grid[0]), *options)
     return order[order < grid[0]]
 
-
+# %% ../nbs/00_curves.ipynb #7340588e
 _orders = Cache()
 
 
 def _cached_order(grid: tuple[int, ...], curve: str, device: torch.device) -> Tensor:
-    if device.type == "cuda" and device.index is None: device = torch.device("cuda", torch.cuda.current_device())
-    def compute(): return torch.from_numpy(np.ascontiguousarray(_compute_order(grid, curve), dtype=np.int64)).to(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
+
+    def compute():
+        order = np.ascontiguousarray(_compute_order(grid, curve), dtype=np.int64)
+        return torch.from_numpy(order).to(device)
+
     return _orders.get((grid, curve, device), compute)
 
 
@@ -253,14 +281,17 @@ def curve_order(
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
     curve: str = "hilbert", # a name in `CURVES`, or "tile:S"
     device: torch.device | str | None = None, # where the result lies; None is the CPU
-) -> Tensor: # int64 (N,): the token index visited at each position; cached, so do not write into it
-    "The permutation that lays the tokens of `grid` along a curve; a `ValueError` for a bad grid or an unknown curve."
+) -> Tensor: # int64 (N,): the token index at each position; cached, so do not write into it
+    """The permutation that lays the tokens of `grid` along a curve.
+
+    A `ValueError` for a bad grid or an unknown curve."""
     grid, device = as_grid(grid), torch.device(device or "cpu")
     _parse_curve(curve)
-    if torch.compiler.is_compiling(): return torch.ops.hilbert_attn.curve_order(grid, curve, device)
+    if torch.compiler.is_compiling():
+        return torch.ops.hilbert_attn.curve_order(grid, curve, device)
     return _cached_order(grid, curve, device)
 
-
+# %% ../nbs/00_curves.ipynb #475cf6c1
 def inverse_order(
     order: Tensor, # int64 (N,), a permutation
 ) -> Tensor: # int64 (N,): `rank`, with rank[order[p]] == p
@@ -269,66 +300,28 @@ def inverse_order(
     rank[order] = torch.arange(order.numel(), device=order.device, dtype=order.dtype)
     return rank
 
-
+# %% ../nbs/00_curves.ipynb #7b729960
 def create_hilbert_mapping(
     seq_len: int, # number of tokens N
 ) -> Tensor: # int32 (N,)
-    "The Hilbert order of a plain sequence, folded to a near-square: `curve_order(seq_len)` as int32."
+    "The Hilbert order of a plain sequence, folded to a near-square: `curve_order(seq_len)`."
     return curve_order(seq_len).to(torch.int32)
 
 # %% ../nbs/00_curves.ipynb #719055b4
 def _curve_order_op(grid: Sequence[int], curve: str, device: torch.device) -> Tensor:
-    return _cached_order(tuple(grid), curve, device).clone()  # a compiler may reuse an operator's output as scratch
+    # a compiler may reuse an operator's output as scratch
+    return _cached_order(tuple(grid), curve, device).clone()
 
 
 def _curve_order_fake(grid: Sequence[int], curve: str, device: torch.device) -> Tensor:
     return torch.empty(prod(grid), dtype=torch.int64, device=device)
 
 
-_library = _define_operator("curve_order", "(SymInt[] grid, str curve, Device device) -> Tensor")
+_library = define_operator("curve_order", "(SymInt[] grid, str curve, Device device) -> Tensor")
 _library.impl("curve_order", _curve_order_op, "CompositeExplicitAutograd")
 torch.library.register_fake("hilbert_attn::curve_order", _curve_order_fake, lib=_library)
 
 # %% ../nbs/00_curves.ipynb #d52a3ab4
-_PALETTE = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#3ca951", "#ff8ab7", "#a463f2", "#97bbf5", "#9c6b4e", "#9498a0")
-
-
-def new_figure(
-    rows: int = 1, # rows of panels
-    cols: int = 1, # columns of panels
-    *,
-    panel: tuple[float, float] = (3.0, 3.0), # size of one panel in inches
-    titles: Sequence[str] = (), # one per panel
-    pictures: bool = False, # True hides axes and ticks
-): # (figure, array of axes)
-    "A figure in the project's one style: white ground (readable on light and dark pages), small titles, no frame."
-    import matplotlib.pyplot as plt
-    fig = plt.figure(figsize=(panel[0] * cols, panel[1] * rows), layout="constrained", dpi=100, facecolor="white")
-    with plt.rc_context({"font.size": 9, "axes.titlesize": 9, "axes.spines.top": False, "axes.spines.right": False,
-                         "axes.prop_cycle": plt.cycler(color=_PALETTE)}):
-        axes = fig.subplots(rows, cols, squeeze=False).ravel()
-    for ax, title in zip(axes, titles): ax.set_title(title)
-    if pictures:
-        for ax in axes: ax.set_xticks([]), ax.set_yticks([]), ax.spines[:].set_visible(False)
-    return fig, axes
-
-
-def plot_curve(
-    ax, # matplotlib axes
-    grid: tuple[int, int], # (H, W)
-    curve: str = "hilbert", # a name in `CURVES`, or "tile:S"
-    cell: float = 1.0, # side of a cell in data units (pixels, over a photo)
-    **line, # passed on to matplotlib
-):
-    "Draws the curve through the cells of a 2-D grid, from blue to red."
-    from matplotlib.collections import LineCollection
-    order = curve_order(grid, curve).numpy()
-    xy = np.stack([order % grid[1] + 0.5, order // grid[1] + 0.5], 1) * cell
-    path = LineCollection(list(np.stack([xy[:-1], xy[1:]], 1)), cmap="turbo", array=np.arange(len(xy) - 1), **line)
-    ax.add_collection(path)
-    ax.set_xlim(0, grid[1] * cell), ax.set_ylim(grid[0] * cell, 0), ax.set_aspect("equal")
-
-
 def segment_map(
     grid: Sequence[int], # (H, W) or any grid
     segment_size: int, # positions per segment
@@ -347,7 +340,22 @@ class Locality:
     boundary: float # mean number of grid edges that leave a segment
     neighbors_kept: float # share of grid-neighbour pairs that share a segment
 
+# %% ../nbs/00_curves.ipynb #58c23c87
+def _spread(coords: np.ndarray, starts: np.ndarray) -> float:
+    "Root of the variance of a segment's cells; the segments begin at `starts`."
+    sizes = np.diff(np.append(starts, len(coords)))[:, None]
+    mean, square = (np.add.reduceat(x, starts) / sizes for x in (coords, coords ** 2))
+    return float(np.sqrt((square - mean ** 2).sum(1).clip(0)).mean())
 
+
+def _edges(segments: np.ndarray) -> tuple[int, int]: # of the grid, of them inside a segment
+    edges = kept = 0
+    for axis in range(segments.ndim):
+        across = np.diff(segments, axis=axis)
+        edges, kept = edges + across.size, kept + int((across == 0).sum())
+    return edges, kept
+
+# %% ../nbs/00_curves.ipynb #02d30ebc
 def locality(
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
     segment_size: int, # positions per segment
@@ -360,12 +368,11 @@ def locality(
     coords = np.stack(np.unravel_index(order, dims), 1).astype(float)  # (N, ndim), in curve order
     step = np.linalg.norm(np.diff(coords, axis=0), axis=1)
     starts = np.arange(0, len(order), segment_size)
-    sizes = np.diff(np.append(starts, len(order)))[:, None]
-    mean, square = (np.add.reduceat(x, starts) / sizes for x in (coords, coords ** 2))
-    segments = segment_map(dims, segment_size, curve).numpy()
-    same = [np.take(segments, range(n - 1), axis) == np.take(segments, range(1, n), axis) for axis, n in enumerate(dims)]
-    edges, kept = sum(s.size for s in same), sum(int(s.sum()) for s in same)
+    edges, kept = _edges(segment_map(dims, segment_size, curve).numpy())
     return Locality(
-        step_mean=float(step.mean()) if step.size else 0.0, step_max=float(step.max(initial=0)),
-        spread=float(np.sqrt((square - mean ** 2).sum(1).clip(0)).mean()),
-        boundary=2 * (edges - kept) / len(starts), neighbors_kept=kept / edges if edges else 1.0)
+        step_mean=float(step.mean()) if step.size else 0.0,
+        step_max=float(step.max(initial=0)),
+        spread=_spread(coords, starts),
+        boundary=2 * (edges - kept) / len(starts),
+        neighbors_kept=kept / edges if edges else 1.0,
+    )
