@@ -10,55 +10,71 @@ __all__ = ['window_attention', 'neighborhood_attention', 'hilbert_window_attenti
 import importlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import pairwise, product
 from math import prod
-from typing import Any, Literal, TypeVar, Unpack, overload
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import _Call, _autocast, _check_inputs, _hide, _pick, _resolve_order, _run, _wants_expression
+from .backends import (
+    _autocast, _Call, _check_inputs, _hide, _pick, _resolve_order, _run, _wants_expression)
+from .blocks.planner import block_lists
 from .common import define_operator, true_or_false, whole_number
-from .operators import AttentionOperator
 from .curves import _parse_curve, as_grid, curve_order
-from hilbert_attn.patterns import (
-    Lattice, NeighborhoodPattern, Pattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern,
-    even_sizes)
-from .reference import CallOptions, PatternOptions, default_scale, masked_attention, reference_attention
+from .operators import AttentionOperator, lse_dtype
+from .patterns import (
+    AxisPattern, Lattice, NeighborhoodPattern, SegmentPattern, SlidePattern, StretchPattern,
+    TilesSharedPattern, WindowPattern, decode_pattern, encode_pattern)
+from .reference import (
+    CallOptions, PatternOptions, default_scale, masked_attention, reference_attention)
 from .sdpa import _masked_sdpa, sdpa_mask_attention
-from .tiles import Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows
+from .tiles import (
+    Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
 
 # %% ../nbs/11_local.ipynb #e852fb88
-_BOXED = ("window", "segment", "tiles") # kinds whose queries attend their own box
+def _classes(
+    pattern: AxisPattern, axis: int,
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]: # first residue, how many, bounds by member
+    "The residue classes of an axis, those of one length together."
+    place, first, last = pattern.axis_bounds(axis)
+    by_place = np.argsort(place)
+    low, high = first[by_place], last[by_place]
+    dilation = pattern.dilation[axis] if pattern.dilation else 1
+    members, longer = divmod(len(place), dilation)
+    begin = 0
+    for residue, classes, count in (
+        (0, longer, members + 1), (longer, dilation - longer, members),
+    ):
+        own = slice(begin, begin + count)
+        if classes and count: yield residue, classes, low[own] - begin, high[own] - begin
+        begin += classes * count
 
-
-def _intervals(kind: str, n: int, size: int, causal: bool) -> tuple[np.ndarray, np.ndarray]: # (n,), (n,)
-    "First and last key of each of the `n` members of an axis."
-    member = np.arange(n)
-    if kind == "slide": return (member - size // 2).clip(0), (member + size // 2).clip(max=n - 1)
-    if causal: return (member - size + 1).clip(0), member
-    first = np.clip(member - size // 2, 0, n - size)
-    return first, first + size - 1
-
-
-def _boxes(kind: str, n: int, size: int, shift: int) -> np.ndarray:
-    "Borders of the boxes of an axis, first and last included: `size` long, or `size` of them ('tiles')."
-    if kind == "tiles": return np.cumsum([0, *even_sizes(n, size)])
-    return np.unique(np.r_[0, np.arange(shift, n, size), n])
+# %% ../nbs/11_local.ipynb #2df941b3
+def _boxes(low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
+    "Borders of the boxes whose members attend their whole box and nothing else; None: no boxes."
+    borders = np.append(np.flatnonzero(np.diff(low, prepend=-1)), len(low))
+    sizes = np.diff(borders)
+    begin, end = (np.repeat(x, sizes) for x in (borders[:-1], borders[1:]))
+    return borders if (low == begin).all() and (high == end - 1).all() else None
 
 # %% ../nbs/11_local.ipynb #596540c8
 @dataclass(frozen=True)
 class _Run:
-    "Equal tiles along an axis. Tile i of class c holds the coordinates `first + c + step * (start + i * stride + 0 … count - 1)`."
+    """Equal tiles along an axis.
+
+    Tile i of class c holds the coordinates first + c + step * (start + i * stride + 0 … count - 1)."""
     first: int # residue of the first class
     classes: int # residue classes, one after the other
     step: int # from member to member of a class: the dilation
     tiles: int # of each class
     q: tuple[int, int, int] # start, stride and count of the queries, in members of a class
     k: tuple[int, int, int] # of the keys
-    seen: tuple[tuple[int, int], ...] | None # first and last key of each query of a tile, counted from its first key; None: all
+    # first and last key of each query of a tile, counted from its first key; None: all
+    seen: tuple[tuple[int, int], ...] | None
 
 # %% ../nbs/11_local.ipynb #c7e1ab71
 def _alike(rows: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -77,9 +93,9 @@ def _progressions(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
         yield first, end, step if end - first > 1 else 0
         first = end
 
-
+# %% ../nbs/11_local.ipynb #a8eef339
 def _stretches(borders: np.ndarray, low: np.ndarray, high: np.ndarray) -> Iterator[tuple]:
-    "Tiles that look alike: their number, queries, keys (start, stride, count), and what each query sees."
+    "Tiles that look alike: their number, queries, keys (start, stride, count), and what is seen."
     for a, b in _alike(np.diff(borders)[:, None]):  # tiles a … b - 1 have as many queries
         t, at = int(borders[a + 1] - borders[a]), int(borders[a])
         seen = np.stack([x[at:at + (b - a) * t].reshape(-1, t) for x in (low, high)], -1)
@@ -94,21 +110,14 @@ def _stretches(borders: np.ndarray, low: np.ndarray, high: np.ndarray) -> Iterat
                 yield end - first, queries, (int(start[x + first]), stride, keys), pairs
 
 # %% ../nbs/11_local.ipynb #785c4f62
-def _runs(kind: str, n: int, size: int, step: int, causal: bool, side: int) -> list[_Run]:
-    "Cuts an axis of length `n` into runs; `step` is the dilation of a neighbourhood or the shift of a window."
-    dilation, shift = (step, 0) if kind == "neighborhood" else (1, step)
-    members, longer = divmod(n, dilation)
+def _runs(pattern: AxisPattern, axis: int, side: int) -> list[_Run]:
+    "Cuts an axis into runs of tiles with `side` queries; 0: the pattern's own boxes."
+    dilation = pattern.dilation[axis] if pattern.dilation else 1
     found = []
-    for first, classes, count in ((0, longer, members + 1), (longer, dilation - longer, members)):
-        if not classes or not count: continue
-        if kind in _BOXED:
-            borders = _boxes(kind, count, size, shift)
-            low, high = (np.repeat(x, np.diff(borders)) for x in (borders[:-1], borders[1:] - 1))
-        else:
-            borders = np.r_[np.arange(0, count, side), count]
-            low, high = _intervals(kind, count, size, causal)
+    for residue, classes, low, high in _classes(pattern, axis):
+        borders = np.append(np.arange(0, len(low), side), len(low)) if side else _boxes(low, high)
         for numbers in _stretches(borders, low, high):
-            found.append(_Run(first, classes, dilation, *numbers))
+            found.append(_Run(residue, classes, dilation, *numbers))
     return found
 
 # %% ../nbs/11_local.ipynb #c3fa1317
@@ -119,18 +128,18 @@ def _mask(axes: tuple[tuple, ...]) -> np.ndarray: # bool (M, J)
     for seen, queries, keys in axes:
         j, seen = np.arange(keys), np.array(seen or ((0, keys - 1),) * queries)
         axis = (j >= seen[:, :1]) & (j <= seen[:, 1:])
-        mask = (mask[:, None, :, None] & axis[None, :, None, :]).reshape(len(mask) * len(axis), -1)
+        mask = np.kron(mask, axis)
     return mask
 
-
+# %% ../nbs/11_local.ipynb #6f7d050a
 @dataclass(frozen=True)
 class _Unit:
     "Equal tiles of the grid, one run per axis."
     grid: tuple[int, ...]
     runs: tuple[_Run, ...]
 
-    def lattice(self, side: str) -> Lattice: # over the cells: classes and tiles of each axis, places of each axis
-        "Where the queries or the keys of the tiles lie."
+    def _lattice(self, side: str) -> Lattice:
+        "Over the cells: classes and tiles of each axis, then places of each axis."
         first, tiles, places = 0, [], []
         for axis, run in enumerate(self.runs):
             cell = prod(self.grid[axis + 1:])
@@ -140,49 +149,76 @@ class _Unit:
             places.append((count, cell * run.step))
         return Lattice(first, tuple(tiles), tuple(places))
 
-    @property
+    @cached_property
+    def lattices(self) -> dict[str, Lattice]:
+        "Where the queries and the keys of the tiles lie."
+        return {side: self._lattice(side) for side in "qk"}
+
+    @cached_property
+    def cells(self) -> int: return prod(self.grid)
+    @cached_property
     def tiles(self) -> int: return prod(run.classes * run.tiles for run in self.runs)
-    @property
+    @cached_property
     def queries(self) -> int: return prod(run.q[2] for run in self.runs)  # M, of each tile
-    @property
+    @cached_property
     def keys(self) -> int: return prod(run.k[2] for run in self.runs)  # J
-    @property
-    def full(self) -> bool: return all(run.seen is None for run in self.runs)
+
     @property
     def mask(self) -> np.ndarray | None: # bool (M, J); None: all pairs are attended
-        return None if self.full else _mask(tuple((run.seen, run.q[2], run.k[2]) for run in self.runs))
+        if all(run.seen is None for run in self.runs): return None
+        return _mask(tuple((run.seen, run.q[2], run.k[2]) for run in self.runs))
 
-
+# %% ../nbs/11_local.ipynb #5a5d18ad
 _SIDES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 _MOST_PAIRS = 1 << 20 # of a tile: its bias has as many elements
 _KEY_COST = 14 # what it costs to fetch and return a key, in queries that attend it
-_UNIT_COST = 3_000 # what it costs to start a unit, in pairs; tiles at a border are units of their own
+_UNIT_COST = 3_000 # to start a unit, in pairs; tiles at a border are units of their own
 
 
-def _sides(kind: str, grid: tuple[int, ...], size: tuple[int, ...], step: tuple[int, ...], group: int) -> tuple[int, ...]:
-    "Sides of the tiles of queries that promise the least work; `group` query heads share a key/value head."
-    if kind in _BOXED: return (0,) * len(grid)  # the boxes are the tiles
-    axes = []
-    for n, k, d in zip(grid, size, step):
-        d, reach = (d, k - 1) if kind == "neighborhood" else (1, k // 2 * 2)
-        members = -(-n // d)
-        axes.append([(t, d * -(-members // t), min(t + reach, members), min(-(-members // t), 5) * min(d, 2)) for t in sorted({*_SIDES, members}) if t <= members])  # side, tiles, keys, units
+def _axis_sides(pattern: AxisPattern, axis: int) -> list[tuple[int, int, int, int]]:
+    "Sides of tiles along an axis; of each: tiles, keys, and about how many kinds of tiles."
+    members, reach, classes = 0, 0, 0
+    for _, alike, low, high in _classes(pattern, axis):
+        members, reach = max(members, len(low)), max(reach, int((high - low).max()))
+        classes += alike
+    found = []
+    for side in sorted({*(t for t in _SIDES if t < members), members}):
+        tiles = -(-members // side)
+        kinds = min(tiles, 5) * min(classes, 2)
+        found.append((side, classes * tiles, min(side + reach, members), kinds))
+    return found
+
+
+def _sides(pattern: AxisPattern, group: int) -> tuple[int, ...]:
+    "Those that promise the least work; `group` query heads share a key/value head."
+    axes = range(len(pattern.grid))
+    bounds = [(low, high) for axis in axes for _, _, low, high in _classes(pattern, axis)]
+    if all(_boxes(*x) is not None for x in bounds): return (0,) * len(axes)
+
     def cost(choice):
-        side, tiles, keys, units = map(prod, zip(*choice))
-        return group * side * keys > _MOST_PAIRS, tiles * keys * (group * side + _KEY_COST) + units * _UNIT_COST
-    return tuple(x[0] for x in min(product(*axes), key=cost))
+        side, tiles, keys, kinds = map(prod, zip(*choice))
+        work = tiles * keys * (group * side + _KEY_COST) + kinds * _UNIT_COST
+        return group * side * keys > _MOST_PAIRS, work
 
+    best = min(product(*(_axis_sides(pattern, axis) for axis in axes)), key=cost)
+    return tuple(side for side, *_ in best)
 
+# %% ../nbs/11_local.ipynb #a3579740
 @lru_cache(maxsize=64)
-def _plan(kind: str, grid: tuple[int, ...], size: tuple[int, ...], step: tuple[int, ...], causal: tuple[bool, ...], group: int = 1, sides: tuple[int, ...] | None = None) -> tuple[_Unit, ...]:
+def _plan(
+    pattern: AxisPattern,
+    group: int = 1, # query heads of a key/value head
+    sides: tuple[int, ...] | None = None, # of the tiles; None: the cheapest
+) -> tuple[_Unit, ...]:
     "The units of a pattern; each query is in one tile of one unit."
-    sides = sides or _sides(kind, grid, size, step, group)
-    return tuple(_Unit(grid, runs) for runs in product(*(_runs(kind, *axis) for axis in zip(grid, size, step, causal, sides))))
+    sides = sides or _sides(pattern, group)
+    axes = [_runs(pattern, axis, side) for axis, side in enumerate(sides)]
+    return tuple(_Unit(pattern.grid, runs) for runs in product(*axes))
 
 # %% ../nbs/11_local.ipynb #6366952e
-def _lattice(x: Tensor, unit: _Unit, side: str, group: int = 1) -> Tensor: # (B, tiles …, H / group, group, places …, ...)
-    "The tiles of `x` (B, H, cells of the grid, ...) as a strided view."
-    lattice = unit.lattice(side)
+def _lattice(x: Tensor, unit: _Unit, side: str, group: int = 1) -> Tensor:
+    "The tiles of `x` (B, H, cells, ...), in place: (B, tiles …, H / group, group, places …, ...)."
+    lattice = unit.lattices[side]
     view, tiles = lattice.view(x).unflatten(1, (-1, group)), len(lattice.tiles)
     return view.movedim((1, 2), (1 + tiles, 2 + tiles))
 
@@ -190,18 +226,26 @@ def _lattice(x: Tensor, unit: _Unit, side: str, group: int = 1) -> Tensor: # (B,
 def _on_lattice(part: Tensor, lattice: Tensor, axes: int) -> Tensor:
     "A batch of tiles (T, heads, places, ...), with the dimensions of a lattice."
     batch = 2 * axes + 1
-    return part.unflatten(2, lattice.shape[batch + 1:batch + 2 + axes]).unflatten(0, lattice.shape[:batch])
+    part = part.unflatten(2, lattice.shape[batch + 1:batch + 2 + axes])
+    return part.unflatten(0, lattice.shape[:batch])
 
-
-def _read(x: Tensor, unit: _Unit, side: str, group: int, dtype: torch.dtype, always: Tensor | None = None) -> Tensor: # (T, H / group, places, ...)
-    "The tiles of `x` as one batch, the rows `always` (B, heads, R, ...) behind each."
+# %% ../nbs/11_local.ipynb #832d6c0c
+def _read(
+    x: Tensor, # (B, H, cells and what everybody attends, ...)
+    unit: _Unit,
+    side: str, # "q" or "k"
+    group: int, # heads that are stacked as further places
+    dtype: torch.dtype,
+) -> Tensor: # (T, H / group, places, ...)
+    "The tiles of `x` as one batch; behind the keys of each stand those that everybody attends."
     lattice, axes = _lattice(x, unit, side, group), len(unit.runs)
     tiles, heads = prod(lattice.shape[:2 * axes + 1]), lattice.shape[2 * axes + 1]
-    places = group * (unit.queries if side == "q" else unit.keys)
-    if always is None and x.dtype == dtype: return lattice.reshape(tiles, heads, places, *x.shape[3:])
-    batch = x.new_empty(tiles, heads, places + (0 if always is None else always.shape[2]), *x.shape[3:], dtype=dtype)
+    places, always = group * (unit.queries if side == "q" else unit.keys), 0
+    if side == "k": always = x.shape[2] - unit.cells
+    if not always and x.dtype == dtype: return lattice.reshape(tiles, heads, places, *x.shape[3:])
+    batch = x.new_empty(tiles, heads, places + always, *x.shape[3:], dtype=dtype)
     _on_lattice(batch[:, :, :places], lattice, axes).copy_(lattice)
-    if always is not None: batch[:, :, places:].unflatten(0, (x.shape[0], -1)).copy_(always[:, None])
+    if always: batch[:, :, places:].unflatten(0, (len(x), -1)).copy_(x[:, None, :, unit.cells:])
     return batch
 
 
@@ -210,205 +254,204 @@ def _write(x: Tensor, part: Tensor, unit: _Unit, group: int):
     lattice = _lattice(x, unit, "q", group)
     lattice.copy_(_on_lattice(part, lattice, len(unit.runs)))
 
-
+# %% ../nbs/11_local.ipynb #21e7c0d6
 def _add(x: Tensor, part: Tensor, unit: _Unit):
-    "Adds a batch of key tiles, which may overlap, to `x` (B, H_kv, cells, D)."
+    "Adds a batch of key tiles, which may overlap, to `x` (B, H_kv, cells and others, D)."
+    always = part[:, :, unit.keys:]
+    if always.shape[2]: x[:, :, unit.cells:] += always.unflatten(0, (len(x), -1)).sum(1)
     lattice = _lattice(x, unit, "k")
-    part = _on_lattice(part, lattice, len(unit.runs))
-    phases = [min(run.tiles, -(-run.k[2] // run.k[1])) if run.k[1] else run.tiles for run in unit.runs]
+    part = _on_lattice(part[:, :, :unit.keys], lattice, len(unit.runs))
+    phases = []
+    for run in unit.runs:
+        _, stride, count = run.k
+        phases.append(min(run.tiles, -(-count // stride)) if stride else run.tiles)
     for phase in product(*map(range, phases)):
-        index = (slice(None), *(i for p, every in zip(phase, phases) for i in (slice(None), slice(p, None, every))))
-        lattice[index].add_(part[index])
+        index: list[slice] = [slice(None)]
+        for first, every in zip(phase, phases): index += [slice(None), slice(first, None, every)]
+        lattice[tuple(index)].add_(part[tuple(index)])
 
 # %% ../nbs/11_local.ipynb #6f194329
-@dataclass(frozen=True)
-class _Local:
-    "A pattern as the operators receive it: the shared tokens come first, then the cells of the grid, then (keys only) registers."
-    kind: str # "window", "neighborhood"; over positions: "segment", "slide", "tiles"
-    grid: tuple[int, ...] # (N,) over positions
-    size: tuple[int, ...] # of the window, the kernel or the slide; number of tiles
-    step: tuple[int, ...] # shift of a window, dilation of a neighbourhood, offset of the tiles
-    causal: tuple[bool, ...] = (False,) # of a neighbourhood
-    shared: int = 0 # tokens that attend all and are attended by all
-
-    def plan(self, group: int) -> tuple[_Unit, ...]: return _plan(self.kind, self.grid, self.size, self.step, self.causal, group)
-
-    def fields(self) -> tuple: # as an operator takes them
-        return self.kind, list(self.grid), list(self.size), list(self.step), list(self.causal), self.shared
-
-    def pattern(self):
-        "The pattern with its mask and counts; raises `ValueError` for what does not fit."
-        if self.kind == "window": return WindowPattern(self.grid, self.size, self.step)
-        if self.kind == "neighborhood": return NeighborhoodPattern(self.grid, self.size, self.step, self.causal)
-        if self.kind == "segment": return SegmentPattern(self.grid[0], self.size[0])
-        if self.kind == "slide": return SlidePattern(self.grid[0], self.size[0])
-        return TilesSharedPattern(self.shared + self.grid[0], self.size[0], self.step[0], self.shared)
+@lru_cache(maxsize=64)
+def _turned(pattern: AxisPattern) -> np.ndarray | None: # (cells,)
+    "Positions by place, where the pattern turns its axis; None: places are positions."
+    if not pattern.along_curve: return None
+    position = np.argsort(pattern.axis_bounds(0)[0])
+    return None if (np.diff(position) == 1).all() else position
 
 
+def _tokens(
+    pattern: AxisPattern,
+    order: Tensor | None, # int64 (cells,), of the tokens that are not shared
+    keys: int, # M: shared tokens, cells, registers
+) -> Tensor | None: # int64 (M,); None: they stand so already
+    "The row at each place: the cells in order, then the shared tokens, then registers."
+    turned, shared, cells = _turned(pattern), pattern.shared, prod(pattern.grid)
+    if order is None and turned is None and not shared: return None
+    own = torch.arange(cells) if order is None else order
+    if turned is not None: own = own[torch.from_numpy(turned).to(own.device)]
+    row = torch.arange(keys, device=own.device)
+    return torch.cat([own + shared, row[:shared], row[shared + cells:]])
+
+# %% ../nbs/11_local.ipynb #e8570162
+@dataclass
+class _Part:
+    "Some batches and heads of a call, with their rows as the tiles read them."
+    batches: slice
+    heads: slice # key/value heads
+    kv_heads: int # of the whole call
+    tokens: Tensor | None # int64 (M,), from `_tokens`
+
+    def own(self, x: Tensor) -> Tensor: # (B, heads, rows, ...)
+        group = x.shape[1] // self.kv_heads
+        return x[self.batches, self.heads.start * group:self.heads.stop * group]
+
+    def take(self, x: Tensor) -> Tensor: # (B, heads, rows, ...): a view where there is no order
+        own = self.own(x)
+        return own if self.tokens is None else own.index_select(2, self.tokens[:own.shape[2]])
+
+    def room(self, x: Tensor) -> Tensor:
+        "Where results go: into `x` itself, or aside until they are put back into its order."
+        own = self.own(x)
+        return own if self.tokens is None else own.new_zeros(own.shape)
+
+    def put(self, x: Tensor, rows: Tensor):
+        if self.tokens is None: return
+        own = self.own(x)
+        own.index_copy_(2, self.tokens[:own.shape[2]], rows)
+
+    def mask(self, key_mask: Tensor | None) -> Tensor | None: # bool (B, M)
+        if key_mask is None or self.tokens is None:
+            return None if key_mask is None else key_mask[self.batches]
+        return key_mask[self.batches, self.tokens]
+
+# %% ../nbs/11_local.ipynb #230b65f5
 _TILE_CHUNK = 1 << 19 # elements of K that are copied at a time: 2 MiB of float32
 _ORDER_CHUNK = 1 << 21 # elements of q that are brought into order at a time
 
 
+def _parts(
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # (B, H_kv, M, D)
+    pattern: AxisPattern,
+    tokens: Tensor | None, # int64 (M,)
+) -> Iterator[_Part]:
+    "Cuts a call so that neither one tile of all heads, nor tokens in order, exceed a chunk."
+    B, heads, keys, D = k.shape
+    widest = max(unit.keys for unit in _plan(pattern, q.shape[1] // heads))
+    most = _TILE_CHUNK // (D * (widest + keys - prod(pattern.grid)))
+    if tokens is not None: most = min(most, _ORDER_CHUNK // (keys * D))
+    h = min(heads, max(1, most))
+    b = min(B, max(1, most // heads))
+    for i, j in product(range(0, B, b), range(0, heads, h)):
+        some = slice(i, min(i + b, B)), slice(j, min(j + h, heads))
+        yield _Part(*some, heads, tokens)
+
+# %% ../nbs/11_local.ipynb #4472d462
 def _cut(unit: _Unit, most: int) -> Iterator[_Unit]:
     "The unit in parts of at most so many tiles (at least one)."
+    inner = unit.tiles
     for axis, run in enumerate(unit.runs):
-        inner = prod(r.classes * r.tiles for r in unit.runs[axis + 1:])
-        for name, each in (("classes", inner * run.tiles), ("tiles", inner)):
+        for name in ("classes", "tiles"):
             count = getattr(run, name)
-            if count == 1 or count * each <= most: continue
-            some = max(1, most // each)
+            inner //= count  # tiles for each of these
+            if count == 1 or count * inner <= most: continue
+            some = max(1, most // inner)
             for i in range(0, count, some):
-                moved = dict(first=run.first + i) if name == "classes" else dict(q=(run.q[0] + i * run.q[1], *run.q[1:]), k=(run.k[0] + i * run.k[1], *run.k[1:]))
-                yield from _cut(replace(unit, runs=(*unit.runs[:axis], replace(run, **{name: min(some, count - i)}, **moved), *unit.runs[axis + 1:])), most)
+                part = replace(run, **_moved(run, name, i, min(some, count - i)))
+                runs = *unit.runs[:axis], part, *unit.runs[axis + 1:]
+                yield from _cut(_Unit(unit.grid, runs), most)
             return
     yield unit
 
 
-@dataclass
-class _Keys:
-    "Keys or values as the tiles read them."
-    grid: Tensor # (B, H_kv, cells, D), in order
-    always: Tensor | None # (B, H_kv, R, D): those that everybody attends
+def _moved(run: _Run, name: str, i: int, count: int) -> dict[str, Any]:
+    "What changes in a run that keeps `count` of its classes or tiles, from number i on."
+    if name == "classes": return dict(classes=count, first=run.first + i)
+    (q, q_stride, M), (k, k_stride, J) = run.q, run.k
+    return dict(tiles=count, q=(q + i * q_stride, q_stride, M), k=(k + i * k_stride, k_stride, J))
 
 
-_Rows = TypeVar("_Rows", Tensor, Tensor | None)  # a tensor in gives a tensor out
-
-
-class _Part:
-    "Some batches and heads of a call."
-
-    def __init__(self, local: _Local, group: int, batch: slice, heads: slice, order: Tensor | None, key_mask: Tensor | None, dtype: torch.dtype):
-        self.local, self.group, self.order, self.dtype = local, group, order, dtype
-        stacked = slice(heads.start * group, heads.stop * group)
-        self.index = {"q": (batch, stacked), "k": (batch, heads)}
-        self.key_mask = None if key_mask is None else key_mask[batch, None]  # (B, 1, keys)
-        self.cells = slice(local.shared, local.shared + prod(local.grid))
-
-    def rows(self, x: _Rows, side: str) -> _Rows:
-        return None if x is None else x[self.index[side]]
-
-    def on_grid(self, x: _Rows) -> _Rows: # (B, heads, cells, ...): a view where there is no order
-        "The rows of the grid's cells, in order."
-        if x is None: return None
-        x = x[:, :, self.cells]
-        return x if self.order is None else x.index_select(2, self.order)
-
-    def always(self, x: Tensor) -> Tensor | None: # (B, heads, R, ...), None where there are none
-        "The keys that everybody attends."
-        ends = x[:, :, :self.cells.start], x[:, :, self.cells.stop:]
-        parts = [part for part in ends if part.shape[2]]
-        if len(parts) > 1: return torch.cat(parts, 2)
-        return parts[0] if parts else None
-
-    def keys(self, x: Tensor) -> _Keys:
-        always = self.always(x)
-        return _Keys(self.on_grid(x), None if always is None else always.to(self.dtype))
-
-    def room(self, x: Tensor) -> Tensor: # (B, heads, cells, ...)
-        "Where results of the cells go: into `x` itself, or aside until they are brought back from their order."
-        cells = x[:, :, self.cells]
-        return cells if self.order is None else torch.zeros(cells.shape, dtype=x.dtype)
-
-    def write_back(self, x: Tensor, part: Tensor):
-        "Puts rows in the grid's order to where their tokens are."
-        if self.order is not None: x[:, :, self.cells].index_copy_(2, self.order, part.to(x.dtype))
-
-    def room_for_keys(self, x: Tensor) -> _Keys:
-        "The same for gradients of keys, which are added to."
-        always = self.always(x)
-        return _Keys(self.room(x), None if always is None else torch.zeros_like(always))
-
-    def write_keys_back(self, x: Tensor, keys: _Keys):
-        self.write_back(x, keys.grid)
-        if keys.always is None: return
-        shared = self.local.shared
-        x[:, :, :shared] = keys.always[:, :, :shared]
-        x[:, :, self.cells.stop:] = keys.always[:, :, shared:]
-
-    def tiles(self, k: Tensor) -> Iterator["_LocalTile"]:
-        "The tiles of the grid, as many at a time as fit into a chunk."
-        extra = k.shape[2] - prod(self.local.grid)
-        for unit in self.local.plan(self.group):
-            row = k.shape[0] * k.shape[1] * k.shape[3] * (unit.keys + extra)
-            for some in _cut(unit, max(1, _TILE_CHUNK // max(1, row))):
-                yield _LocalTile(self, some, k.shape[0], k.shape[1], extra)
+@lru_cache(maxsize=64)
+def _chunks(pattern: AxisPattern, group: int, most: int, always: int) -> tuple[_Unit, ...]:
+    "The units of a plan, at most so many keys at a time; of a tile, `always` more than its own."
+    found: list[_Unit] = []
+    for unit in _plan(pattern, group): found += _cut(unit, max(1, most // (unit.keys + always)))
+    return tuple(found)
 
 # %% ../nbs/11_local.ipynb #377719c1
 class _LocalTile(Tile):
-    "A unit of a part, as the loop over tiles sees it: outer are batches and tiles, inner the key/value heads."
+    "A unit as the loop over tiles sees it: outer are batches and tiles, inner key/value heads."
 
-    def __init__(self, part: _Part, unit: _Unit, batches: int, heads: int, extra: int):
-        self.part, self.unit, self.extra = part, unit, extra
-        self.sizes = batches * unit.tiles, heads
+    def __init__(self, unit: _Unit, group: int, key_mask: Tensor | None, dtype: torch.dtype):
+        self.unit, self.group, self.key_mask, self.dtype = unit, group, key_mask, dtype
         self.no_keys: Tensor | None = None
 
     def read(self, queries, keys):
-        group, dtype = self.part.group, self.part.dtype
-        rows = [None if x is None else _read(x, self.unit, "q", group, dtype) for x in queries]
-        return rows, [_read(x.grid, self.unit, "k", 1, dtype, x.always) for x in keys]
+        unit, dtype = self.unit, self.dtype
+        rows = [None if x is None else _read(x, unit, "q", self.group, dtype) for x in queries]
+        batches = [_read(x, unit, "k", 1, dtype) for x in keys]
+        self.shape = *batches[0].shape[:2], rows[0].shape[2], batches[0].shape[2]
+        return rows, batches
 
-    def _allowed(self) -> Tensor | None: # bool, broadcastable to (T, 1, M, J)
-        mask = None if self.unit.full else torch.from_numpy(self.unit.mask)[None, None]
-        if self.part.key_mask is None: return mask
-        seen = _read(self.part.on_grid(self.part.key_mask), self.unit, "k", 1, torch.bool)[:, :, None]
-        return seen if mask is None else mask & seen
+    def _allowed(self) -> Tensor | None: # bool, broadcastable to (T, heads, M, J + R)
+        mask, unit = self.unit.mask, self.unit
+        allowed = None
+        if mask is not None:
+            always = self.shape[3] - unit.keys
+            allowed = F.pad(torch.from_numpy(mask), (0, always), value=True)
+            allowed = allowed.repeat(self.group, 1)[None, None]
+        if self.key_mask is None: return allowed
+        seen = _read(self.key_mask[:, None], unit, "k", 1, torch.bool)[:, :, None]
+        allowed = seen if allowed is None else seen & allowed
+        self.no_keys = ~allowed.any(-1)
+        return allowed
 
-    def bias(self) -> Tensor | None: # (T, heads, M, J + R), strided over what it does not depend on
-        allowed, part = self._allowed(), self.part
+    def bias(self) -> Tensor | None: # (T, heads, M, J + R), strided over what it is not about
+        allowed = self._allowed()
         if allowed is None: return None
-        tiles, _, rows, keys = allowed.shape
-        bias = torch.zeros(tiles, 1, rows, keys + self.extra, dtype=part.dtype)
-        bias[..., :keys].masked_fill_(~allowed, -torch.inf)
-        if part.key_mask is not None:
-            always = part.always(part.key_mask)
-            if always is not None:
-                end = bias[..., keys:].unflatten(0, (len(always), -1))
-                end.masked_fill_(~always[:, None, :, None], -torch.inf)
-            empty = (bias == -torch.inf).all(-1).expand(-1, -1, self.unit.queries)
-            self.no_keys = empty.repeat(1, 1, part.group)
-        if rows > 1: bias = bias.repeat(1, 1, part.group, 1)
-        return bias.expand(*self.sizes, part.group * self.unit.queries, -1)
+        bias = torch.zeros(allowed.shape, dtype=self.dtype).masked_fill_(~allowed, -torch.inf)
+        return bias.expand(self.shape)
 
     def empty(self) -> Tensor | None: return self.no_keys
 
     def write(self, x, batch, model, add=False):
-        _write(x, batch, self.unit, self.part.group)
+        _write(x, batch, self.unit, self.group)
         return x
 
     def add(self, x, batch, model, add=False):
-        keys = self.unit.keys
-        _add(x.grid, batch[:, :, :keys], self.unit)
-        if x.always is not None:
-            x.always += batch[:, :, keys:].unflatten(0, (len(x.always), -1)).sum(1)
+        _add(x, batch, self.unit)
         return x
 
 # %% ../nbs/11_local.ipynb #08fd83fa
 class _SharedTile(Tile):
     "The shared tokens of a part: their queries, and all keys."
 
-    def __init__(self, part: _Part): self.part, self.count = part, part.local.shared
+    def __init__(
+        self, pattern: AxisPattern, group: int, key_mask: Tensor | None, dtype: torch.dtype,
+    ):
+        self.own = slice(prod(pattern.grid), prod(pattern.grid) + pattern.shared)
+        self.group, self.key_mask, self.dtype = group, key_mask, dtype
 
     def read(self, queries, keys):
-        group, dtype = self.part.group, self.part.dtype
         def stacked(x): # (B, H, N, ...) -> (B, H_kv, group * shared, ...)
-            return x[:, :, :self.count].unflatten(1, (-1, group)).flatten(2, 3).to(dtype)
-        rows: list[Any] = [None if x is None else stacked(x) for x in queries]
-        self.sizes = rows[0].shape[:3]
-        return rows, [x.to(dtype) for x in keys]
+            if x is None: return None
+            return x[:, :, self.own].unflatten(1, (-1, self.group)).flatten(2, 3).to(self.dtype)
+        rows = [stacked(x) for x in queries]
+        self.shape = rows[0].shape[:3]
+        return rows, [x.to(self.dtype) for x in keys]
 
     def bias(self) -> Tensor | None:
-        mask = self.part.key_mask
-        if mask is None: return None
-        bias = torch.zeros(mask.shape, dtype=self.part.dtype).masked_fill_(~mask, -torch.inf)
-        return bias[:, :, None].expand(*self.sizes, -1)
+        if self.key_mask is None: return None
+        bias = torch.zeros(self.key_mask.shape, dtype=self.dtype)
+        bias.masked_fill_(~self.key_mask, -torch.inf)
+        return bias[:, None, None].expand(*self.shape, -1)
 
     def empty(self) -> Tensor | None: # (B, 1, 1)
-        mask = self.part.key_mask
-        return None if mask is None else ~mask.any(-1, keepdim=True)
+        if self.key_mask is None: return None
+        return ~self.key_mask.any(-1)[:, None, None]
 
     def write(self, x, batch, model, add=False):
-        rows = batch.unflatten(2, (self.part.group, -1)).flatten(1, 2)
-        x[:, :, :self.count] = rows
+        x[:, :, self.own] = batch.unflatten(2, (self.group, -1)).flatten(1, 2)
         return x
 
     def add(self, x, batch, model, add=False):
@@ -416,15 +459,19 @@ class _SharedTile(Tile):
         return x
 
 # %% ../nbs/11_local.ipynb #084845a9
-def _parts(q: Tensor, k: Tensor, order: Tensor | None, key_mask: Tensor | None, local: _Local, dtype: torch.dtype) -> Iterator[_Part]:
-    "Cuts a call so that a single tile of a part, or its tokens in order, take no more memory than a chunk, if a single head allows it."
-    (B, heads, keys, D), cells, group = k.shape, prod(local.grid), q.shape[1] // k.shape[1]
-    most = _TILE_CHUNK // (D * (max(unit.keys for unit in local.plan(group)) + keys - cells))
-    if order is not None or local.shared: most = min(most, _ORDER_CHUNK // (keys * D))
-    h = min(heads, max(1, most))
-    b = min(B, max(1, most // heads))
-    for i in range(0, B, b):
-        for j in range(0, heads, h): yield _Part(local, group, slice(i, min(i + b, B)), slice(j, min(j + h, heads)), order, key_mask, dtype)
+def _tiles(
+    pattern: AxisPattern,
+    q: Tensor, # (B, H, N, D), of a part
+    k: Tensor, # (B, H_kv, M, D)
+    key_mask: Tensor | None, # bool (B, M)
+    dtype: torch.dtype, # of the computation
+) -> Iterator[Tile]:
+    "All tiles of a part, as many at a time as fit into a chunk."
+    group, always = q.shape[1] // k.shape[1], k.shape[2] - prod(pattern.grid)
+    most = _TILE_CHUNK // max(1, k.shape[0] * k.shape[1] * k.shape[3])
+    for unit in _chunks(pattern, group, most, always):
+        yield _LocalTile(unit, group, key_mask, dtype)
+    if pattern.shared: yield _SharedTile(pattern, group, key_mask, dtype)
 
 # %% ../nbs/11_local.ipynb #6112e38f
 def _local_forward(
@@ -433,40 +480,22 @@ def _local_forward(
     v: Tensor, # (B, H_kv, M, D)
     order: Tensor | None, # int64 (cells,)
     key_mask: Tensor | None, # bool (B, M)
-    local: _Local,
+    pattern: AxisPattern,
     scale: float,
 ) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE on the CPU, some tiles at a time."
     out, lse = torch.empty_like(q), new_lse(q)
     if not q.numel(): return out, lse
-    for part in _parts(q, k, order, key_mask, local, lse.dtype):
-        own_q, own_out, own_lse = (part.rows(x, "q") for x in (q, out, lse))
-        own_k, own_v = (part.rows(x, "k") for x in (k, v))
-        results = part.room(own_out), part.room(own_lse)
-        grid_q, keys, values = part.on_grid(own_q), part.keys(own_k), part.keys(own_v)
-        attend_tiles(part.tiles(own_k), grid_q, keys, values, *results, scale)
-        part.write_back(own_out, results[0])
-        part.write_back(own_lse, results[1])
-        if local.shared:
-            attend_tiles([_SharedTile(part)], own_q, own_k, own_v, own_out, own_lse, scale)
+    tokens = _tokens(pattern, order, k.shape[2])
+    for part in _parts(q, k, pattern, tokens):
+        queries, keys, values = map(part.take, (q, k, v))
+        results = part.room(out), part.room(lse)
+        tiles = _tiles(pattern, queries, keys, part.mask(key_mask), lse.dtype)
+        attend_tiles(tiles, queries, keys, values, *results, scale)
+        for x, rows in zip((out, lse), results): part.put(x, rows)
     return out, lse
 
 # %% ../nbs/11_local.ipynb #0ff4e9f7
-def _part_backward(part: _Part, rows: list, k: Tensor, v: Tensor, grads: Sequence[Tensor], scale: float):
-    "Gradients of a part; `rows` are its dout, dlse, q, out and lse, `grads` where its dq, dk, dv go."
-    dout, dlse, q, out, lse = map(part.on_grid, rows)
-    dq, dk, dv = grads
-    room = part.room(dq), part.room_for_keys(dk), part.room_for_keys(dv)
-    attend_tiles_backward(
-        part.tiles(k), dout, dlse, q, part.keys(k), part.keys(v), out, lse, room, scale)
-    part.write_back(dq, room[0])
-    part.write_keys_back(dk, room[1])
-    part.write_keys_back(dv, room[2])
-    if not part.local.shared: return
-    dout, dlse, q, out, lse = rows
-    attend_tiles_backward([_SharedTile(part)], dout, dlse, q, k, v, out, lse, grads, scale)
-
-
 def _local_backward(
     dout: Tensor, # (B, H, N, D)
     dlse: Tensor | None, # (B, H, N)
@@ -477,182 +506,287 @@ def _local_backward(
     lse: Tensor,
     order: Tensor | None,
     key_mask: Tensor | None,
-    local: _Local,
+    pattern: AxisPattern,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]: # dq, dk, dv
     "Gradients of q, k, v on the CPU, some tiles at a time."
-    wide = lse.dtype
-    dq, dk, dv = torch.empty_like(q), *(torch.zeros_like(x, dtype=wide) for x in (k, v))
-    lse, dlse = without_empty_rows(lse, dlse)
-    for part in _parts(q, k, order, key_mask, local, wide) if q.numel() else ():
-        rows = [part.rows(x, "q") for x in (dout, dlse, q, out, lse)]
-        own_k, own_v, own_dk, own_dv = (part.rows(x, "k") for x in (k, v, dk, dv))
-        _part_backward(part, rows, own_k, own_v, (part.rows(dq, "q"), own_dk, own_dv), scale)
+    grads = torch.empty_like(q), *(torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
+    if q.numel():
+        lse, dlse = without_empty_rows(lse, dlse)
+        tokens = _tokens(pattern, order, k.shape[2])
+        for part in _parts(q, k, pattern, tokens):
+            rows = [None if x is None else part.take(x) for x in (dout, dlse, q, k, v, out, lse)]
+            room = [part.room(x) for x in grads]
+            tiles = _tiles(pattern, rows[2], rows[3], part.mask(key_mask), lse.dtype)
+            attend_tiles_backward(tiles, *rows, room, scale)
+            for x, found in zip(grads, room): part.put(x, found)
+    dq, dk, dv = grads
     return dq, like(dk, k), like(dv, v)
 
 # %% ../nbs/11_local.ipynb #f0f19a84
-_LOCAL = "str kind, SymInt[] grid, SymInt[] size, SymInt[] step, bool[] causal, SymInt shared"
+_PATTERN = "str kind, SymInt[] numbers" # as `encode_pattern` writes one
+_decoded = lru_cache(maxsize=256)(decode_pattern)
 
 
-def _local_of(kind, grid, size, step, causal, shared) -> _Local:
-    return _Local(kind, tuple(grid), tuple(size), tuple(step), tuple(causal), shared)
+def _forward_op(q, k, v, order, key_mask, kind, numbers, scale):
+    return _local_forward(q, k, v, order, key_mask, _decoded(kind, tuple(numbers)), scale)
 
 
-def _forward_op(q, k, v, order, key_mask, *options):
-    *fields, scale = options
-    return _local_forward(q, k, v, order, key_mask, _local_of(*fields), scale)
+def _backward_op(dout, dlse, q, k, v, out, lse, order, key_mask, kind, numbers, scale):
+    pattern = _decoded(kind, tuple(numbers))
+    return _local_backward(dout, dlse, q, k, v, out, lse, order, key_mask, pattern, scale)
 
 
-def _backward_op(dout, dlse, q, k, v, out, lse, order, key_mask, *options):
-    *fields, scale = options
-    return _local_backward(dout, dlse, q, k, v, out, lse, order, key_mask, _local_of(*fields), scale)
-
-
-_tiles_attention = AttentionOperator("local", _forward_op, _backward_op, ["order", "key_mask"], f"{_LOCAL}, float scale")
+_tiles_attention = AttentionOperator(
+    "local", _forward_op, _backward_op, ["order", "key_mask"], f"{_PATTERN}, float scale")
 
 # %% ../nbs/11_local.ipynb #f5a6ff5d
-_tiles_library = define_operator("local_tiles", f"({_LOCAL}, SymInt group, SymInt most, Device device) -> Tensor[]")
-
-
-def _tile_units(local: _Local, group: int, most: int) -> Iterator[_Unit]:
-    for unit in local.plan(group): yield from _cut(unit, max(1, most // unit.keys))
-
-
-def _tiles_op(*options) -> list[Tensor]: # for each unit: queries (T, M), keys (T, J), mask (M or 1, J)
-    "The cells of all tiles, at most `most` keys at a time."
-    *fields, group, most, device = options
-    local, found = _local_of(*fields), []
-    cell = torch.arange(prod(local.grid), device=device)[None, None]
-    for unit in _tile_units(local, group, most):
-        mask = torch.ones(1, unit.keys, dtype=torch.bool) if unit.full else torch.tensor(unit.mask)
-        found += [_read(cell, unit, "q", 1, torch.int64)[:, 0].clone(memory_format=torch.contiguous_format), _read(cell, unit, "k", 1, torch.int64)[:, 0].clone(memory_format=torch.contiguous_format), mask.to(device)]
+def _tiles_op(order, kind, numbers, group, most, keys, device) -> list[Tensor]:
+    "For each unit rows of queries (T, M), of keys (T, J + R), and the mask (M or 1, J + R)."
+    pattern = _decoded(kind, tuple(numbers))
+    cells, tokens = prod(pattern.grid), _tokens(pattern, order, keys)
+    row = torch.arange(keys, device=device) if tokens is None else tokens.to(device)
+    found = []
+    for unit in _chunks(pattern, group, most, keys - cells):
+        rows = (_read(row[None, None], unit, side, 1, torch.int64)[:, 0] for side in "qk")
+        queries, others = (x.clone(memory_format=torch.contiguous_format) for x in rows)
+        seen = np.ones((1, unit.keys), bool) if unit.mask is None else unit.mask
+        mask = F.pad(torch.tensor(seen), (0, keys - cells), value=True)
+        found += [queries, others, mask.to(device)]
+    if pattern.shared:
+        shared = row[None, cells:cells + pattern.shared].clone()
+        found += [shared, row[None].clone(), torch.ones_like(row[None], dtype=torch.bool)]
     return found
 
 
-def _tiles_fake(*options):
-    *fields, group, most, device = options
-    def shapes(u): return (u.tiles, u.queries), (u.tiles, u.keys), (1 if u.full else u.queries, u.keys)
-    return [torch.empty(shape, dtype=dtype, device=device) for unit in _tile_units(_local_of(*fields), group, most) for shape, dtype in zip(shapes(unit), (torch.int64, torch.int64, torch.bool))]
-
-
+_tiles_library = define_operator("local_tiles", (
+    f"(Tensor? order, {_PATTERN}, SymInt group, SymInt most, SymInt keys, Device device)"
+    " -> Tensor[]"))
 _tiles_library.impl("local_tiles", _tiles_op, "CompositeExplicitAutograd")
-torch.library.register_fake("hilbert_attn::local_tiles", _tiles_fake, lib=_tiles_library)
+torch.library.register_fake("hilbert_attn::local_tiles", _tiles_op, lib=_tiles_library)
+
+# %% ../nbs/11_local.ipynb #34e9f7c0
+def _stack(x: Tensor, rows: Tensor, heads: int) -> Tensor: # (B, H, N, D), (T, P)
+    "Rows of `x` as a batch of tiles: (B * T, heads, H / heads * P, D)."
+    return x[:, :, rows].unflatten(1, (heads, -1)).movedim(3, 1).flatten(0, 1).flatten(2, 3)
 
 
-def _local_expression(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_mask: Tensor | None, local: _Local, dropout_p: float, scale: float | None,
-                      need_lse: bool) -> tuple[Tensor, Tensor | Any]:
+def _unstack(x: Tensor, batch: int, group: int) -> Tensor: # (B, H, T * P, ...)
+    "Undoes `_stack`, tiles one behind the other."
+    x = x.unflatten(2, (group, -1)).unflatten(0, (batch, -1))
+    return x.movedim(1, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _pairs(mask: Tensor, keys: Tensor, key_mask: Tensor | None, group: int) -> Tensor:
+    "The mask of a batch of tiles, broadcastable to (B * T, 1, group * M, J)."
+    if len(mask) > 1: mask = mask.repeat(group, 1)
+    if key_mask is None: return mask
+    return (mask & key_mask[:, keys][:, :, None]).flatten(0, 1)[:, None]
+
+# %% ../nbs/11_local.ipynb #f44103b8
+def _local_expression(
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # (B, H_kv, M, D)
+    v: Tensor, # (B, H_kv, M, D)
+    order: Tensor | None, # int64 (cells,)
+    key_mask: Tensor | None, # bool (B, M)
+    pattern: AxisPattern,
+    dropout_p: float,
+    scale: float | None, # None is 1 / sqrt(D)
+    need_lse: bool, # True: sums are in float32, gradients too
+) -> tuple[Tensor, Tensor | Any]: # out, lse
     "The tiles as plain differentiable PyTorch, on any device."
-    group, cells, device, wide = q.shape[1] // k.shape[1], prod(local.grid), q.device, torch.promote_types(q.dtype, torch.float32)
-    token = local.shared + (torch.arange(cells, device=device) if order is None else order)
-    always = torch.cat([torch.arange(local.shared, device=device), torch.arange(local.shared + cells, k.shape[2], device=device)])
-    outs, lses, places = [], [], []
-
-    def attend(q_index, k_index, mask):  # (T, M), (T, J), bool (M or 1, J)
-        tile_q, tile_k, tile_v = (x[:, :, index].unflatten(1, (k.shape[1], -1)).movedim(3, 1).flatten(0, 1).flatten(2, 3) for x, index in ((q, q_index), (k, k_index), (v, k_index)))  # (B * T, H_kv, places, D)
-        mask = mask.repeat(group if len(mask) > 1 else 1, 1)
-        if key_mask is not None: mask = (mask & key_mask[:, k_index][:, :, None]).flatten(0, 1)[:, None]  # (B * T, 1, M or 1, J)
-        def put(x): return x.unflatten(2, (group, -1)).unflatten(0, (len(q), -1)).movedim(1, 3).flatten(3, 4).flatten(1, 2)  # (B, H, T * M, ...)
+    (B, heads, keys, D), group, wide = k.shape, q.shape[1] // k.shape[1], lse_dtype(q.dtype)
+    most = (_TILE_CHUNK << 4) // max(1, B * heads * D)
+    tiles = torch.ops.hilbert_attn.local_tiles(
+        order, *encode_pattern(pattern), group, most, keys, q.device)
+    outs, lses = [], []
+    for rows, columns, mask in zip(tiles[::3], tiles[1::3], tiles[2::3]):
+        batch = [_stack(x, i, heads) for x, i in ((q, rows), (k, columns), (v, columns))]
+        mask = _pairs(mask, columns, key_mask, group)
         if need_lse:
-            out, lse = masked_attention(tile_q.to(wide), tile_k.to(wide), tile_v.to(wide), mask, default_scale(q) if scale is None else scale, dropout_p)
-            lses.append(put(lse))
-        else: out = _masked_sdpa(tile_q, tile_k, tile_v, mask.expand(*mask.shape[:-2], tile_q.shape[2], -1), scale, dropout_p)
-        outs.append(put(out.to(q.dtype)))
-        places.append(q_index.flatten())
-
-    if local.shared: attend(always[None, :local.shared], torch.arange(k.shape[2], device=device)[None], torch.ones(1, 1, dtype=torch.bool, device=device))
-    most = max(1, (_TILE_CHUNK << 4) // max(1, k.shape[0] * k.shape[1] * k.shape[3]))
-    tiles = torch.ops.hilbert_attn.local_tiles(*local.fields(), group, most, device)
-    for q_cell, k_cell, mask in zip(tiles[::3], tiles[1::3], tiles[2::3]):
-        attend(token[q_cell], torch.cat([token[k_cell], always.expand(len(k_cell), -1)], 1), torch.nn.functional.pad(mask, (0, len(always)), value=True))
-    back = torch.cat(places).argsort()
-    return torch.cat(outs, 2).index_select(2, back), torch.cat(lses, 2).index_select(2, back) if need_lse else None
+            batch = [x.to(wide) for x in batch]
+            out, lse = masked_attention(*batch, mask, scale, dropout_p)
+            lses.append(_unstack(lse, B, group))
+        else:
+            mask = mask.expand(*mask.shape[:-2], batch[0].shape[2], -1)
+            out = _masked_sdpa(*batch, mask, scale, dropout_p)
+        outs.append(_unstack(out.to(q.dtype), B, group))
+    back = torch.cat([rows.flatten() for rows in tiles[::3]]).argsort()
+    out, lse = (torch.cat(x, 2).index_select(2, back) if x else None for x in (outs, lses))
+    return out, lse
 
 # %% ../nbs/11_local.ipynb #4d0baf86
-def _check_call(q, k, v, registers, *, grid, curve, key_mask, dropout_p, scale) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    "Checks everything but the pattern; queries, then keys, values and key mask with the registers behind the tokens."
-    if registers is not None and (not isinstance(registers, (tuple, list)) or len(registers) != 2 or not all(isinstance(x, Tensor) for x in registers)):
-        raise ValueError(f"registers is {type(registers).__name__}: expected a pair of tensors, keys and values, each (B, H_kv, R, D)")
-    if all(isinstance(x, Tensor) for x in (q, k, v)): q, k, v, *registers = _autocast(q, k, v, *(registers or ()))
-    tokens = key_mask
-    if registers and isinstance(key_mask, Tensor) and isinstance(q, Tensor) and q.ndim == 4 and key_mask.ndim == 2 and key_mask.shape[1] == q.shape[2] + registers[0].shape[-2]:
-        tokens = key_mask[:, :q.shape[2]]
-    _check_inputs(q, k, v, grid=grid, key_mask=tokens, dropout_p=dropout_p, scale=scale)
-    if curve is not None: _parse_curve(curve)
-    if not registers: return q, k, v, key_mask
+def _check_pair(registers: Any):
+    pair = isinstance(registers, (tuple, list)) and len(registers) == 2
+    if pair and all(isinstance(x, Tensor) for x in registers): return
+    raise ValueError(
+        f"registers is {type(registers).__name__}: "
+        "expected a pair of tensors, keys and values, each (B, H_kv, R, D)")
+
+
+def _check_registers(registers: Sequence[Tensor], k: Tensor):
+    "Raises `ValueError` unless they are further rows of `k` and `v`."
     for name, x in zip(("keys", "values"), registers):
-        if x.ndim != 4 or x.shape != registers[0].shape or (*x.shape[:2], x.shape[3]) != (*k.shape[:2], k.shape[3]):
-            raise ValueError(f"registers: the {name} have shape {tuple(x.shape)}, expected (B, H_kv, R, D) = ({k.shape[0]}, {k.shape[1]}, R, {k.shape[3]}), the same for keys and values")
-        if x.dtype != k.dtype or x.device != k.device: raise ValueError(f"registers: the {name} are {x.dtype} on {x.device} and k is {k.dtype} on {k.device}: they must agree")
-    if key_mask is not None and key_mask.shape[1] == q.shape[2]: key_mask = torch.nn.functional.pad(key_mask, (0, registers[0].shape[2]), value=True)
-    return q, torch.cat((k, registers[0]), 2), torch.cat((v, registers[1]), 2), key_mask
+        alike = x.ndim == 4 and (*x.shape[:2], x.shape[3]) == (*k.shape[:2], k.shape[3])
+        if not alike or x.shape != registers[0].shape:
+            raise ValueError(
+                f"registers: the {name} have shape {tuple(x.shape)}, expected (B, H_kv, R, D) = "
+                f"({k.shape[0]}, {k.shape[1]}, R, {k.shape[3]}), the same for keys and values")
+        if x.dtype != k.dtype or x.device != k.device:
+            raise ValueError(
+                f"registers: the {name} are {x.dtype} on {x.device} "
+                f"and k is {k.dtype} on {k.device}: they must agree")
 
 
+def _of_tokens(key_mask: Any, q: Any, registers: Sequence[Tensor]) -> Any:
+    "The part of the key mask that is about tokens, if it is about registers too."
+    if not registers or not all(isinstance(x, Tensor) for x in (key_mask, q)): return key_mask
+    if key_mask.ndim != 2 or q.ndim != 4: return key_mask
+    both = q.shape[2] + registers[0].shape[-2]
+    return key_mask[:, :q.shape[2]] if key_mask.shape[1] == both else key_mask
+
+# %% ../nbs/11_local.ipynb #2a657484
 @dataclass(frozen=True)
 class _WithRegisters:
     "A pattern, and keys behind its tokens that everybody attends."
-    pattern: Pattern
+    pattern: AxisPattern
     registers: int
 
     def mask(self, order: Tensor | None = None) -> Tensor: # bool (heads, N, N + R)
-        return torch.nn.functional.pad(self.pattern.mask(order), (0, self.registers), value=True)
+        return F.pad(self.pattern.mask(order), (0, self.registers), value=True)
+
+# %% ../nbs/11_local.ipynb #66a17b16
+class _LocalCall:
+    "A checked call of any of the five; registers stand behind the tokens of k, v and the key mask."
+
+    def __init__(
+        self, q, k, v, grid, curve, registers, key_mask, dropout_p, scale, backend, return_lse,
+    ):
+        if registers is not None: _check_pair(registers)
+        more = registers or ()
+        if all(isinstance(x, Tensor) for x in (q, k, v)): q, k, v, *more = _autocast(q, k, v, *more)
+        tokens = _of_tokens(key_mask, q, more)
+        _check_inputs(
+            q, k, v, grid=grid, key_mask=tokens, dropout_p=dropout_p, scale=scale)
+        if curve is not None: _parse_curve(curve)
+        if more:
+            _check_registers(more, k)
+            k, v = (torch.cat(x, 2) for x in zip((k, v), more))
+            if key_mask is tokens and key_mask is not None:
+                key_mask = F.pad(key_mask, (0, more[0].shape[2]), value=True)
+        self.q, self.k, self.v, self.key_mask = q, k, v, key_mask
+        self.grid, self.curve, self.dropout_p, self.scale = grid, curve, float(dropout_p), scale
+        self.backend = _pick(backend, q)
+        self.return_lse = true_or_false("return_lse", return_lse)
+
+    @property
+    def number(self) -> float:
+        "The scale, as operators take it."
+        return default_scale(self.q) if self.scale is None else float(self.scale)
+
+    def order(self, pattern: AxisPattern) -> Tensor | None:
+        "Of the tokens that are not shared, where it decides who attends whom."
+        if not pattern.along_curve: return None
+        cells = self.q[:, :, pattern.shared:]
+        return _resolve_order(cells, grid=self.grid, curve=self.curve, order=None, dense=False)
+
+    def attend(self, pattern: AxisPattern) -> Tensor | tuple[Tensor, Tensor]:
+        if self.backend not in _ENGINES:
+            raise RuntimeError(
+                f"backend {self.backend!r} does not compute local patterns. Backends that do: "
+                f"{', '.join(map(repr, _ENGINES))}, or 'auto'.")
+        self.k, self.v = _hide(self.k, self.v, self.key_mask)
+        return self._results(*_ENGINES[self.backend](self, pattern))
+
+    def attend_segments(self, window: int) -> Tensor | tuple[Tensor, Tensor]:
+        "The same for stretches of positions without registers, on any backend of segments."
+        n = self.q.shape[2]
+        order = _resolve_order(
+            self.q, grid=self.grid, curve=self.curve, order=None, dense=window >= n)
+        pattern = SegmentPattern(n, window)
+        call = _Call(pattern, order, False, self.key_mask, self.dropout_p, self.scale)
+        return self._results(*_run(call, self.q, self.k, self.v, self.backend, self.return_lse))
+
+    def _results(self, out: Tensor, lse: Tensor | Any) -> Tensor | tuple[Tensor, Tensor]:
+        return (out, lse) if self.return_lse else out
+
+# %% ../nbs/11_local.ipynb #a4902bb8
+def _on_mask(call: _LocalCall, pattern: AxisPattern) -> tuple[Tensor, Tensor | Any]:
+    "Output and LSE from a dense mask, on the backend that the call names."
+    dense = _WithRegisters(pattern, call.k.shape[2] - call.q.shape[2])
+    options: PatternOptions = dict(
+        order=call.order(pattern), key_mask=call.key_mask,
+        dropout_p=call.dropout_p, scale=call.scale)
+    if call.backend == "sdpa_mask":
+        return sdpa_mask_attention(
+            call.q, call.k, call.v, dense, **options, need_lse=call.return_lse)
+    out, lse = reference_attention(call.q, call.k, call.v, dense, **options)
+    return out.to(call.q.dtype), lse.to(lse_dtype(call.q.dtype))
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, local: _Local, grid, curve: str | None, dropout_p: float, scale: float | None, backend: str,
-            return_lse: bool) -> Tensor | tuple[Tensor, Tensor]:
-    "Runs a checked call; `grid` and `curve` say how its cells are laid out, in patterns over positions also which cells these are."
-    return_lse = true_or_false("return_lse", return_lse)
-    name, pattern, (N, M) = _pick(backend, q), local.pattern(), (q.shape[2], k.shape[2])
-    k, v = _hide(k, v, key_mask)
-    cells, number = q[:, :, local.shared:], default_scale(q) if scale is None else float(scale)
-    if name == "triton": out, lse = _block_attention(q, k, v, key_mask, local, grid, curve, dropout_p, number)
-    else:
-        order = None if local.kind in ("window", "neighborhood") else _resolve_order(cells, grid=grid, curve=curve, order=None, dense=pattern.density == 1)
-        if name in ("reference", "sdpa_mask"):
-            dense = _WithRegisters(pattern, M - N) if M > N else pattern
-            options: PatternOptions = dict(order=order, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-            if name == "sdpa_mask": out, lse = sdpa_mask_attention(q, k, v, dense, **options, need_lse=return_lse)
-            else:
-                out, lse = reference_attention(q, k, v, dense, **options)
-                out, lse = out.to(q.dtype), lse.to(torch.promote_types(q.dtype, torch.float32))
-        elif name != "sdpa": raise RuntimeError(f"backend {name!r} does not compute local patterns. Backends that do: 'reference', 'sdpa_mask', 'sdpa', 'triton', or 'auto'.")
-        else:
-            if local.kind == "tiles" and local.size[0] > 1 and local.step[0]: order = (torch.arange(cells.shape[2], device=q.device) if order is None else order).roll(-local.step[0])
-            plain = _wants_expression(True)
-            if q.device.type != "cpu" or dropout_p or plain: out, lse = _local_expression(q, k, v, order, key_mask, local, dropout_p, scale, return_lse or plain)
-            else: out, lse = _tiles_attention(q, k, v, order, key_mask, *local.fields(), number)
-    return (out, lse) if return_lse else out
+def _on_tiles(call: _LocalCall, pattern: AxisPattern) -> tuple[Tensor, Tensor | Any]:
+    "The tiles of this notebook."
+    q, k, v, order, plain = call.q, call.k, call.v, call.order(pattern), _wants_expression(True)
+    if q.device.type == "cpu" and not call.dropout_p and not plain:
+        return _tiles_attention(q, k, v, order, call.key_mask, *encode_pattern(pattern), call.number)
+    return _local_expression(
+        q, k, v, order, call.key_mask, pattern, call.dropout_p, call.scale,
+        call.return_lse or plain)
 
 # %% ../nbs/11_local.ipynb #57526f8f
 _BLOCK_SIZE = (128, 128) # slots per block of queries and of keys
-
-def _lists(q: Tensor, k: Tensor, fields, layout: Sequence[int], curve: str):
-    "The block lists of a call; cached where they are built."
-    order = None if curve == "row_major" else curve_order(tuple(layout), curve, q.device)
-    return importlib.import_module("hilbert_attn.block_sparse").block_lists(_local_of(*fields).pattern(), order=order, block_size=_BLOCK_SIZE, registers=k.shape[2] - q.shape[2], device=q.device)
 
 
 def _block_kernels(): return importlib.import_module("hilbert_attn.kernels.block_sparse")
 
 
-def _block_forward_op(q, k, v, key_mask, seed, *options):
-    *fields, layout, curve, scale, dropout_p = options
-    return _block_kernels().block_attention_forward(q, k, v, _lists(q, k, fields, layout, curve), key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+def _lists(q: Tensor, k: Tensor, kind: str, numbers, layout: Sequence[int], curve: str):
+    "The block lists of a call; cached where they are built."
+    order = None if curve == "row_major" else curve_order(tuple(layout), curve, q.device)
+    return block_lists(
+        _decoded(kind, tuple(numbers)), order=order, block_size=_BLOCK_SIZE,
+        registers=k.shape[2] - q.shape[2], device=q.device)
 
 
-def _block_backward_op(dout, dlse, q, k, v, out, lse, key_mask, seed, *options):
-    *fields, layout, curve, scale, dropout_p = options
-    return _block_kernels().block_attention_backward(q, k, v, out, lse, dout, dlse, _lists(q, k, fields, layout, curve), key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+def _block_forward_op(q, k, v, key_mask, seed, kind, numbers, layout, curve, scale, dropout_p):
+    lists = _lists(q, k, kind, numbers, layout, curve)
+    return _block_kernels().block_attention_forward(
+        q, k, v, lists, key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
 
 
-_on_blocks = AttentionOperator(
+def _block_backward_op(
+    dout, dlse, q, k, v, out, lse, key_mask, seed, kind, numbers, layout, curve, scale, dropout_p,
+):
+    lists = _lists(q, k, kind, numbers, layout, curve)
+    return _block_kernels().block_attention_backward(
+        q, k, v, out, lse, dout, dlse, lists,
+        key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+
+
+_blocks_attention = AttentionOperator(
     "local_block", _block_forward_op, _block_backward_op, ["key_mask", "seed"],
-    f"{_LOCAL}, SymInt[] layout, str curve, float scale, float dropout_p", "CompositeExplicitAutograd")
+    f"{_PATTERN}, SymInt[] layout, str curve, float scale, float dropout_p",
+    "CompositeExplicitAutograd")
+
+# %% ../nbs/11_local.ipynb #f42afdbf
+def _on_blocks(call: _LocalCall, pattern: AxisPattern) -> tuple[Tensor, Tensor]:
+    "The block-sparse kernels."
+    q, seed = call.q, None
+    if call.dropout_p:
+        seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device)
+    layout = list(as_grid(call.grid)), call.curve or "row_major"
+    return _blocks_attention(
+        q, call.k, call.v, call.key_mask, seed,
+        *encode_pattern(pattern), *layout, call.number, call.dropout_p)
 
 
-def _block_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, local: _Local, grid, curve: str | None, dropout_p: float, scale: float) -> tuple[Tensor, Tensor]:
-    "The pattern on the block-sparse kernels."
-    seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p else None
-    return _on_blocks(q, k, v, key_mask, seed, *local.fields(), list(as_grid(grid)), curve or "row_major", scale, float(dropout_p))
+_ENGINES = {
+    "reference": _on_mask,
+    "sdpa_mask": _on_mask,
+    "sdpa": _on_tiles,
+    "triton": _on_blocks,
+}
 
 # %% ../nbs/11_local.ipynb #837fe475
 class LocalOptions(CallOptions, total=False):
@@ -671,27 +805,29 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int],
 
 # %% ../nbs/11_local.ipynb #017aec76
 def window_attention(
-    q: Tensor, # queries (B, H, N, D), tokens row-major over the grid, any strides; float16, bfloat16, float32 or float64
+    q: Tensor, # queries (B, H, N, D), tokens row-major over the grid, any strides
     k: Tensor, # keys (B, H_kv, N, D), H a multiple of H_kv
     v: Tensor, # values (B, H_kv, N, D)
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
     window: int | Sequence[int], # sides of a box, for all axes or per axis
     *,
-    shift: int | Sequence[int] = 0, # where the second box starts, per axis: at least 0 and less than window
-    curve: str | None = "hilbert", # a name in `CURVES`; changes the speed on a GPU, never the result
-    registers: tuple[Tensor, Tensor] | None = None, # further keys and values (B, H_kv, R, D) that every query attends
+    shift: int | Sequence[int] = 0, # where the second box starts, per axis
+    curve: str | None = "hilbert", # a name in `CURVES`; changes speed on a GPU, never the result
+    registers: tuple[Tensor, Tensor] | None = None, # keys and values (B, H_kv, R, D) for all
     key_mask: Tensor | None = None, # bool (B, N), True = attend; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
-) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or (out, lse (B, H, N) in float32 or float64)
-    """Attention inside non-overlapping boxes of the grid, ragged at the far edges. Shifted as in Swin (arXiv 2103.14030, section 3.2), and never across the seam.
+) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or out and lse (B, H, N)
+    """Attention inside non-overlapping boxes of the grid, ragged at the far edges.
 
-    The curve is *post-pattern*: the result is the same for all. Raises `ValueError` for arguments that do not fit."""
-    q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    pattern = WindowPattern(grid, window, shift)
-    return _attend(q, k, v, key_mask, _Local("window", pattern.grid, pattern.window, pattern.shift, (False,) * len(pattern.grid)), grid, curve, dropout_p, scale, backend, return_lse)
+    Shifted as in Swin (arXiv 2103.14030, section 3.2), and never across the seam.
+    The curve is *post-pattern*: the result is the same for all.
+    Raises `ValueError` for arguments that do not fit."""
+    call = _LocalCall(
+        q, k, v, grid, curve, registers, key_mask, dropout_p, scale, backend, return_lse)
+    return call.attend(WindowPattern(grid, window, shift))
 
 # %% ../nbs/11_local.ipynb #2b7acd73
 @overload
@@ -707,24 +843,26 @@ def neighborhood_attention(
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
-    kernel_size: int | Sequence[int], # keys per axis, for all axes or per axis, at most the members of a residue class
+    kernel_size: int | Sequence[int], # keys per axis, for all axes or each
     *,
     dilation: int | Sequence[int] = 1, # distance between keys, for all axes or per axis
-    causal: bool | Sequence[bool] = False, # attend only at or before the query, for all axes or per axis
-    curve: str | None = "hilbert", # a name in `CURVES`; changes the speed on a GPU, never the result
-    registers: tuple[Tensor, Tensor] | None = None, # further keys and values (B, H_kv, R, D) that every query attends
+    causal: bool | Sequence[bool] = False, # only keys at or before the query
+    curve: str | None = "hilbert", # a name in `CURVES`; changes speed on a GPU, never the result
+    registers: tuple[Tensor, Tensor] | None = None, # keys and values (B, H_kv, R, D) for all
     key_mask: Tensor | None = None, # bool (B, N), True = attend; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
-) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or (out, lse (B, H, N) in float32 or float64)
-    """Neighbourhood attention (arXiv 2204.07143; dilated: 2209.15001): per axis the `kernel_size` nearest members of the query's residue class, as many at a border as in the middle.
+) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or out and lse (B, H, N)
+    """Neighbourhood attention (arXiv 2204.07143; dilated: 2209.15001).
 
-    The curve is *post-pattern*: the result is the same for all. Raises `ValueError` for arguments that do not fit, such as a kernel longer than a residue class."""
-    q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    pattern = NeighborhoodPattern(grid, kernel_size, dilation, causal)
-    return _attend(q, k, v, key_mask, _Local("neighborhood", pattern.grid, pattern.kernel_size, pattern.dilation, pattern.causal), grid, curve, dropout_p, scale, backend, return_lse)
+    Per axis the `kernel_size` nearest members of the query's residue class, as many at a border
+    as in the middle. The curve is *post-pattern*: the result is the same for all.
+    Raises `ValueError` for arguments that do not fit, such as a kernel longer than a residue class."""
+    call = _LocalCall(
+        q, k, v, grid, curve, registers, key_mask, dropout_p, scale, backend, return_lse)
+    return call.attend(NeighborhoodPattern(grid, kernel_size, dilation, causal))
 
 # %% ../nbs/11_local.ipynb #08784385
 @overload
@@ -742,25 +880,23 @@ def hilbert_window_attention(
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
     window: int, # positions per window; the last one may be shorter
     *,
-    curve: str | None = "hilbert", # a name in `CURVES`: decides which tokens share a window; None: token order
-    registers: tuple[Tensor, Tensor] | None = None, # further keys and values (B, H_kv, R, D) that every query attends
+    curve: str | None = "hilbert", # decides which tokens share a window; None: token order
+    registers: tuple[Tensor, Tensor] | None = None, # keys and values (B, H_kv, R, D) for all
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
-) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D) in token order, or (out, lse (B, H, N) in float32 or float64)
-    """Attention inside stretches of `window` consecutive positions, the segments of `hilbert_attention` (arXiv 2511.05832, window attention).
+) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D) in token order, or out and lse (B, H, N)
+    """Attention inside stretches of `window` consecutive positions (arXiv 2511.05832).
 
-    The curve is *global*: it changes the result. Raises `ValueError` for arguments that do not fit."""
-    q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
+    The curve is *global*: it changes the result.
+    Raises `ValueError` for arguments that do not fit."""
+    call = _LocalCall(
+        q, k, v, grid, curve, registers, key_mask, dropout_p, scale, backend, return_lse)
     window = whole_number("window", window, 1)
-    return_lse = true_or_false("return_lse", return_lse)
-    local = _Local("segment", (q.shape[2],), (window,), (0,))
-    if k.shape[2] > q.shape[2]: return _attend(q, k, v, key_mask, local, grid, curve, dropout_p, scale, backend, return_lse)
-    order = _resolve_order(q, grid=grid, curve=curve, order=None, dense=window >= q.shape[2])
-    out, lse = _run(_Call(local.pattern(), order, False, key_mask, float(dropout_p), scale), q, k, v, _pick(backend, q), return_lse)
-    return (out, lse) if return_lse else out
+    if registers is None: return call.attend_segments(window)
+    return call.attend(StretchPattern(call.q.shape[2], window))
 
 # %% ../nbs/11_local.ipynb #158d3c2d
 @overload
@@ -776,22 +912,23 @@ def hilbert_slide_attention(
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
-    window: int, # a query attends `window // 2` positions on either side of its own, fewer at the ends
+    window: int, # `window // 2` positions on either side, fewer at the ends
     *,
-    curve: str | None = "hilbert", # a name in `CURVES`: decides which tokens are near; None: token order
-    registers: tuple[Tensor, Tensor] | None = None, # further keys and values (B, H_kv, R, D) that every query attends
+    curve: str | None = "hilbert", # decides which tokens are near; None: token order
+    registers: tuple[Tensor, Tensor] | None = None, # keys and values (B, H_kv, R, D) for all
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
-) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D) in token order, or (out, lse (B, H, N) in float32 or float64)
-    """Attention to the positions at most `window // 2` away along the curve (arXiv 2511.05832, sliding attention).
+) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D) in token order, or out and lse (B, H, N)
+    """Attention to the positions at most `window // 2` away along the curve (arXiv 2511.05832).
 
-    The curve is *global*: it changes the result. Raises `ValueError` for arguments that do not fit."""
-    q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    window = whole_number("window", window, 1)
-    return _attend(q, k, v, key_mask, _Local("slide", (q.shape[2],), (window,), (0,)), grid, curve, dropout_p, scale, backend, return_lse)
+    The curve is *global*: it changes the result.
+    Raises `ValueError` for arguments that do not fit."""
+    call = _LocalCall(
+        q, k, v, grid, curve, registers, key_mask, dropout_p, scale, backend, return_lse)
+    return call.attend(SlidePattern(call.q.shape[2], window))
 
 # %% ../nbs/11_local.ipynb #7cdc38ee
 @overload
@@ -803,28 +940,32 @@ def tiles_shared_attention(q: Tensor, k: Tensor, v: Tensor, *, tiles: int, offse
 
 # %% ../nbs/11_local.ipynb #00e14d86
 def tiles_shared_attention(
-    q: Tensor, # queries (B, H, N, D): first the shared tokens, then the others, row-major over the grid
+    q: Tensor, # queries (B, H, N, D): first the shared tokens, then those of the grid
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
     *,
     tiles: int, # number of tiles; sizes differ by at most one, longer ones first
     offset: int = 0, # position where the first tile starts; the last one wraps around
     shared: int = 0, # tokens that attend all and are attended by all
-    grid: int | Sequence[int] | None = None, # of the tokens that are not shared; None: a plain sequence
-    curve: str | None = "hilbert", # a name in `CURVES`: decides which tokens share a tile; None: token order
-    registers: tuple[Tensor, Tensor] | None = None, # further keys and values (B, H_kv, R, D) that every query attends
+    grid: int | Sequence[int] | None = None, # of the other tokens; None: a plain sequence
+    curve: str | None = "hilbert", # decides which tokens share a tile; None: token order
+    registers: tuple[Tensor, Tensor] | None = None, # keys and values (B, H_kv, R, D) for all
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
-) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D) in token order, or (out, lse (B, H, N) in float32 or float64)
-    """Attention inside tiles of consecutive positions, and to and from shared tokens, in one softmax (HilbertA, arXiv 2509.26538).
+) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D) in token order, or out and lse (B, H, N)
+    """Attention inside tiles of positions, and to and from shared tokens (arXiv 2509.26538).
 
-    The curve is *global*: it changes the result. Raises `ValueError` for arguments that do not fit."""
-    q, k, v, key_mask = _check_call(q, k, v, registers, grid=None, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
-    pattern = TilesSharedPattern(q.shape[2], tiles, offset, shared)
-    tiles, offset, shared = pattern.tiles, pattern.offset, pattern.shared
-    rest = q.shape[2] - shared
-    if grid is not None and prod(as_grid(grid)) != rest: raise ValueError(f"grid={grid!r} has {prod(as_grid(grid))} cells, and q has {q.shape[2]} tokens of which {shared} are shared: expected {rest} cells")
-    return _attend(q, k, v, key_mask, _Local("tiles", (rest,), (tiles,), (offset % rest,), shared=shared), rest if grid is None else grid, curve, dropout_p, scale, backend, return_lse)
+    The curve is *global*: it changes the result.
+    Raises `ValueError` for arguments that do not fit."""
+    call = _LocalCall(
+        q, k, v, None, curve, registers, key_mask, dropout_p, scale, backend, return_lse)
+    pattern = TilesSharedPattern(call.q.shape[2], tiles, offset, shared)
+    call.grid, cells = pattern.grid if grid is None else as_grid(grid), prod(pattern.grid)
+    if prod(call.grid) != cells:
+        raise ValueError(
+            f"grid={grid!r} has {prod(call.grid)} cells, and q has {pattern.seq_len} tokens "
+            f"of which {pattern.shared} are shared: expected {cells} cells")
+    return call.attend(pattern)

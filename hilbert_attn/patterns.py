@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DILATION_MODES', 'COMBINES', 'AxisBounds', 'Lattice', 'default_mode', 'Progression', 'Group', 'SegmentPattern',
            'create_dilated_mask', 'attention_mask', 'Branch', 'even_sizes', 'DilatedPattern', 'AxisPattern',
-           'WindowPattern', 'NeighborhoodPattern', 'SlidePattern', 'TilesSharedPattern', 'encode_pattern',
-           'decode_pattern']
+           'WindowPattern', 'StretchPattern', 'NeighborhoodPattern', 'SlidePattern', 'TilesSharedPattern',
+           'encode_pattern', 'decode_pattern']
 
 # %% ../nbs/01_patterns.ipynb #506d16f9
 from collections.abc import Callable, Iterator, Sequence
@@ -488,6 +488,12 @@ class WindowPattern(AxisPattern):
         place = np.arange(n)
         begin = (place - shift) // window * window + shift
         return place, begin.clip(0), (begin + window).clip(max=n) - 1
+
+# %% ../nbs/01_patterns.ipynb #75b7bf90
+@dataclass(frozen=True)
+class StretchPattern(WindowPattern):
+    "Windows of positions: `StretchPattern(N, window)`."
+    along_curve = True
 
 # %% ../nbs/01_patterns.ipynb #b73f5d60
 @dataclass(frozen=True)

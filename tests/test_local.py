@@ -14,6 +14,9 @@ from torch.library import opcheck
 import hilbert_attn.local as local
 from hilbert_attn.backends import set_backend
 from hilbert_attn.curves import CURVES, curve_order
+from hilbert_attn.patterns import (
+    NeighborhoodPattern, SlidePattern, StretchPattern, TilesSharedPattern, WindowPattern,
+    encode_pattern)
 from hilbert_attn.local import hilbert_slide_attention, hilbert_window_attention, neighborhood_attention, tiles_shared_attention, window_attention
 from hilbert_attn.reference import assert_matches_oracle
 
@@ -318,35 +321,51 @@ def test_compiles(n, f, options):
     assert all((a - b).abs().max() < 1e-6 for a, b in zip(*results))
 
 
-OPERATOR_CASES = [("window", (3, 5), (2, 3), (1, 2), (False, False), 0), ("neighborhood", (3, 5), (2, 2), (1, 2), (True, False), 0), ("slide", (13,), (4,), (0,), (False,), 0), ("tiles", (13,), (3,), (0,), (False,), 2)]
+OPERATOR_CASES = [
+    WindowPattern((3, 5), (2, 3), (1, 2)),
+    NeighborhoodPattern((3, 5), (2, 2), (1, 2), (True, False)),
+    SlidePattern(13, 4),
+    TilesSharedPattern(15, 3, 0, 2),
+    StretchPattern(13, 4),
+]
+each_pattern = pytest.mark.parametrize("pattern", OPERATOR_CASES, ids=lambda p: type(p).__name__)
+FORWARD_CHECKS = (
+    "test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("spec", OPERATOR_CASES, ids=[spec[0] for spec in OPERATOR_CASES])
+@each_pattern
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(spec, dtype):
-    kind, grid, size, step, causal, shared = spec
-    n = math.prod(grid) + shared
-    q, k, v = (x.requires_grad_() for x in (random_inputs(n, (4,), 8, dtype)[0], *random_inputs(n + 1, (2, 2), 8, dtype)))
-    order = None if kind in ("window", "neighborhood") else curve_order(n - shared)
-    args = (q, k, v, order, torch.ones(1, n + 1, dtype=torch.bool), kind, list(grid), list(size), list(step), list(causal), shared, 0.3)
-    opcheck(torch.ops.hilbert_attn.local_forward.default, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"))
-    out, lse = (x.detach() for x in torch.ops.hilbert_attn.local_forward(*args))
+def test_opcheck(pattern, dtype):
+    n, ops = pattern.seq_len, torch.ops.hilbert_attn
+    queries, others = random_inputs(n, (4,), 8, dtype), random_inputs(n + 1, (2, 2), 8, dtype)
+    q, k, v = (x.requires_grad_() for x in (*queries, *others))
+    order = curve_order(n - pattern.shared) if pattern.along_curve else None
+    settings = (*encode_pattern(pattern), 0.3)
+    args = (q, k, v, order, torch.ones(1, n + 1, dtype=torch.bool), *settings)
+    opcheck(ops.local_forward.default, args, test_utils=FORWARD_CHECKS)
+    out, lse = (x.detach() for x in ops.local_forward(*args))
     q, k, v = (x.detach() for x in (q, k, v))
-    for dlse in (None, torch.randn_like(lse)): opcheck(torch.ops.hilbert_attn.local_backward.default, (torch.randn_like(out), dlse, q, k, v, out, lse, *args[3:]))
-    opcheck(torch.ops.hilbert_attn.local_tiles.default, (kind, list(grid), list(size), list(step), list(causal), 0, 2, 7, torch.device("cpu")))
+    for dlse in (None, torch.randn_like(lse)):
+        backward = (torch.randn_like(out), dlse, q, k, v, out, lse, *args[3:])
+        opcheck(ops.local_backward.default, backward)
+    tiles = (order, *encode_pattern(pattern), 2, 7, n + 1, torch.device("cpu"))
+    opcheck(ops.local_tiles.default, tiles)
 
 
 @needs_triton
-@pytest.mark.parametrize("spec", OPERATOR_CASES, ids=[spec[0] for spec in OPERATOR_CASES])
-def test_opcheck_blocks(spec):
-    kind, grid, size, step, causal, shared = spec
-    n = math.prod(grid) + shared
-    q, k, v = (x.to(DEVICE).requires_grad_() for x in (random_inputs(n, (2,))[0], *random_inputs(n + 1, (1, 1))))
-    args = (q, k, v, torch.ones(1, n + 1, dtype=torch.bool, device=DEVICE), None, kind, list(grid), list(size), list(step), list(causal), shared, list(grid), "hilbert", 0.3, 0.0)
-    opcheck(torch.ops.hilbert_attn.local_block_forward.default, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"))
-    out, lse = (x.detach() for x in torch.ops.hilbert_attn.local_block_forward(*args))
+@each_pattern
+def test_opcheck_blocks(pattern):
+    n, ops = pattern.seq_len, torch.ops.hilbert_attn
+    inputs = *random_inputs(n, (2,)), *random_inputs(n + 1, (1, 1))
+    q, k, v = (x.to(DEVICE).requires_grad_() for x in inputs)
+    key_mask = torch.ones(1, n + 1, dtype=torch.bool, device=DEVICE)
+    settings = (*encode_pattern(pattern), list(pattern.grid), "hilbert", 0.3, 0.0)
+    args = (q, k, v, key_mask, None, *settings)
+    opcheck(ops.local_block_forward.default, args, test_utils=FORWARD_CHECKS)
+    out, lse = (x.detach() for x in ops.local_block_forward(*args))
     q, k, v = (x.detach() for x in (q, k, v))
-    opcheck(torch.ops.hilbert_attn.local_block_backward.default, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *args[3:]))
+    backward = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *args[3:])
+    opcheck(ops.local_block_backward.default, backward)
 
 
 @each
@@ -409,19 +428,25 @@ def test_dropout():
     assert 0.2 < dropped.sum() / (kept > 0).sum() < 0.3 and torch.allclose(weights[weights > 0], kept[weights > 0] / 0.75, rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind, grid, size, step, causal", [("neighborhood", (70, 90), (13, 7), (3, 1), (False, True)), ("window", (65, 33), (8, 5), (3, 0), (False, False)), ("slide", (100_000,), (256,), (0,), (False,)),
-                                                           ("tiles", (10_007,), (13,), (0,), (False,)), ("neighborhood", (9, 40, 40), (3, 5, 5), (1, 2, 1), (False, False, False))])
-def test_plans_are_small_and_count_right(kind, grid, size, step, causal):
+@pytest.mark.parametrize("pattern", [
+    NeighborhoodPattern((70, 90), (13, 7), (3, 1), (False, True)),
+    WindowPattern((65, 33), (8, 5), (3, 0)),
+    SlidePattern(100_000, 256),
+    TilesSharedPattern(10_007, 13),
+    NeighborhoodPattern((9, 40, 40), (3, 5, 5), (1, 2, 1)),
+], ids=lambda p: type(p).__name__)
+def test_plans_are_small_and_count_right(pattern):
     "Every query once, every pair once, and no more units than the borders need."
-    plan = local._plan(kind, grid, size, step, causal)
-    pattern = {"neighborhood": lambda: local.NeighborhoodPattern(grid, size, step, causal), "window": lambda: local.WindowPattern(grid, size, step), "slide": lambda: local.SlidePattern(grid[0], size[0]),
-               "tiles": lambda: local.TilesSharedPattern(grid[0], size[0])}[kind]()
-    assert sum(u.tiles * u.queries for u in plan) == math.prod(grid)
-    assert sum(u.tiles * (u.queries * u.keys if u.mask is None else int(u.mask.sum())) for u in plan) == pattern.pairs()
-    assert len(plan) <= 12 ** len(grid)
+    def pairs(unit): return unit.queries * unit.keys if unit.mask is None else int(unit.mask.sum())
+
+    plan = local._plan(pattern)
+    assert sum(u.tiles * u.queries for u in plan) == math.prod(pattern.grid)
+    assert sum(u.tiles * pairs(u) for u in plan) == pattern.pairs()
+    assert len(plan) <= 12 ** len(pattern.grid)
     for most in (1, 7):
         parts = [part for unit in plan[:3] for part in local._cut(unit, most)]
-        assert all(part.tiles <= most for part in parts) and sum(part.tiles for part in parts) == sum(unit.tiles for unit in plan[:3])
+        assert all(part.tiles <= most for part in parts)
+        assert sum(part.tiles for part in parts) == sum(unit.tiles for unit in plan[:3])
 
 
 BAD = [
