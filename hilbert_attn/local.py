@@ -28,38 +28,13 @@ from .curves import _parse_curve, as_grid, curve_order
 from .operators import AttentionOperator, lse_dtype
 from .patterns import (
     AxisPattern, Lattice, NeighborhoodPattern, SegmentPattern, SlidePattern, StretchPattern,
-    TilesSharedPattern, WindowPattern, decode_pattern, encode_pattern)
+    TilesSharedPattern, WindowPattern, attends_boxes, axis_classes, decode_pattern,
+    encode_pattern, find_boxes)
 from .reference import (
     CallOptions, PatternOptions, default_scale, masked_attention, reference_attention)
 from .sdpa import _masked_sdpa, sdpa_mask_attention
 from .tiles import (
     Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
-
-# %% ../nbs/11_local.ipynb #e852fb88
-def _classes(
-    pattern: AxisPattern, axis: int,
-) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]: # first residue, how many, bounds by member
-    "The residue classes of an axis, those of one length together."
-    place, first, last = pattern.axis_bounds(axis)
-    by_place = np.argsort(place)
-    low, high = first[by_place], last[by_place]
-    dilation = pattern.dilation[axis] if pattern.dilation else 1
-    members, longer = divmod(len(place), dilation)
-    begin = 0
-    for residue, classes, count in (
-        (0, longer, members + 1), (longer, dilation - longer, members),
-    ):
-        own = slice(begin, begin + count)
-        if classes and count: yield residue, classes, low[own] - begin, high[own] - begin
-        begin += classes * count
-
-# %% ../nbs/11_local.ipynb #2df941b3
-def _boxes(low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
-    "Borders of the boxes whose members attend their whole box and nothing else; None: no boxes."
-    borders = np.append(np.flatnonzero(np.diff(low, prepend=-1)), len(low))
-    sizes = np.diff(borders)
-    begin, end = (np.repeat(x, sizes) for x in (borders[:-1], borders[1:]))
-    return borders if (low == begin).all() and (high == end - 1).all() else None
 
 # %% ../nbs/11_local.ipynb #596540c8
 @dataclass(frozen=True)
@@ -114,8 +89,8 @@ def _runs(pattern: AxisPattern, axis: int, side: int) -> list[_Run]:
     "Cuts an axis into runs of tiles with `side` queries; 0: the pattern's own boxes."
     dilation = pattern.dilation[axis] if pattern.dilation else 1
     found = []
-    for residue, classes, low, high in _classes(pattern, axis):
-        borders = np.append(np.arange(0, len(low), side), len(low)) if side else _boxes(low, high)
+    for residue, classes, low, high in axis_classes(pattern, axis):
+        borders = np.append(np.arange(0, len(low), side), len(low)) if side else find_boxes(low, high)
         for numbers in _stretches(borders, low, high):
             found.append(_Run(residue, classes, dilation, *numbers))
     return found
@@ -178,7 +153,7 @@ _UNIT_COST = 3_000 # to start a unit, in pairs; tiles at a border are units of t
 def _axis_sides(pattern: AxisPattern, axis: int) -> list[tuple[int, int, int, int]]:
     "Sides of tiles along an axis; of each: tiles, keys, and about how many kinds of tiles."
     members, reach, classes = 0, 0, 0
-    for _, alike, low, high in _classes(pattern, axis):
+    for _, alike, low, high in axis_classes(pattern, axis):
         members, reach = max(members, len(low)), max(reach, int((high - low).max()))
         classes += alike
     found = []
@@ -192,8 +167,7 @@ def _axis_sides(pattern: AxisPattern, axis: int) -> list[tuple[int, int, int, in
 def _sides(pattern: AxisPattern, group: int) -> tuple[int, ...]:
     "Those that promise the least work; `group` query heads share a key/value head."
     axes = range(len(pattern.grid))
-    bounds = [(low, high) for axis in axes for _, _, low, high in _classes(pattern, axis)]
-    if all(_boxes(*x) is not None for x in bounds): return (0,) * len(axes)
+    if attends_boxes(pattern): return (0,) * len(axes)
 
     def cost(choice):
         side, tiles, keys, kinds = map(prod, zip(*choice))

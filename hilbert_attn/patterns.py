@@ -6,7 +6,7 @@
 __all__ = ['DILATION_MODES', 'COMBINES', 'AxisBounds', 'Lattice', 'default_mode', 'Progression', 'Group', 'SegmentPattern',
            'create_dilated_mask', 'attention_mask', 'Branch', 'even_sizes', 'DilatedPattern', 'AxisPattern',
            'WindowPattern', 'StretchPattern', 'NeighborhoodPattern', 'SlidePattern', 'TilesSharedPattern',
-           'encode_pattern', 'decode_pattern']
+           'axis_classes', 'find_boxes', 'attends_boxes', 'encode_pattern', 'decode_pattern']
 
 # %% ../nbs/01_patterns.ipynb #506d16f9
 from collections.abc import Callable, Iterator, Sequence
@@ -599,6 +599,40 @@ class TilesSharedPattern(AxisPattern):
         place, end = (np.arange(n) - self.offset) % n, np.cumsum(sizes)
         first, last = np.repeat(end - sizes, sizes), np.repeat(end - 1, sizes)
         return place, first[place], last[place]
+
+# %% ../nbs/01_patterns.ipynb #c678ccf1
+def axis_classes(
+    pattern: AxisPattern, axis: int,
+) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]: # first residue, how many, bounds by member
+    "The residue classes of an axis, those of one length together; bounds are places of a class."
+    place, first, last = pattern.axis_bounds(axis)
+    by_place = np.argsort(place)
+    low, high = first[by_place], last[by_place]
+    dilation = pattern.dilation[axis] if pattern.dilation else 1
+    members, longer = divmod(len(place), dilation)
+    begin = 0
+    for residue, classes, count in (
+        (0, longer, members + 1), (longer, dilation - longer, members),
+    ):
+        own = slice(begin, begin + count)
+        if classes and count: yield residue, classes, low[own] - begin, high[own] - begin
+        begin += classes * count
+
+# %% ../nbs/01_patterns.ipynb #afc3be10
+def find_boxes(low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
+    "Borders of the boxes whose members attend their whole box and nothing else; None: no boxes."
+    borders = np.append(np.flatnonzero(np.diff(low, prepend=-1)), len(low))
+    sizes = np.diff(borders)
+    begin, end = (np.repeat(x, sizes) for x in (borders[:-1], borders[1:]))
+    return borders if (low == begin).all() and (high == end - 1).all() else None
+
+
+def attends_boxes(pattern: AxisPattern) -> bool:
+    "Does every query attend a box of which it is a member, on every axis?"
+    return all(
+        find_boxes(low, high) is not None
+        for axis in range(len(pattern.grid))
+        for _, _, low, high in axis_classes(pattern, axis))
 
 # %% ../nbs/01_patterns.ipynb #28023aba
 def encode_pattern(pattern: AxisPattern) -> tuple[str, list[int]]:
