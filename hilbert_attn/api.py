@@ -18,7 +18,7 @@ from typing import Any, TypeVar, Unpack
 import torch
 import torch.nn as nn
 
-from .backends import MEMORY_POLICY, POLICY, BackendChoice, explain_backend, _BACKENDS
+from .backends import MEMORY_POLICY, POLICY, REGISTRY, BackendChoice, explain_backend
 from .block_layers import BlockSparseAttention, RingBlockSparseAttention
 from .branched import DilatedAttention, HilbertDilatedAttention
 from .common import whole_number
@@ -347,7 +347,7 @@ def _policy_tables() -> list[str]:
     backends = []
     for row in POLICY:
         tokens = "any number" if row.max_tokens is None else f"up to {row.max_tokens}"
-        what = f"`{row.backend}`: {_BACKENDS[row.backend].about}"
+        what = f"`{row.backend}`: {REGISTRY[row.backend].about}"
         backends.append((devices[row.device], tokens, what, row.reason))
     training = [(f"`{row.strategy}`", f"{row.share:.0%} of the memory at hand", row.reason)
                 for row in MEMORY_POLICY]
@@ -360,18 +360,3 @@ def _policy_tables() -> list[str]:
 def which_when() -> str: # Markdown
     "Which type, which backend, how to train: generated from the registry and the policies."
     return "\n\n".join(_type_tables() + _policy_tables())
-
-# %% ../nbs/13_api.ipynb #13a0a011
-_MOVED = {
-    "StandardizedRingConfig": "compat", "create_standardized_ring_attention": "compat",
-    "HilbertAttentionTritonFixed": "compat", "RingDilatedAttentionHilbertCore": "compat",
-    "RingDilatedAttentionHilbertOptimizedFixed": "compat",
-    "BlockSparseRingDilatedAttentionHilbertPostPattern": "compat",
-}
-
-
-def __getattr__(name: str) -> Any:
-    "Names that were here once, until everybody takes them from where they live."
-    if name not in _MOVED: raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
-    return getattr(import_module(f"hilbert_attn.{_MOVED[name]}"), name)

@@ -7,7 +7,7 @@ __all__ = ['lists_order', 'BlockRingPlan', 'plan_block_ring', 'block_sparse_ring
 
 # %% ../nbs/10g_block_ring.ipynb #a13b3dd8
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, overload
 from weakref import WeakKeyDictionary
@@ -18,11 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .backends import _autocast, _check_backend_name, _check_tensors
-from .block_sparse import attend_blocks
+from .backends import attend, check_backend_name
 from .blocks.lists import BlockLists, rows_and_columns
-from .common import true_or_false
-from .ring import _outside_graphs, check_scale
+from .calls import Call, check_call
+from .ring import _outside_graphs
 from .ring_exchange import Ring, Together, agree, begin, digest, ring_of, swap
 from .ring_plan import shard_sizes
 
@@ -325,12 +324,10 @@ def block_sparse_ring_attention(
     ring = ring_of(group)
     number, common, local, error = ring.next_call(), {}, {}, None
     try:
-        if all(isinstance(x, Tensor) for x in (q, k, v)): q, k, v = _autocast(q, k, v)
-        _check_tensors(q, k, v)
+        call = check_call(q, k, v, scale=scale, return_lse=return_lse)
+        q, k, v = call.q, call.k, call.v
         _check_lists(q, lists)
-        check_scale(scale)
-        _check_backend_name(backend)
-        return_lse = true_or_false("return_lse", return_lse)
+        check_backend_name(backend)
         plan, own = _planned(lists, ring.size, ring.rank)
         _check_shard(q, lists, plan.sizes, ring.rank)
         common, local = _common(q, k, v, lists, scale), dict(rows=q.shape[2])
@@ -338,5 +335,5 @@ def block_sparse_ring_attention(
     agree(ring, _NAME, dict(call=number, stage="begin", **common), local, error)
     with Together(ring, _NAME, number):
         k, v = _Fetch.apply(k, v, _Fetching(plan, ring, number))
-        out, lse = attend_blocks(q, k, v, own, scale=scale, backend=backend)
-    return (out, lse) if return_lse else out
+        out, lse = attend(replace(call, k=k, v=v, pattern=own), backend, "blocks")
+    return call.result(out, lse)

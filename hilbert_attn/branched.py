@@ -14,10 +14,10 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from .backends import _autocast
+from .calls import check_call, on_branches
 from .common import true_or_false, whole_numbers
 from .curves import as_grid, curve_order
-from .dilated import _check_dilated, _run_dilated
+from .dilated import attend_branches
 from .modules import AttentionLayer, offsets_or_none
 from .options import Backend, Combine, Curve, Mode
 from .patterns import DilatedPattern, SegmentPattern, default_mode
@@ -86,21 +86,21 @@ class DilatedAttention(AttentionLayer):
     ) -> Tensor: # (B, N, H, D), in the order of q
         "Attends. Raises `ValueError` where q, k, v do not fit."
         check_free(q, k, v)
-        call = dict(causal=self.causal or true_or_false("is_causal", is_causal), key_mask=key_mask,
-                    curve=self.curve if true_or_false("use_hilbert", use_hilbert) else None,
-                    grid=self.grid if grid is None else grid)
+        who = dict(causal=self.causal or true_or_false("is_causal", is_causal), key_mask=key_mask)
+        place = dict(curve=self.curve if true_or_false("use_hilbert", use_hilbert) else None,
+                     grid=self.grid if grid is None else grid)
         backend = self.choose_backend(q.device, q.shape[1])[0]
-        return self.run(self._attend, q, k, v, backend, call)
+        return self.run(self._attend, q, k, v, backend, who, place)
 
     def _attend(
-        self, q: Tensor, k: Tensor, v: Tensor, backend: str, call: dict[str, Any]
+        self, q: Tensor, k: Tensor, v: Tensor, backend: str,
+        who: dict[str, Any], place: dict[str, Any], # causal and key_mask; curve and grid
     ) -> Tensor:
-        q, k, v = _autocast(*(x.transpose(1, 2) for x in (q, k, v)))
-        rest = dict(order=None, dropout_p=self.dropout_p, scale=None)
-        checked = _check_dilated(q, k, v, **self.settings(), **call, **rest)
-        fused = self.is_fused(backend)
-        out = _run_dilated(checked, q, k, v, backend, need_lse=False, custom_backward=fused)[0]
-        return out.transpose(1, 2)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        call = check_call(q, k, v, **who, dropout_p=self.dropout_p,
+                          custom_backward=self.use_custom_backward)
+        call = on_branches(call, **self.settings(), **place)
+        return attend_branches(call, backend)[0].transpose(1, 2)
 
     def pairs(
         self,

@@ -19,8 +19,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import check_backend_name, detect_gpu_architecture
 from .branched import branches
+from .calls import check_curve
 from .common import true_or_false, whole_number
-from .modules import curve_or_none, grid_or_none, one_of, share
+from .modules import grid_or_none, one_of, share
 from .options import Backend, Combine, Curve, Layout, Mode
 from .patterns import COMBINES, DILATION_MODES, SegmentPattern
 
@@ -92,7 +93,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     if values["sparsity"] is not None: found["sparsity"] = share("sparsity", values["sparsity"])
     if values["dtype"] != "auto": found["dtype"] = _dtype(values["dtype"])
     if values["device"] is not None: found["device"] = str(torch.device(values["device"]))
-    curve_or_none(values["curve"])
+    check_curve(values["curve"])
     check_backend_name(values["backend"])
     return found
 

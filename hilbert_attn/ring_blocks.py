@@ -18,7 +18,7 @@ from torch import Tensor
 from .common import unit_stride
 from .patterns import Progression
 from .ring_plan import Parcel, Part, RingPlan, Turn
-from .sdpa import _as_slice
+from .sdpa import as_slice
 from .tiles import dense_backward as _dense_backward, flash as _flash
 
 # %% ../nbs/09c_ring_blocks.ipynb #aa7303d1
@@ -186,7 +186,7 @@ def aligned_heads(kv_of: Sequence[int], heads: Sequence[int], kv_heads: Sequence
         if turn == len(pairs): pairs.append(([], []))
         pairs[turn][0].append(h)
         pairs[turn][1].append(kv_heads.index(kv_of[h]))
-    return tuple((_as_slice(q), _as_slice(kv)) for q, kv in pairs)
+    return tuple((as_slice(q), as_slice(kv)) for q, kv in pairs)
 
 # %% ../nbs/09c_ring_blocks.ipynb #a1ce2612
 def ring_tasks(plan: RingPlan, branch: int, rank: int, src: int, turn: Turn) -> list[Task]:
@@ -309,7 +309,7 @@ def _few_heads(pairs: tuple, q: Tensor, rows: Progression) -> Iterator[tuple]:
     for pair in pairs:
         heads, kv_heads = (_as_list(x) for x in pair)
         for i in range(0, len(heads), step):
-            yield _as_slice(heads[i:i + step]), _as_slice(kv_heads[i:i + step])
+            yield as_slice(heads[i:i + step]), as_slice(kv_heads[i:i + step])
 
 # %% ../nbs/09c_ring_blocks.ipynb #4a366878
 def _as_list(heads: slice | list[int]) -> list[int]:

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .backends import _check_order
+from .calls import check_order
 from .common import Cache, whole_number
 from hilbert_attn.ring_plan import (
     check_layout,
@@ -385,7 +385,7 @@ def shard_sequence(
     n = x.shape[dim]
     sizes = shard_sizes(n, ring.size, layout)
     if order is not None:
-        order = _check_order(order, n, x.device)
+        order = check_order(order, n, x.device)
         return x.index_select(dim, order[shard_positions(sizes, ring.rank, layout).to(x.device)])
     runs = shard_runs(sizes, layout)[ring.rank] or ((0, 0),)
     pieces = [x.narrow(dim, start, stop - start) for start, stop in runs]
@@ -494,7 +494,7 @@ def unshard_sequence(
     dim = common["dim"]
     with Together(ring, "unshard_sequence", number):
         check_sizes(sizes, layout, "rows of x")
-        if order is not None: order = _check_order(order, sum(sizes), x.device)
+        if order is not None: order = check_order(order, sum(sizes), x.device)
         if ring.size == 1:
             return x if order is None else torch.empty_like(x).index_copy(dim, order, x)
         places = _places(sizes, layout, order, x.device)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .backends import _autocast, choose_backend
+from .backends import choose_backend
 from .branched import CurveLayerOptions, DilatedAttention, check_free
 from .common import true_or_false, whole_number
 from .curves import curve_order
@@ -169,7 +169,7 @@ def _order_of_time(layer: RingDilatedAttention, device) -> Tensor | None:
 def _attend_ring(
     layer: RingDilatedAttention, q: Tensor, k: Tensor, v: Tensor, backend: str, causal: bool
 ) -> Tensor: # (B, n, H, D)
-    q, k, v = _autocast(*(x.transpose(1, 2) for x in (q, k, v)))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     order = _order_of_time(layer, q.device) if causal else None
     options: Any = dict(group=layer.group, layout=layer.layout, overlap=layer.overlap)
     options |= layer.settings() | dict(causal=causal, order=order, backend=backend)

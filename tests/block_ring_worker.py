@@ -108,7 +108,7 @@ def faults(results, rank, world):
     def attend():
         if not odd: return call()
         error = MemoryError("no memory left")
-        with mock.patch.object(block_ring, "attend_blocks", side_effect=error): return call()
+        with mock.patch.object(block_ring, "attend", side_effect=error): return call()
 
     def orders():
         outs = [call() for _ in range(2)]

@@ -232,7 +232,7 @@ def test_the_explanation_counts_what_the_layer_does(name, changes):
 @pytest.mark.parametrize("name", TYPES)
 @pytest.mark.parametrize("backend", ("auto", "sdpa_mask"))
 def test_the_explanation_names_the_backend_that_runs(name, backend, monkeypatch):
-    used, choose = [], hilbert_attn.backends._choose
+    used, choose = [], hilbert_attn.backends.choose_backend
     def noted(*a, **options):
         used.append(choose(*a, **options)[0])
         return used[-1], "", {}

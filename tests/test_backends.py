@@ -9,7 +9,7 @@ from hilbert_attn import backends, dilated_attention, hilbert_attention, hilbert
 from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import DILATION_MODES, SegmentPattern
 from hilbert_attn.reference import reference_attention
-from hilbert_attn.sdpa import _grouped_expression, _masked_sdpa, sdpa_attention, sdpa_mask_attention
+from hilbert_attn.sdpa import _grouped_expression, masked_sdpa, sdpa_attention, sdpa_mask_attention
 from hilbert_attn.tiles import dense_backward as _dense_backward, flash as _flash
 
 
@@ -241,4 +241,4 @@ def test_the_kernels_of_torch_get_what_they_can_read(memory):
     expected = _dense_backward(dout.contiguous(), None, *tidy, out, lse, False, None, 0.25)
     torch.testing.assert_close(_dense_backward(dout, None, q, k, v, out, lse, False, None, 0.25), expected)
     mask = torch.ones(20, 20, dtype=torch.bool)
-    torch.testing.assert_close(_masked_sdpa(q, k, v, mask, 0.25), out)
+    torch.testing.assert_close(masked_sdpa(q, k, v, mask, 0.25), out)

@@ -843,9 +843,8 @@ def test_backends_can_be_forced(monkeypatch):
     call = lambda **options: block_sparse_attention(
         q, q, q, torch.ones(3, 3, dtype=torch.bool), block_size=4, **options)
     seen = []
-    monkeypatch.setitem(
-        block_sparse._BLOCK_BACKENDS, "reference",
-        lambda *x, **o: (seen.append(1), block_reference_attention(*x, **o))[1])
+    monkeypatch.setattr(
+        block_sparse, "reference_blocks", lambda call: (seen.append(1), (call.q, call.q))[1])
     with set_backend("reference"): call()
     assert len(seen) == 1
     monkeypatch.setenv("HILBERT_ATTN_BACKEND", "reference")
@@ -874,7 +873,7 @@ def test_bad_arguments_are_named():
         ("heads", dict(block_size=4, k=q[:, :3], v=q[:, :3])),
         ("must agree", dict(block_size=4, v=q[:, :, :, :4])),
         (
-            "key_mask has shape",
+            "expected bool of shape (B, M) = (2, 13)",
             dict(
                 block_size=4, k=torch.randn(2, 4, 13, 8), v=torch.randn(2, 4, 13, 8),
                 key_mask=torch.ones(2, 12, dtype=torch.bool)),

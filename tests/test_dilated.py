@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 import hilbert_attn.tiles as tiles
 from hilbert_attn import COMBINES, CURVES, DILATION_MODES, DilatedPattern, curve_order, dilated_attention, hilbert_attention, set_backend
-from hilbert_attn.dilated import _check_dilated, _run_dilated
+from hilbert_attn.calls import check_call, on_branches
+from hilbert_attn.dilated import attend_branches
 from hilbert_attn.reference import assert_matches_oracle, compare_to_oracle
 
 
@@ -75,7 +76,12 @@ def test_fuzz_sdpa_mask(case): check(case, backend="sdpa_mask")
 
 @given(calls(max_n=24))
 def test_fuzz_plain_expression(case):
-    def plain(q, k, v, **arguments): return _run_dilated(_check_dilated(q, k, v, **arguments), q, k, v, "sdpa", True, custom_backward=False)
+    def plain(q, k, v, *, causal, key_mask, dropout_p, scale, **how):
+        numbers = dict(dropout_p=dropout_p, scale=scale)
+        call = check_call(
+            q, k, v, causal=causal, key_mask=key_mask, **numbers, return_lse=True,
+            custom_backward=False)
+        return attend_branches(on_branches(call, **how), "sdpa")
     check(case, plain)
 
 

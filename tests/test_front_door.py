@@ -11,7 +11,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hilbert_attn
 from hilbert_attn import backends
-from hilbert_attn.backends import _architecture, _choose, detect_gpu_architecture, explain_backend, hilbert_attention, set_backend
+from hilbert_attn.backends import Backend, attend, _architecture, choose_backend, detect_gpu_architecture, explain_backend, hilbert_attention, set_backend
+from hilbert_attn.calls import check_call, on_segments
 from hilbert_attn.curves import curve_order
 from hilbert_attn.kernels.forward import default_tile
 from hilbert_attn.patterns import attention_mask
@@ -73,7 +74,7 @@ X = torch.zeros(2, 4, 12, 8)
     (dict(backend="cudnn"), "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', 'triton'"),
 ])
 def test_bad_input_is_answered_with_a_sentence(arguments, message, monkeypatch):
-    monkeypatch.setattr(backends, "_run", lambda *a, **k: pytest.fail("a kernel was started"))
+    monkeypatch.setattr(Backend, "function", lambda *a, **k: pytest.fail("a kernel was started"))
     with pytest.raises(ValueError, match=message): hilbert_attention(**{"q": X, "k": X, "v": X, **arguments})
 
 
@@ -181,9 +182,11 @@ def test_a_forced_backend_that_cannot_run_is_an_error(name, monkeypatch):
 
 
 def test_forcing_a_backend(monkeypatch):
-    used = []
-    run = backends._run
-    monkeypatch.setattr(backends, "_run", lambda call, q, k, v, backend, *a, **kw: used.append(backend) or run(call, q, k, v, backend, *a, **kw))
+    used, function = [], Backend.function
+    def noted(backend, family):
+        used.append(backend.name)
+        return function(backend, family)
+    monkeypatch.setattr(Backend, "function", noted)
     x = torch.randn(1, 1, 80, 8)
     def call(**options): hilbert_attention(x, x, x, **options); return used.pop()
     assert call() == "sdpa"
@@ -208,10 +211,10 @@ def test_a_fallback_warns_once_and_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(backends, "_warned", set())
-    with pytest.warns(UserWarning, match="'triton' is preferred on cuda but"): assert _choose("auto", torch.device("cuda"))[0] == "sdpa"
+    with pytest.warns(UserWarning, match="'triton' is preferred on cuda but"): assert choose_backend("auto", torch.device("cuda"))[0] == "sdpa"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _choose("auto", torch.device("cuda"))[0] == "sdpa"
+        assert choose_backend("auto", torch.device("cuda"))[0] == "sdpa"
 
 
 @pytest.mark.parametrize("capability, name, dtype, mixed, triton", [
@@ -349,16 +352,17 @@ def test_the_plain_expression_of_a_forced_backend(monkeypatch):
     "`custom_backward=False` keeps to the backend that was forced, or is refused; the policy's choice may give way."
     monkeypatch.setattr(backends, "_interpreted", lambda: True)
     x = rand(1, 2, 80, 8)
+    def chosen(**options): return choose_backend("auto", x.device, 80, **options)[0]
     for name in ("reference", "sdpa_mask", "sdpa"):
-        with set_backend(name): assert backends._pick("auto", x, 80, custom_backward=False) == name
-    with set_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton', asked for by set_backend.*no plain PyTorch expression.*'sdpa'"):
-        backends._pick("auto", x, 80, custom_backward=False)
+        with set_backend(name): assert chosen(custom_backward=False) == name
+    refused = "'triton', asked for by set_backend.*no plain PyTorch expression.*'sdpa'"
+    with set_backend("triton"), pytest.raises(RuntimeError, match=refused):
+        chosen(custom_backward=False)
     monkeypatch.setattr(backends, "POLICY", (backends.PolicyRow("any", "triton", "fused"),))
-    assert backends._pick("auto", x, 80, custom_backward=False) == "sdpa" and backends._pick("auto", x, 80) == "triton"
+    assert chosen(custom_backward=False) == "sdpa" and chosen() == "triton"
     calls = []
-    monkeypatch.setattr(backends, "sdpa_mask_attention", lambda q, *a, **o: calls.append(1) or (q, q))
-    backends._run(backends._check_call(x, x, x, **OPTIONS), x, x, x, "sdpa_mask", False, custom_backward=False)
+    monkeypatch.setattr(
+        backends, "sdpa_mask_attention", lambda q, *a, **o: calls.append(1) or (q, q))
+    call = on_segments(check_call(x, x, x, custom_backward=False), 16, 1, None, None)
+    attend(call, "sdpa_mask")
     assert calls
-
-
-OPTIONS = dict(grid=None, curve=None, order=None, segment_size=16, dilation_rate=1, dilation_mode="residue", offsets=None, causal=False, key_mask=None, dropout_p=0.0, scale=None)

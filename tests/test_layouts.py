@@ -10,8 +10,9 @@ from test_local import LocalCase, kernels, local_cases
 
 import hilbert_attn.local as local
 from hilbert_attn import block_sparse_attention, dilated_attention, hilbert_attention
-from hilbert_attn.backends import _check_call, _run
-from hilbert_attn.dilated import _check_dilated, _run_dilated
+from hilbert_attn.backends import attend
+from hilbert_attn.calls import check_call, on_branches, on_segments
+from hilbert_attn.dilated import attend_branches
 from hilbert_attn.patterns import COMBINES, DILATION_MODES, DilatedPattern
 from hilbert_attn.reference import assert_matches_oracle
 
@@ -32,10 +33,13 @@ def small_blocks(monkeypatch): monkeypatch.setattr(local, "_BLOCK_SIZE", (16, 16
 
 def check_segments(backend, case: Case):
     def attention(q, k, v, pattern, *, order, causal, key_mask, scale):
-        options = dict(curve=None, grid=None, order=order, segment_size=case.w, dilation_rate=case.r, dilation_mode=case.mode, offsets=case.offsets,
-                       causal=causal, key_mask=key_mask, scale=scale)
-        if backend != "expression": return hilbert_attention(q, k, v, **options, backend=backend, return_lse=True)
-        return _run(_check_call(q, k, v, **options, dropout_p=0.0), q, k, v, "sdpa", True, custom_backward=False)
+        how = dict(segment_size=case.w, dilation_rate=case.r, dilation_mode=case.mode,
+                   offsets=case.offsets, order=order, curve=None)
+        common = dict(causal=causal, key_mask=key_mask, scale=scale, return_lse=True)
+        if backend != "expression":
+            return hilbert_attention(q, k, v, **how, **common, backend=backend)
+        call = check_call(q, k, v, **common, custom_backward=False)
+        return attend(on_segments(call, **how), "sdpa")
     case.check(attention, spoil=True)
 
 
@@ -74,10 +78,13 @@ def check_mixture(backend, branches: Branches):
     options = dict(segment_lengths=branches.lengths, dilation_rates=branches.rates, combine=branches.combine, dilation_mode=branches.mode)
     pattern = DilatedPattern.for_heads(case.n, case.heads, *options.values())
 
-    def attention(q, k, v, pattern, **common):
-        arguments = dict(options, offsets=None, grid=None, curve=None, **common)
-        if backend != "expression": return dilated_attention(q, k, v, **arguments, backend=backend, return_lse=True)
-        return _run_dilated(_check_dilated(q, k, v, dropout_p=0.0, **arguments), q, k, v, "sdpa", True, custom_backward=False)
+    def attention(q, k, v, pattern, *, order, **common):
+        how = dict(options, offsets=None, order=order, curve=None)
+        common["return_lse"] = True
+        if backend != "expression":
+            return dilated_attention(q, k, v, **how, **common, backend=backend)
+        call = check_call(q, k, v, **common, custom_backward=False)
+        return attend_branches(on_branches(call, **how), "sdpa")
     case.check(attention, pattern, spoil=True)
 
 

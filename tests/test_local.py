@@ -483,7 +483,7 @@ def test_bad_arguments(f):
 @each
 def test_a_backend_that_local_patterns_do_not_know_is_refused(n, f, monkeypatch):
     from hilbert_attn import backends
-    monkeypatch.setitem(backends._BACKENDS, "mine", backends._Backend("mine", "hilbert_attn.sdpa:sdpa_attention", "of somebody else"))
+    monkeypatch.setitem(backends._BACKENDS, "mine", backends._Backend("mine", "of somebody else", {"local": "hilbert_attn.sdpa:sdpa_attention", "segments": ""}))
     monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "mine"))
     q, k, v = random_inputs(n)
     registers = [x[:, :, :2] for x in (k, v)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..backends import _check_order
+from ..calls import check_order
 from .lists import ALWAYS, NEVER, BlockLists, as_block_size, rows_and_columns
 from ..common import Cache, is_plain, true_or_false, whole_number
 from ..curves import curve_order
@@ -441,5 +441,5 @@ def block_lists(
         return _constant_lists(type(pattern).__name__, arguments, curve, *options)
     if order is not None:
         n = pattern.seq_len - getattr(pattern, "shared", 0)
-        order = _check_order(order, n, order.device if isinstance(order, Tensor) else device)
+        order = check_order(order, n, order.device if isinstance(order, Tensor) else device)
     return _lists(pattern, order, curve, options)

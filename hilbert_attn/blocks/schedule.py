@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import _check_order
+from ..calls import check_order
 from hilbert_attn.blocks.lists import (
     BlockLists,
     as_block_size,
@@ -121,7 +121,7 @@ def permute_blocks(
     """Lays out blocks in another order: tokens, bounds, rows and columns move along; what is
     attended stays."""
     orders, (BM, BN) = (q_order, k_order), lists.block_size
-    for order, n in zip(orders, lists.num_blocks): _check_order(order, n, order.device)
+    for order, n in zip(orders, lists.num_blocks): check_order(order, n, order.device)
     q_rank, k_rank = (inverse_order(order.cpu()).numpy() for order in orders)
     group, q, k, full = _entries(lists)
     rows, columns = rows_and_columns(

@@ -16,11 +16,12 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..backends import _autocast, _check_backend_name, _check_tensors
+from ..backends import check_backend_name
+from ..calls import autocast_inputs, check_curve, check_tensors
 from ..common import hide_masked, whole_number, whole_numbers
-from ..curves import _parse_curve, as_grid, curve_order, inverse_order
+from ..curves import as_grid, curve_order, inverse_order
 from ..dilated import BranchOptions, dilated_attention
-from ..modules import _one_of
+from ..modules import one_of
 from ..patterns import Branch, DilatedPattern, SegmentPattern
 from ..reference import CallOptions, masked_attention, merge_attention
 
@@ -64,18 +65,18 @@ def _plain_fields(
     plain["prefix_tokens"] = prefix
     if segment_size is not None:
         size, lengths = _plain("segment_size", segment_size), plain["segment_lengths"]
-        plain["segment_lengths"] = _one_of("segment_lengths", lengths, segment_size=size)
+        plain["segment_lengths"] = one_of("segment_lengths", lengths, segment_size=size)
     if dilation_rate is not None:
         rate, rates = _plain("dilation_rate", dilation_rate), plain["dilation_rates"]
         rates = None if rates == 1 else rates  # the default: not given
-        plain["dilation_rates"] = _one_of("dilation_rates", rates, dilation_rate=rate)
+        plain["dilation_rates"] = one_of("dilation_rates", rates, dilation_rate=rate)
     return plain
 
 # %% ../../nbs/14_integrations.ipynb #b805548d
 def _check_fields(settings: "HilbertSettings"):
     "Raises `ValueError` for a field that does not fit."
-    if settings.curve not in (None, "auto"): _parse_curve(settings.curve)
-    _check_backend_name(settings.backend)
+    if settings.curve not in (None, "auto"): check_curve(settings.curve)
+    check_backend_name(settings.backend)
     heads = len(settings.branches[0])
     if isinstance(settings.offsets, tuple): heads = len(settings.offsets)
     settings.pattern(1, heads)  # names the value that does not fit
@@ -429,8 +430,8 @@ def prefix_attention(
 
     Raises `ValueError` where tokens and settings do not fit."""
     on_meta = q.device.type == "meta"
-    if not on_meta: q, k, v = _autocast(q, k, v)
-    _check_tensors(q, k, v)
+    if not on_meta: q, k, v = autocast_inputs(q, k, v)
+    check_tensors(q, k, v)
     batch, _, n, _ = q.shape
     settings.check_length(n)
     if on_meta: return _shapes_only(q, k, v, return_lse)
