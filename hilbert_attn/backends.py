@@ -179,21 +179,25 @@ REGISTRY = {backend.name: backend for backend in (
     Backend(
         "reference", "dense float64 softmax, the oracle", {
             "segments": _reference_segments, "branches": _reference_segments,
-            "blocks": "hilbert_attn.block_sparse:reference_blocks"},
+            "blocks": "hilbert_attn.block_sparse:reference_blocks",
+            "local": "hilbert_attn.local:reference_local"},
         drawback="for tests: float64 and O(N^2)"),
     Backend(
         "sdpa_mask", "SDPA with a dense bool mask", {
             "segments": _sdpa_mask_segments, "branches": _sdpa_mask_segments,
-            "blocks": "hilbert_attn.block_sparse:sdpa_mask_blocks"},
+            "blocks": "hilbert_attn.block_sparse:sdpa_mask_blocks",
+            "local": "hilbert_attn.local:sdpa_mask_local"},
         drawback="computes all N^2 scores and masks them"),
     Backend(
         "sdpa", "dense SDPA kernels on the gathered groups", {
             "segments": _sdpa_segments, "branches": "hilbert_attn.dilated:sdpa_branches",
-            "blocks": "hilbert_attn.block_sparse:sdpa_blocks"}),
+            "blocks": "hilbert_attn.block_sparse:sdpa_blocks",
+            "local": "hilbert_attn.local:sdpa_local"}),
     Backend(
         "triton", "fused kernels that gather inside", {
             "segments": _triton_segments, "branches": "hilbert_attn.dilated:triton_branches",
-            "blocks": "hilbert_attn.block_sparse:triton_blocks"},
+            "blocks": "hilbert_attn.block_sparse:triton_blocks",
+            "local": "hilbert_attn.local:triton_local"},
         why_not=_needs_a_gpu, has_expression=False),
 )}
 BACKENDS = ("auto", *REGISTRY)
@@ -629,40 +633,3 @@ def explain_backend(
     if gradients: training = _training(q, k.shape[1], device, layers, memory, ranks)
     return BackendChoice(name, reason, pairs, pattern.density, 4.0 * d * pairs, float(moved),
                          MappingProxyType(rejected), **training)
-
-# %% ../nbs/07_backends.ipynb #0ca1f00d
-from collections import namedtuple
-
-from torch.autograd import forward_ad
-
-from .calls import autocast_inputs, check_cells
-from .common import hide_masked
-
-# Until 11_local takes `Call`.
-_Call = namedtuple("_Call", "pattern order causal key_mask dropout_p scale")
-_autocast: Any = autocast_inputs
-_BACKENDS, _Backend = REGISTRY, Backend
-
-
-def _wants_expression(custom: bool) -> bool: return not custom or forward_ad._current_level >= 0
-
-
-def _check_inputs(q, k, v, *, grid, **options):
-    check_call(q, k, v, **options)
-    check_cells(grid, q.shape[2])
-
-
-def _hide(k, v, key_mask): return hide_masked(k, key_mask), hide_masked(v, key_mask)
-
-
-def _resolve_order(q, *, grid, curve, order, dense):
-    return Call(q, q, q).along(None, grid, curve, order, dense=dense).order
-
-
-def _pick(backend, q): return choose_backend(backend, q.device, None, not _wants_expression(True))[0]
-
-
-def _run(call, q, k, v, backend, need_lse):
-    full = Call(q, k, v, call.key_mask, call.dropout_p, call.scale, call.causal, need_lse,
-                not _wants_expression(True), call.pattern, call.order)
-    return attend(full, backend)

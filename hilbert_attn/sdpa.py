@@ -41,9 +41,6 @@ def masked_sdpa(
     out = F.scaled_dot_product_attention(rows_apart(q), k, v, allowed, dropout_p, scale=scale, enable_gqa=gqa)
     return out.masked_fill(empty, 0)
 
-
-_masked_sdpa = masked_sdpa  # until 11_local takes the public name
-
 # %% ../nbs/06_sdpa.ipynb #f41e257b
 @overload
 def sdpa_mask_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, need_lse: Literal[True] = True, **options: Unpack[PatternOptions]) -> tuple[Tensor, Tensor]: ...

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import hilbert_attn.local as local
+from hilbert_attn import backends
 from hilbert_attn.backends import set_backend
 from hilbert_attn.curves import CURVES, curve_order
 from hilbert_attn.patterns import (
@@ -481,10 +482,10 @@ def test_bad_arguments(f):
 
 
 @each
-def test_a_backend_that_local_patterns_do_not_know_is_refused(n, f, monkeypatch):
-    from hilbert_attn import backends
-    monkeypatch.setitem(backends._BACKENDS, "mine", backends._Backend("mine", "of somebody else", {"local": "hilbert_attn.sdpa:sdpa_attention", "segments": ""}))
-    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "mine"))
+def test_a_backend_that_does_not_know_local_patterns_is_refused(n, f, monkeypatch):
+    other = backends.Backend("mine", "of somebody else", {"segments": "hilbert_attn.sdpa:nothing"})
+    monkeypatch.setitem(backends.REGISTRY, "mine", other)
     q, k, v = random_inputs(n)
     registers = [x[:, :, :2] for x in (k, v)]
-    with pytest.raises(RuntimeError, match="backend 'mine' does not compute local patterns.*'sdpa'"): f(q, k, v, backend="mine", registers=registers)
+    refusal = "backend 'mine'.* does not compute local patterns.*'sdpa'"
+    with pytest.raises(RuntimeError, match=refusal): f(q, k, v, backend="mine", registers=registers)
