@@ -654,21 +654,6 @@ def _block_attention(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, l
     seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p else None
     return _on_blocks(q, k, v, key_mask, seed, *local.fields(), list(as_grid(grid)), curve or "row_major", scale, float(dropout_p))
 
-# %% ../nbs/11_local.ipynb #837fe475
-class LocalOptions(CallOptions, total=False):
-    "What all five functions take by name."
-    curve: str | None
-    registers: tuple[Tensor, Tensor] | None
-    backend: str
-
-
-@overload
-def window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int | Sequence[int], *, shift: int | Sequence[int] = ..., return_lse: Literal[False] = False, **options: Unpack[LocalOptions]) -> Tensor: ...
-@overload
-def window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int | Sequence[int], *, shift: int | Sequence[int] = ..., return_lse: Literal[True], **options: Unpack[LocalOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int | Sequence[int], *, shift: int | Sequence[int] = ..., return_lse: bool, **options: Unpack[LocalOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
-
 # %% ../nbs/11_local.ipynb #017aec76
 def window_attention(
     q: Tensor, # queries (B, H, N, D), tokens row-major over the grid, any strides; float16, bfloat16, float32 or float64
@@ -692,14 +677,6 @@ def window_attention(
     q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
     pattern = WindowPattern(grid, window, shift)
     return _attend(q, k, v, key_mask, _Local("window", pattern.grid, pattern.window, pattern.shift, (False,) * len(pattern.grid)), grid, curve, dropout_p, scale, backend, return_lse)
-
-# %% ../nbs/11_local.ipynb #2b7acd73
-@overload
-def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], kernel_size: int | Sequence[int], *, dilation: int | Sequence[int] = ..., causal: bool | Sequence[bool] = ..., return_lse: Literal[False] = False, **options: Unpack[LocalOptions]) -> Tensor: ...
-@overload
-def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], kernel_size: int | Sequence[int], *, dilation: int | Sequence[int] = ..., causal: bool | Sequence[bool] = ..., return_lse: Literal[True], **options: Unpack[LocalOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def neighborhood_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], kernel_size: int | Sequence[int], *, dilation: int | Sequence[int] = ..., causal: bool | Sequence[bool] = ..., return_lse: bool, **options: Unpack[LocalOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
 # %% ../nbs/11_local.ipynb #91869de7
 def neighborhood_attention(
@@ -725,14 +702,6 @@ def neighborhood_attention(
     q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
     pattern = NeighborhoodPattern(grid, kernel_size, dilation, causal)
     return _attend(q, k, v, key_mask, _Local("neighborhood", pattern.grid, pattern.kernel_size, pattern.dilation, pattern.causal), grid, curve, dropout_p, scale, backend, return_lse)
-
-# %% ../nbs/11_local.ipynb #08784385
-@overload
-def hilbert_window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: Literal[False] = False, **options: Unpack[LocalOptions]) -> Tensor: ...
-@overload
-def hilbert_window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: Literal[True], **options: Unpack[LocalOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def hilbert_window_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: bool, **options: Unpack[LocalOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
 # %% ../nbs/11_local.ipynb #cb010d6f
 def hilbert_window_attention(
@@ -762,14 +731,6 @@ def hilbert_window_attention(
     out, lse = _run(_Call(local.pattern(), order, False, key_mask, float(dropout_p), scale), q, k, v, _pick(backend, q), return_lse)
     return (out, lse) if return_lse else out
 
-# %% ../nbs/11_local.ipynb #158d3c2d
-@overload
-def hilbert_slide_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: Literal[False] = False, **options: Unpack[LocalOptions]) -> Tensor: ...
-@overload
-def hilbert_slide_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: Literal[True], **options: Unpack[LocalOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def hilbert_slide_attention(q: Tensor, k: Tensor, v: Tensor, grid: int | Sequence[int], window: int, *, return_lse: bool, **options: Unpack[LocalOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
-
 # %% ../nbs/11_local.ipynb #51d74ef1
 def hilbert_slide_attention(
     q: Tensor, # queries (B, H, N, D), tokens row-major over the grid
@@ -792,14 +753,6 @@ def hilbert_slide_attention(
     q, k, v, key_mask = _check_call(q, k, v, registers, grid=grid, curve=curve, key_mask=key_mask, dropout_p=dropout_p, scale=scale)
     window = whole_number("window", window, 1)
     return _attend(q, k, v, key_mask, _Local("slide", (q.shape[2],), (window,), (0,)), grid, curve, dropout_p, scale, backend, return_lse)
-
-# %% ../nbs/11_local.ipynb #7cdc38ee
-@overload
-def tiles_shared_attention(q: Tensor, k: Tensor, v: Tensor, *, tiles: int, offset: int = ..., shared: int = ..., grid: int | Sequence[int] | None = ..., return_lse: Literal[False] = False, **options: Unpack[LocalOptions]) -> Tensor: ...
-@overload
-def tiles_shared_attention(q: Tensor, k: Tensor, v: Tensor, *, tiles: int, offset: int = ..., shared: int = ..., grid: int | Sequence[int] | None = ..., return_lse: Literal[True], **options: Unpack[LocalOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def tiles_shared_attention(q: Tensor, k: Tensor, v: Tensor, *, tiles: int, offset: int = ..., shared: int = ..., grid: int | Sequence[int] | None = ..., return_lse: bool, **options: Unpack[LocalOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
 # %% ../nbs/11_local.ipynb #00e14d86
 def tiles_shared_attention(
