@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'REGISTRY', 'BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'Backend',
            'PolicyRow', 'MemoryRow', 'check_backend_name', 'set_backend', 'choose_backend', 'attend',
-           'hilbert_attention', 'training_memory', 'BackendChoice', 'explain_backend']
+           'hilbert_attention', 'training_memory', 'BackendChoice', 'explain_backend', 'ExplainOptions']
 
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Literal, Unpack, get_type_hints, overload
+from typing import Any, Unpack, get_type_hints
 
 import torch
 from torch import Tensor
@@ -431,28 +431,6 @@ def attend(
     name, _ = _chosen(backend, task)
     return REGISTRY[name].function(family)(call.hidden())
 
-# %% ../nbs/07_backends.ipynb #467853d0
-class CurveOptions(PatternOptions, total=False):
-    "What the front doors of segmented attention share."
-    grid: int | Sequence[int] | None
-    curve: str | None
-    dilation_mode: str | None
-    offsets: int | Sequence[int] | None
-
-
-class SegmentOptions(CurveOptions, total=False):
-    "Of `hilbert_attention`."
-    segment_size: int | None
-    dilation_rate: int
-
-
-@overload
-def hilbert_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = ..., return_lse: Literal[False] = False, **options: Unpack[SegmentOptions]) -> Tensor: ...
-@overload
-def hilbert_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = ..., return_lse: Literal[True], **options: Unpack[SegmentOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def hilbert_attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = ..., return_lse: bool, **options: Unpack[SegmentOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
-
 # %% ../nbs/07_backends.ipynb #9533bb07
 def hilbert_attention(
     q: Tensor, # queries (B, H, N, D), any strides; float16, bfloat16, float32 or float64
@@ -555,13 +533,6 @@ class BackendChoice:
         return "\n".join(lines)
 
 # %% ../nbs/07_backends.ipynb #db2faf98
-class ExplainOptions(SegmentOptions, total=False):
-    "Of `explain_backend`: one branch, or several."
-    segment_lengths: int | Sequence[int]
-    dilation_rates: int | Sequence[int]
-    combine: str
-
-
 _ONE_BRANCH = ("segment_size", "dilation_rate")
 _BRANCHES = ("segment_lengths", "dilation_rates", "combine")
 
@@ -572,8 +543,9 @@ def _check_options(options: Mapping[str, Any]):
     if "segment_lengths" in options: name, others = "dilated_attention", _ONE_BRANCH
     known = [x for x in get_type_hints(ExplainOptions) if x not in others]
     for option, value in options.items():
-        if option not in known:
-            raise ValueError(f"{option}={value!r}: {name} has no such argument; known are {', '.join(known)}")
+        if option in known: continue
+        listed = ", ".join(known)
+        raise ValueError(f"{option}={value!r}: {name} has no such argument; known are {listed}")
 
 # %% ../nbs/07_backends.ipynb #81913ecb
 def _shaped(x: Tensor | Sequence[int], dtype: torch.dtype) -> Tensor: # without data
@@ -633,3 +605,17 @@ def explain_backend(
     if gradients: training = _training(q, k.shape[1], device, layers, memory, ranks)
     return BackendChoice(name, reason, pairs, pattern.density, 4.0 * d * pairs, float(moved),
                          MappingProxyType(rejected), **training)
+
+# %% ../nbs/07_backends.ipynb #0dd0b710
+#| code-fold: true
+class ExplainOptions(PatternOptions, total=False):
+    "Of `explain_backend`: one branch, or several."
+    grid: int | Sequence[int] | None
+    curve: str | None
+    dilation_mode: str | None
+    offsets: int | Sequence[int] | None
+    segment_size: int | None
+    dilation_rate: int
+    segment_lengths: int | Sequence[int]
+    dilation_rates: int | Sequence[int]
+    combine: str

@@ -216,7 +216,7 @@ class BlockSparseAttention(KeepsLists):
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         options: Any = dict(key_mask=key_mask, dropout_p=self.dropout_p, backend=backend)
-        out = block_sparse_attention(q, k, v, lists, causal=lists.causal, **options)
+        out: Any = block_sparse_attention(q, k, v, lists, causal=lists.causal, **options)
         return out.transpose(1, 2)
 
     def settings(self) -> dict[str, Any]:
@@ -290,7 +290,7 @@ class RingBlockSparseAttention(BlockSparseAttention):
         self, q: Tensor, k: Tensor, v: Tensor, backend: str, lists: BlockLists, key_mask: Any
     ) -> Tensor:
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = block_sparse_ring_attention(q, k, v, lists, group=self.group, backend=backend)
+        out: Any = block_sparse_ring_attention(q, k, v, lists, group=self.group, backend=backend)
         return out.transpose(1, 2)
 
 # %% ../nbs/12e_block_layers.ipynb #e0545724

@@ -9,7 +9,7 @@ __all__ = ['lists_order', 'BlockRingPlan', 'plan_block_ring', 'block_sparse_ring
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, overload
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -285,24 +285,6 @@ def _common(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float | N
                 scale=scale, order=digest(lists_order(lists)), block_size=lists.block_size,
                 blocks=len(lists.rows.index), causal=lists.causal,
                 requires_grad=gradients and torch.is_grad_enabled())
-
-# %% ../nbs/10g_block_ring.ipynb #6bf34cf9
-#| code-fold: true
-@overload
-def block_sparse_ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *,
-    group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ...,
-    backend: str = ..., return_lse: Literal[False] = False) -> Tensor: ...
-@overload
-def block_sparse_ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *,
-    group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ...,
-    backend: str = ..., return_lse: Literal[True]) -> tuple[Tensor, Tensor]: ...
-@overload
-def block_sparse_ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, *,
-    group: "dist.ProcessGroup | DeviceMesh | None" = ..., scale: float | None = ...,
-    backend: str = ..., return_lse: bool) -> Tensor | tuple[Tensor, Tensor]: ...
 
 # %% ../nbs/10g_block_ring.ipynb #f8f46860
 @_outside_graphs

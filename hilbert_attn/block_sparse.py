@@ -11,7 +11,7 @@ __all__ = ['block_reference_attention', 'block_sdpa_mask_attention', 'reference_
 
 # %% ../nbs/10f_block_sparse.ipynb #f974c6ea
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack, overload
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ from hilbert_attn.blocks.schedule import (
 )
 from .calls import Call, check_call, check_order
 from .operators import lse_dtype
-from .reference import PatternOptions, masked_attention
+from .reference import masked_attention
 from .sdpa import masked_sdpa
 
 if TYPE_CHECKING: from torch.nn.attention.flex_attention import BlockMask
@@ -70,8 +70,8 @@ def block_reference_attention(
     scale: float | None = None, # None is 1 / sqrt(D)
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "One dense masked softmax in float64: O(N^2), for tests."
-    wide, mask = (x.double() for x in (q, k, v)), _mask(lists, key_mask)
-    out, lse = masked_attention(*wide, mask, scale, dropout_p)
+    wide = q.double(), k.double(), v.double()
+    out, lse = masked_attention(*wide, _mask(lists, key_mask), scale, dropout_p)
     return out.to(q.dtype), lse.to(lse_dtype(q.dtype))
 
 # %% ../nbs/10f_block_sparse.ipynb #d42246ff
@@ -177,29 +177,6 @@ def _resolve_lists(
     N, M = q.shape[2], k.shape[2]
     if order is not None: order = check_order(order, N, q.device)
     return lists_from_block_mask(block_mask, N, M, size, order=order, causal=causal)
-
-# %% ../nbs/10f_block_sparse.ipynb #2f97b54f
-class BlockOptions(PatternOptions, total=False):
-    "Of `block_sparse_attention`."
-    block_size: int | tuple[int, int] | None
-    backend: str
-
-
-_Mask: TypeAlias = Tensor | BlockLists | BlockMask
-
-
-@overload
-def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: _Mask, *,
-    return_lse: Literal[False] = False, **options: Unpack[BlockOptions]) -> Tensor: ...
-@overload
-def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: _Mask, *,
-    return_lse: Literal[True], **options: Unpack[BlockOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def block_sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, block_mask: _Mask, *,
-    return_lse: bool, **options: Unpack[BlockOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
 # %% ../nbs/10f_block_sparse.ipynb #2f44a9f3
 def block_sparse_attention(

@@ -295,8 +295,9 @@ def on_segments(
 ) -> Call:
     "The call in segments of positions. Raises `ValueError`."
     how = segment_size, dilation_rate, dilation_mode, offsets
-    pattern = SegmentPattern.for_heads(*call.sizes, *how)
-    dense = pattern.segment_size >= call.q.shape[2] and pattern.dilation_rate == 1
+    n, heads = call.sizes
+    pattern = SegmentPattern.for_heads(n, heads, *how)
+    dense = pattern.segment_size >= n and pattern.dilation_rate == 1
     return call.along(pattern, **place, dense=dense)
 
 
@@ -311,5 +312,6 @@ def on_branches(
 ) -> Call:
     "The call in several branches. Raises `ValueError`."
     how = segment_lengths, dilation_rates, combine, dilation_mode, offsets
-    pattern = DilatedPattern.for_heads(*call.sizes, *how)
+    n, heads = call.sizes
+    pattern = DilatedPattern.for_heads(n, heads, *how)
     return call.along(pattern, **place, dense=pattern.is_dense)

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,16 +60,13 @@ def true_or_false(
         return bool(value)
     raise ValueError(f"{name}={value!r}: expected True or False")
 
-# %% ../nbs/00_common.ipynb #a72483a1
-@overload
-def unit_stride(x: Tensor) -> Tensor: ...
-@overload
-def unit_stride(x: Tensor | None) -> Tensor | None: ...
-
 # %% ../nbs/00_common.ipynb #2034f40b
+_Rows = TypeVar("_Rows", Tensor, Tensor | None)  # None stays None
+
+
 def unit_stride(
-    x: Tensor | None, # any strides
-) -> Tensor | None: # the same values; itself if its last stride is 1
+    x: _Rows, # any strides
+) -> _Rows: # the same values; itself if its last stride is 1
     "A tensor whose rows lie in one piece; dense kernels on the CPU take that for granted."
     if x is None or x.shape[-1] == 1 or x.stride(-1) == 1: return x
     return x.contiguous()

@@ -9,11 +9,11 @@ __all__ = ['triton_branches', 'sdpa_branches', 'attend_branches', 'dilated_atten
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import log
-from typing import Any, Literal, Unpack, overload
+from typing import Any
 
 from torch import Tensor, cat
 
-from .backends import REGISTRY, CurveOptions, attend, choose_backend
+from .backends import REGISTRY, attend, choose_backend
 from .calls import Call, check_call, on_branches
 from .operators import AttentionOperator, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
@@ -182,19 +182,6 @@ def attend_branches(
     (only,) = pattern.branches
     out, lse = attend(replace(call, pattern=only.pattern), name)
     return out, lse + log(only.copies) if call.need_lse else None
-
-# %% ../nbs/08_dilated.ipynb #2506b004
-class BranchOptions(CurveOptions, total=False):
-    "Of `dilated_attention`."
-    combine: str
-
-
-@overload
-def dilated_attention(q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int], dilation_rates: int | Sequence[int], *, backend: str = ..., return_lse: Literal[False] = False, **options: Unpack[BranchOptions]) -> Tensor: ...
-@overload
-def dilated_attention(q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int], dilation_rates: int | Sequence[int], *, backend: str = ..., return_lse: Literal[True], **options: Unpack[BranchOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def dilated_attention(q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int], dilation_rates: int | Sequence[int], *, backend: str = ..., return_lse: bool, **options: Unpack[BranchOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
 # %% ../nbs/08_dilated.ipynb #4ba06f35
 def dilated_attention(

@@ -11,14 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from math import log
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .backends import CurveOptions, check_backend_name, hilbert_attention
+from .backends import check_backend_name, hilbert_attention
 from .calls import autocast_inputs, check_order, check_scale, check_tensors
 from .common import true_or_false, whole_number, whole_numbers
 from .curves import inverse_order
@@ -335,19 +335,18 @@ def _attend_inside(
     k: Tensor,
     v: Tensor,
     order: Tensor | None, # of these rows alone
-) -> tuple[Tensor, Tensor]: # out, lse
+) -> Any: # out, lse
     several = len(branches) > 1
     patterns = [b.pattern for b in branches for _ in range(b.copies if several else 1)]
     mode, offsets = patterns[0].mode, call.offsets
     if not several: offsets = None if mode == "residue" else patterns[0].offsets
-    options: CurveOptions = dict(curve=None, order=order, causal=call.plan.causal,
-                                 scale=call.scale, dilation_mode=mode, offsets=offsets)
+    options: Any = dict(curve=None, order=order, causal=call.plan.causal, scale=call.scale,
+                        dilation_mode=mode, offsets=offsets, backend=call.backend)
     lengths, rates = zip(*((p.segment_size, p.dilation_rate) for p in patterns))
     if several:
-        return dilated_attention(q, k, v, lengths, rates, backend=call.backend,
-                                 return_lse=True, **options)
-    return hilbert_attention(q, k, v, segment_size=lengths[0], dilation_rate=rates[0],
-                             backend=call.backend, return_lse=True, **options)
+        return dilated_attention(q, k, v, lengths, rates, return_lse=True, **options)
+    one = dict(segment_size=lengths[0], dilation_rate=rates[0])
+    return hilbert_attention(q, k, v, return_lse=True, **one, **options)
 
 # %% ../nbs/09d_ring.ipynb #e7eca7ef
 def _inside(call: Call, branches: Sequence[RingBranch], part: Part, q, k, v):
@@ -591,34 +590,6 @@ def _ring_call(name: str, group: Any, return_lse: bool, request: Request):
             out, lse = _combined(call, _execute(call, q, k, v))
     return (out, lse) if return_lse else out
 
-# %% ../nbs/09d_ring.ipynb #faec3bf4
-#| code-fold: true
-class RingOptions(TypedDict, total=False):
-    "What both functions take by name; for type checkers."
-    group: "dist.ProcessGroup | DeviceMesh | None"
-    dilation_mode: str | None
-    offsets: int | Sequence[int] | None
-    causal: bool
-    order: Tensor | None
-    layout: str
-    scale: float | None
-    backend: str
-    overlap: bool
-
-
-@overload
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, segment_size: int | None = ..., dilation_rate: int = ...,
-    return_lse: Literal[False] = False, **options: Unpack[RingOptions]) -> Tensor: ...
-@overload
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, segment_size: int | None = ..., dilation_rate: int = ...,
-    return_lse: Literal[True], **options: Unpack[RingOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def ring_attention(
-    q: Tensor, k: Tensor, v: Tensor, *, segment_size: int | None = ..., dilation_rate: int = ...,
-    return_lse: bool, **options: Unpack[RingOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
-
 # %% ../nbs/09d_ring.ipynb #e10e9149
 def ring_attention(
     q: Tensor, # queries (B, H, n, D): this rank's shard of positions
@@ -648,24 +619,6 @@ def ring_attention(
     request = Request(q, k, v, segment_size, dilation_rate, None, mode, offsets,
                       causal, order, layout, scale, backend, overlap)
     return _ring_call("ring_attention", group, return_lse, request)
-
-# %% ../nbs/09d_ring.ipynb #c17827fa
-#| code-fold: true
-@overload
-def ring_dilated_attention(
-    q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int | None],
-    dilation_rates: int | Sequence[int], *, combine: str = ...,
-    return_lse: Literal[False] = False, **options: Unpack[RingOptions]) -> Tensor: ...
-@overload
-def ring_dilated_attention(
-    q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int | None],
-    dilation_rates: int | Sequence[int], *, combine: str = ...,
-    return_lse: Literal[True], **options: Unpack[RingOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def ring_dilated_attention(
-    q: Tensor, k: Tensor, v: Tensor, segment_lengths: int | Sequence[int | None],
-    dilation_rates: int | Sequence[int], *, combine: str = ...,
-    return_lse: bool, **options: Unpack[RingOptions]) -> Tensor | tuple[Tensor, Tensor]: ...
 
 # %% ../nbs/09d_ring.ipynb #ede0f701
 def ring_dilated_attention(

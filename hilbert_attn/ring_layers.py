@@ -173,5 +173,5 @@ def _attend_ring(
     order = _order_of_time(layer, q.device) if causal else None
     options: Any = dict(group=layer.group, layout=layer.layout, overlap=layer.overlap)
     options |= layer.settings() | dict(causal=causal, order=order, backend=backend)
-    out = ring_dilated_attention(q, k, v, **options)
+    out: Any = ring_dilated_attention(q, k, v, **options)
     return out.transpose(1, 2)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import Any, Literal, Unpack, overload
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .operators import AttentionOperator, lse_dtype
 from .patterns import Lattice, Pattern, SegmentPattern, attention_mask
-from .reference import PatternOptions, default_scale, masked_attention
+from .reference import default_scale, masked_attention
 from .tiles import (
     Tile, attend_tiles, attend_tiles_backward, flash, like, new_lse, rows_apart, without_empty_rows)
 
@@ -41,14 +41,6 @@ def masked_sdpa(
     out = F.scaled_dot_product_attention(rows_apart(q), k, v, allowed, dropout_p, scale=scale, enable_gqa=gqa)
     return out.masked_fill(empty, 0)
 
-# %% ../nbs/06_sdpa.ipynb #f41e257b
-@overload
-def sdpa_mask_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, need_lse: Literal[True] = True, **options: Unpack[PatternOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def sdpa_mask_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, need_lse: Literal[False], **options: Unpack[PatternOptions]) -> tuple[Tensor, None]: ...
-@overload
-def sdpa_mask_attention(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, *, need_lse: bool, **options: Unpack[PatternOptions]) -> tuple[Tensor, Tensor | Any]: ...
-
 # %% ../nbs/06_sdpa.ipynb #ba849919
 def sdpa_mask_attention(
     q: Tensor, # queries (B, H, N, D)
@@ -62,7 +54,7 @@ def sdpa_mask_attention(
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # None is 1 / sqrt(D)
     need_lse: bool = True, # False: None in its place, and no scores in memory for it
-) -> tuple[Tensor, Tensor | None]: # out (B, H, N, D), lse (B, H, N)
+) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
     "Attention as SDPA with a dense bool mask: O(N^2) time and memory, whatever the pattern."
     mask = attention_mask(pattern, order=order, causal=causal, key_mask=key_mask, device=q.device)
     out = masked_sdpa(q, k, v, mask, scale, dropout_p)
@@ -413,19 +405,6 @@ def _grouped_expression(
         tile.write(out, part, out)
     return out.to(dtype), lse if need_lse else None
 
-# %% ../nbs/06_sdpa.ipynb #61b76078
-class SdpaOptions(PatternOptions, total=False):
-    "Of `sdpa_attention`."
-    custom_backward: bool
-
-
-@overload
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, *, need_lse: Literal[True] = True, **options: Unpack[SdpaOptions]) -> tuple[Tensor, Tensor]: ...
-@overload
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, *, need_lse: Literal[False], **options: Unpack[SdpaOptions]) -> tuple[Tensor, None]: ...
-@overload
-def sdpa_attention(q: Tensor, k: Tensor, v: Tensor, pattern: SegmentPattern, *, need_lse: bool, **options: Unpack[SdpaOptions]) -> tuple[Tensor, Tensor | Any]: ...
-
 # %% ../nbs/06_sdpa.ipynb #0cb519c9
 def sdpa_attention(
     q: Tensor, # queries (B, H, N, D), any strides
@@ -440,7 +419,7 @@ def sdpa_attention(
     scale: float | None = None, # None is 1 / sqrt(D)
     need_lse: bool = True, # False where nobody uses the LSE: it may then be None
     custom_backward: bool = True, # False: differentiate the plain PyTorch expression
-) -> tuple[Tensor, Tensor | None]: # out (B, H, N, D), lse (B, H, N)
+) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
     "Segmented, dilated attention through dense kernels on its groups; time and memory follow the pairs, never N^2."
     if q.device.type != "cpu" or dropout_p or not custom_backward:
         return _grouped_expression(q, k, v, pattern, order, causal, key_mask, dropout_p, scale, need_lse or not custom_backward)

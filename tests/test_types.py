@@ -1,4 +1,5 @@
 """Types: the public names are annotated in full, users who check types find no errors of ours and all of theirs, and the package itself passes."""
+import ast
 import dataclasses
 import inspect
 import json
@@ -8,16 +9,14 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_overloads, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import pytest
 
 import hilbert_attn as h
-from hilbert_attn import backends, compat, curves, integrations, options, patterns, ring_plan
+from hilbert_attn import backends, curves, options, patterns, ring_plan
 from hilbert_attn.block_layers import PLACEMENTS
-from hilbert_attn.autograd import triton_attention
 from hilbert_attn.kernels.forward import attention_forward
-from hilbert_attn.sdpa import sdpa_attention, sdpa_mask_attention
 
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
@@ -90,24 +89,27 @@ def named(function) -> dict:
     return result
 
 
-OVERLOADED = [h.hilbert_attention, h.dilated_attention, h.block_sparse_attention, h.block_sparse_ring_attention, h.window_attention, h.neighborhood_attention, h.hilbert_window_attention,
-              h.hilbert_slide_attention, h.tiles_shared_attention, h.ring_attention, h.ring_dilated_attention, integrations.prefix_attention, sdpa_attention, sdpa_mask_attention]
+FLAGGED = sorted(
+    name for name, f in PUBLIC.items() if "return_lse" in inspect.signature(f).parameters)
 
 
-@pytest.mark.parametrize("function", OVERLOADED, ids=lambda f: f.__name__)
-def test_overloads_say_what_the_function_takes(function):
-    "Same names, same types, whatever `return_lse` is; and the function itself still shows the signature that is documented."
-    flag = "need_lse" if "need_lse" in inspect.signature(function).parameters else "return_lse"
-    overloads, own = get_overloads(function), named(function)
-    assert len(overloads) == 3 and own.pop(flag) is bool and "options" not in inspect.signature(function).parameters
-    for overload in overloads:
-        theirs = named(overload)
-        assert theirs.pop(flag) in (Literal[False], Literal[True], bool) and theirs == own
+def test_overloads_say_what_the_functions_take():
+    "Three of each, made from the signatures of today: the same names, whatever `return_lse` is."
+    stubs = ast.parse((ROOT / "hilbert_attn" / "overloads.pyi").read_text()).body
+    there = [node for node in stubs if isinstance(node, ast.FunctionDef)]
+    assert len(FLAGGED) == 11 and sorted(node.name for node in there) == sorted(3 * FLAGGED)
+    for node in there:
+        own = inspect.signature(getattr(h, node.name)).parameters
+        names = [a.arg for a in node.args.args + node.args.kwonlyargs]
+        assert sorted(names) == sorted(own) and names[-1] == "return_lse"
+    done = subprocess.run([sys.executable, ROOT / "tools" / "make_overloads.py", "--check"],
+                          capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
-def test_every_function_with_a_flag_is_overloaded():
-    flagged = {name for name, function in PUBLIC.items() if {"return_lse", "need_lse"} & inspect.signature(function).parameters.keys()}
-    assert flagged == {f.__name__ for f in OVERLOADED} & set(NAMES) and len(flagged) == 11
+def test_no_overloads_stand_in_lessons():
+    for path in (ROOT / "nbs").glob("*.ipynb"):
+        assert "@overload" not in path.read_text(), path.name
 
 
 def test_words_of_the_interface_are_those_that_are_checked():
@@ -124,7 +126,7 @@ def test_stubs_stand_out_of_the_way():
     "In the notebooks of layers and settings, types of options are the last cell and folded away."
     for path in (ROOT / "nbs").glob("1[23]*.ipynb"):
         code = ["".join(cell["source"]) for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
-        typed = [i for i, source in enumerate(code) if "(TypedDict" in source or "@overload" in source]
+        typed = [i for i, source in enumerate(code) if "(TypedDict" in source]
         assert typed in ([], [len(code) - 1]) and all("code-fold: true" in code[i] for i in typed), path.name
 
 

@@ -12,7 +12,6 @@ from hilbert_attn import (BackendChoice, BlockLists, DilatedSelfAttention, Hilbe
                           hilbert_attention, hilbert_slide_attention, hilbert_window_attention, locality, merge_attention, neighborhood_attention, plan_ring, reference_attention,
                           register_attention_type, ring_attention, ring_dilated_attention, rotary_embedding, set_backend, shard_sequence, tiles_shared_attention, unshard_sequence,
                           use_hilbert_attention, window_attention)
-from hilbert_attn.backends import SegmentOptions
 
 
 def curves_and_patterns() -> None:
@@ -32,8 +31,8 @@ def functions(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Tensor:
     out, lse = hilbert_attention(q, k, v, grid=(8, 8), segment_size=16, dilation_rate=2, return_lse=True)
     assert_type(lse, Tensor)
     assert_type(hilbert_attention(q, k, v, return_lse=with_lse), Tensor | tuple[Tensor, Tensor])
-    options: SegmentOptions = {"segment_size": 16, "causal": True, "scale": 0.5}
-    assert_type(hilbert_attention(q, k, v, backend="sdpa", **options), Tensor)
+    near = hilbert_attention(q, k, v, segment_size=16, causal=True, scale=0.5, backend="sdpa")
+    assert_type(near, Tensor)
     far, far_lse = dilated_attention(q, k, v, [16, 64], [1, 2], combine="lse", offsets=[0, 1, 0, 1], return_lse=True)
     assert_type(dilated_attention(q, k, v, 64, 2, key_mask=None), Tensor)
     assert_type(merge_attention([out, far], [lse, far_lse]), tuple[Tensor, Tensor])

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import hilbert_attn
-from ..backends import CurveOptions, hilbert_attention
+from ..backends import hilbert_attention
 from hilbert_attn.bench.contenders import (
     Candidate, Case, check_cases, label, steps_of, time_cases, timing_rows, worst_errors,
 )
@@ -198,7 +198,7 @@ def _together(calls: dict[str, Callable]) -> dict[str, Callable]:
 
 
 def _dilated_candidates(
-    config: dict, pattern: DilatedPattern, options: CurveOptions,
+    config: dict, pattern: DilatedPattern, options: Any,
 ) -> Iterator[Candidate]:
     "The mixture, then each branch alone."
     heads, curve = config["heads"], options.get("curve")
@@ -224,7 +224,7 @@ def _dilated_case(config: dict, mode: str, order: str) -> Case:
     lengths, rates = config["segment_lengths"], config["dilation_rates"]
     pattern = DilatedPattern.for_heads(n, heads, lengths, rates, "lse", mode)
     curve = None if order == "none" else order
-    options: CurveOptions = dict(grid=grid, curve=curve, dilation_mode=mode)
+    options: Any = dict(grid=grid, curve=curve, dilation_mode=mode)
     return Case(
         about=dict(mode=mode, order=order),
         shape=(config["batch"], heads, n, config["head_dim"]),

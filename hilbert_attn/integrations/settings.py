@@ -10,7 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from math import prod
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn as nn
@@ -20,10 +20,10 @@ from ..backends import check_backend_name
 from ..calls import autocast_inputs, check_curve, check_tensors
 from ..common import hide_masked, whole_number, whole_numbers
 from ..curves import as_grid, curve_order, inverse_order
-from ..dilated import BranchOptions, dilated_attention
+from ..dilated import dilated_attention
 from ..modules import one_of
 from ..patterns import Branch, DilatedPattern, SegmentPattern
-from ..reference import CallOptions, masked_attention, merge_attention
+from ..reference import masked_attention, merge_attention
 
 # %% ../../nbs/14_integrations.ipynb #f66b6a88
 class HilbertOptions(TypedDict, total=False):
@@ -347,7 +347,7 @@ def _cells_attention(
 ) -> Any: # out (B, H, N, D), or (out, lse (B, H, N))
     "Attention of tokens that have a place."
     lengths, rates = settings.branches
-    options: BranchOptions = dict(
+    options: Any = dict(
         combine=settings.combine, dilation_mode=settings.dilation_mode, offsets=settings.offsets,
         grid=settings.grid, curve=settings.order_name, causal=causal, key_mask=key_mask,
         dropout_p=dropout_p, scale=scale)
@@ -391,28 +391,6 @@ def _shapes_only(
     lse = out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     return (out, lse) if return_lse else out
 
-# %% ../../nbs/14_integrations.ipynb #4ad31d01
-class PrefixOptions(CallOptions, total=False):
-    "Of `prefix_attention`."
-    causal: bool
-
-
-@overload
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, settings: HilbertSettings, *,
-    return_lse: Literal[False] = False, **options: Unpack[PrefixOptions],
-) -> Tensor: ...
-@overload
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, settings: HilbertSettings, *,
-    return_lse: Literal[True], **options: Unpack[PrefixOptions],
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, settings: HilbertSettings, *,
-    return_lse: bool, **options: Unpack[PrefixOptions],
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
 # %% ../../nbs/14_integrations.ipynb #54afa2c5
 def prefix_attention(
     q: Tensor, # queries (B, H, N, D), prefix first
@@ -425,7 +403,7 @@ def prefix_attention(
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     return_lse: bool = False, # return the log-sum-exp too
-) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or (out, lse (B, H, N))
+) -> Any: # out (B, H, N, D), or (out, lse (B, H, N))
     """Exact attention along a curve, with tokens in front that attend all and are attended by all.
 
     Raises `ValueError` where tokens and settings do not fit."""
