@@ -246,10 +246,16 @@ def _add(x: Tensor, part: Tensor, unit: _Unit):
 # %% ../nbs/11_local.ipynb #6f194329
 @lru_cache(maxsize=64)
 def _turned(pattern: AxisPattern) -> np.ndarray | None: # (cells,)
-    "Positions by place, where the pattern turns its axis; None: places are positions."
-    if not pattern.along_curve: return None
-    position = np.argsort(pattern.axis_bounds(0)[0])
-    return None if (np.diff(position) == 1).all() else position
+    "The cell to put at each place, where places do not come class by class; None: they do."
+    axes = []
+    for axis, n in enumerate(pattern.grid):
+        by_place = np.argsort(pattern.axis_bounds(axis)[0])
+        dilation = pattern.dilation[axis] if pattern.dilation else 1
+        coordinate = np.empty(n, np.int64)
+        coordinate[np.argsort(np.arange(n) % dilation, kind="stable")] = by_place
+        axes.append(coordinate)
+    if all((np.diff(x) == 1).all() for x in axes): return None
+    return np.arange(prod(pattern.grid)).reshape(pattern.grid)[np.ix_(*axes)].ravel()
 
 
 def _tokens(

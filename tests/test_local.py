@@ -4,6 +4,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import torch
 from cases import layouts, placed, random_tensors, spoilt, upstream
@@ -15,8 +16,10 @@ import hilbert_attn.local as local
 from hilbert_attn import backends
 from hilbert_attn.backends import set_backend
 from hilbert_attn.curves import CURVES, curve_order
+from hilbert_attn.blocks.planner import block_lists
+from hilbert_attn.calls import check_call
 from hilbert_attn.patterns import (
-    NeighborhoodPattern, SlidePattern, StretchPattern, TilesSharedPattern, WindowPattern,
+    AxisPattern, NeighborhoodPattern, SlidePattern, StretchPattern, TilesSharedPattern, WindowPattern,
     encode_pattern)
 from hilbert_attn.local import hilbert_slide_attention, hilbert_window_attention, neighborhood_attention, tiles_shared_attention, window_attention
 from hilbert_attn.reference import assert_matches_oracle
@@ -479,6 +482,69 @@ def test_bad_window_arguments(bad, named):
     lambda q, k, v: window_attention(None, k, v, (4, 4), 2)])
 def test_bad_arguments(f):
     with pytest.raises(ValueError): f(*random_inputs(16))
+
+
+@dataclass(frozen=True)
+class Strided(AxisPattern):
+    "Positions of the query's residue, at most `reach` members away: a pattern of nobody's."
+    seq_len: int
+    stride: int
+    reach: int
+    along_curve = True
+
+    @property
+    def grid(self): return (self.seq_len,)
+    @property
+    def dilation(self): return (self.stride,)
+
+    def axis_bounds(self, axis):
+        n, d = self.seq_len, self.stride
+        residue, member = np.arange(n) % d, np.arange(n) // d
+        begin = residue * (n // d) + np.minimum(residue, n % d)
+        first, last = (member - self.reach).clip(0), member + self.reach
+        return begin + member, begin + first, begin + last.clip(max=(n - residue - 1) // d)
+
+    def sees(self, a, b): return (a - b) % self.stride == 0 and abs(a - b) <= self.reach * self.stride
+
+
+@dataclass(frozen=True)
+class Ring(AxisPattern):
+    "Rows in boxes that wrap around, columns in halves: no axis is as it lies."
+    height: int
+    width: int
+
+    @property
+    def grid(self): return (self.height, self.width)
+    @property
+    def seq_len(self): return self.height * self.width
+
+    def axis_bounds(self, axis):
+        n = self.grid[axis]
+        place = (np.arange(n) + 2 - axis) % n
+        first = place // 4 * 4
+        return place, first, (first + 3).clip(max=n - 1)
+
+    def sees(self, a, b):
+        shifts = zip(divmod(a, self.width), divmod(b, self.width), self.grid, (2, 1))
+        return all((x + s) % n // 4 == (y + s) % n // 4 for x, y, n, s in shifts)
+
+
+@pytest.mark.parametrize("pattern", [Strided(63, 4, 2), Ring(7, 9)], ids=["strided", "ring"])
+@pytest.mark.parametrize("backend", ["sdpa_mask", "sdpa", pytest.param("triton", marks=needs_triton)])
+def test_a_pattern_is_one_class(pattern, backend):
+    "Whatever gives `axis_bounds` runs on every backend."
+    order = curve_order((7, 9))
+    place = order.argsort().tolist() if pattern.along_curve else range(63)
+    mask = torch.tensor([[bool(pattern.sees(a, b)) for b in place] for a in place])
+    assert torch.equal(pattern.mask(order)[0], mask) and pattern.pairs() == mask.sum()
+    lists = block_lists(pattern, order=order, causal=True, block_size=(16, 8))
+    assert torch.equal(lists.mask()[0], mask.tril())
+
+    def attention(q, k, v):
+        call = check_call(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), return_lse=True)
+        return [x.to(q.device) for x in local._attend(call, pattern, (7, 9), "hilbert", backend)]
+
+    assert_matches_oracle(attention, *random_inputs(63, (4, 2, 2)), mask[None, None])
 
 
 @each
