@@ -17,17 +17,36 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from hilbert_attn import block_sparse
 from hilbert_attn.backends import set_backend
-from hilbert_attn.blocks import engine, planner
 from hilbert_attn.block_sparse import (
-    ALWAYS, PATTERN_TYPES, BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig,
-    block_lists, block_reference_attention, block_sdpa_attention, block_sdpa_mask_attention,
-    block_sparse_attention, block_stats, lists_from_block_mask, lists_from_bounds,
-    lists_from_kinds, lists_from_operands, lists_to_operands, permute_blocks)
+    ALWAYS,
+    PATTERN_TYPES,
+    BlockLists,
+    PostPatternHilbertOptimizer,
+    SparsePatternConfig,
+    block_lists,
+    block_reference_attention,
+    block_sdpa_attention,
+    block_sdpa_mask_attention,
+    block_sparse_attention,
+    block_stats,
+    lists_from_block_mask,
+    lists_from_bounds,
+    lists_from_kinds,
+    lists_from_operands,
+    lists_to_operands,
+    permute_blocks,
+)
+from hilbert_attn.blocks import engine, planner
 from hilbert_attn.common import is_plain
 from hilbert_attn.curves import CURVES, curve_order, inverse_order
 from hilbert_attn.patterns import (
-    DILATION_MODES, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern,
-    WindowPattern)
+    DILATION_MODES,
+    NeighborhoodPattern,
+    SegmentPattern,
+    SlidePattern,
+    TilesSharedPattern,
+    WindowPattern,
+)
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
 
 
@@ -483,7 +502,9 @@ def test_under_torch_compile():
 @pytest.mark.parametrize("inside", (False, True))
 @pytest.mark.parametrize("strict", (False, True))
 def test_export(inside, strict):
-    make = lambda: block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=(8, 4))
+    def make():
+        return block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=(8, 4))
+
     class Attend(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -840,8 +861,8 @@ def test_block_masks_equal_the_oracle(call, backend):
 
 def test_backends_can_be_forced(monkeypatch):
     q = torch.randn(1, 1, 12, 8)
-    call = lambda **options: block_sparse_attention(
-        q, q, q, torch.ones(3, 3, dtype=torch.bool), block_size=4, **options)
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    def call(**options): return block_sparse_attention(q, q, q, mask, block_size=4, **options)
     seen = []
     monkeypatch.setattr(
         block_sparse, "reference_blocks", lambda call: (seen.append(1), (call.q, call.q))[1])
