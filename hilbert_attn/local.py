@@ -349,12 +349,20 @@ def _moved(run: _Run, name: str, i: int, count: int) -> dict[str, Any]:
     (q, q_stride, M), (k, k_stride, J) = run.q, run.k
     return dict(tiles=count, q=(q + i * q_stride, q_stride, M), k=(k + i * k_stride, k_stride, J))
 
+# %% ../nbs/11_local.ipynb #d23a6576
+def _shared_unit(pattern: AxisPattern) -> _Unit:
+    "The queries of the shared tokens, and all cells."
+    cells = prod(pattern.grid)
+    rows, columns = (cells, 0, pattern.shared), (0, 0, cells)
+    return _Unit((cells,), (_Run(0, 1, 1, 1, rows, columns, None),))
+
 
 @lru_cache(maxsize=64)
 def _chunks(pattern: AxisPattern, group: int, most: int, always: int) -> tuple[_Unit, ...]:
-    "The units of a plan, at most so many keys at a time; of a tile, `always` more than its own."
+    "The units of a call, at most so many keys at a time; of a tile, `always` more than its own."
     found: list[_Unit] = []
     for unit in _plan(pattern, group): found += _cut(unit, max(1, most // (unit.keys + always)))
+    if pattern.shared: found.append(_shared_unit(pattern))
     return tuple(found)
 
 # %% ../nbs/11_local.ipynb #377719c1
@@ -401,42 +409,6 @@ class _LocalTile(Tile):
         _add(x, batch, self.unit)
         return x
 
-# %% ../nbs/11_local.ipynb #08fd83fa
-class _SharedTile(Tile):
-    "The shared tokens of a part: their queries, and all keys."
-
-    def __init__(
-        self, pattern: AxisPattern, group: int, key_mask: Tensor | None, dtype: torch.dtype,
-    ):
-        self.own = slice(prod(pattern.grid), prod(pattern.grid) + pattern.shared)
-        self.group, self.key_mask, self.dtype = group, key_mask, dtype
-
-    def read(self, queries, keys):
-        def stacked(x): # (B, H, N, ...) -> (B, H_kv, group * shared, ...)
-            if x is None: return None
-            return x[:, :, self.own].unflatten(1, (-1, self.group)).flatten(2, 3).to(self.dtype)
-        rows = [stacked(x) for x in queries]
-        self.shape = rows[0].shape[:3]
-        return rows, [x.to(self.dtype) for x in keys]
-
-    def bias(self) -> Tensor | None:
-        if self.key_mask is None: return None
-        bias = torch.zeros(self.key_mask.shape, dtype=self.dtype)
-        bias.masked_fill_(~self.key_mask, -torch.inf)
-        return bias[:, None, None].expand(*self.shape, -1)
-
-    def empty(self) -> Tensor | None: # (B, 1, 1)
-        if self.key_mask is None: return None
-        return ~self.key_mask.any(-1)[:, None, None]
-
-    def write(self, x, batch, model, add=False):
-        x[:, :, self.own] = batch.unflatten(2, (self.group, -1)).flatten(1, 2)
-        return x
-
-    def add(self, x, batch, model, add=False):
-        x += batch
-        return x
-
 # %% ../nbs/11_local.ipynb #084845a9
 def _tiles(
     pattern: AxisPattern,
@@ -450,7 +422,6 @@ def _tiles(
     most = _TILE_CHUNK // max(1, k.shape[0] * k.shape[1] * k.shape[3])
     for unit in _chunks(pattern, group, most, always):
         yield _LocalTile(unit, group, key_mask, dtype)
-    if pattern.shared: yield _SharedTile(pattern, group, key_mask, dtype)
 
 # %% ../nbs/11_local.ipynb #6112e38f
 def _local_forward(
@@ -532,9 +503,6 @@ def _tiles_op(order, kind, numbers, group, most, keys, device) -> list[Tensor]:
         seen = np.ones((1, unit.keys), bool) if unit.mask is None else unit.mask
         mask = F.pad(torch.tensor(seen), (0, keys - cells), value=True)
         found += [queries, others, mask.to(device)]
-    if pattern.shared:
-        shared = row[None, cells:cells + pattern.shared].clone()
-        found += [shared, row[None].clone(), torch.ones_like(row[None], dtype=torch.bool)]
     return found
 
 

@@ -11,6 +11,7 @@ __all__ = ['DILATION_MODES', 'COMBINES', 'AxisBounds', 'Lattice', 'default_mode'
 # %% ../nbs/01_patterns.ipynb #506d16f9
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from itertools import islice
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -646,12 +647,13 @@ def encode_pattern(pattern: AxisPattern) -> tuple[str, list[int]]:
 
 
 def decode_pattern(kind: str, numbers: Sequence[int]) -> AxisPattern:
-    "The pattern that was encoded; numbers of fields per axis are as many as axes."
+    "The pattern that was encoded; of a field per axis there are as many numbers as axes."
     cls = cast(Any, AxisPattern.kinds[kind])
-    several = [field.type is not int for field in fields(cls)]
-    ndim = (len(numbers) - several.count(False)) // max(1, sum(several))
-    rest, values = list(numbers), []
-    for field, many in zip(fields(cls), several):
-        own, rest = (rest[:ndim], rest[ndim:]) if many else (rest[0], rest[1:])
-        values.append(list(map(bool, own)) if field.type == tuple[bool, ...] else own)
+    types = [field.type for field in fields(cls)]
+    single = types.count(int)
+    ndim = (len(numbers) - single) // max(1, len(types) - single)
+    rest, values = iter(numbers), list[Any]()
+    for kind_of in types:
+        value = next(rest) if kind_of is int else tuple(islice(rest, ndim))
+        values.append(tuple(map(bool, value)) if kind_of == tuple[bool, ...] else value)
     return cls(*values)
