@@ -12,13 +12,13 @@ import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
-from types import MappingProxyType
 from typing import Any, TypeVar, Unpack
 
 import torch
 import torch.nn as nn
 
-from .backends import MEMORY_POLICY, POLICY, REGISTRY, BackendChoice, explain_backend
+from .backends import MEMORY_POLICY, POLICY, REGISTRY, BackendChoice
+from .backends import choose_backend, explain_backend, rejected_backends
 from .block_layers import BlockSparseAttention, RingBlockSparseAttention
 from .branched import DilatedAttention, HilbertDilatedAttention
 from .common import whole_number
@@ -226,7 +226,7 @@ def _length(config: AttentionConfig, seq_len: int | None) -> int | None:
 
 # %% ../nbs/13_api.ipynb #217442c7
 def _explained(
-    layer: Any, # with `choose_backend` and `pairs`
+    layer: Any, # with `task` and `pairs`
     config: AttentionConfig,
     shape: tuple[int, int, int, int], # (B, H, N, D)
     **memory: Any, # layers, memory: of `explain_backend`
@@ -236,8 +236,10 @@ def _explained(
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: Any = dict(dtype=config.parameter_dtype, device=device, ranks=config.ring_size)
     choice = explain_backend(shape, **options, **memory, backend=config.backend)
-    name, reason, rejected = layer.choose_backend(device, seq_len)
-    choice = replace(choice, backend=name, reason=reason, rejected=MappingProxyType(rejected))
+    task = layer.task(device, seq_len)
+    name, reason = choose_backend(**task)
+    rejected = rejected_backends(name, reason, **task)
+    choice = replace(choice, backend=name, reason=reason, rejected=rejected)
     pairs = batch * layer.pairs(seq_len, heads)
     density = pairs / (batch * heads * seq_len ** 2)
     return replace(choice, pairs=pairs, density=density, flops=4.0 * head_dim * pairs)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'REGISTRY', 'BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'Backend',
-           'PolicyRow', 'MemoryRow', 'check_backend_name', 'set_backend', 'choose_backend', 'attend',
-           'hilbert_attention', 'training_memory', 'BackendChoice', 'explain_backend', 'ExplainOptions']
+           'PolicyRow', 'MemoryRow', 'check_backend_name', 'set_backend', 'choose_backend', 'rejected_backends',
+           'attend', 'hilbert_attention', 'training_memory', 'BackendChoice', 'explain_backend', 'ExplainOptions']
 
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
@@ -353,14 +353,15 @@ class _Task:
         if why or self.custom_backward or backend.has_expression: return why
         return _NOT_PLAIN
 
-    def check(self, name: str, source: str):
-        "A `RuntimeError` where the backend that somebody asks for cannot do it."
-        why = self.blocks(REGISTRY[name])
-        if why is None: return
-        able = ", ".join(repr(b.name) for b in REGISTRY.values() if not self.blocks(b))
-        raise RuntimeError(
-            f"backend {name!r}, asked for by {source}, cannot run on {self.device}: {why}. "
-            f"Backends that can: {able}, or 'auto'.")
+# %% ../nbs/07_backends.ipynb #5a1d0c40
+def _check_forced(name: str, source: str, task: _Task):
+    "A `RuntimeError` where the backend that somebody asks for cannot do it."
+    why = task.blocks(REGISTRY[name])
+    if why is None: return
+    able = ", ".join(repr(b.name) for b in REGISTRY.values() if not task.blocks(b))
+    raise RuntimeError(
+        f"backend {name!r}, asked for by {source}, cannot run on {task.device}: {why}. "
+        f"Backends that can: {able}, or 'auto'.")
 
 # %% ../nbs/07_backends.ipynb #5a1d0c36
 _warned: set[str] = set()
@@ -384,25 +385,6 @@ def _by_policy(task: _Task) -> tuple[str, str]: # name and reason
         _warn_once(row.backend, task.device, why)
     raise RuntimeError(f"no backend can run on {task.device} what this call asks for")
 
-# %% ../nbs/07_backends.ipynb #5a1d0c39
-def _chosen(backend: str, task: _Task) -> tuple[str, str]: # name, and reason in words
-    name, source = _forced(backend)
-    if name == "auto" and task.custom_backward: return _by_policy(task)
-    if name == "auto": return "sdpa", "custom_backward=False asks for plain PyTorch"
-    task.check(name, source)
-    return name, f"forced by {source}"
-
-
-def _rejected(name: str, reason: str, task: _Task) -> dict[str, str]:
-    "Why each of the others was not chosen."
-    others = {b.name: b.drawback for b in REGISTRY.values()}
-    if reason.startswith("forced"): others = dict.fromkeys(REGISTRY, f"{name!r} was forced")
-    elif task.tokens and task.custom_backward:
-        others["sdpa"] = "cutting so few tokens into groups costs more than it saves"
-    blocked = {b.name: task.blocks(b) for b in REGISTRY.values()}
-    others |= {b: why for b, why in blocked.items() if why}
-    return {b: why for b, why in others.items() if b != name}
-
 # %% ../nbs/07_backends.ipynb #5a1d0c37
 def choose_backend(
     backend: str, # what the caller asks for
@@ -410,11 +392,35 @@ def choose_backend(
     tokens: int | None = None, # N, where the policy may go by it
     custom_backward: bool = True, # False: only backends that are plain PyTorch
     family: str = "segments", # one of `FAMILIES`
-) -> tuple[str, str, dict[str, str]]: # name, reason in words, why each other one was rejected
+) -> tuple[str, str]: # name, and reason in words
     "The backend to use. Raises `RuntimeError` where one is forced that cannot run."
+    name, source = _forced(backend)
+    if name == "auto" and not custom_backward:
+        return "sdpa", "custom_backward=False asks for plain PyTorch"
     task = _Task(device, tokens, custom_backward, family)
-    name, reason = _chosen(backend, task)
-    return name, reason, _rejected(name, reason, task)
+    if name == "auto": return _by_policy(task)
+    _check_forced(name, source, task)
+    return name, f"forced by {source}"
+
+# %% ../nbs/07_backends.ipynb #5a1d0c41
+def rejected_backends(
+    name: str, # from `choose_backend`
+    reason: str, # from `choose_backend`
+    backend: str, # from here on as for `choose_backend`
+    device: torch.device,
+    tokens: int | None = None,
+    custom_backward: bool = True,
+    family: str = "segments",
+) -> MappingProxyType[str, str]: # name -> reason
+    "Why each of the others was not chosen."
+    others = {b.name: b.drawback for b in REGISTRY.values()}
+    if reason.startswith("forced"): others = dict.fromkeys(REGISTRY, f"{name!r} was forced")
+    elif tokens and custom_backward:
+        others["sdpa"] = "cutting so few tokens into groups costs more than it saves"
+    task = _Task(device, tokens, custom_backward, family)
+    blocked = {b.name: task.blocks(b) for b in REGISTRY.values()}
+    others |= {b: why for b, why in blocked.items() if why}
+    return MappingProxyType({b: why for b, why in others.items() if b != name})
 
 # %% ../nbs/07_backends.ipynb #e28e77a1
 _BY_LENGTH = ("segments", "branches")  # families for which the policy was measured
@@ -427,8 +433,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
     "Computes a checked call. Raises `RuntimeError` where a forced backend cannot run."
     tokens = call.q.shape[2] if family in _BY_LENGTH else None
-    task = _Task(call.q.device, tokens, call.custom_backward, family)
-    name, _ = _chosen(backend, task)
+    name, _ = choose_backend(backend, call.q.device, tokens, call.custom_backward, family)
     return REGISTRY[name].function(family)(call.hidden())
 
 # %% ../nbs/07_backends.ipynb #9533bb07
@@ -598,13 +603,14 @@ def explain_backend(
     check_tensors(q, k, k)
     batch, heads, n, d = q.shape
     pattern = _pattern(options, n, heads)
-    name, reason, rejected = choose_backend(backend, device, n)
+    name, reason = choose_backend(backend, device, n)
+    rejected = rejected_backends(name, reason, backend, device, n)
     pairs = batch * pattern.pairs(heads)
     moved = q.element_size() * 2 * (q.numel() + k.numel()) + 4 * batch * heads * n
     training: dict[str, Any] = {}
     if gradients: training = _training(q, k.shape[1], device, layers, memory, ranks)
     return BackendChoice(name, reason, pairs, pattern.density, 4.0 * d * pairs, float(moved),
-                         MappingProxyType(rejected), **training)
+                         rejected, **training)
 
 # %% ../nbs/07_backends.ipynb #0dd0b710
 #| code-fold: true

@@ -18,7 +18,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .backends import choose_backend
 from .block_ring import block_sparse_ring_attention, lists_order
 from .block_sparse import block_sparse_attention
 from .blocks.lists import BlockLists, as_block_size, lists_from_block_mask
@@ -147,6 +146,7 @@ def _check_placement(placement: str, pattern: Any):
 # %% ../nbs/12e_block_layers.ipynb #e7b6aa62
 class BlockSparseAttention(KeepsLists):
     "Block-sparse attention, without projections: q, k, v (B, N, H, D) to (B, N, H, D)."
+    family, by_length = "blocks", False # the policy was not measured on blocks
 
     def __init__(
         self,
@@ -190,10 +190,6 @@ class BlockSparseAttention(KeepsLists):
         if not isinstance(pattern, SparsePatternConfig): return num_heads * pattern.pairs()
         return _block_pairs(pattern, seq_len, num_heads)
 
-    def choose_backend(self, device: torch.device, seq_len: int) -> tuple[str, str, dict[str, str]]:
-        "The policy does not go by the length here."
-        return choose_backend(self.backend, device)
-
     def forward(
         self,
         q: Tensor, # queries (B, N, H, D)
@@ -208,8 +204,7 @@ class BlockSparseAttention(KeepsLists):
         check_free(q, k, v)
         causal = true_or_false("is_causal", is_causal)
         lists = self.block_lists(q.shape[1], q.device, causal=causal, use_hilbert=use_hilbert)
-        backend = self.choose_backend(q.device, q.shape[1])[0]
-        return self.run(self._attend, q, k, v, backend, lists, key_mask)
+        return self.run(self._attend, q, k, v, self.backend_for(q), lists, key_mask)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, backend: str, lists: BlockLists, key_mask: Any

@@ -10,7 +10,6 @@ __all__ = ['block_reference_attention', 'block_sdpa_mask_attention', 'reference_
            'lists_to_operands', 'permute_blocks']
 
 # %% ../nbs/10f_block_sparse.ipynb #f974c6ea
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -208,4 +207,4 @@ def block_sparse_attention(
     call = check_call(q, k, v, registers=None, causal=causal, key_mask=key_mask, dropout_p=dropout_p,
                       scale=scale, return_lse=return_lse)
     lists = _resolve_lists(block_mask, block_size, order, call.causal, call.q, call.k)
-    return call.result(*attend(replace(call, pattern=lists), backend, "blocks"))
+    return call.result(*attend(call.along(lists), backend, "blocks"))

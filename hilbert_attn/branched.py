@@ -89,8 +89,7 @@ class DilatedAttention(AttentionLayer):
         who = dict(causal=self.causal or true_or_false("is_causal", is_causal), key_mask=key_mask)
         place = dict(curve=self.curve if true_or_false("use_hilbert", use_hilbert) else None,
                      grid=self.grid if grid is None else grid)
-        backend = self.choose_backend(q.device, q.shape[1])[0]
-        return self.run(self._attend, q, k, v, backend, who, place)
+        return self.run(self._attend, q, k, v, self.backend_for(q), who, place)
 
     def _attend(
         self, q: Tensor, k: Tensor, v: Tensor, backend: str,

@@ -47,11 +47,11 @@ def _check_number_of_keys(n: int, m: int, registers: int | None):
 
 # %% ../nbs/06b_calls.ipynb #d242dcc8
 def _check_shapes(q: Tensor, k: Tensor, v: Tensor, registers: int | None):
-    shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
     if k.shape != v.shape:
         raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: they must agree")
     n, m = q.shape[2], k.shape[2]
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or registers == 0 and n != m:
+        shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
         raise ValueError(f"{shapes}: B, N and D must agree")
     if registers != 0: _check_number_of_keys(n, m, registers)
     if n < 1 or q.shape[3] < 1:
@@ -84,7 +84,8 @@ def autocast_inputs(
     *xs: Any, # tensors; anything else is for the checks to refuse
 ) -> tuple[Any, ...]: # as many
     "The inputs in the dtype of autocast, where it is on."
-    if not all(isinstance(x, Tensor) for x in xs): return xs
+    for x in xs:
+        if not isinstance(x, Tensor): return xs
     kind = xs[0].device.type
     if not torch.is_autocast_enabled(kind): return xs
     dtype = torch.get_autocast_dtype(kind)
@@ -187,7 +188,7 @@ def check_cells(
         raise ValueError(f"grid={grid!r} has {cells} cells and q has N={n} tokens: they must agree")
 
 # %% ../nbs/06b_calls.ipynb #502330ac
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
     "A checked call, what every backend is given: tensors that fit, and what to do with them."
     q: Tensor # queries (B, H, N, D)
@@ -228,15 +229,16 @@ class Call:
         order: Tensor | None = None, # any permutation, instead of a curve
         *,
         dense: bool = False, # does everybody attend everybody? Then the order changes nothing
-    ) -> "Call":
-        "The same, with a pattern, and the order that it is laid along. Raises `ValueError`."
+    ) -> "Call": # itself
+        "Takes a pattern, and the order that it is laid along. Raises `ValueError`."
         n, device = self.q.shape[2], self.q.device
         check_cells(grid, n)
         check_curve(curve)
         if order is not None: order = check_order(order, n, device)
         elif not dense and curve not in (None, "row_major"):
             order = curve_order(n if grid is None else grid, curve, device)
-        return replace(self, pattern=pattern, order=None if dense else order)
+        self.pattern, self.order = pattern, None if dense else order
+        return self
 
     def hidden(self) -> "Call":
         "The same, with keys and values set to 0 where the key mask removes them."

@@ -102,6 +102,8 @@ def apply_rotary(
 # %% ../nbs/12_modules.ipynb #5b1d0c01
 class AttentionLayer(nn.Module):
     "What every attention layer keeps, checked when it is made. Raises `ValueError`."
+    family = "segments" # what backends are asked to compute
+    by_length = True # may the policy go by the number of tokens?
 
     def __init__(
         self,
@@ -127,13 +129,22 @@ class AttentionLayer(nn.Module):
     def dropout_p(self) -> float: # of this call
         return self.dropout if self.training else 0.0
 
-    def choose_backend(
+    def task(
         self,
         device: torch.device, # of the tokens
         seq_len: int, # N
-    ) -> tuple[str, str, dict[str, str]]: # name, reason, why each other one was rejected
-        "The backend of a call."
-        return choose_backend(self.backend, device, seq_len, self.use_custom_backward)
+    ) -> dict[str, Any]: # arguments of `choose_backend`
+        "What a backend is chosen for."
+        tokens = seq_len if self.by_length else None
+        return dict(backend=self.backend, device=device, tokens=tokens, family=self.family,
+                    custom_backward=self.use_custom_backward)
+
+    def backend_for(
+        self,
+        x: Tensor, # tokens (B, N, ...)
+    ) -> str:
+        "The backend of a call; to be asked outside of what checkpointing repeats."
+        return choose_backend(**self.task(x.device, x.shape[1]))[0]
 
     def run(
         self,
@@ -255,8 +266,7 @@ class HilbertAttentionCore(AttentionLayer):
             raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, N, {self.hidden_dim})")
         curve = self.curve if true_or_false("use_hilbert", use_hilbert) else None
         place = dict(curve=curve, grid=self.grid if grid is None else grid)
-        backend = self.choose_backend(x.device, x.shape[1])[0]
-        return self.run(self._attend, x, backend, key_mask, place, rope)
+        return self.run(self._attend, x, self.backend_for(x), key_mask, place, rope)
 
     def _attend(self, x: Tensor, backend: str, key_mask, place: dict[str, Any], rope) -> Tensor:
         qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)

@@ -15,7 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .backends import choose_backend
 from .branched import CurveLayerOptions, DilatedAttention, check_free
 from .common import true_or_false, whole_number
 from .curves import curve_order
@@ -72,6 +71,7 @@ class RingDilatedAttention(DilatedAttention):
     """Dilated attention over a sequence that the processes of a group share.
 
     q, k, v (B, n, H, D), this rank's shard of positions, to (B, n, H, D)."""
+    by_length = False # a shard has no length that the policy could go by
 
     def __init__(
         self,
@@ -138,13 +138,8 @@ class RingDilatedAttention(DilatedAttention):
         check_free(q, k, v)
         check_ring_call(key_mask, self.ring_size, self.group)
         causal = self.causal or true_or_false("is_causal", is_causal)
-        backend = self.choose_backend(q.device, q.shape[1])[0]
         # Every rank repeats its messages in the backward, in the same turn.
-        return self.run(_attend_ring, self, q, k, v, backend, causal)
-
-    def choose_backend(self, device: torch.device, seq_len: int) -> tuple[str, str, dict[str, str]]:
-        "Of segments inside a shard; a shard has no length that the policy could go by."
-        return choose_backend(self.backend, device)
+        return self.run(_attend_ring, self, q, k, v, self.backend_for(q), causal)
 
 # %% ../nbs/12d_ring_layers.ipynb #12d0a012
 def _order_back(layer: RingDilatedAttention, seq_len: int | None, device) -> Tensor | None:
