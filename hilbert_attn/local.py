@@ -88,7 +88,7 @@ def _runs(pattern: AxisPattern, axis: int, side: int) -> list[_Run]:
     dilation = pattern.dilation[axis] if pattern.dilation else 1
     found = []
     for residue, classes, low, high in axis_classes(pattern, axis):
-        borders = find_boxes(low, high)
+        borders: Any = find_boxes(low, high)
         if side: borders = np.append(np.arange(0, len(low), side), len(low))
         for numbers in _stretches(borders, low, high):
             found.append(_Run(residue, classes, dilation, *numbers))
@@ -375,7 +375,8 @@ class _LocalTile(Tile):
 
     def read(self, queries, keys):
         unit, dtype = self.unit, self.dtype
-        rows = [None if x is None else _read(x, unit, "q", self.group, dtype) for x in queries]
+        rows: list[Any] = [None if x is None else _read(x, unit, "q", self.group, dtype)
+                           for x in queries]
         batches = [_read(x, unit, "k", 1, dtype) for x in keys]
         self.shape = *batches[0].shape[:2], rows[0].shape[2], batches[0].shape[2]
         return rows, batches
@@ -465,7 +466,8 @@ def _local_backward(
         lse, dlse = without_empty_rows(lse, dlse)
         tokens = _tokens(pattern, order, k.shape[2])
         for part in _parts(q, k, pattern, tokens):
-            rows = [None if x is None else part.take(x) for x in (dout, dlse, q, k, v, out, lse)]
+            given = dout, dlse, q, k, v, out, lse
+            rows: Any = [None if x is None else part.take(x) for x in given]
             room = [part.room(x) for x in grads]
             tiles = _tiles(pattern, rows[2], rows[3], part.mask(key_mask), lse.dtype)
             attend_tiles_backward(tiles, *rows, room, scale)
@@ -547,9 +549,9 @@ def _local_expression(
     most = (_TILE_CHUNK << 4) // max(1, B * heads * D)
     tiles = torch.ops.hilbert_attn.local_tiles(
         order, *encode_pattern(pattern), group, most, keys, q.device)
-    outs, lses = [], []
+    outs, lses = list[Any](), list[Any]()
     for rows, columns, mask in zip(tiles[::3], tiles[1::3], tiles[2::3]):
-        batch = [_stack(x, i, heads) for x, i in ((q, rows), (k, columns), (v, columns))]
+        batch: Any = [_stack(x, i, heads) for x, i in ((q, rows), (k, columns), (v, columns))]
         mask = _pairs(mask, columns, key_mask, group)
         if need_lse:
             batch = [x.to(wide) for x in batch]
@@ -560,8 +562,8 @@ def _local_expression(
             out = masked_sdpa(*batch, mask, scale, dropout_p)
         outs.append(_unstack(out.to(q.dtype), B, group))
     back = torch.cat([rows.flatten() for rows in tiles[::3]]).argsort()
-    out, lse = (torch.cat(x, 2).index_select(2, back) if x else None for x in (outs, lses))
-    return out, lse
+    lse = torch.cat(lses, 2).index_select(2, back) if need_lse else None
+    return torch.cat(outs, 2).index_select(2, back), lse
 
 # %% ../nbs/11_local.ipynb #4d0baf86
 @dataclass(frozen=True)
@@ -764,7 +766,8 @@ def hilbert_window_attention(
         q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, return_lse=return_lse)
     window = whole_number("window", window, 1)
     if registers is not None:
-        return _attend(call, StretchPattern(call.q.shape[2], window), grid, curve, backend)
+        stretches = StretchPattern((call.q.shape[2],), (window,))
+        return _attend(call, stretches, grid, curve, backend)
     call = on_segments(call, window, 1, None, None, grid=grid, curve=curve)
     return call.result(*attend(call, backend, "segments"))
 

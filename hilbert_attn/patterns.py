@@ -400,10 +400,14 @@ class AxisPattern:
     "Patterns that are products of their axes; a subclass has fields, a grid and `axis_bounds`."
     kinds: ClassVar[dict[str, Callable[..., "AxisPattern"]]] = {}
     along_curve: ClassVar[bool] = False # are the coordinates positions, so that an order matters?
-    seq_len: int # N
-    grid: tuple[int, ...] # without what is shared
     dilation: tuple[int, ...] = () # between neighbouring places of an axis; (): 1
     shared: int = 0 # tokens before those of the grid that attend all and are attended by all
+
+    if TYPE_CHECKING:  # fields of the one, properties of the other
+        @property
+        def seq_len(self) -> int: ... # N
+        @property
+        def grid(self) -> tuple[int, ...]: ... # without what is shared
 
     def __init_subclass__(cls): AxisPattern.kinds[cls.__name__] = cls
 
@@ -465,7 +469,8 @@ class WindowPattern(AxisPattern):
 
     def __post_init__(self):
         object.__setattr__(self, "grid", as_grid(self.grid))
-        _set_fields(self, lambda *x: _per_axis(*x, len(self.grid)), "window", "shift")
+        ndim = len(self.grid)
+        _set_fields(self, lambda name, x: _per_axis(name, x, ndim), "window", "shift")
         if any(n < 1 for n in self.window):
             raise ValueError(f"window={self.window}: each side must be at least 1")
         if any(not 0 <= s < w for s, w in zip(self.shift, self.window)):
@@ -509,9 +514,9 @@ class NeighborhoodPattern(AxisPattern):
 
     def __post_init__(self):
         object.__setattr__(self, "grid", as_grid(self.grid))
-        ndim, k, d = len(self.grid), "kernel_size", "dilation"
-        _set_fields(self, lambda *x: _per_axis(*x, ndim), k, d)
-        _set_fields(self, lambda *x: _per_axis(*x, ndim, true_or_false), "causal")
+        ndim = len(self.grid)
+        _set_fields(self, lambda name, x: _per_axis(name, x, ndim), "kernel_size", "dilation")
+        _set_fields(self, lambda name, x: _per_axis(name, x, ndim, true_or_false), "causal")
         if min(self.kernel_size + self.dilation) < 1:
             raise ValueError(
                 f"kernel_size={self.kernel_size}, dilation={self.dilation}: "
@@ -554,7 +559,8 @@ class SlidePattern(AxisPattern):
     window: int # window // 2 positions on either side
     along_curve = True
 
-    def __post_init__(self): _set_fields(self, lambda *x: whole_number(*x, 1), "seq_len", "window")
+    def __post_init__(self):
+        _set_fields(self, lambda name, x: whole_number(name, x, 1), "seq_len", "window")
 
     @property
     def grid(self) -> tuple[int, ...]: return (self.seq_len,)
@@ -654,6 +660,6 @@ def decode_pattern(kind: str, numbers: Sequence[int]) -> AxisPattern:
     ndim = (len(numbers) - single) // max(1, len(types) - single)
     rest, values = iter(numbers), list[Any]()
     for kind_of in types:
-        value = next(rest) if kind_of is int else tuple(islice(rest, ndim))
+        value: Any = next(rest) if kind_of is int else tuple(islice(rest, ndim))
         values.append(tuple(map(bool, value)) if kind_of == tuple[bool, ...] else value)
     return cls(*values)

@@ -7,6 +7,7 @@ __all__ = ['PALETTE', 'new_figure', 'plot_curve', 'plot_mask', 'plot_keys']
 
 # %% ../nbs/00b_plots.ipynb #32fa8b47
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -32,7 +33,7 @@ def new_figure(
     import matplotlib.pyplot as plt
     size = panel[0] * cols, panel[1] * rows
     fig = plt.figure(figsize=size, layout="constrained", dpi=100, facecolor="white")
-    style = {
+    style: Any = {
         "font.size": 9,
         "axes.titlesize": 9,
         "axes.spines.top": False,

@@ -399,6 +399,7 @@ def _block_forward(
     q, k, v = (x.to(wide).contiguous() for x in (q, k, v))
     tiles = _tiles(q, k, lists, key_mask)
     out, lse = attend_tiles(tiles, q, k, v, _results(q, lists), new_lse(q), scale)
+    assert out is not None  # `_results` made it
     return like(out, model), lse
 
 # %% ../../nbs/10c_block_engine.ipynb #38d7220a
@@ -408,10 +409,11 @@ def _block_backward(
     "dq, dk and dv, by the same blocks; dK and dV are summed in the order of the pieces."
     models, wide = (q, k, v), lse_dtype(q.dtype)
     dout, q, k, v, out = (x.to(wide).contiguous() for x in (dout, q, k, v, out))
-    norms = [None if x is None else x.contiguous() for x in without_empty_rows(lse, dlse)]
+    lse, dlse = without_empty_rows(lse, dlse)
+    if dlse is not None: dlse = dlse.contiguous()
     room = [_results(q, lists), torch.zeros_like(k), torch.zeros_like(v)]
     tiles = _tiles(q, k, lists, key_mask)
-    grads = attend_tiles_backward(tiles, dout, norms[1], q, k, v, out, norms[0], room, scale)
+    grads = attend_tiles_backward(tiles, dout, dlse, q, k, v, out, lse, room, scale)
     return tuple(map(like, grads, models))
 
 # %% ../../nbs/10c_block_engine.ipynb #18351164

@@ -172,5 +172,5 @@ def from_flex(
         groups=groups, **bounds)
 
 # %% ../../nbs/10d_block_flex.ipynb #fbd5496e
-BlockLists.to_flex = to_flex  # type: ignore[attr-defined]
-BlockLists.from_flex = staticmethod(from_flex)  # type: ignore[attr-defined]
+type.__setattr__(BlockLists, "to_flex", to_flex)
+type.__setattr__(BlockLists, "from_flex", staticmethod(from_flex))

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -243,15 +243,15 @@ def _plan_intervals(pattern, order, block_size, causal) -> _Plan:
     if pattern.shared: raise ValueError(f"{pattern}: shared tokens stand beside boxes only")
     at, lo, hi = _bounds_of(pattern, order)
     if _slides(pattern):
-        tokens = [_padded(order, block) for block in block_size]
+        q_tokens, k_tokens = (_padded(order, block) for block in block_size)
         pairs = _slide_pairs(lo[0, order], hi[0, order], order, block_size, causal)
     else:
         dilation = pattern.dilation or (1,) * len(pattern.grid)
         residues = [x % d for x, d in zip(_coordinates(pattern, order), dilation)]
         residue = np.ravel_multi_index(residues, dilation)
-        tokens = _by_section(order, (residue, residue), block_size)
-        pairs = _interval_pairs(pattern, order, *tokens, block_size, causal)
-    return _Plan(*tokens, lo, hi, at, pairs)
+        q_tokens, k_tokens = _by_section(order, (residue, residue), block_size)
+        pairs = _interval_pairs(pattern, order, q_tokens, k_tokens, block_size, causal)
+    return _Plan(q_tokens, k_tokens, lo, hi, at, pairs)
 
 # %% ../../nbs/10a_block_planner.ipynb #eb70e937
 def _boxes(pattern: AxisPattern, order: np.ndarray) -> np.ndarray:
@@ -437,7 +437,7 @@ def block_lists(
         as_block_size(block_size), true_or_false("causal", causal),
         whole_number("registers", registers, 0), true_or_false("grouped", grouped), device)
     if torch.compiler.is_compiling() and order is None:
-        arguments = tuple(getattr(pattern, f.name) for f in fields(pattern))
+        arguments = tuple(getattr(pattern, f.name) for f in fields(cast(Any, pattern)))
         return _constant_lists(type(pattern).__name__, arguments, curve, *options)
     if order is not None:
         n = pattern.seq_len - getattr(pattern, "shared", 0)
