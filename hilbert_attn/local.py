@@ -466,11 +466,13 @@ def _local_backward(
         lse, dlse = without_empty_rows(lse, dlse)
         tokens = _tokens(pattern, order, k.shape[2])
         for part in _parts(q, k, pattern, tokens):
-            given = dout, dlse, q, k, v, out, lse
-            rows: Any = [None if x is None else part.take(x) for x in given]
-            room = [part.room(x) for x in grads]
-            tiles = _tiles(pattern, rows[2], rows[3], part.mask(key_mask), lse.dtype)
-            attend_tiles_backward(tiles, *rows, room, scale)
+            queries, keys, values = map(part.take, (q, k, v))
+            tiles = _tiles(pattern, queries, keys, part.mask(key_mask), lse.dtype)
+            room, upstream = [part.room(x) for x in grads], part.take(dout)
+            norms = None if dlse is None else part.take(dlse)
+            attend_tiles_backward(
+                tiles, upstream, norms, queries, keys, values,
+                part.take(out), part.take(lse), room, scale)
             for x, found in zip(grads, room): part.put(x, found)
     dq, dk, dv = grads
     return dq, like(dk, k), like(dv, v)
@@ -549,17 +551,19 @@ def _local_expression(
     most = (_TILE_CHUNK << 4) // max(1, B * heads * D)
     tiles = torch.ops.hilbert_attn.local_tiles(
         order, *encode_pattern(pattern), group, most, keys, q.device)
-    outs, lses = list[Any](), list[Any]()
+    outs: list[Tensor] = []
+    lses: list[Tensor] = []
     for rows, columns, mask in zip(tiles[::3], tiles[1::3], tiles[2::3]):
-        batch: Any = [_stack(x, i, heads) for x, i in ((q, rows), (k, columns), (v, columns))]
+        batch = [_stack(x, i, heads) for x, i in ((q, rows), (k, columns), (v, columns))]
         mask = _pairs(mask, columns, key_mask, group)
         if need_lse:
-            batch = [x.to(wide) for x in batch]
-            out, lse = masked_attention(*batch, mask, scale, dropout_p)
+            queries, others, values = (x.to(wide) for x in batch)
+            out, lse = masked_attention(queries, others, values, mask, scale, dropout_p)
             lses.append(_unstack(lse, B, group))
         else:
-            mask = mask.expand(*mask.shape[:-2], batch[0].shape[2], -1)
-            out = masked_sdpa(*batch, mask, scale, dropout_p)
+            queries, others, values = batch
+            mask = mask.expand(*mask.shape[:-2], queries.shape[2], -1)
+            out = masked_sdpa(queries, others, values, mask, scale, dropout_p)
         outs.append(_unstack(out.to(q.dtype), B, group))
     back = torch.cat([rows.flatten() for rows in tiles[::3]]).argsort()
     lse = torch.cat(lses, 2).index_select(2, back) if need_lse else None

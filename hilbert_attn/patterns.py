@@ -658,7 +658,8 @@ def decode_pattern(kind: str, numbers: Sequence[int]) -> AxisPattern:
     types = [field.type for field in fields(cls)]
     single = types.count(int)
     ndim = (len(numbers) - single) // max(1, len(types) - single)
-    rest, values = iter(numbers), list[Any]()
+    rest = iter(numbers)
+    values: list[Any] = []
     for kind_of in types:
         value: Any = next(rest) if kind_of is int else tuple(islice(rest, ndim))
         values.append(tuple(map(bool, value)) if kind_of == tuple[bool, ...] else value)
