@@ -6,7 +6,9 @@ Query by query, on the CPU and in Triton's interpreter.
 import importlib.util
 import itertools
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -246,35 +248,49 @@ class LocalCase:
             )
             return out.to(q.device), lse.to(q.device)
 
-        names = (
-            "_TILE_CHUNK",
-            "_ORDER_CHUNK",
-            "_KEY_COST",
-            "_UNIT_COST",
-        )  # small ones make many tiles, a few at a time
-        before = [getattr(local, name) for name in names]
-        for name, value in zip(names, (self.chunk, self.chunk, self.key_cost, 200 * self.key_cost)):
-            setattr(local, name, value)
-        local._plan.cache_clear()
-        try:
-            return poison(
-                lambda: assert_matches_oracle(
-                    attention,
-                    q,
-                    k,
-                    v,
-                    mask,
-                    scale=self.scale,
-                    lse_grad=self.lse_grad,
-                    seed=self.seed,
-                    layout=upstream(self.layout),
-                    hidden=hidden,
-                )
-            )
-        finally:
-            for name, value in zip(names, before):
-                setattr(local, name, value)
-            local._plan.cache_clear()
+        rule = dict(scale=self.scale, lse_grad=self.lse_grad, seed=self.seed, hidden=hidden)
+        rule["layout"] = upstream(self.layout)
+        with costs(self.chunk, self.key_cost):
+            return poison(lambda: assert_matches_oracle(attention, q, k, v, mask, **rule))
+
+
+@contextmanager
+def costs(chunk: int, key_cost: int):
+    "Small ones make many tiles, a few at a time."
+    small = dict(_TILE_CHUNK=chunk, _ORDER_CHUNK=chunk)
+    small |= dict(_KEY_COST=key_cost, _UNIT_COST=200 * key_cost)
+
+    def forget():
+        for plans in (local._plan, local._chunks): plans.cache_clear()
+
+    forget()
+    try:
+        with mock.patch.multiple(local, **small): yield
+    finally: forget()
+
+
+@st.composite
+def local_options(draw, name: str, grid: tuple[int, ...]) -> dict:
+    n = math.prod(grid)
+    if name == "window":
+        window = tuple(draw(st.integers(1, side + 2)) for side in grid)
+        options = dict(window=window, shift=tuple(draw(st.integers(0, w - 1)) for w in window))
+    elif name == "neighborhood":
+        dilation = tuple(draw(st.integers(1, max(1, min(3, side)))) for side in grid)
+        options = dict(
+            kernel_size=tuple(draw(st.integers(1, side // d)) for side, d in zip(grid, dilation)),
+            dilation=dilation,
+            causal=tuple(draw(st.booleans()) for _ in grid),
+        )
+    elif name == "tiles_shared":
+        options = dict(
+            tiles=draw(st.integers(1, min(n, 7))),
+            offset=draw(st.integers(-n, 2 * n)),
+            shared=draw(st.integers(0, 5)),
+        )
+    else:
+        options = dict(window=draw(st.integers(1, n + 5)))
+    return options
 
 
 @st.composite
@@ -303,25 +319,7 @@ def local_cases(
         if math.prod(grid) > max_n:
             grid = tuple(max(1, n // 2) for n in grid)
     name = draw(st.sampled_from(names))
-    n = math.prod(grid)
-    if name == "window":
-        window = tuple(draw(st.integers(1, side + 2)) for side in grid)
-        options = dict(window=window, shift=tuple(draw(st.integers(0, w - 1)) for w in window))
-    elif name == "neighborhood":
-        dilation = tuple(draw(st.integers(1, max(1, min(3, side)))) for side in grid)
-        options = dict(
-            kernel_size=tuple(draw(st.integers(1, side // d)) for side, d in zip(grid, dilation)),
-            dilation=dilation,
-            causal=tuple(draw(st.booleans()) for _ in grid),
-        )
-    elif name == "tiles_shared":
-        options = dict(
-            tiles=draw(st.integers(1, min(n, 7))),
-            offset=draw(st.integers(-n, 2 * n)),
-            shared=draw(st.integers(0, 5)),
-        )
-    else:
-        options = dict(window=draw(st.integers(1, n + 5)))
+    options = draw(local_options(name, grid))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]))
     key_mask = draw(st.sampled_from(("none", "none", "tokens", "all")))
     return LocalCase(
@@ -708,7 +706,7 @@ def test_gradients_of_one_output_only(n, f):
 @each
 def test_inference_mode_leaves_nothing_behind(n, f):
     "Plans are cached; one made in inference mode must serve training too."
-    local._plan.cache_clear()
+    for plans in (local._plan, local._chunks): plans.cache_clear()
     q, k, v = random_inputs(n)
     for options in ({}, dict(dropout_p=1e-12)):
         with torch.inference_mode(): a = f(q, k, v, **options)
