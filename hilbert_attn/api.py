@@ -22,7 +22,7 @@ from .backends import choose_backend, explain_backend, rejected_backends
 from .block_layers import BlockSparseAttention, RingBlockSparseAttention
 from .branched import DilatedAttention, HilbertDilatedAttention
 from .common import whole_number
-from .config import AttentionConfig, Settings, _known_fields
+from .config import AttentionConfig, Settings, known_fields
 from .curves import as_grid
 from .multihead import DilatedSelfAttention, MultiheadDilatedAttention
 from .ring_layers import RingDilatedAttention
@@ -277,7 +277,7 @@ def _configured(
     attention_type: str, config: AttentionConfig | None, settings: Mapping[str, Any]
 ) -> tuple[AttentionType, AttentionConfig]:
     "The registered type and its configuration."
-    if config is None: config = AttentionConfig(**_known_fields(settings))
+    if config is None: config = AttentionConfig(**known_fields(settings))
     elif settings: config = config.replace(**settings)
     if attention_type != "auto": return _type_named(attention_type), config
     choice = explain_attention_type(config)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'REGISTRY', 'BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'Backend',
            'PolicyRow', 'MemoryRow', 'check_backend_name', 'set_backend', 'choose_backend', 'rejected_backends',
-           'attend', 'hilbert_attention', 'training_memory', 'BackendChoice', 'explain_backend', 'ExplainOptions']
+           'attend', 'hilbert_attention', 'training_memory', 'BackendChoice', 'ExplainOptions', 'explain_backend']
 
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
@@ -51,7 +51,7 @@ class GPUArchitecture:
     capability: tuple[int, int] | None # CUDA compute capability; None on a CPU
     dtype: torch.dtype # fastest dtype that trains well
     mixed_precision: bool # is autocast worth it?
-    # queries and keys of a tile: what the Triton kernels start from at D = 64; elsewhere, of a block
+    # queries and keys of a tile: of the Triton kernels at D = 64; elsewhere, of a sparse block
     block_sizes: tuple[int, int]
     backends: tuple[str, ...] # that can run here, best first
 
@@ -306,8 +306,8 @@ def _open_blocks() -> tuple[str, ...]:
 class set_backend:
     """Forces a backend: for the process, or for what runs inside a `with` block.
 
-    The innermost block wins over the process. A block holds for its own thread or task,
-    and for the threads of a backward that it starts. `'auto'` gives the choice back to the policy."""
+    The innermost block wins over the process. A block holds for its own thread or task, and for
+    the threads of a backward that it starts. `'auto'` gives the choice back to the policy."""
 
     def __init__(self, name: str): # one of `BACKENDS`
         self.name = check_backend_name(name)
@@ -348,7 +348,8 @@ class _Task:
 
     def blocks(self, backend: Backend) -> str | None:
         "Why a backend cannot do it, or None."
-        if self.family not in backend.functions: return f"it does not compute {FAMILIES[self.family]}"
+        if self.family not in backend.functions:
+            return f"it does not compute {FAMILIES[self.family]}"
         why = backend.why_not(self.device, _capability(self.device))
         if why or self.custom_backward or backend.has_expression: return why
         return _NOT_PLAIN
@@ -537,6 +538,20 @@ class BackendChoice:
         lines += [f"  not {name}: {why}" for name, why in self.rejected.items()]
         return "\n".join(lines)
 
+# %% ../nbs/07_backends.ipynb #0dd0b710
+#| code-fold: true
+class ExplainOptions(PatternOptions, total=False):
+    "Of `explain_backend`: one branch, or several."
+    grid: int | Sequence[int] | None
+    curve: str | None
+    dilation_mode: str | None
+    offsets: int | Sequence[int] | None
+    segment_size: int | None
+    dilation_rate: int
+    segment_lengths: int | Sequence[int]
+    dilation_rates: int | Sequence[int]
+    combine: str
+
 # %% ../nbs/07_backends.ipynb #db2faf98
 _ONE_BRANCH = ("segment_size", "dilation_rate")
 _BRANCHES = ("segment_lengths", "dilation_rates", "combine")
@@ -611,17 +626,3 @@ def explain_backend(
     if gradients: training = _training(q, k.shape[1], device, layers, memory, ranks)
     return BackendChoice(name, reason, pairs, pattern.density, 4.0 * d * pairs, float(moved),
                          rejected, **training)
-
-# %% ../nbs/07_backends.ipynb #0dd0b710
-#| code-fold: true
-class ExplainOptions(PatternOptions, total=False):
-    "Of `explain_backend`: one branch, or several."
-    grid: int | Sequence[int] | None
-    curve: str | None
-    dilation_mode: str | None
-    offsets: int | Sequence[int] | None
-    segment_size: int | None
-    dilation_rate: int
-    segment_lengths: int | Sequence[int]
-    dilation_rates: int | Sequence[int]
-    combine: str

@@ -204,7 +204,8 @@ def block_sparse_attention(
     depends on it. `BlockLists` of a grid pattern hold an order that is *post-pattern*: the output
     does not depend on it. A query without keys gets output 0 and LSE -inf. Raises `ValueError` for
     arguments that do not fit, and `RuntimeError` where a forced backend cannot run."""
-    call = check_call(q, k, v, registers=None, causal=causal, key_mask=key_mask, dropout_p=dropout_p,
-                      scale=scale, return_lse=return_lse)
+    call = check_call(
+        q, k, v, registers=None, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
+        return_lse=return_lse)
     lists = _resolve_lists(block_mask, block_size, order, call.causal, call.q, call.k)
     return call.result(*attend(call.along(lists), backend, "blocks"))

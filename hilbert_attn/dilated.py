@@ -52,7 +52,8 @@ def _kernel_options(mixture: _Mixture, pattern: SegmentPattern, order, key_mask,
         dropout_p=mixture.dropout_p, seed=seed)
 
 
-def _forward_on_kernels(q, k, v, order, key_mask, seeds, mixture: _Mixture) -> tuple[Tensor, Tensor]:
+def _forward_on_kernels(
+    q, k, v, order, key_mask, seeds, mixture: _Mixture) -> tuple[Tensor, Tensor]:
     from hilbert_attn.kernels.forward import attention_forward
     out: Any = None  # of the branches so far
     lse: Any = None
@@ -80,7 +81,8 @@ def _dilated_forward(q, k, v, order, key_mask, seeds, *settings) -> tuple[Tensor
     return like(out, q), lse
 
 # %% ../nbs/08_dilated.ipynb #36c3b700
-def _share_on_kernels(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, mixture, pattern, i, grads):
+def _share_on_kernels(
+    dout, dlse, q, k, v, out, lse, order, key_mask, seeds, mixture, pattern, i, grads):
     from hilbert_attn.kernels.backward import attention_backward
     settings, options = _kernel_options(mixture, pattern, order, key_mask, seeds, i)
     share = attention_backward(q, k, v, out, lse, dout, dlse, *settings, **options)
@@ -88,7 +90,8 @@ def _share_on_kernels(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, mix
     return [grad.add_(x) for grad, x in zip(grads, share)]
 
 
-def _dilated_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, *settings) -> tuple[Tensor, ...]:
+def _dilated_backward(
+    dout, dlse, q, k, v, out, lse, order, key_mask, seeds, *settings) -> tuple[Tensor, ...]:
     mixture = _Mixture(*settings)
     grads: Any = None  # of the branches so far
     for i, (pattern, copies) in enumerate(mixture.branches(q)):
@@ -98,7 +101,8 @@ def _dilated_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seeds, *se
                 dout, dlse, q, k, v, out, own, order, key_mask, seeds, mixture, pattern, i, grads)
             continue
         share = attend_segments_backward(
-            dout, dlse, q, k, v, out, own, order, key_mask, pattern, mixture.causal, mixture.scale, grads)
+            dout, dlse, q, k, v, out, own, order, key_mask, pattern, mixture.causal, mixture.scale,
+            grads)
         grads = [x.to(lse_dtype(x.dtype)) for x in share]
     return tuple(like(grad, x) for grad, x in zip(grads, (q, k, v)))
 

@@ -74,8 +74,8 @@ def _asks_causal(attn_mask: Tensor | None, n: int) -> bool:
     if is_causal_mask(attn_mask, n): return True
     raise ValueError(
         f"attn_mask of shape {tuple(attn_mask.shape)} is not the causal mask: "
-        "the pattern of this layer is set by segment_lengths and dilation_rates; leave attn_mask out"
-    )
+        "the pattern of this layer is set by segment_lengths and dilation_rates; "
+        "leave attn_mask out")
 
 # %% ../nbs/12c_multihead.ipynb #688e8371
 def _batch_first(x: Tensor, batch_first: bool) -> Tensor: # (B, N, E)

@@ -152,7 +152,8 @@ class AttentionOperator:
         kept = 3 + len(self.tensors)
         ctx.save_for_backward(*inputs[:3], *output, *inputs[3:kept])
         ctx.settings = inputs[kept:]
-        ctx.set_materialize_grads(False)  # an LSE that nobody uses has no gradient, not one of zeros
+        # an LSE that nobody uses has no gradient, not one of zeros
+        ctx.set_materialize_grads(False)
 
     def _gradients(self, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
         rest = (None,) * (len(self.tensors) + self.num_settings)

@@ -32,13 +32,16 @@ def masked_sdpa(
     scale: float | None, # None is 1 / sqrt(D)
     dropout_p: float = 0.0, # probability of dropping an attention weight
 ) -> Tensor: # (B, H, N, D)
-    "SDPA with a mask; rows without keys give 0. SDPA has no forward-mode derivative: there it is written out."
-    if torch.autograd.forward_ad._current_level >= 0: return masked_attention(q, k, v, mask, scale, dropout_p)[0]
+    """SDPA with a mask; rows without keys give 0. SDPA has no forward-mode derivative: there it
+    is written out."""
+    if torch.autograd.forward_ad._current_level >= 0:
+        return masked_attention(q, k, v, mask, scale, dropout_p)[0]
     empty = ~mask.any(-1, keepdim=True)
     if mask.dtype == torch.bool: allowed = mask | empty
     else: allowed = mask.double().log().masked_fill(empty, 0).to(q.dtype)
     gqa = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(rows_apart(q), k, v, allowed, dropout_p, scale=scale, enable_gqa=gqa)
+    out = F.scaled_dot_product_attention(
+        rows_apart(q), k, v, allowed, dropout_p, scale=scale, enable_gqa=gqa)
     return out.masked_fill(empty, 0)
 
 # %% ../nbs/06_sdpa.ipynb #ba849919
@@ -80,7 +83,8 @@ class _Block:
 
 # %% ../nbs/06_sdpa.ipynb #4f02c576
 def _by_residue(q: Lattice, k: Lattice, r: int, offset: int) -> Iterator[_Block]:
-    "Mode `keys`, causal, in order: a triangle per residue; residues before the offset see one key less."
+    """Mode `keys`, causal, in order: a triangle per residue; residues before the offset see one
+    key less."""
     (segments, w), _ = q.tiles
     length = q.num_places
     m, longer = divmod(length, r)
@@ -88,13 +92,15 @@ def _by_residue(q: Lattice, k: Lattice, r: int, offset: int) -> Iterator[_Block]
         for first, last, late in ((a, min(b, offset), 1), (max(a, offset), b, 0)):
             residues, members = last - first, count - late
             if residues < 1 or members < 1: continue
-            queries = Lattice(q.start + first + late * r, ((segments, w), (residues, 1)), ((members, r),))
+            queries = Lattice(
+                q.start + first + late * r, ((segments, w), (residues, 1)), ((members, r),))
             keys = Lattice(k.start, ((segments, w), (residues, 0)), ((members, r),))
             yield _Block(queries, keys, True)
 
 
 @lru_cache(maxsize=512)
-def _blocks(pattern: SegmentPattern, offset: int, causal: bool, ordered: bool) -> tuple[_Block, ...]:
+def _blocks(
+    pattern: SegmentPattern, offset: int, causal: bool, ordered: bool) -> tuple[_Block, ...]:
     "The blocks of the heads with this offset; groups without queries or keys are left out."
     found: list[_Block] = []
     keys_only = pattern.mode == "keys"
@@ -118,7 +124,8 @@ _LAYOUTS = (((0, 1, 2), (3,)), ((0, 2), (3, 1)))
 
 
 def _merge(x: Tensor, layout, copy: bool = True) -> Tensor:
-    "(B, H, segments, residues, places, ...) -> (outer, inner, places, ...); an error if a copy were needed that is not allowed."
+    """(B, H, segments, residues, places, ...) -> (outer, inner, places, ...); an error if a copy
+    were needed that is not allowed."""
     outer, inner = [prod([x.shape[axis] for axis in axes]) for axes in layout]
     x = x.permute(*layout[0], *layout[1], *range(4, x.ndim))
     return (x.reshape if copy else x.view)(outer, inner, *x.shape[4:])
@@ -164,7 +171,9 @@ def as_slice(heads: list[int]) -> slice | list[int]:
     return slice(heads[0], heads[-1] + 1, step) if heads == evenly else heads
 
 # %% ../nbs/06_sdpa.ipynb #2b01bebb
-def _alike(pattern: SegmentPattern, heads: int, kv_heads: range, group: int, member: int) -> dict[int, list[int]]:
+def _alike(
+    pattern: SegmentPattern, heads: int, kv_heads: range, group: int,
+    member: int) -> dict[int, list[int]]:
     "Key/value heads by the offset of their `member`-th query head."
     found: dict[int, list[int]] = {}
     for kv in kv_heads:
@@ -173,7 +182,8 @@ def _alike(pattern: SegmentPattern, heads: int, kv_heads: range, group: int, mem
     return found
 
 
-def _units(q: Tensor, k: Tensor, pattern: SegmentPattern, causal: bool, ordered: bool) -> Iterator[_Unit]:
+def _units(
+    q: Tensor, k: Tensor, pattern: SegmentPattern, causal: bool, ordered: bool) -> Iterator[_Unit]:
     "Cuts a call into units."
     heads, kv_heads = q.shape[1], k.shape[1]
     group, chunk = heads // kv_heads, kv_heads
@@ -227,7 +237,8 @@ class _Pairs:
 
     def __init__(self, rows: _Rows, key_mask: Tensor | None, causal: bool):
         block, tokens = rows.block, rows.tokens
-        self.block, self.allowed = block, None # bool, broadcastable to (B, 1, segments, residues, M, J)
+        # bool, broadcastable to (B, 1, segments, residues, M, J)
+        self.block, self.allowed = block, None
         if causal and not block.triangular:
             assert tokens is not None  # in order, every block that is not seen whole is a triangle
             self.allowed = (tokens["k"][..., None, :] <= tokens["q"][..., None])[None, None]
@@ -265,7 +276,9 @@ class _Pairs:
 class _SegmentTile(Tile):
     "A unit as the loop over tiles sees it."
 
-    def __init__(self, unit: _Unit, order: Tensor | None, key_mask: Tensor | None, causal: bool, dtype: torch.dtype, complete: bool):
+    def __init__(
+        self, unit: _Unit, order: Tensor | None, key_mask: Tensor | None, causal: bool,
+        dtype: torch.dtype, complete: bool):
         self.rows, self.dtype, self.complete = _Rows(unit, order, causal), dtype, complete
         self.pairs, self.triangular = _Pairs(self.rows, key_mask, causal), unit.block.triangular
         self.layout = None
@@ -290,7 +303,8 @@ class _SegmentTile(Tile):
     def _put(self, x, batch, model, side, add):
         part = _split(batch, self.layout, self.sizes)
         if x is None:
-            if self._is_all(model, side): return like(part.transpose(3, 4).reshape(model.shape), model)
+            if self._is_all(model, side):
+                return like(part.transpose(3, 4).reshape(model.shape), model)
             new = torch.empty_like if self.complete else torch.zeros_like
             x = new(model, dtype=model.dtype if side == "q" else self.dtype)  # keys are summed
         self.rows.write(x, part, side, add)
@@ -302,10 +316,13 @@ class _SegmentTile(Tile):
         return self.sizes[1] == model.shape[1] and self.rows.block.covers(side, model.shape[2])
 
     def write(self, x, batch, model, add=False): return self._put(x, batch, model, "q", add)
-    def add(self, x, batch, model, add=False): return self._put(x, batch, model, "k", add or x is not None and self.rows.unit.adds)
+    def add(self, x, batch, model, add=False):
+        return self._put(x, batch, model, "k", add or x is not None and self.rows.unit.adds)
 
 # %% ../nbs/06_sdpa.ipynb #62fd2207
-def _tiles(q, k, pattern: SegmentPattern, order, key_mask, causal: bool, dtype: torch.dtype) -> Iterator[_SegmentTile]:
+def _tiles(
+    q, k, pattern: SegmentPattern, order, key_mask, causal: bool,
+    dtype: torch.dtype) -> Iterator[_SegmentTile]:
     complete = pattern.mode == "residue"  # every row is written
     for unit in _units(q, k, pattern, causal, order is not None):
         yield _SegmentTile(unit, order, key_mask, causal, dtype, complete)
@@ -348,32 +365,39 @@ def attend_segments_backward(
 ) -> tuple[Tensor, ...]: # dq, dk, dv
     """Gradients of q, k, v on the CPU, block by block.
 
-    `out` and `lse` may be those of a softmax over more keys than the pattern has: the result is then its share."""
+    `out` and `lse` may be those of a softmax over more keys than the pattern has: the result is
+    then its share."""
     if not q.numel(): return tuple(map(torch.empty_like, (q, k, v)))
     lse, dlse = without_empty_rows(lse, dlse)
     tiles = _tiles(q, k, pattern, order, key_mask, causal, lse_dtype(q.dtype))
     grads = attend_tiles_backward(
         tiles, dout, dlse, q, k, v, out, lse, before or (None,) * 3, scale, before is not None)
     if before is not None: return tuple(grads)
-    return tuple(torch.zeros_like(x) if grad is None else like(grad, x) for grad, x in zip(grads, (q, k, v)))
+    return tuple(
+        torch.zeros_like(x) if grad is None else like(grad, x) for grad, x in zip(grads, (q, k, v)))
 
 # %% ../nbs/06_sdpa.ipynb #80e5a305
 _cached_pattern = lru_cache(maxsize=256)(SegmentPattern)
 
 
-def _sdpa_forward(q, k, v, order, key_mask, segment_size, dilation_rate, mode, offsets, causal, scale):
+def _sdpa_forward(
+    q, k, v, order, key_mask, segment_size, dilation_rate, mode, offsets, causal, scale):
     pattern = _cached_pattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
     return attend_segments(q, k, v, order, key_mask, pattern, causal, scale)
 
 
-def _sdpa_backward(dout, dlse, q, k, v, out, lse, order, key_mask, segment_size, dilation_rate, mode, offsets, causal, scale):
+def _sdpa_backward(
+    dout, dlse, q, k, v, out, lse, order, key_mask, segment_size, dilation_rate, mode, offsets,
+    causal, scale):
     pattern = _cached_pattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
-    return attend_segments_backward(dout, dlse, q, k, v, out, lse, order, key_mask, pattern, causal, scale)
+    return attend_segments_backward(
+        dout, dlse, q, k, v, out, lse, order, key_mask, pattern, causal, scale)
 
 
 _groups_attention = AttentionOperator(
     "sdpa", _sdpa_forward, _sdpa_backward, ["order", "key_mask"],
-    "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, float scale")
+    "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, "
+    "float scale")
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55eb
 def _grouped_expression(
@@ -391,7 +415,8 @@ def _grouped_expression(
     "The blocks as plain differentiable PyTorch, on any device."
     dtype, wide = q.dtype, lse_dtype(q.dtype)
     if need_lse: q, k, v = (x.to(wide) for x in (q, k, v))
-    nothing = (q.sum() + k.sum() + v.sum()).masked_fill(torch.ones((), dtype=torch.bool, device=q.device), 0)
+    nothing = (q.sum() + k.sum() + v.sum()).masked_fill(
+        torch.ones((), dtype=torch.bool, device=q.device), 0)
     out = q.new_zeros(q.shape) + nothing  # gradients are 0, not missing, where no group exists
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide) + nothing
     tokens = torch.arange(q.shape[2], device=q.device) if order is None else order
@@ -420,9 +445,12 @@ def sdpa_attention(
     need_lse: bool = True, # False where nobody uses the LSE: it may then be None
     custom_backward: bool = True, # False: differentiate the plain PyTorch expression
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
-    "Segmented, dilated attention through dense kernels on its groups; time and memory follow the pairs, never N^2."
+    """Segmented, dilated attention through dense kernels on its groups; time and memory follow
+    the pairs, never N^2."""
     if q.device.type != "cpu" or dropout_p or not custom_backward:
-        return _grouped_expression(q, k, v, pattern, order, causal, key_mask, dropout_p, scale, need_lse or not custom_backward)
+        return _grouped_expression(
+            q, k, v, pattern, order, causal, key_mask, dropout_p, scale,
+            need_lse or not custom_backward)
     scale = default_scale(q) if scale is None else float(scale)
     settings = pattern.segment_size, pattern.dilation_rate, pattern.mode, list(pattern.offsets)
     return _groups_attention(q, k, v, order, key_mask, *settings, causal, scale)

@@ -151,7 +151,8 @@ def like(x: Tensor, model: Tensor) -> Tensor:
 
 # %% ../nbs/05b_tiles.ipynb #cd4940e0
 class Tile:
-    "Equal tiles of a call. Batches are (outer, inner, places, ...), in the computation's dtype."
+    """Equal tiles of a call. Batches are (outer, inner, places, ...), in the dtype of the
+    computation."""
     triangular = False # causal: key place <= query place
 
     def read(self, queries: Sequence[Any], keys: Sequence[Any]) -> tuple[list, list]:

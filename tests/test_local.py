@@ -16,6 +16,7 @@ import torch
 from cases import layouts, placed, random_tensors, spoilt, upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import examples
 from torch.library import opcheck
 
 import hilbert_attn.local as local
@@ -343,7 +344,7 @@ def local_cases(
     )
 
 
-@settings(max_examples=600)
+@examples(200, 600)
 @given(local_cases())
 def test_equals_the_oracle(case): case.check(backend="sdpa")
 
@@ -362,7 +363,7 @@ def test_the_other_paths_equal_the_oracle(case, path):
 
 
 @needs_triton
-@settings(max_examples=80)
+@examples(25, 80)
 @given(
     local_cases(max_n=48, head_dims=(16, 32), dtypes=(torch.float32, torch.float64)),
     st.sampled_from(((16, 16), (32, 16), (16, 32))),
