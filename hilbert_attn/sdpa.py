@@ -44,9 +44,6 @@ def masked_sdpa(
         rows_apart(q), k, v, allowed, dropout_p, scale=scale, enable_gqa=gqa)
     return out.masked_fill(empty, 0)
 
-
-_masked_sdpa = masked_sdpa  # until 11_local takes the public name
-
 # %% ../nbs/06_sdpa.ipynb #ba849919
 def sdpa_mask_attention(
     q: Tensor, # queries (B, H, N, D)

@@ -206,9 +206,10 @@ def attend_tiles(
         if mixing:
             assert out is not None
             tile.mix(out, lse, part, part_lse)
-            continue
-        out = tile.write(out, part, q)
-        lse = tile.write(lse, part_lse, lse)
+        else:
+            out = tile.write(out, part, q)
+            lse = tile.write(lse, part_lse, lse)
+        del queries, keys, values, bias, part  # the next tile takes their place in the cache
     return out, lse
 
 # %% ../nbs/05b_tiles.ipynb #4f9d556b
@@ -236,6 +237,7 @@ def attend_tiles_backward(
         dq = tile.write(dq, found[0], q, mixing)
         dk = tile.add(dk, found[1], k, mixing)
         dv = tile.add(dv, found[2], v, mixing)
+        del rows, queries, upstream, output, keys, values, found  # as in the forward
     return [dq, dk, dv]
 
 # %% ../nbs/05b_tiles.ipynb #8b39600a

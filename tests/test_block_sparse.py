@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from hilbert_attn import block_sparse
 from hilbert_attn.backends import REGISTRY, set_backend
 from hilbert_attn.block_sparse import (
     ALWAYS,
@@ -502,7 +503,9 @@ def test_under_torch_compile():
 @pytest.mark.parametrize("inside", (False, True))
 @pytest.mark.parametrize("strict", (False, True))
 def test_export(inside, strict):
-    make = lambda: block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=(8, 4))
+    def make():
+        return block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=(8, 4))
+
     class Attend(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -859,8 +862,8 @@ def test_block_masks_equal_the_oracle(call, backend):
 
 def test_backends_can_be_forced(monkeypatch):
     q = torch.randn(1, 1, 12, 8)
-    call = lambda **options: block_sparse_attention(
-        q, q, q, torch.ones(3, 3, dtype=torch.bool), block_size=4, **options)
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    def call(**options): return block_sparse_attention(q, q, q, mask, block_size=4, **options)
     seen = []
     monkeypatch.setitem(
         REGISTRY["reference"].functions, "blocks", lambda call: (seen.append(1), (call.q, None))[1])

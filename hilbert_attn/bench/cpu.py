@@ -25,8 +25,9 @@ from hilbert_attn.bench.results import (
     BLUE, GREY, RED, SPREAD, SPREAD_TITLES,
     Table, target, target_tables,
 )
-from ..curves import curve_order, inverse_order, new_figure
+from ..curves import curve_order, inverse_order
 from ..patterns import SegmentPattern, attention_mask
+from ..plots import new_figure
 
 # %% ../../nbs/15e_cpu.ipynb #34ef3405
 CPU_CONFIG: dict[str, Any] = dict(

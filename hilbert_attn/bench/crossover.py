@@ -21,8 +21,9 @@ from hilbert_attn.bench.contenders import (
 from .machine import FLOPS_PER_PAIR, environment, quick_limits
 from .measuring import telling
 from .results import BLUE, GREEN, GREY, RED, Table
-from ..curves import curve_order, new_figure
+from ..curves import curve_order
 from ..patterns import SegmentPattern, attention_mask
+from ..plots import new_figure
 
 # %% ../../nbs/15g_crossover.ipynb #479478c7
 CROSSOVER_CONFIG: dict[str, Any] = dict(

@@ -21,9 +21,10 @@ from hilbert_attn.bench.contenders import (
 from .machine import environment, peak_memory, quick_limits
 from .measuring import telling
 from .results import Table, pivot, plot_lines
-from ..curves import curve_order, new_figure
+from ..curves import curve_order
 from ..modules import HilbertAttentionCore
 from ..patterns import SegmentPattern, attention_mask
+from ..plots import new_figure
 
 # %% ../../nbs/15f_memory.ipynb #023053e9
 STORED, CHECKPOINTED = "layers, stored", "layers, checkpointed"

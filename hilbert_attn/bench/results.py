@@ -19,7 +19,7 @@ from pathlib import Path
 import hilbert_attn
 from .contenders import MATMUL, OURS, OURS_HILBERT, label, labelled
 from .machine import environment, machine_slug
-from ..curves import new_figure
+from ..plots import new_figure
 
 # %% ../../nbs/15d_results.ipynb #3d94782a
 def results_folder() -> Path:

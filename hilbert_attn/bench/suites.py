@@ -38,9 +38,10 @@ from hilbert_attn.bench.results import (
     BASELINES, Table, change_tables, colors_of, compare_runs, from_gpu_run, load_runs, pivot,
     plot_lines, plot_race, race_tables, target,
 )
-from ..curves import CURVES, _compute_order, curve_order, locality, new_figure
+from ..curves import CURVES, _compute_order, curve_order, locality
 from ..dilated import dilated_attention
 from ..patterns import DilatedPattern, attention_mask
+from ..plots import new_figure
 
 # %% ../../nbs/15h_suites.ipynb #d83c04a5
 SORT, COPY = "sorting random keys", "copying the indices"

@@ -23,7 +23,7 @@ from hilbert_attn.blocks.lists import (
 from .planner import BlockPattern, block_lists
 from ..common import whole_number, whole_numbers
 from ..curves import curve_order, inverse_order
-from ..patterns import NeighborhoodPattern, WindowPattern
+from ..patterns import AxisPattern
 
 # %% ../../nbs/10e_block_schedule.ipynb #436ab680
 PATTERN_TYPES = ("local_window", "dilated_sparse", "global_local", "mask")
@@ -161,7 +161,7 @@ class PostPatternHilbertOptimizer:
                     "are")
             return self(pattern.lists(seq_len, causal=causal, device=device))
         options: dict[str, Any] = dict(block_size=block_size, causal=causal, device=device)
-        if isinstance(pattern, (WindowPattern, NeighborhoodPattern)):
+        if isinstance(pattern, AxisPattern) and not pattern.along_curve:
             return block_lists(pattern, curve=self.curve if self.enabled else None, **options)
         return self(block_lists(pattern, **options))
 

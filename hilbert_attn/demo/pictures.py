@@ -12,8 +12,9 @@ from math import ceil
 import numpy as np
 from torch import Tensor
 
-from ..curves import CURVES, new_figure, plot_curve, segment_map
+from ..curves import CURVES, segment_map
 from .photo import CHEEK, PATCH, Photo, patch_weights
+from ..plots import new_figure, plot_curve
 
 # %% ../../nbs/16b_pictures.ipynb #bc875f43
 def _dimmed(photo: Photo) -> np.ndarray: # float (height, width, 3), 0 to 1
