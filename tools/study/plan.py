@@ -13,13 +13,13 @@ from .training import Schedule
 TASKS: dict[str, type[Task]] = dict(photos=Photos, pathfinder=Pathfinder, digits=Digits)
 SEEDS = tuple(range(10))
 TUNING_SEED = 900
-RATES = (1e-3, 3e-3, 9e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 SCHEDULES = dict(
     photos=Schedule(steps=1200, batch=8, rate=0.0),
     pathfinder=Schedule(steps=1200, batch=8, rate=0.0),
     digits=Schedule(steps=1000, batch=8, rate=0.0),
 )
-TUNING_SHARE = 5 # trainings that choose a learning rate are this much shorter
+TUNING_SHARE = 4 # trainings that choose a learning rate are this much shorter
 
 
 class Cell(NamedTuple):
