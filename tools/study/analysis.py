@@ -1,6 +1,6 @@
 "What the stored runs say: differences of arms with seeds and pictures crossed, and verdicts."
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from math import exp, log
 
@@ -33,6 +33,7 @@ class Contrast:
     p_equal: float = np.nan # the larger one of two one-sided tests
     holm_differ: float = np.nan
     holm_equal: float = np.nan
+    void: bool = False # one of the arms does not beat the guess without learning
 
     @property
     def freedom(self) -> int: # degrees, of Student's t
@@ -52,6 +53,7 @@ class Contrast:
     def verdict(self) -> str:
         "What the protocol lets one say."
         if not self.complete: return f"{self.seeds} of {len(SEEDS)} seeds done"
+        if self.void: return "void"
         tied = self.holm_equal < LEVEL
         if self.holm_differ < LEVEL:
             found = "lower" if self.mean < 0 else "higher"
@@ -88,10 +90,17 @@ def mixed_mean(ratios: pd.DataFrame) -> tuple[float, float]: # mean, standard er
     return float(fitted.fe_params.iloc[0]), float(fitted.bse_fe.iloc[0])
 
 
-def contrast(rows: pd.DataFrame, task: str, a: str, b: str) -> Contrast:
+def contrast(
+    rows: pd.DataFrame,
+    task: str,
+    a: str,
+    b: str,
+    void: Collection[tuple[str, str]] = (), # from `void_arms`
+) -> Contrast:
     "Without correction for the family."
     ratios = log_ratios(rows, task, a, b)
-    found = Contrast(task, a, b, ratios.seed.nunique(), ratios.picture.nunique())
+    counts = ratios.seed.nunique(), ratios.picture.nunique()
+    found = Contrast(task, a, b, *counts, void=bool({(task, a), (task, b)} & set(void)))
     if found.seeds < LEAST_SEEDS: return found
     mean, error = mixed_mean(ratios)
     t = stats.t(found.freedom)
@@ -102,10 +111,10 @@ def contrast(rows: pd.DataFrame, task: str, a: str, b: str) -> Contrast:
 
 def family(
     rows: pd.DataFrame,
-    tasks: Iterable[str] = tuple(TASKS),
+    void: Collection[tuple[str, str]] = (), # from `void_arms`
 ) -> list[Contrast]:
     "Hilbert against each other arm on each task, with Holm's correction over all of them."
-    found = [contrast(rows, task, "hilbert", arm) for task in tasks for arm in OTHERS]
+    found = [contrast(rows, task, "hilbert", arm, void) for task in TASKS for arm in OTHERS]
     known = [c for c in found if not np.isnan(c.mean)]
     if not known: return found
     differ = multipletests([c.p_differ for c in known], method="holm")[1]
@@ -124,7 +133,9 @@ def percent(value: float) -> str:
 def sentence(c: Contrast) -> str:
     "What a contrast says, in words."
     if not c.complete:
-        return f"{c.task}, {c.a} against {c.b}: {c.verdict}, no verdict."
+        return f"{c.task}: `{c.a}` against `{c.b}`: {c.verdict}, no verdict."
+    if c.void:
+        return f"{c.task}: `{c.a}` against `{c.b}` is **void**: no better than a guess."
     low, high = c.interval
     figures = f"{percent(c.mean)} ({percent(low)} to {percent(high)})"
     return f"{c.task}: `{c.a}` against `{c.b}` is **{c.verdict}**, {figures}."
@@ -166,3 +177,38 @@ def steps_to(curve: list[list[float]], loss: float) -> float: # NaN: never
             return before[0] + share * (step - before[0])
         before = step, now
     return np.nan
+
+
+def seeds_done(runs: list[dict], task: str) -> int:
+    "Seeds of which all arms are stored."
+    have = {(run["arm"], run["seed"]) for run in runs if run["task"] == task}
+    return sum(all((arm, seed) in have for arm in ARMS) for seed in SEEDS)
+
+
+def speed_table(runs: list[dict], task: str, goal: str = "row_major") -> pd.DataFrame:
+    "Steps and CPU seconds of one thread until the loss at which `goal` ends, seed by seed."
+    mine = [run for run in runs if run["task"] == task]
+    ends = {run["seed"]: run["curve"][-1][2] for run in mine if run["arm"] == goal}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in mine:
+        if run["seed"] not in ends: continue
+        steps = steps_to(run["curve"], ends[run["seed"]])
+        seconds = steps * run["seconds"] / run["schedule"]["steps"]
+        found.setdefault(run["arm"], []).append((steps, seconds))
+    return pd.DataFrame([
+        {"arm": arm, "seeds": len(found[arm]), "seeds that get there": int(n),
+         "median steps": steps, "median seconds": seconds}
+        for arm in ARMS if arm in found
+        for n, (steps, seconds) in [_reached(np.array(found[arm]))]
+    ]).set_index("arm") if found else pd.DataFrame()
+
+
+def _reached(pairs: np.ndarray) -> tuple[int, np.ndarray]: # how many, median steps and seconds
+    there = pairs[~np.isnan(pairs[:, 0])]
+    return len(there), np.median(there, 0) if len(there) else np.full(2, np.nan)
+
+
+def by_picture(rows: pd.DataFrame, task: str, a: str, b: str) -> pd.DataFrame:
+    "Mean log ratio of each picture, and of how many seeds."
+    ratios = log_ratios(rows, task, a, b)
+    return ratios.groupby("picture").d.agg(["mean", "count"]).sort_values("mean")

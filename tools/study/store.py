@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
-from hilbert_attn.bench.results import results_folder
+from hilbert_attn.bench import results
 
 from .plan import Cell
 from .training import Outcome, Schedule
@@ -13,7 +13,7 @@ ENVIRONMENT = ("cpu", "instructions", "threads", "python", "torch", "numpy", "co
 
 
 def study_folder() -> Path:
-    return results_folder() / "study"
+    return results.results_folder() / "study"
 
 
 def path_of(cell: Cell, folder: Path) -> Path:
