@@ -5,19 +5,23 @@ import sys
 from math import exp, log
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
+from matplotlib import pyplot
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
-from study import analysis, mechanism, plan, runner, store
+import run_study
+from study import analysis, mechanism, plan, prediction, runner, store
 from study.arms import ARMS, Arm, layer_order
 from study.network import Network, Size
 from study.photos import FOLDS, TESTED, TUNING, Photos, load_photos
 
+from hilbert_attn.bench import results
+
 TASKS = list(plan.TASKS)
-COMMAND = [sys.executable, str(ROOT / "tools" / "run_study.py")]
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +42,12 @@ def made_up(effects: dict, seeds: int = 10, noise: float = 0.01) -> list[dict]:
             for arm in ARMS:
                 logs = effects.get(arm, 0) + luck + 0.3 * np.arange(8) + draw.normal(0, noise, 8)
                 groups = {f"group {i}": exp(x) for i, x in enumerate(logs)}
+                loss = float(np.mean(list(groups.values())))
                 found.append(dict(
-                    task=task, arm=arm, seed=seed, groups=groups, rate=0.003, seconds=1.0,
-                    loss=float(np.mean(list(groups.values()))), guesses={"a": 50.0, "b": 60.0}))
+                    stage="primary", task=task, arm=arm, seed=seed, rate=0.003, loss=loss,
+                    groups=groups, curve=[[5, 9.0, 2 * loss], [10, 8.0, loss]], seconds=1.0,
+                    schedule=dict(steps=10), guesses={"a": 50.0, "b": 60.0},
+                    environment=dict(commit="0123456789", date="2026-01-02 03:04 UTC")))
     return found
 
 
@@ -236,13 +243,18 @@ def test_only_some(tmp_path):
         runner.wanted(plan.FULL.primary(), "photo")
 
 
-def test_the_command(tmp_path):
+def test_the_command(tmp_path, monkeypatch, capsys):
     def call(*options):
-        return subprocess.run([*COMMAND, *options], capture_output=True, text=True)
+        monkeypatch.setattr(sys, "argv", ["run_study.py", *options])
+        return run_study.main()
 
-    refused, told = call("--quick"), call("--status", "--out", str(tmp_path))
-    assert refused.returncode == 2 and "toys are no results" in refused.stderr
-    assert told.stdout.splitlines() == ["tune: 0 of 54 stored", "primary: 0 of 180 stored"]
+    with pytest.raises(SystemExit): call("--quick")
+    assert "toys are no results" in capsys.readouterr().err
+    assert call("--status", "--out", str(tmp_path)) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == ["tune: 0 of 54 stored", "primary: 0 of 180 stored"]
+    assert call("--quick", "--out", str(tmp_path), "--only", "digits/hilbert") == 0
+    assert "3 of 3: primary/digits/hilbert-seed-0" in capsys.readouterr().out
 
 
 # statistics
@@ -307,6 +319,49 @@ def test_steps_to_a_loss():
     curve = [[10, 0, 4.0], [20, 0, 2.0], [30, 0, 1.0]]
     assert analysis.steps_to(curve, 3.0) == 15 and analysis.steps_to(curve, 4.0) == 10
     assert np.isnan(analysis.steps_to(curve, 0.5))
+
+
+def test_geometry_is_tried_on_a_task_that_it_has_not_seen():
+    near = {arm: prediction.features(arm, "photos")[0] for arm in prediction.SPARSE}
+    seen = prediction.observed(analysis.as_rows(made_up({a: -x for a, x in near.items()})))
+    assert len(seen) == len(TASKS) * len(prediction.SPARSE)
+    shares = prediction.explained(prediction.held_out(seen))
+    assert set(shares.index) == set(TASKS) and shares["pathfinder"] > 0.9
+    assert prediction.observed(analysis.as_rows([])).empty
+
+
+# the page
+
+def page(folder: Path, monkeypatch, cells: int | None = None) -> dict:
+    "What the first cells of code of the results page define, with the runs of a folder."
+    monkeypatch.setattr(results, "results_folder", lambda: folder)
+    notebook = nbformat.read(ROOT / "nbs" / "26_study_results.ipynb", as_version=4)
+    names: dict = {}
+    for cell in [c for c in notebook.cells if c.cell_type == "code"][:cells]:
+        exec(cell.source, names)
+    pyplot.close("all")
+    return names
+
+
+def test_the_page_without_runs(tmp_path, monkeypatch):
+    names = page(tmp_path, monkeypatch)
+    assert "under way" in names["state"]().data and "0 of 180" in names["state"]().data
+    assert names["in_one_sentence"]("photos") == "**photos**: too early, 0 of 10 seeds done."
+
+
+def test_the_page_with_all_runs_and_with_one_less(tmp_path, monkeypatch):
+    for run in made_up(dict(random=0.3, row_major=-0.1)):
+        cell = plan.Cell("primary", run["task"], run["arm"], run["seed"])
+        store.save(run, store.path_of(cell, tmp_path / "study"))
+    names = page(tmp_path, monkeypatch)
+    assert names["state"]().data.startswith("The study is complete.")
+    said = names["in_one_sentence"]("digits")
+    assert "lower: `random`" in said and "higher: `row_major`" in said
+    store.path_of(plan.Cell("primary", "digits", "tile", 3), tmp_path / "study").unlink()
+    names = page(tmp_path, monkeypatch, 7)
+    assert "under way" in names["state"]().data and "179 of 180" in names["state"]().data
+    assert names["in_one_sentence"]("digits") == "**digits**: too early, 9 of 10 seeds done."
+    assert "lower: `random`" in names["in_one_sentence"]("photos")
 
 
 # what is stored
