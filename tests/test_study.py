@@ -199,7 +199,7 @@ def test_every_cell_of_the_quick_study(toys):
 
 
 def test_it_goes_on_where_it_stopped(toys, monkeypatch):
-    gone = store.path_of(plan.QUICK.primary()[4], toys)
+    gone = store.path_of(plan.QUICK.primary()[3], toys)
     kept = gone.read_text()
     gone.unlink()
     assert runner.run_study(plan.QUICK, toys) == 1

@@ -78,7 +78,9 @@ def run_study(
 def reproduce(plan: Plan, folder: Path, count: int, draw: int, log: Callable) -> list[str]:
     "Trains some stored cells again; returns what differs."
     torch.set_num_threads(1)
-    stored = sorted(set(plan.primary()) - set(missing(plan.primary(), folder)))
+    cells = plan.tuning() + plan.primary()
+    left = set(missing(cells, folder))
+    stored = [cell for cell in cells if cell not in left]
     differ = []
     for cell in random.Random(draw).sample(stored, min(count, len(stored))):
         was = load(path_of(cell, folder))
