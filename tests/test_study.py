@@ -22,6 +22,7 @@ from study.photos import FOLDS, TESTED, TUNING, Photos, load_photos
 from hilbert_attn.bench import results
 
 TASKS = list(plan.TASKS)
+STAGES = dict(tune=54, primary=180, explore=90)
 
 
 @pytest.fixture(scope="module")
@@ -136,13 +137,24 @@ def test_six_names_are_six_functions(name):
         assert len({mechanism.partition(Arm(arm), task, layer) for arm in ARMS}) == len(ARMS)
 
 
+def test_four_walks_are_turned_and_transposed():
+    task = plan.TASKS["digits"](0)
+    curve, across, turned, both = (
+        layer_order(Arm("hilbert", "four"), task, layer) for layer in range(4))
+    assert torch.equal(turned, 485 - curve) and torch.equal(both, 485 - across)
+    assert torch.equal(across.sort().values, torch.arange(486))
+    shifted = layer_order(Arm("hilbert", "shifted"), task, 1)
+    assert torch.equal(shifted, curve.roll(-13))
+    assert torch.equal(layer_order(Arm("hilbert", "four"), task, 4), curve)
+
+
 def test_odd_layers_are_transposed_and_shifted():
     task = plan.TASKS["photos"](0)
     even, odd = (layer_order(Arm("row_major"), task, layer) for layer in (0, 1))
     assert even.tolist() == list(range(324))
     columns = torch.arange(324).view(18, 18).t().flatten()
     assert torch.equal(odd, columns.roll(-8))
-    still = Arm("hilbert", alternating=False)
+    still = Arm("hilbert", "one")
     assert torch.equal(layer_order(still, task, 0), layer_order(still, task, 1))
 
 
@@ -236,6 +248,17 @@ def test_seeds_are_outermost():
     assert len(plan.FULL.tuning()) == 54
 
 
+def test_exploratory_cells_come_last_and_name_their_scheme(toys):
+    cells = plan.FULL.exploratory()
+    assert plan.arm_of(cells[0]) == Arm("row_major", "one") and len(cells) == 90
+    assert plan.arm_of(plan.FULL.primary()[5]) == Arm("hilbert", "alternating")
+    cell = plan.Cell("explore", "photos", "hilbert four shifted", 0)
+    assert runner.rate_of(cell, plan.QUICK, toys) in plan.QUICK.rates
+    run = runner.run_cell(cell, 0.001, plan.QUICK)
+    other = runner.run_cell(cell._replace(arm="hilbert one"), 0.001, plan.QUICK)
+    assert run["arm"] == "hilbert four shifted" and run["loss"] != other["loss"]
+
+
 def test_only_some(tmp_path):
     only = runner.wanted(plan.FULL.primary(), "photos/hilbert")
     assert {(c.task, c.arm) for c in only} == {("photos", "hilbert")} and len(only) == 10
@@ -252,7 +275,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "toys are no results" in capsys.readouterr().err
     assert call("--status", "--out", str(tmp_path)) == 0
     told = capsys.readouterr().out.splitlines()
-    assert told == ["tune: 0 of 54 stored", "primary: 0 of 180 stored"]
+    assert told == [f"{stage}: 0 of {n} stored" for stage, n in STAGES.items()]
     assert call("--quick", "--out", str(tmp_path), "--only", "digits/hilbert") == 0
     assert "3 of 3: primary/digits/hilbert-seed-0" in capsys.readouterr().out
 
@@ -372,7 +395,7 @@ def git(*arguments: str) -> str:
 
 
 def test_the_protocol_is_older_than_every_run():
-    runs = store.load_stage("tune") + store.load_stage("primary")
+    runs = [run for stage in STAGES for run in store.load_stage(stage)]
     for commit in {run["environment"]["commit"] for run in runs}:
         assert "changes" not in commit
         git("merge-base", "--is-ancestor", commit, "HEAD")
@@ -380,7 +403,7 @@ def test_the_protocol_is_older_than_every_run():
 
 
 def test_stored_runs_are_those_of_the_plan():
-    for stage, cells in (("tune", plan.FULL.tuning()), ("primary", plan.FULL.primary())):
+    for stage, cells in run_study.stages(plan.FULL):
         names = {cell.name for cell in cells}
         paths = (store.study_folder() / stage).glob("*/*.json")
         assert {p.relative_to(store.study_folder()).as_posix()[:-5] for p in paths} <= names

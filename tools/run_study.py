@@ -23,6 +23,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--status", action="store_true", help="what is stored, and what is left")
     parser.add_argument("--check", type=int, metavar="N", help="train N stored cells again")
     parser.add_argument("--draw", type=int, default=0, help="which cells --check draws")
+    parser.add_argument("--explore", action="store_true", help="exploratory trainings too")
     parser.add_argument("--quick", action="store_true", help="toys; needs --out")
     parser.add_argument("--out", type=Path, help="a folder instead of nbs/results/study")
     found = parser.parse_args()
@@ -30,10 +31,15 @@ def arguments() -> argparse.Namespace:
     return found
 
 
+def stages(plan: Plan) -> list:
+    "Names and cells."
+    return [("tune", plan.tuning()), ("primary", plan.primary()), ("explore", plan.exploratory())]
+
+
 def status(plan: Plan, folder: Path) -> str:
     "Runs stored and left, and the seconds that the rest will take on one idle core."
     lines = []
-    for stage, cells in (("tune", plan.tuning()), ("primary", plan.primary())):
+    for stage, cells in stages(plan):
         runs = load_stage(stage, folder)
         mean = sum(run["seconds"] for run in runs) / max(1, len(runs))
         left = len(missing(cells, folder))
@@ -53,7 +59,7 @@ def main() -> int:
     if not options.quick: needs_clean_code()
     if options.check is not None:
         return len(reproduce(plan, folder, options.check, options.draw, log))
-    run_study(plan, folder, options.only, log=log)
+    run_study(plan, folder, options.only, log=log, explore=options.explore)
     return 0
 
 

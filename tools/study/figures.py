@@ -69,16 +69,17 @@ def neighbours(task: Task, reach: int = 6):
 
 
 def growth(tasks: list[Task], layers: int = 12):
-    "Share of pairs that attention connects after some layers, alternating and not."
+    "Share of pairs that attention connects after some layers, in two schemes."
     fig, axes = new_figure(1, len(tasks), panel=(3.4, 2.6), titles=[
         f"{task.name}, segments of {task.segment_size}" for task in tasks])
     for ax, task in zip(axes, tasks):
         for name in ARMS:
-            for alternating, style in ((True, "-"), (False, ":")):
-                shares = receptive_field(Arm(name, alternating), task, layers)
-                label = name if alternating else None
+            for scheme, style in (("alternating", "-"), ("one", ":")):
+                shares = receptive_field(Arm(name, scheme), task, layers)
+                label = name if style == "-" else None
                 ax.plot(range(1, layers + 1), shares, style, color=COLORS[name], label=label)
         ax.set_xlabel("layers (dotted: one order, no shift)")
+        ax.set_xticks(range(1, layers + 1))
     axes[0].set_ylabel("pairs connected")
     axes[0].legend(frameon=False, fontsize=7)
 

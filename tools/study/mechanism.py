@@ -54,7 +54,7 @@ def receptive_field(arm: Arm, task: Task, layers: int) -> list[float]: # after 1
     reached = torch.eye(task.tokens)
     shares: list[float] = []
     for layer in range(layers):
-        if len(shares) > 2 and shares[-1] == shares[-3]:  # an even and an odd layer add nothing
+        if len(shares) > 4 and shares[-1] == shares[-5]:  # a whole period of layers adds nothing
             return shares + shares[-1:] * (layers - layer)
         reached = (together(arm, task, layer).float() @ reached > 0).float()
         shares.append(reached.mean().item())

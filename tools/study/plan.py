@@ -2,7 +2,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .arms import ARMS, Arm
+from .arms import ARMS, SCHEMES, Arm
 from .digits import Digits
 from .network import Size
 from .pathfinder import Pathfinder
@@ -19,14 +19,17 @@ SCHEDULES = dict(
     pathfinder=Schedule(steps=1200, batch=8, rate=0.0),
     digits=Schedule(steps=1000, batch=8, rate=0.0),
 )
+EXPLORED = dict(
+    tasks=("photos", "pathfinder"), arms=("row_major", "morton", "hilbert"), seeds=(0, 1, 2)
+) # diversity of orders over layers: exploratory
 TUNING_SHARE = 4 # trainings that choose a learning rate are this much shorter
 
 
 class Cell(NamedTuple):
     "One training."
-    stage: str # "tune" or "primary"
+    stage: str # "tune", "primary" or "explore"
     task: str
-    arm: str
+    arm: str # of "explore" with a scheme, such as "hilbert four"
     seed: int
     rate: float | None = None # None: the one that tuning chose
 
@@ -57,6 +60,15 @@ class Plan:
             for seed in self.seeds for task in self.schedules for arm in self.arms
         ]
 
+    def exploratory(self) -> list[Cell]:
+        "Orders that change from layer to layer in other ways. No verdict rests on them."
+        schemes = [scheme for scheme in SCHEMES if scheme != "alternating"]
+        return [
+            Cell("explore", task, f"{arm} {scheme}", seed)
+            for seed in EXPLORED["seeds"] for task in EXPLORED["tasks"]
+            for arm in EXPLORED["arms"] for scheme in schemes
+        ]
+
     def schedule(self, cell: Cell, rate: float) -> Schedule:
         found = replace(self.schedules[cell.task], rate=rate)
         if cell.stage != "tune": return found
@@ -70,7 +82,8 @@ def task_of(cell: Cell) -> Task:
 
 
 def arm_of(cell: Cell) -> Arm:
-    return Arm(cell.arm)
+    name, _, scheme = cell.arm.partition(" ")
+    return Arm(name, scheme or "alternating")
 
 
 FULL = Plan(SCHEDULES)

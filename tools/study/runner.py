@@ -40,11 +40,12 @@ def missing(cells: list[Cell], folder: Path) -> list[Cell]:
 def rate_of(cell: Cell, plan: Plan, folder: Path) -> float:
     "The cell's own, or the one that tuning chose, once all rates of its arm were tried."
     if cell.rate is not None: return cell.rate
+    arm = arm_of(cell).name
     runs = [run for run in load_stage("tune", folder)
-            if (run["task"], run["arm"]) == (cell.task, cell.arm)]
+            if (run["task"], run["arm"]) == (cell.task, arm)]
     if {run["rate"] for run in runs} != set(plan.rates):
         raise RuntimeError(f"{cell.name}: its learning rates are not tuned yet")
-    return chosen_rates(runs)[cell.task, cell.arm]
+    return chosen_rates(runs)[cell.task, arm]
 
 
 def run_cell(cell: Cell, rate: float, plan: Plan, tell: Callable = lambda n: None) -> dict:
@@ -61,10 +62,12 @@ def run_study(
     only: str | None = None, # a task, or task/arm
     show: bool | None = None, # a progress bar; None: on a terminal
     log: Callable = lambda line: None, # told a line after each training
+    explore: bool = False, # exploratory trainings too, after all others
 ) -> int: # trainings made
     "Trains what is not stored yet: tuning first, then seed after seed."
     torch.set_num_threads(1)
-    left = missing(wanted(plan.tuning() + plan.primary(), only), folder)
+    cells = plan.tuning() + plan.primary() + (plan.exploratory() if explore else [])
+    left = missing(wanted(cells, only), folder)
     steps = sum(plan.schedule(cell, 0.0).steps for cell in left)
     with progress_bar(steps, "study", show) as bar:
         for done, cell in enumerate(left, 1):
