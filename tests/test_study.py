@@ -191,6 +191,14 @@ def test_receptive_field_of_rows_and_columns():
     assert mechanism.layers_to_all(Arm("tile"), task, 3) is None
 
 
+@pytest.mark.parametrize("arm", ARMS)
+def test_receptive_field_by_matrices(arm):
+    task = plan.TASKS["digits"](0)
+    first, second = (mechanism.together(Arm(arm), task, layer).float() for layer in (0, 1))
+    share = (second @ first > 0).double().mean().item()
+    assert mechanism.receptive_field(Arm(arm), task, 2)[1] == pytest.approx(share)
+
+
 def test_neighbours_together_in_one_layer():
     task = plan.TASKS["photos"](0)
     share = mechanism.neighbours_together(Arm("row_major"), task, 1, layers=1)

@@ -56,7 +56,9 @@ def receptive_field(arm: Arm, task: Task, layers: int) -> list[float]: # after 1
     for layer in range(layers):
         if len(shares) > 4 and shares[-1] == shares[-5]:  # a whole period of layers adds nothing
             return shares + shares[-1:] * (layers - layer)
-        reached = (together(arm, task, layer).float() @ reached > 0).float()
+        segment = segments_of(arm, task, layer)
+        seen = torch.zeros_like(reached).index_add_(0, segment, reached)  # by each segment
+        reached = (seen[segment] > 0).float()
         shares.append(reached.mean().item())
     return shares
 
