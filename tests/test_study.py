@@ -15,14 +15,16 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import run_study
 from study import analysis, mechanism, plan, prediction, runner, store
-from study.arms import ARMS, Arm, layer_order
-from study.network import Network, Size
+from study.arms import ARMS, GRID_ARMS, Arm, layer_order
+from study.network import GridAttention, Network, Size
 from study.photos import FOLDS, TESTED, TUNING, Photos, load_photos
 
 from hilbert_attn.bench import results
+from hilbert_attn.modules import rotary_embedding
+from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
 
 TASKS = list(plan.TASKS)
-STAGES = dict(tune=54, primary=180, explore=90)
+STAGES = dict(tune=54, primary=180, explore=102)
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +171,31 @@ def test_a_layer_mixes_its_segments_and_nothing_else(arm):
     assert torch.equal(felt, mechanism.together(Arm(arm), task, 0)[40])
 
 
+@pytest.mark.parametrize("layer", (0, 1))
+@pytest.mark.parametrize("name", GRID_ARMS)
+def test_patterns_of_the_grid(name, layer):
+    task, size = plan.TASKS["digits"](0), Size(width=16, heads=2)
+    torch.manual_seed(0)
+    attention = GridAttention(task, name, size, layer)
+    rope = rotary_embedding(task.grid, 8)
+    x = torch.randn(1, task.tokens, 16, requires_grad=True)
+    attention(x, rope)[0, 200].sum().backward()
+    shifted = WindowPattern(task.grid, (3, 3, 3), (layer,) * 3)
+    near = NeighborhoodPattern(task.grid, (3, 3, 3))
+    mask = (near if name == "neighbourhood" else shifted).mask()
+    assert torch.equal(x.grad[0].abs().sum(1) > 0, mask.flatten(0, -3)[0, 200])
+
+
+@pytest.mark.parametrize("name", GRID_ARMS)
+def test_patterns_of_the_grid_have_the_same_weights(name):
+    task = plan.TASKS["photos"](0)
+    counts = {
+        sum(p.numel() for p in Network(task, Arm(arm), Size()).parameters())
+        for arm in ("hilbert", name)
+    }
+    assert len(counts) == 1
+
+
 def test_weights_depend_on_the_seed_alone():
     from study.training import Schedule, new_network
     task = plan.TASKS["photos"](0)
@@ -258,7 +285,7 @@ def test_seeds_are_outermost():
 
 def test_exploratory_cells_come_last_and_name_their_scheme(toys):
     cells = plan.FULL.exploratory()
-    assert plan.arm_of(cells[0]) == Arm("row_major", "one") and len(cells) == 90
+    assert plan.arm_of(cells[0]) == Arm("row_major", "one") and len(cells) == 102
     assert plan.arm_of(plan.FULL.primary()[5]) == Arm("hilbert", "alternating")
     cell = plan.Cell("explore", "photos", "hilbert four shifted", 0)
     assert runner.rate_of(cell, plan.QUICK, toys) in plan.QUICK.rates

@@ -9,6 +9,7 @@ from hilbert_attn.curves import curve_order
 from .tasks import Task
 
 ARMS = ("dense", "random", "row_major", "tile", "morton", "hilbert")
+GRID_ARMS = ("windows", "neighbourhood") # exploratory: patterns of the grid, whatever the order
 
 # scheme -> (walk, shift by half a segment) in layers 0, 1, ..., and again from the first.
 # 0 is the curve, 1 the transposed one, 2 the curve turned by half a turn, 3 that one transposed.
@@ -24,7 +25,7 @@ SCHEMES = {
 
 @dataclass(frozen=True)
 class Arm:
-    "A name in `ARMS`, and how its orders change from layer to layer: a name in `SCHEMES`."
+    "How the orders of a curve (`ARMS`, `GRID_ARMS`) change from layer to layer (`SCHEMES`)."
     name: str
     scheme: str = "alternating"
 
@@ -34,7 +35,7 @@ class Arm:
 
 def order_of(name: str, grid: tuple[int, ...], tile: int, draw: int = 0) -> Tensor: # int64 (N,)
     "The token at each position. `draw` is which random order."
-    if name == "dense": return curve_order(grid, "row_major")
+    if name == "dense" or name in GRID_ARMS: return curve_order(grid, "row_major")
     if name == "random":
         size = curve_order(grid, "row_major").numel()
         return torch.randperm(size, generator=torch.Generator().manual_seed(77 + draw))
@@ -59,7 +60,8 @@ def layer_order(arm: Arm, task: Task, layer: int) -> Tensor: # int64 (N,)
     "The order of one layer."
     steps = SCHEMES[arm.scheme]
     number, shift = steps[layer % len(steps)]
-    if arm.name == "dense": return order_of("dense", task.grid, task.tile)
+    if arm.name == "dense" or arm.name in GRID_ARMS:
+        return order_of(arm.name, task.grid, task.tile)
     if arm.name == "random":
         return order_of("random", task.grid, task.tile, layer if len(steps) > 1 else 0)
     order = walk(arm.name, task, number)

@@ -5,9 +5,15 @@ import torch
 from torch import Tensor, nn
 
 from hilbert_attn.curves import inverse_order
-from hilbert_attn.modules import HilbertAttentionCore, TransformerBlock, rotary_embedding
+from hilbert_attn.local import neighborhood_attention, window_attention
+from hilbert_attn.modules import (
+    HilbertAttentionCore,
+    TransformerBlock,
+    apply_rotary,
+    rotary_embedding,
+)
 
-from .arms import Arm, layer_orders
+from .arms import GRID_ARMS, Arm, layer_orders
 from .tasks import Task
 
 
@@ -27,8 +33,8 @@ class Network(nn.Module):
     def __init__(self, task: Task, arm: Arm, size: Size):
         super().__init__()
         self.embed = nn.Linear(task.inputs, size.width)
-        segment = arm.segment_size(task)
-        self.blocks = nn.ModuleList(_block(segment, size) for _ in range(size.layers))
+        layers = range(size.layers)
+        self.blocks = nn.ModuleList(_block(task, arm, size, layer) for layer in layers)
         self.norm = nn.LayerNorm(size.width)
         self.predict = nn.Linear(size.width, task.outputs)
         self._lay_out(task, arm, size)
@@ -53,7 +59,36 @@ class Network(nn.Module):
         return self.predict(self.norm(x[:, self.home]))
 
 
-def _block(segment: int | None, size: Size) -> nn.Module:
-    attention = HilbertAttentionCore(
-        size.width, size.heads, segment, curve=None, backend="sdpa")
+class GridAttention(nn.Module):
+    """Windows, shifted by half in odd layers, or neighbourhoods, as large as a tile.
+
+    The projections are those of `HilbertAttentionCore`."""
+
+    def __init__(self, task: Task, name: str, size: Size, layer: int):
+        super().__init__()
+        self.qkv_proj = nn.Linear(size.width, 3 * size.width, bias=False)
+        self.out_proj = nn.Linear(size.width, size.width, bias=False)
+        self.heads, self.grid, self.name = size.heads, task.grid, name
+        self.side = (task.tile,) * len(task.grid)
+        self.shift = task.tile // 2 if layer % 2 else 0
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor: # (B, N, E), in token order
+        heads = self.qkv_proj(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)
+        q, k, v = heads.chunk(3, 1)
+        out = self.attend(apply_rotary(q, rope), apply_rotary(k, rope), v)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: # (B, H, N, D)
+        if self.name == "neighbourhood":
+            return neighborhood_attention(q, k, v, self.grid, self.side, curve=None)
+        return window_attention(q, k, v, self.grid, self.side, shift=self.shift, curve=None)
+
+
+def _block(task: Task, arm: Arm, size: Size, layer: int) -> nn.Module:
+    if arm.name in GRID_ARMS:
+        attention: nn.Module = GridAttention(task, arm.name, size, layer)
+    else:
+        segment = arm.segment_size(task)
+        attention = HilbertAttentionCore(
+            size.width, size.heads, segment, curve=None, backend="sdpa")
     return TransformerBlock(attention, size.width, mlp_ratio=size.mlp_ratio)

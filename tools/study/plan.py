@@ -2,7 +2,7 @@
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .arms import ARMS, SCHEMES, Arm
+from .arms import ARMS, GRID_ARMS, SCHEMES, Arm
 from .digits import Digits
 from .network import Size
 from .pathfinder import Pathfinder
@@ -21,7 +21,7 @@ SCHEDULES = dict(
 )
 EXPLORED = dict(
     tasks=("photos", "pathfinder"), arms=("row_major", "morton", "hilbert"), seeds=(0, 1, 2)
-) # diversity of orders over layers: exploratory
+) # exploratory: diversity of orders over layers, then patterns of the grid
 TUNING_SHARE = 4 # trainings that choose a learning rate are this much shorter
 
 
@@ -61,12 +61,13 @@ class Plan:
         ]
 
     def exploratory(self) -> list[Cell]:
-        "Orders that change from layer to layer in other ways. No verdict rests on them."
+        "Other ways to alternate, and patterns of the grid. No verdict rests on them."
         schemes = [scheme for scheme in SCHEMES if scheme != "alternating"]
+        ordered = [f"{arm} {scheme}" for arm in EXPLORED["arms"] for scheme in schemes]
         return [
-            Cell("explore", task, f"{arm} {scheme}", seed)
-            for seed in EXPLORED["seeds"] for task in EXPLORED["tasks"]
-            for arm in EXPLORED["arms"] for scheme in schemes
+            Cell("explore", task, arm, seed)
+            for arms in (ordered, GRID_ARMS) for seed in EXPLORED["seeds"]
+            for task in EXPLORED["tasks"] for arm in arms
         ]
 
     def schedule(self, cell: Cell, rate: float) -> Schedule:
