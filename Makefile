@@ -5,6 +5,9 @@ SETUP := settings.ini pyproject.toml setup.py constraints.txt
 # Triton's kernels run in its interpreter where there is no NVIDIA GPU.
 INTERPRET = $(if $(shell nvidia-smi -L 2>/dev/null),,TRITON_INTERPRET=1)
 
+# Two processes, each with whole files, in the order of tests/conftest.py: the longest first.
+TWO = -n 2 --dist loadfile --no-loadscope-reorder
+
 help:
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile | expand -t 18
 
@@ -15,10 +18,10 @@ demo: $(BIN)/.demo  ## attention along five curves on a photo: a table, pictures
 	$(BIN)/hilbert-attn demo $(if $(PHOTO),"$(PHOTO)")
 
 test: $(BIN)/.all  ## run the tests (ARGS="-k curves -x" goes to pytest); those of the site need Chromium, and skip without
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest $(TWO) $(ARGS)
 
 full: $(BIN)/.all  ## run the long grids too (ARGS as for test)
-	FULL=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	FULL=1 $(BIN)/python -m pytest $(TWO) $(ARGS)
 
 lint: $(BIN)/.all  ## ruff on notebooks, tests and tools, and how the code looks to a reader in figures
 	$(BIN)/ruff check nbs tests tools --exit-zero --statistics

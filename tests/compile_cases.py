@@ -7,6 +7,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 from gpu.compiling import Launch, recording
+
 from hilbert_attn.block_sparse import lists_from_bounds
 from hilbert_attn.kernels import backward, block_sparse, forward
 from hilbert_attn.kernels.forward import Tile, Workload, default_tile
@@ -137,7 +138,8 @@ def kernels_of_blocks() -> list[Case]:
     splits = ((128, (128, 64)), (80, (64, 64)), (256, (128, 128)))
     cases += [Case(kernel, 90, head_dim=d, axes=2, block=block, order=d == 80)
               for kernel in BLOCKS for d, block in splits]
-    return cases + [Case(kernel, 90, dtype, axes=1) for kernel in BLOCKS for dtype in ("fp16", "fp32")]
+    cases += [Case(kernel, 90, dtype, axes=1) for kernel in BLOCKS for dtype in ("fp16", "fp32")]
+    return cases
 
 
 def choices(kernel: str, d: int, traits: tuple, order: bool, blocks: bool) -> list[Tile]:

@@ -1,10 +1,11 @@
-"""What must stand before any test module is imported: Triton's interpreter, torch's threads, hypothesis' profiles."""
+"""What must stand before any test is imported: Triton's interpreter, threads, hypothesis."""
 import os
 from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from sampling import FULL
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -14,20 +15,41 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(threads)
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
-settings.register_profile("ci", max_examples=300, derandomize=True, **common)
+settings.register_profile("ci", max_examples=300 if FULL else 100, derandomize=True, **common)
 settings.register_profile("slow", max_examples=5000, **common)
 profile = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 settings.load_profile(profile)
 
 
-full = os.environ.get("FULL") == "1"
+# Files that take a minute or more. They come first, so that none of them is left for the end,
+# where the other process would have nothing to do.
+LONGEST = (
+    "test_ring",
+    "test_notebooks",
+    "test_backends",
+    "test_later_notebooks",
+    "test_dilated",
+    "test_triton",
+    "test_block_sparse",
+    "test_block_kernels",
+    "test_local",
+    "test_compile_matrix",
+)
+
+
+def place(item) -> int:
+    return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
 
 
 def pytest_collection_modifyitems(config, items):
     "Long grids and long fuzzing are left out, not skipped: a skip is for what cannot run here."
+    gone = [name for name in LONGEST if not (config.rootpath / "tests" / f"{name}.py").exists()]
+    if gone: raise pytest.UsageError(f"tests/conftest.py lists files that are gone: {gone}")
+    items.sort(key=place)
+
     def runs(item):
         if item.get_closest_marker("slow") and profile != "slow": return False
-        return full or not item.get_closest_marker("full")
+        return FULL or not item.get_closest_marker("full")
 
     left_out = [item for item in items if not runs(item)]
     if left_out:
@@ -43,8 +65,10 @@ def rounding_interpreter():
     cast = InterpreterBuilder.cast_impl
 
     def rounded(self, src, dst_type):
-        if src.dtype.scalar != tl.float32 or dst_type.scalar != tl.bfloat16: return cast(self, src, dst_type)
-        return TensorHandle(torch.tensor(src.data).bfloat16().view(torch.int16).numpy().view("uint16"), tl.bfloat16)
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return cast(self, src, dst_type)
+        bits = torch.tensor(src.data).bfloat16().view(torch.int16)
+        return TensorHandle(bits.numpy().view("uint16"), tl.bfloat16)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(InterpreterBuilder, "cast_impl", rounded)

@@ -89,21 +89,8 @@ def mismatches(results, rank, world):
 def backward(out): out.sum().backward()
 
 
-def errors(results, rank, world):
-    "Rank 1 has no memory left: while it computes, before, after, forward, backward."
-    odd = rank == 1
-    def dense(): return ring_attention(*tensors())
-    def branches(): return ring_dilated_attention(*tensors(), (4, 24), (1, 2))
-    def two_rings():
-        arguments = (4, 24, 24), (1, 1, 2)
-        return ring_dilated_attention(*tensors(), *arguments, dilation_mode="residue")
-    def inside(): return ring_attention(*tensors(), segment_size=4)
-
-    def during(call, place, which=1):
-        def run():
-            with on_call(odd, place, no_memory, which): backward(call())
-        return run
-
+def around(odd, dense):
+    "Code of one's own that fails beside a call, on one rank."
     @share_errors()
     def before():
         if odd: no_memory()
@@ -120,6 +107,24 @@ def errors(results, rank, world):
         backward(dense())
         if odd: no_memory()
 
+    return {"code before a call": before, "code after a call": after, "code at the end": at_the_end}
+
+
+def errors(results, rank, world):
+    "Rank 1 has no memory left: while it computes, before, after, forward, backward."
+    odd = rank == 1
+    def dense(): return ring_attention(*tensors())
+    def branches(): return ring_dilated_attention(*tensors(), (4, 24), (1, 2))
+    def two_rings():
+        arguments = (4, 24, 24), (1, 1, 2)
+        return ring_dilated_attention(*tensors(), *arguments, dilation_mode="residue")
+    def inside(): return ring_attention(*tensors(), segment_size=4)
+
+    def during(call, place, which=1):
+        def run():
+            with on_call(odd, place, no_memory, which): backward(call())
+        return run
+
     calls = {
         "dense, first step": during(dense, FORWARD),
         "dense, last step": during(dense, FORWARD, world),
@@ -132,7 +137,7 @@ def errors(results, rank, world):
         "segments before a ring": during(two_rings, INSIDE),
         "a ring before an exchange": during(two_rings, FORWARD),
         "segments inside": during(inside, INSIDE),
-        "code before a call": before, "code after a call": after, "code at the end": at_the_end}
+    } | around(odd, dense)
     for name, function in calls.items():
         attempt(results, name, outcome, function)
         attempt(results, name + ", then usable", works)

@@ -21,6 +21,7 @@ from hilbert_attn import (ATTENTION_TYPES, MultiheadDilatedAttention, Standardiz
                           create_standardized_ring_attention, explain_attention_type, register_attention_type, which_when)
 from hilbert_attn.api import AUTO_RULES
 from hilbert_attn.compat import INSTEAD
+from hilbert_attn.block_layers import _local_window
 from hilbert_attn.backends import MEMORY_POLICY, POLICY
 
 HERE = Path(__file__).parent
@@ -342,3 +343,30 @@ def test_pytorchs_fast_path_does_not_bypass_it():
 @pytest.mark.parametrize("options, message", [(dict(kdim=16), "kdim=16"), (dict(add_bias_kv=True), "add_bias_kv=True"), (dict(embed_dim=30), "no multiple"), (dict(attention=nn.Identity(), causal=True), "belong to it")])
 def test_multihead_says_what_it_cannot(options, message):
     with pytest.raises(ValueError, match=message): MultiheadDilatedAttention(**{**dict(embed_dim=32, num_heads=4), **options})
+
+
+GROUP = dict(group="of processes")
+
+
+@pytest.mark.parametrize("settings, kind", [
+    ({}, "standard"),
+    (dict(ring_size=2), "ring"),
+    (GROUP, "ring"),
+    (dict(sparsity=0.5), "block_sparse"),
+    (dict(sparsity=0.5) | GROUP, "block_sparse_ring"),
+    (dict(grid=(4, 6)), "hilbert"),
+    (dict(grid=(4, 6), use_hilbert=False), "standard"),
+])
+def test_auto_goes_by_its_rules(settings, kind):
+    "A group of processes shares the sequence, as a ring size says it."
+    config = hilbert_attn.AttentionConfig(**settings)
+    assert next(rule.type for rule in AUTO_RULES if rule.holds(config)) == kind
+
+
+WINDOWS = [(0.0, 512), (0.5, 256), (0.6, 256), (0.7, 128), (0.9, 0)]
+
+
+@pytest.mark.parametrize("sparsity, window", WINDOWS)
+def test_a_window_of_blocks_is_the_nearest_to_the_sparsity(sparsity, window):
+    "Of ten blocks of 64: the query's own, and as many on either side."
+    assert _local_window(640, 64, sparsity) == window

@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from cases import LAYOUTS, laid_out
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sampling import examples
 
 pytest.importorskip("triton")
 from test_triton import DEVICE, poison, poisoned, pytestmark, quick_interpreter, randn  # noqa: F401  fixtures and the mark apply here too
@@ -119,7 +120,7 @@ def block_cases(draw):
                      tile, draw(st.integers(0, 2**31)))
 
 
-@settings(max_examples=60)
+@examples(20, 60)
 @given(block_cases())
 def test_equals_the_oracle(case): poison(case.check)
 

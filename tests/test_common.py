@@ -48,7 +48,10 @@ def test_cache_notices_writes_into_value_and_source():
     assert double()[1] == 2
 
 
-@pytest.mark.parametrize("poison", ["fake mode", "make_fx", "functionalize", "vmap", "meta", "failure"])
+POISONS = ["fake mode", "make_fx", "functionalize", "vmap", "meta", "failure"]
+
+
+@pytest.mark.parametrize("poison", POISONS)
 def test_no_call_spoils_an_order(poison):
     grid = (5, 11 + len(poison))  # of this test alone
     expected = np.arange(grid[0] * grid[1])
@@ -130,12 +133,14 @@ def test_only_switches_pass(value):
 
 def test_numbers_have_a_least_value():
     with pytest.raises(ValueError, match="size=0: must be at least 1"): whole_number("size", 0, 1)
-    with pytest.raises(ValueError, match="sizes=-1: must be at least 0"): whole_numbers("sizes", [3, -1], 0)
+    with pytest.raises(ValueError, match="sizes=-1: must be at least 0"):
+        whole_numbers("sizes", [3, -1], 0)
 
 
 def test_unit_stride_copies_only_what_needs_it():
     x = torch.randn(2, 3, 4, 5)
-    for y in (x, x[:, :, ::2], x.transpose(0, 2), x[..., :1].expand(2, 3, 4, 1), x[:, :1].expand(2, 7, 4, 5)):
+    expanded = x[..., :1].expand(2, 3, 4, 1), x[:, :1].expand(2, 7, 4, 5)
+    for y in (x, x[:, :, ::2], x.transpose(0, 2), *expanded):
         assert unit_stride(y) is y
     for y in (x.transpose(-1, -2), x[..., ::2], x[..., :1].expand(2, 3, 4, 6)):
         assert unit_stride(y).stride(-1) == 1 and torch.equal(unit_stride(y), y)

@@ -1,7 +1,8 @@
-"""The dilation mode where none is asked for: one rule, for every function, layer, type and explanation.
+"""The dilation mode where none is asked for: one rule for functions, layers and explanations.
 
 "longnet" for branches that are mixed as one softmax, "residue" for everything else."""
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -9,8 +10,8 @@ import torch
 import hilbert_attn as h
 from hilbert_attn.api import ATTENTION_TYPES
 from hilbert_attn.patterns import DilatedPattern, SegmentPattern, default_mode
-from hilbert_attn.ring_plan import plan_ring
 from hilbert_attn.ring_layers import RingDilatedAttention
+from hilbert_attn.ring_plan import plan_ring
 
 N, H, D = 24, 4, 8
 LISTS = dict(segment_lengths=[8, 24], dilation_rates=[2, 3])
@@ -27,7 +28,7 @@ def qkv(layout="BHND"):
 
 
 def by_mode(call):
-    "Results of all modes, which differ; and the name of the one that is also the result without a mode."
+    "The mode whose results are also those without a mode; no two modes agree."
     results = {mode: call(dilation_mode=mode) for mode in ("residue", "keys", "longnet")}
     outs = list(results.values())
     assert not any(torch.equal(a, b) for i, a in enumerate(outs) for b in outs[:i])
@@ -38,14 +39,14 @@ def by_mode(call):
 
 def test_functions_of_one_segment_size():
     for function in (h.hilbert_attention, h.ring_attention):
-        assert by_mode(lambda **mode: function(*qkv(), **ONE, **mode)) == "residue"
+        assert by_mode(partial(function, *qkv(), **ONE)) == "residue"
 
 
 @pytest.mark.parametrize("combine", ("lse", "heads", None))
 def test_functions_of_several_branches(combine):
     options = LISTS if combine is None else dict(LISTS, combine=combine)
     for function in (h.dilated_attention, h.ring_dilated_attention):
-        mode = by_mode(lambda **mode: function(*qkv(), **options, **mode))
+        mode = by_mode(partial(function, *qkv(), **options))
         assert mode == default_mode(combine or "lse")
 
 
@@ -60,13 +61,19 @@ def test_layers(combine):
         module.setup_hilbert(**settings)
         return module.hilbert
 
-    for make in (h.DilatedAttention, h.HilbertDilatedAttention, RingDilatedAttention, mixin,
-                 lambda **s: h.HilbertAttentionTritonFixed(num_heads=H, **s),
-                 lambda **s: h.MultiheadDilatedAttention(32, H, **s).attention,
-                 lambda **s: h.RingDilatedAttentionHilbertCore(32, H, **s).attention,
-                 lambda **s: h.RingDilatedAttentionHilbertOptimizedFixed(32, H, **s)):
-        mode = by_mode(lambda **mode: make(**options, **mode)(*qkv("BNHD")))
-        assert mode == make(**options).dilation_mode == default_mode(combine or "lse")
+    makers = [
+        h.DilatedAttention,
+        h.HilbertDilatedAttention,
+        RingDilatedAttention,
+        mixin,
+        lambda **s: h.HilbertAttentionTritonFixed(num_heads=H, **s),
+        lambda **s: h.MultiheadDilatedAttention(32, H, **s).attention,
+        lambda **s: h.RingDilatedAttentionHilbertCore(32, H, **s).attention,
+        lambda **s: h.RingDilatedAttentionHilbertOptimizedFixed(32, H, **s),
+    ]
+    for make in makers:
+        def call(make=make, **mode): return make(**options, **mode)(*qkv("BNHD"))
+        assert by_mode(call) == make(**options).dilation_mode == default_mode(combine or "lse")
 
 
 def test_the_core():
@@ -92,7 +99,8 @@ def test_types_and_their_explanations(name, combine):
     assert by_mode(call) == default_mode(mixed)
 
     def pairs(**mode):
-        return h.explain_attention_type(config.replace(**mode), N, attention_type=name).backend.pairs
+        explained = h.explain_attention_type(config.replace(**mode), N, attention_type=name)
+        return explained.backend.pairs
 
     assert pairs() == pairs(dilation_mode=default_mode(mixed))
     assert pairs(dilation_mode="residue") != pairs(dilation_mode="longnet")
@@ -100,7 +108,8 @@ def test_types_and_their_explanations(name, combine):
 
 def test_no_type_with_branches_is_forgotten():
     layers = {name: h.create_dilated_attention(name, **LISTS) for name in ATTENTION_TYPES}
-    assert tuple(name for name, layer in layers.items() if hasattr(layer, "dilation_mode")) == BRANCHED
+    branched = [name for name, layer in layers.items() if hasattr(layer, "dilation_mode")]
+    assert tuple(branched) == BRANCHED
 
 
 def test_function_layer_and_type_of_the_same_meaning_agree():
@@ -124,9 +133,10 @@ def test_explain_backend_patterns_and_plans():
         assert h.explain_backend(shape, **options).pairs == expected.pairs()
         assert DilatedPattern.for_heads(N, H, **options) == expected
     assert SegmentPattern.for_heads(N, H, 12, 3).mode == "residue"
-    for options, mode in ((LISTS, "longnet"), (dict(segment_lengths=24, dilation_rates=3), "residue")):
-        plans = [plan_ring(N, 2, **options, heads=H, **given) for given in ({}, dict(dilation_mode=mode))]
-        assert str(plans[0]) == str(plans[1])
+    alone = dict(segment_lengths=24, dilation_rates=3)
+    for options, mode in ((LISTS, "longnet"), (alone, "residue")):
+        plan = partial(plan_ring, N, 2, **options, heads=H)
+        assert str(plan()) == str(plan(dilation_mode=mode))
 
 
 def test_settings_of_models():

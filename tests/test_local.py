@@ -9,6 +9,7 @@ import torch
 from cases import layouts, placed, random_tensors, spoilt, upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import examples
 from torch.library import opcheck
 
 import hilbert_attn.local as local
@@ -186,7 +187,7 @@ def local_cases(draw, max_n: int = 90, head_dims=(16, 20, 32, 64), dtypes=(torch
                      draw(st.sampled_from((1 << 20, 3000, 1))), draw(st.sampled_from((14, 2, 0))), draw(st.integers(0, 2**31)))
 
 
-@settings(max_examples=600)
+@examples(200, 600)
 @given(local_cases())
 def test_equals_the_oracle(case): case.check(backend="sdpa")
 
@@ -200,7 +201,7 @@ def test_the_other_paths_equal_the_oracle(case, path):
 
 
 @needs_triton
-@settings(max_examples=80)
+@examples(25, 80)
 @given(local_cases(max_n=48, head_dims=(16, 32), dtypes=(torch.float32, torch.float64)), st.sampled_from(((16, 16), (32, 16), (16, 32))))
 def test_triton_equals_the_oracle(case, block_size):
     before, local._BLOCK_SIZE = local._BLOCK_SIZE, block_size

@@ -7,7 +7,7 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from nbclient import NotebookClient
+from notebook_runs import run_notebook, said
 
 import hilbert_attn
 from hilbert_attn import bench
@@ -52,24 +52,6 @@ def cells(name: str) -> list:
     return nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4).cells
 
 
-def said(notebook: list) -> str:
-    "All text that cells show, as Markdown where there is such."
-    found = []
-    for cell in notebook:
-        for out in cell.get("outputs", []):
-            data = out.get("data", {})
-            text = data.get("text/markdown") or data.get("text/plain") or out.get("text", "")
-            found.append("".join(text))
-    return "\n".join(found)
-
-
-def run_in(folder: Path, notebook):
-    "Runs a notebook in place."
-    options = dict(timeout=300, kernel_name="python3")
-    where = {"metadata": {"path": str(folder)}}
-    NotebookClient(notebook, **options, resources=where).execute()
-
-
 NOTHING_STORED = """
 from pathlib import Path
 from hilbert_attn.bench import results
@@ -100,12 +82,12 @@ NEVER = { # notebook -> what it says only with results
 
 @pytest.mark.parametrize("name", SAYS)
 def test_pages_say_so_where_nothing_is_stored(name, tmp_path):
-    notebook = nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4)
-    stored = said(notebook.cells)
+    kinds = "text/markdown", "text/plain"
+    outputs = [out for cell in cells(name) for out in cell.get("outputs", [])]
+    stored = "\n".join(said(outputs, *kinds))
     assert all(words in stored for words in NEVER[name])
-    notebook.cells.insert(0, nbformat.v4.new_code_cell(NOTHING_STORED))
-    run_in(tmp_path, notebook)
-    text = said(notebook.cells)
+    path = ROOT / "nbs" / f"{name}.ipynb"
+    text = "\n".join(said(run_notebook(path, tmp_path, NOTHING_STORED), *kinds))
     for words, count in SAYS[name].items():
         assert text.count(words) >= count, words
     assert not [words for words in NEVER[name] if words in text]

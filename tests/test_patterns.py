@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hilbert_attn.curves import curve_order, inverse_order
-from hilbert_attn.patterns import (DILATION_MODES, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern, attention_mask,
+from hilbert_attn.patterns import (DILATION_MODES, DilatedPattern, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern, attention_mask,
                                    create_dilated_mask)
 
 
@@ -113,6 +113,20 @@ def test_windows():
     label = (100 * window + region).roll((2, 2), (0, 1)).flatten()
     assert torch.equal(p.mask()[0], label[:, None] == label)
     assert WindowPattern((5, 7), (2, 3)).pairs() == WindowPattern((5, 7), (2, 3)).mask().sum() == (4 + 4 + 1) * (9 + 9 + 1)
+
+
+@pytest.mark.parametrize("shift", range(5))
+def test_windows_begin_at_their_shift(shift):
+    "Borders at shift, shift + 5, ...; what lies before the first one is a box of its own."
+    box = [(x - shift) // 5 for x in range(13)]
+    same = [[a == b for b in box] for a in box]
+    assert WindowPattern((13,), 5, shift).mask()[0].tolist() == same
+
+
+def test_branches_that_are_alike_count_as_often_as_they_are_asked_for():
+    pattern = DilatedPattern.for_heads(20, 2, [4, 10, 4, 4], [2, 5, 2, 2], mode="residue")
+    near, far = (SegmentPattern(20, w, r).mask().long() for w, r in ((4, 2), (10, 5)))
+    assert torch.equal(pattern.counts(), (3 * near + far).expand(2, -1, -1))
 
 
 @given(st.integers(1, 40), st.integers(1, 100), st.integers(0, 2**31))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hilbert_attn import reference
 from hilbert_attn.patterns import SegmentPattern
 from hilbert_attn.reference import assert_matches_oracle, compare_to_oracle, masked_attention, merge_attention, reference_attention
 
@@ -120,6 +121,19 @@ def test_the_rule_has_teeth(name, wrong):
     report = compare_to_oracle(wrong, q, k, v, mask)
     assert not report.ok and report.errors[name] > report.allowed[name]
     with pytest.raises(AssertionError, match="too large"): assert_matches_oracle(wrong, q, k, v, mask)
+
+
+def test_the_bounds_are_those_of_the_rule(monkeypatch):
+    "Twice the yardstick's error for output and LSE, three times for gradients; the floor is small."
+    def coarse(*arguments): return [1.5 * x for x in masked_attention(*arguments)]
+    def attention(q, k, v): return masked_attention(q, k, v, mask)
+    monkeypatch.setattr(reference, "_sdpa_yardstick", coarse)
+    mask = torch.ones(20, 20, dtype=torch.bool).tril()
+    q, k, v = (torch.randn(1, 2, 20, 16) for _ in range(3))
+    report = compare_to_oracle(attention, q, k, v, mask)
+    for name, bound in report.allowed.items():
+        times = 2 if name in ("out", "lse") else 3
+        assert bound == pytest.approx(times * report.baseline[name], rel=1e-3)
 
 
 def test_the_rule_refuses_nan_shapes_and_dtypes():

@@ -6,7 +6,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hilbert_attn import ring_blocks
+from hilbert_attn.patterns import attention_mask
 from hilbert_attn.reference import masked_attention
+from hilbert_attn.ring_blocks import Blocks, Queries, ring_tasks, shared_work
+from hilbert_attn.ring_plan import plan_ring, shard_positions
 
 
 def tensors(n, m, d, dtype=torch.float64, **options):
@@ -66,12 +69,12 @@ def test_cuda_flash_backward_takes_the_gradient_of_the_lse():
 
     name = "_scaled_dot_product_flash_attention_backward"
     block = q, k, v, out, lse, False
-    with mock.patch.object(torch.ops.aten, name, given):
-        for gradient in (None, dlse):
+    for gradient in (None, dlse):
+        with mock.patch.object(torch.ops.aten, name, given):
             found = ring_blocks._cuda_flash_backward(dout, gradient, *block, 0.2)
-            expected = ring_blocks.block_backward(dout, gradient, *block, None, 0.2)
-            for a, b in zip(found, expected):
-                torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+        expected = ring_blocks.block_backward(dout, gradient, *block, None, 0.2)
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
 
 
 def test_cuda_kernels_accept_the_calls():
@@ -102,3 +105,82 @@ def test_kernels_on_cuda(dtype, n, m, triangle):
     limit = 1e-4 if dtype == torch.float32 else 0.05
     for a, e in zip(found, expected):
         assert (a - e).abs().max() < limit * max(1.0, e.abs().max().item())
+
+
+def rounds_of(plan, rank):
+    "Positions of each part of q; tasks and their sources (positions, heads), round by round."
+    heads = list(range(plan.kv_heads))
+    held = [shard_positions(plan.sizes, r, plan.layout) for r in range(plan.world_size)]
+    if plan.kind(0) == "ring":
+        (turn,) = plan.turns(0)
+        rounds = [(ring_tasks(plan, 0, rank, src, turn), [(held[src], heads)])
+                  for src in range(plan.world_size)]
+        return [held[rank]], rounds
+    work = shared_work(plan, rank)
+    parts = [torch.arange(part.start, part.stop) for _, part in work.parts]
+    arriving = [(p.rows.positions(), list(p.kv_heads)) for p in work.arriving]
+    return parts, [(work.tasks, [*((part, heads) for part in parts), *arriving])]
+
+
+def run_rounds(plan, rank, order, x, dout, dlse):
+    "Forward and backward as a rank computes them; the rows of others come from the whole."
+    q, k, v = x
+    parts, rounds = rounds_of(plan, rank)
+
+    def keys(sources): return [[y[:, heads][:, :, at] for y in (k, v)] for at, heads in sources]
+    rows = [Queries.before(q[:, :, at]) for at in parts]
+    for tasks, sources in rounds: Blocks(tasks, order, 0.37).forward(rows, keys(sources))
+    rows = [Queries.after(part.q, part.out, part.lse, dout[:, :, at], dlse[:, :, at])
+            for part, at in zip(rows, parts)]
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    for tasks, sources in rounds:
+        given = keys(sources)
+        grads = [[torch.zeros_like(y) for y in pair] for pair in given]
+        Blocks(tasks, order, 0.37).backward(rows, given, grads)
+        for (at, heads), pair in zip(sources, grads):
+            for whole, part in zip((dk, dv), pair):
+                whole[:, torch.tensor(heads)[:, None], at] += part
+    return parts, rows, dk, dv
+
+
+BY_TOKEN = dict(causal=True, ordered=True)
+THREES = dict(segment_lengths=(20,), dilation_rates=(3,))
+PLANS = {
+    "dense": dict(),
+    "dense, grouped": dict(heads=4, kv_heads=2),
+    "causal": dict(causal=True, layout="zigzag"),
+    "causal by token": dict(heads=4, kv_heads=2) | BY_TOKEN,
+    "segments by token": THREES | BY_TOKEN,
+    "segments": dict(causal=True, layout="zigzag") | THREES,
+    "heads apart": dict(segment_lengths=(24,), dilation_rates=(4,), dilation_mode="longnet",
+                        heads=6, kv_heads=3, offsets=(2, 0, 0, 2, 2, 1)),
+    "keys by token": dict(segment_lengths=(24,), dilation_rates=(12,), dilation_mode="keys",
+                          offsets=11) | BY_TOKEN,
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_blocks_of_all_rounds_are_attention(name):
+    "Masks in pieces, some heads at a time, merged and added up: a ring without its messages."
+    options = dict(heads=2, kv_heads=2, head_dim=8, dtype=torch.float64) | PLANS[name]
+    plan, world = plan_ring(41, 3, **options), range(3)
+    generator = torch.Generator().manual_seed(0)
+    def normal(*shape): return torch.randn(shape, dtype=torch.float64, generator=generator)
+    q, k, v = (normal(2, heads, 41, 8) for heads in (plan.heads, plan.kv_heads, plan.kv_heads))
+    dout, dlse = normal(*q.shape), normal(*q.shape[:3])
+    order = torch.randperm(41, generator=generator) if plan.ordered else None
+    mask = attention_mask(plan.branches[0].pattern, order=order, causal=plan.causal)
+    if plan.ordered: mask = mask[:, :, order][..., order]  # by position
+    small = dict(MASK_ELEMENTS=24, HEAD_ELEMENTS=dict(cpu=64))
+    with mock.patch.multiple(ring_blocks, **small):
+        ranks = [run_rounds(plan, rank, order, (q, k, v), dout, dlse) for rank in world]
+    seen = torch.cat([at for parts, *_ in ranks for at in parts])
+    lse = masked_attention(q[:, :, seen], k, v, mask[:, :, seen], 0.37)[1]
+    dlse = dlse[:, :, seen].masked_fill(lse.isneginf(), 0)
+    expected = exact_block(q[:, :, seen], k, v, dout[:, :, seen], dlse, mask[:, :, seen], 0.37)
+    rows = [part for _, some, *_ in ranks for part in some]
+    found = [torch.cat([getattr(part, name) for part in rows], 2) for name in ("out", "lse", "dq")]
+    found += [sum(grads) for grads in list(zip(*ranks))[2:]]
+    expected = list(expected)
+    expected[1] = expected[1].masked_fill(expected[1].isneginf(), 0)  # as `Queries.after` has it
+    for a, e in zip(found, expected): torch.testing.assert_close(a, e, rtol=0, atol=1e-12)

@@ -195,6 +195,40 @@ def test_plan_reads_well():
     assert len(many.splitlines()) < 12  # a thousand ranks fit on a screen
 
 
+@pytest.mark.parametrize("world, lines", [(8, 8), (9, 6)])
+def test_many_ranks_are_cut(world, lines):
+    "Up to eight are all shown; of more the first three, a gap and the last two."
+    text = str(plan_ring(64, world)).splitlines()[2:]
+    assert len(text) == lines and ("  …" in text) == (world > 8)
+    assert text[-1].startswith(f"  rank {world - 1} receives")
+
+
+def test_a_short_last_segment_is_nobody_elses():
+    "Though it ends before its length."
+    assert plan_ring(19, 2, (5,), (1,)).kind(0) == "local"
+    assert plan_ring((12, 7), None, (4,), (1,)).kind(0) == "local"
+
+
+@pytest.mark.parametrize("sizes", [(8, 8, 8), (20, 0, 4)])
+def test_what_a_dense_ring_sends(sizes):
+    "K and V to each other rank; back the same, and gradients with every shard until they are home."
+    plan, filled = plan_ring(sizes, heads=2, head_dim=16), sum(map(bool, sizes))
+    row = 2 * 2 * 16 # of K and V, of two heads
+    for rank, size in enumerate(sizes):
+        others = 24 - size
+        hops = 2 * (filled - bool(size))
+        traffic = plan.traffic(rank)
+        assert (traffic.messages, traffic.elements) == (hops, row * others)
+        assert traffic.backward_messages == hops + 2 * filled
+        assert traffic.backward_elements == row * (others + 24)
+
+
+def test_turns_fit_the_largest_shard():
+    plan = plan_ring((40, 2, 6), heads=4, head_dim=16)
+    one_head = 2 * 40 * 16 * 4 # bytes of its K and V on the first rank
+    with mock.patch.dict(TURN_BYTES, cpu=2 * one_head): assert len(plan.turns(0)) == 2
+
+
 def test_ranks_in_words():
     assert list_ranks([2]) == "rank 2" and list_ranks([0, 1, 2]) == "ranks 0, 1, 2"
     assert list_ranks([0, 2, 4, 5, 6, 7]) == "ranks 0, 2, 4 to 7"

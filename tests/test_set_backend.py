@@ -1,4 +1,4 @@
-"""Forcing a backend: for a call, a `with` block, the process; threads and recomputation keep to it."""
+"""Forcing a backend for a call, a block or the process; threads and recomputation keep to it."""
 import asyncio
 import os
 import sys
@@ -231,17 +231,20 @@ def test_without_the_custom_backward_a_forced_backend_runs_or_is_an_error(name, 
         layer, inputs = PLAIN[name](use_custom_backward=False, backend=forced)
         counts.update(dict.fromkeys(counts, 0))
         layer(*inputs)
-        assert [which for which, n in counts.items() if n] == ["sdpa" if forced == "auto" else forced]
+        taken = [which for which, n in counts.items() if n]
+        assert taken == ["sdpa" if forced == "auto" else forced]
     layer, inputs = PLAIN[name](use_custom_backward=False, backend="triton")
-    with pytest.raises(RuntimeError, match="asked for by the argument backend, .* no plain PyTorch"):
-        layer(*inputs)
+    refused = "asked for by the argument backend, .* no plain PyTorch"
+    with pytest.raises(RuntimeError, match=refused): layer(*inputs)
     layer, inputs = PLAIN[name](use_custom_backward=False)
     with set_backend("triton"):
-        with pytest.raises(RuntimeError, match="asked for by set_backend, .* no plain PyTorch"): layer(*inputs)
+        refused = "asked for by set_backend, .* no plain PyTorch"
+        with pytest.raises(RuntimeError, match=refused): layer(*inputs)
 
 
 def test_a_ring_has_no_plain_expression():
-    with pytest.raises(ValueError, match="use_custom_backward=False: attention over a ring has its own"):
+    refused = "use_custom_backward=False: attention over a ring has its own"
+    with pytest.raises(ValueError, match=refused):
         RingDilatedAttention([8], [1], use_custom_backward=False)
 
 

@@ -9,7 +9,6 @@ from urllib.parse import urldefrag
 
 import pytest
 import yaml
-
 from built_site import (
     NBS,
     PROCESSED,

@@ -1,36 +1,55 @@
-"""What a failed or a fake call leaves behind: nothing. The same valid call is right after it, in threads and in forks."""
+"""What a failed or a fake call leaves behind: nothing.
+
+The same valid call is right after it, in threads and in forks.
+"""
 import os
 import signal
 import threading
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.func import functionalize, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from hilbert_attn import (
-    block_lists, block_sparse_attention, dilated_attention, hilbert_attention, hilbert_slide_attention,
-    hilbert_window_attention, neighborhood_attention, tiles_shared_attention, window_attention)
-from hilbert_attn.patterns import NeighborhoodPattern
+import hilbert_attn as h
 
 GRID, N = (9, 11), 99
 
 
+def hilbert(q, k, v, size=24, **options):
+    return h.hilbert_attention(q, k, v, grid=GRID, segment_size=size, **options)
+
+
+def dilated(q, k, v, size=24, **options):
+    return h.dilated_attention(q, k, v, [size, 99], [1, 3], grid=GRID, **options)
+
+
+def on_grid(function, usual):
+    def call(q, k, v, size=usual, **options): return function(q, k, v, GRID, size, **options)
+    return call
+
+
+def tiles_shared(q, k, v, size=4, **options):
+    return h.tiles_shared_attention(q, k, v, tiles=size, grid=GRID, **options)
+
+
 def blocks(q, k, v, size=16, **options):
-    lists = block_lists(NeighborhoodPattern(GRID, 3), curve="hilbert", block_size=size, device=q.device)
-    return block_sparse_attention(q, k, v, lists, **options)
+    near = h.NeighborhoodPattern(GRID, 3)
+    lists = h.block_lists(near, curve="hilbert", block_size=size, device=q.device)
+    return h.block_sparse_attention(q, k, v, lists, **options)
 
 
 FUNCTIONS = {
-    "hilbert": lambda q, k, v, size=24, **o: hilbert_attention(q, k, v, grid=GRID, segment_size=size, **o),
-    "dilated": lambda q, k, v, size=24, **o: dilated_attention(q, k, v, [size, 99], [1, 3], grid=GRID, **o),
-    "window": lambda q, k, v, size=3, **o: window_attention(q, k, v, GRID, size, **o),
-    "neighborhood": lambda q, k, v, size=3, **o: neighborhood_attention(q, k, v, GRID, size, **o),
-    "hilbert_window": lambda q, k, v, size=24, **o: hilbert_window_attention(q, k, v, GRID, size, **o),
-    "hilbert_slide": lambda q, k, v, size=24, **o: hilbert_slide_attention(q, k, v, GRID, size, **o),
-    "tiles_shared": lambda q, k, v, size=4, **o: tiles_shared_attention(q, k, v, tiles=size, grid=GRID, **o),
+    "hilbert": hilbert,
+    "dilated": dilated,
+    "window": on_grid(h.window_attention, 3),
+    "neighborhood": on_grid(h.neighborhood_attention, 3),
+    "hilbert_window": on_grid(h.hilbert_window_attention, 24),
+    "hilbert_slide": on_grid(h.hilbert_slide_attention, 24),
+    "tiles_shared": tiles_shared,
     "blocks": blocks,
 }
 each = pytest.mark.parametrize("name", FUNCTIONS)
@@ -44,7 +63,8 @@ def tensors(seed=0):
 def results(function):
     leaves = [x.requires_grad_() for x in tensors()]
     out, lse = function(*leaves, return_lse=True)
-    return [out.detach(), lse.detach(), *torch.autograd.grad(out.sin().sum() + lse.sin().sum(), leaves)]
+    loss = out.sin().sum() + lse.sin().sum()
+    return [out.detach(), lse.detach(), *torch.autograd.grad(loss, leaves)]
 
 
 def spoil_by_tracing(f): make_fx(f, tracing_mode="fake")(*tensors())
@@ -70,8 +90,7 @@ def spoil_by_wrong_shapes(f):
     with pytest.raises(ValueError): f(q[:, :, :-1], k[:, :, :-1], v[:, :, :-1])
 
 
-SPOILERS = (spoil_by_tracing, spoil_by_symbols, spoil_by_functionalize, spoil_by_vmap, spoil_by_meta, spoil_by_inference,
-            spoil_by_fakes, spoil_by_floats, spoil_by_wrong_shapes)
+SPOILERS = [spoil for name, spoil in list(globals().items()) if name.startswith("spoil_by_")]
 
 
 def forget():
@@ -83,6 +102,9 @@ def forget():
         if type(x) is Cache: x.clear()
 
 
+REFUSALS = RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError
+
+
 @each
 @pytest.mark.parametrize("spoil", SPOILERS, ids=lambda f: f.__name__)
 def test_a_valid_call_is_right_afterwards(name, spoil):
@@ -90,7 +112,7 @@ def test_a_valid_call_is_right_afterwards(name, spoil):
     expected = results(function)
     forget()
     try: spoil(function)
-    except (RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError) as error: print(f"{spoil.__name__} of {name}: {error}")  # that it cannot is no harm
+    except REFUSALS as error: print(f"{spoil.__name__} of {name}: {error}") # no harm
     for a, b in zip(results(function), expected): assert a.equal(b)
 
 
@@ -113,35 +135,55 @@ def test_threads(name):
     assert not failures and not any(thread.is_alive() for thread in threads)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_forks():
-    "Sixty children, forked while another thread fills the caches: none hangs, each computes."
-    q, k, v = tensors()
+FORKED = ("hilbert", "neighborhood")
+
+
+def exit_code(child: int) -> int | None:
+    "Of a process, waited for; None for one that hangs, which is killed."
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done: return os.waitstatus_to_exitcode(status)
+        time.sleep(0.005)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return None
+
+
+@contextmanager
+def caches_being_filled():
+    "Another thread computes one length after the other."
     stop = threading.Event()
 
     def fill():
         for n in range(100, 100_000):
             if stop.is_set(): return
-            hilbert_attention(torch.zeros(1, 1, n, 4), *(torch.zeros(1, 1, n, 4),) * 2, segment_size=7)
+            x = torch.zeros(1, 1, n, 4)
+            h.hilbert_attention(x, x, x, segment_size=7)
 
-    expected = [FUNCTIONS[name](q, k, v) for name in ("hilbert", "neighborhood")]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     filler = threading.Thread(target=fill)
     filler.start()
-    try:
-        for _ in range(60):
-            child = os.fork()
-            if not child:
-                try: os._exit(0 if all(FUNCTIONS[name](q, k, v).equal(x) for name, x in zip(("hilbert", "neighborhood"), expected)) else 1)
-                finally: os._exit(2)
-            deadline = time.monotonic() + 30
-            while (done := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() < deadline: time.sleep(0.005)
-            if done[0] == 0:
-                os.kill(child, signal.SIGKILL)
-                os.waitpid(child, 0)
-            assert done == (child, 0)
+    try: yield
     finally:
         stop.set()
         filler.join()
         torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_forks():
+    "Sixty children, forked while another thread fills the caches: none hangs, each computes."
+    x = tensors()
+    expected = [FUNCTIONS[name](*x) for name in FORKED]
+
+    def right(): return all(FUNCTIONS[name](*x).equal(e) for name, e in zip(FORKED, expected))
+
+    with caches_being_filled():
+        for _ in range(60):
+            child = os.fork()
+            if not child:
+                try: os._exit(0 if right() else 1)
+                finally: os._exit(2)
+            assert exit_code(child) == 0

@@ -3,12 +3,14 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import cases
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from sampling import examples
 
 pytest.importorskip("triton")
 from hilbert_attn.autograd import HilbertAttentionFunction, HybridAttentionFunction, triton_attention, triton_backward, triton_forward
@@ -90,7 +92,7 @@ class Kernels(torch.autograd.Function):
         return *attention_backward(*ctx.saved_tensors, dout, dlse, *fields, **options, tiles=tiles), None, None, None
 
 
-@settings(max_examples=100)
+@examples(30, 100)
 @given(cases(max_n=48, head_dims=(16, 20, 24, 32, 40, 48, 64, 80)))
 def test_equals_the_oracle(case): poison(lambda: case.check(on_device))
 
@@ -109,7 +111,7 @@ def tiles(draw):
     return pattern, tile, (heads, kv_heads, d), ordered, draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])), draw(st.integers(0, 999))
 
 
-@settings(max_examples=60)
+@examples(20, 60)
 @given(tiles())
 def test_every_tile_equals_the_oracle(case):
     pattern, tile, (heads, kv_heads, d), ordered, causal, masked, dtype, seed = case
@@ -452,6 +454,21 @@ def test_the_tuner_knows_what_a_tile_may_depend_on(monkeypatch):
     keys = {Workload(**usual | change).key(torch.device("cuda")) for change in changes}
     assert len(keys) == len(changes) and all("NVIDIA X" in key for key in keys)
     assert Workload(**usual | dict(keys=5000)).key(None) == Workload(**usual | dict(keys=2048)).key(None)
+
+
+def test_the_tuner_takes_the_fastest_tile(tmp_path, monkeypatch):
+    monkeypatch.setenv("HILBERT_ATTN_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
+    monkeypatch.setattr(forward, "interpreted", False)
+    monkeypatch.setattr(forward, "tile_cache", TileCache())
+    monkeypatch.setattr(forward, "_may_time", lambda q: True)
+    default = default_tile("forward", 64, torch.bfloat16, (9, 0))
+    work = Workload("forward", 64, 1024, (8, 8), torch.bfloat16)
+    slow, *others = work.candidates(default)
+    seconds = {tile: 3.0 - i for i, tile in enumerate([slow, *others[:2]])}
+    monkeypatch.setattr(forward, "_time", lambda launch: seconds.get(launch(), 9.0))
+    q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16)
+    assert forward.tuned_tile(work, default, q, lambda tile: tile) == others[1]
 
 
 def test_candidates_are_those_that_nothing_spoils():

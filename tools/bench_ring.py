@@ -4,8 +4,8 @@ One process per rank, one thread each, gloo between them. In turn and on the sam
 package's ring with and without overlap, its segments inside and across shards, PyTorch's own
 (private) ring with the CPU's flash operator, and the obvious way: gather all of K and V, then
 dense attention. Every contender is checked before it is timed. The run is appended to
-`nbs/results/<machine>/ring.json`. `--quick` takes a toy size and writes nothing unless `--out` names
-a folder.
+`nbs/results/<machine>/ring.json`. `--quick` takes a toy size and writes nothing unless `--out`
+names a folder.
 """
 import argparse
 import json
@@ -25,18 +25,19 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tree of this file
 from hilbert_attn.bench import (
     FLOPS_PER_PAIR,
-    resident_memory,
-    timing_rows,
     describe_environment,
     environment,
     format_table,
     measure,
+    resident_memory,
     save_run,
+    timing_rows,
 )
 from hilbert_attn.patterns import SegmentPattern, attention_mask
 from hilbert_attn.reference import assert_matches_oracle, default_scale
 from hilbert_attn.ring import plan_ring, ring_attention, shard_sequence, unshard_sequence
-from hilbert_attn.tiles import dense_backward as _dense_backward, flash as _flash
+from hilbert_attn.tiles import dense_backward as _dense_backward
+from hilbert_attn.tiles import flash as _flash
 
 CONFIG = dict(
     batch=1, heads=2, tokens=4096, head_dim=64, dtype="float32", repeats=5, worlds=[1, 2],

@@ -11,14 +11,13 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+import documented  # noqa: F401  nbdev's processes import it with this file
 import nbformat
+import processed
+import sphinx_site
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 from nbformat import NotebookNode
-
-import documented  # noqa: F401  nbdev's processes import it with this file
-import processed
-import sphinx_site
 from notebook import NBS, ROOT, prepare, read
 
 SITE = ROOT / "_docs"

@@ -14,7 +14,6 @@ from textwrap import fill
 import fastcore.docments
 from fastcore.docments import docments
 from nbdev import processors, showdoc
-
 from notebook import ROOT, module_page, outside_code
 
 WIDTH = 76  # characters of a signature, which fit the page

@@ -16,8 +16,6 @@ from nbconvert import MarkdownExporter
 from nbdev.processors import FilterDefaults
 from nbformat import NotebookNode
 from nbformat.v4 import new_notebook
-from traitlets.config import Config
-
 from notebook import (
     NBS,
     callouts,
@@ -29,6 +27,7 @@ from notebook import (
     prepare,
     read,
 )
+from traitlets.config import Config
 
 # each from this notebook, with its pictures in <notebook>_files/
 PAGES = {"README.md": "index", "CONTRIBUTING.md": "30_contributing"}

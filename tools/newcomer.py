@@ -19,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from checkout import ROOT, checkout_files, copy_checkout
+
 from hilbert_attn.bench import environment, save_run
 
 QUICKSTART = re.compile(

@@ -17,7 +17,6 @@ import yaml
 from nbdev.config import get_config
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_raw_cell
-
 from notebook import (
     NBS,
     ROOT,

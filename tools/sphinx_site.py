@@ -18,9 +18,6 @@ from IPython.lib.lexers import IPython3Lexer
 from nbdev.config import get_config
 from nbformat import NotebookNode
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
-from pygments.token import Name, Operator, Punctuation, Text, Whitespace
-from sphinx.application import Sphinx
-
 from notebook import (
     NBS,
     callouts,
@@ -31,6 +28,8 @@ from notebook import (
     outside_code,
     read,
 )
+from pygments.token import Name, Operator, Punctuation, Text, Whitespace
+from sphinx.application import Sphinx
 
 COLORS = {"light": "#1c62b9", "dark": "#6aa9f4"}
 THEME = {

@@ -129,15 +129,9 @@ def compare_orders(
 
 # %% ../../nbs/16c_comparison.ipynb #00eef1b3
 _KEEPS = dict(name="", pairs=",", share=".1%", kept=".1%", reach=".1%", error=".1e", allowed=".1e")
-_TAKES = dict(
-    name="",
-    forward_ms=".1f",
-    forward_over_masked=".1f",
-    forward_over_naive=".1f",
-    both_ms=".1f",
-    both_over_masked=".1f",
-    both_over_naive=".1f",
-)
+_MEASURED = """forward_ms forward_over_masked forward_over_naive
+    both_ms both_over_masked both_over_naive""".split()
+_TAKES = dict(name="") | dict.fromkeys(_MEASURED, ".1f")
 _TITLES = dict(
     name="order",
     share="of dense",
