@@ -56,6 +56,9 @@ PART ?= 1
 gpu:  ## correctness, then speed, on an NVIDIA GPU: PART=1, 2 or 3, nine minutes each (needs only a python3 with torch and triton)
 	$(PYTHON) tools/gpu_run.py --part $(PART) $(ARGS)
 
+study: $(BIN)/.all  ## train what the reference study has not stored yet; goes on where it stopped (ARGS="--only photos/hilbert", "--status")
+	$(BIN)/python tools/run_study.py $(ARGS)
+
 clean:  ## remove what was built, keep .venv
 	rm -rf _docs _proc _site build dist out *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml
 	find . -name .venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
@@ -87,4 +90,4 @@ $(BIN)/.all: $(SETUP) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
 	@touch $(BIN)/.runtime $(BIN)/.demo $(BIN)/.docs $@
 
-.PHONY: help quickstart demo test full lint mutate lab docs export readme wheel newcomer gpu clean distclean
+.PHONY: help quickstart demo test full lint mutate lab docs export readme wheel newcomer gpu study clean distclean

@@ -1,0 +1,444 @@
+"The reference study: its tasks, arms, runs on disk, statistics and pages, on toys."
+import json
+import subprocess
+import sys
+from math import exp, log
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from matplotlib import pyplot
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tools"))
+import run_study
+from study import analysis, mechanism, plan, prediction, runner, store
+from study.arms import ARMS, GRID_ARMS, Arm, layer_order
+from study.network import GridAttention, Network, Size
+from study.photos import FOLDS, TESTED, TUNING, Photos, load_photos
+
+from hilbert_attn.bench import results
+from hilbert_attn.modules import rotary_embedding
+from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
+
+TASKS = list(plan.TASKS)
+STAGES = dict(tune=54, primary=180, explore=102)
+
+
+@pytest.fixture(scope="module")
+def toys(tmp_path_factory) -> Path:
+    "A whole study of toys."
+    folder = tmp_path_factory.mktemp("study")
+    runner.run_study(plan.QUICK, folder)
+    return folder
+
+
+def made_up(effects: dict, seeds: int = 10, noise: float = 0.01) -> list[dict]:
+    "Runs whose losses differ from arm to arm by factors, and have seeds and pictures crossed."
+    draw = np.random.default_rng(0)
+    found = []
+    for task in TASKS:
+        for seed in range(seeds):
+            luck = draw.normal(0, 0.02)
+            for arm in ARMS:
+                logs = effects.get(arm, 0) + luck + 0.3 * np.arange(8) + draw.normal(0, noise, 8)
+                groups = {f"group {i}": exp(x) for i, x in enumerate(logs)}
+                loss = float(np.mean(list(groups.values())))
+                found.append(dict(
+                    stage="primary", task=task, arm=arm, seed=seed, rate=0.003, loss=loss,
+                    groups=groups, curve=[[5, 9.0, 2 * loss], [10, 8.0, loss]], seconds=1.0,
+                    schedule=dict(steps=10), guesses={"a": 50.0, "b": 60.0},
+                    environment=dict(commit="0123456789", date="2026-01-02 03:04 UTC")))
+    return found
+
+
+# tasks
+
+@pytest.mark.parametrize("name", TASKS)
+def test_examples_depend_on_the_draw_alone(name):
+    def drawn(seed):
+        return plan.TASKS[name](0).batch(3, torch.Generator().manual_seed(seed))
+
+    one, same, other = drawn(1), drawn(1), drawn(2)
+    assert torch.equal(one.tokens, same.tokens) and torch.equal(one.target, same.target)
+    assert not torch.equal(one.target, other.target)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_shapes_and_groups(name):
+    task = plan.TASKS[name](0)
+    tests = task.tests()
+    examples = len(tests.groups)
+    assert tests.batch.tokens.shape == (examples, task.tokens, task.inputs)
+    assert tests.batch.target.shape == (examples, task.tokens, task.outputs)
+    assert len({tests.groups.count(group) for group in tests.groups}) == 1
+    assert task.loss(tests.batch.target, tests.batch).shape == (examples,)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_what_is_asked_is_not_given(name):
+    batch = plan.TASKS[name](0).batch(4, torch.Generator().manual_seed(0))
+    asked = batch.weight > 0
+    assert asked.any(1).all()
+    if name == "pathfinder": return  # all pixels are given; the answer is which curve
+    pixels = batch.tokens[..., :-1]
+    assert (pixels[asked] == 0).all()
+    assert torch.equal(pixels[~asked], batch.target[~asked])
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_tuning_and_results_share_no_example(name):
+    test, tune = (plan.TASKS[name](0, split).tests().batch for split in ("test", "tune"))
+    seen = {tuple(x.flatten().tolist()) for x in test.target}
+    assert not any(tuple(x.flatten().tolist()) in seen for x in tune.target)
+
+
+def test_photos_are_crossed_and_held_out():
+    assert len(TESTED) == len(set(TESTED)) == 15 and not set(TESTED) & set(TUNING)
+    assert set(TESTED) | set(TUNING) == set(load_photos())
+    held_out = [Photos(seed).held_out for seed in range(3)]
+    assert {name for fold in held_out for name in fold} == set(TESTED)
+    for seed in range(3):
+        assert not set(Photos(seed).training) & set(held_out[seed])
+        assert not set(Photos(seed, "tune").training) & {*held_out[seed], *TUNING}
+    assert len(FOLDS) == 3
+
+
+def test_digits_of_a_group_are_in_no_other_place():
+    task, tune = plan.TASKS["digits"](0), plan.TASKS["digits"](0, "tune")
+    last = task.first + task.groups * task.images
+    assert task.training <= tune.first and tune.first + task.groups * task.images <= task.first
+    assert last == len(task.images_of_all)
+
+
+def test_the_mark_lies_on_the_marked_curve():
+    "Where the curve is drawn; dashes have gaps, and other curves may lie there too."
+    batch = plan.TASKS["pathfinder"](0).batch(64, torch.Generator().manual_seed(0))
+    marks = batch.tokens[..., 4:]
+    assert ((3 <= marks.sum((1, 2))) & (marks.sum((1, 2)) <= 6)).all()
+    asked = (marks.amax(-1) > 0) & (batch.weight > 0)
+    assert asked.any(1).float().mean() > 0.9
+    assert batch.target[..., 0][asked].float().mean() > 0.9
+
+
+def test_the_nearest_visible_patch():
+    from study.photos import _nearest_mean
+    shown = torch.tensor([[1., 0, 0, 0, 0, 0, 0, 0, 1]])
+    found = _nearest_mean(shown * torch.arange(1., 10), shown, (3, 3))
+    assert found.tolist() == [[1, 1, 5, 1, 5, 9, 5, 9, 9]]
+
+
+# arms
+
+@pytest.mark.parametrize("name", TASKS)
+def test_six_names_are_six_functions(name):
+    task = plan.TASKS[name](0)
+    for layer in (0, 1):
+        assert len({mechanism.partition(Arm(arm), task, layer) for arm in ARMS}) == len(ARMS)
+
+
+def test_four_walks_are_turned_and_transposed():
+    task = plan.TASKS["digits"](0)
+    curve, across, turned, both = (
+        layer_order(Arm("hilbert", "four"), task, layer) for layer in range(4))
+    assert torch.equal(turned, 485 - curve) and torch.equal(both, 485 - across)
+    assert torch.equal(across.sort().values, torch.arange(486))
+    shifted = layer_order(Arm("hilbert", "shifted"), task, 1)
+    assert torch.equal(shifted, curve.roll(-13))
+    assert torch.equal(layer_order(Arm("hilbert", "four"), task, 4), curve)
+
+
+def test_odd_layers_are_transposed_and_shifted():
+    task = plan.TASKS["photos"](0)
+    even, odd = (layer_order(Arm("row_major"), task, layer) for layer in (0, 1))
+    assert even.tolist() == list(range(324))
+    columns = torch.arange(324).view(18, 18).t().flatten()
+    assert torch.equal(odd, columns.roll(-8))
+    still = Arm("hilbert", "one")
+    assert torch.equal(layer_order(still, task, 0), layer_order(still, task, 1))
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_layer_mixes_its_segments_and_nothing_else(arm):
+    task = plan.TASKS["photos"](0)
+    torch.manual_seed(0)
+    network = Network(task, Arm(arm), Size(width=16, layers=1))
+    tokens = torch.randn(1, task.tokens, task.inputs, requires_grad=True)
+    network(tokens)[0, 40].sum().backward()
+    felt = tokens.grad[0].abs().sum(1) > 0
+    assert torch.equal(felt, mechanism.together(Arm(arm), task, 0)[40])
+
+
+@pytest.mark.parametrize("layer", (0, 1))
+@pytest.mark.parametrize("name", GRID_ARMS)
+def test_patterns_of_the_grid(name, layer):
+    task, size = plan.TASKS["digits"](0), Size(width=16, heads=2)
+    torch.manual_seed(0)
+    attention = GridAttention(task, name, size, layer)
+    rope = rotary_embedding(task.grid, 8)
+    x = torch.randn(1, task.tokens, 16, requires_grad=True)
+    attention(x, rope)[0, 200].sum().backward()
+    shifted = WindowPattern(task.grid, (3, 3, 3), (layer,) * 3)
+    near = NeighborhoodPattern(task.grid, (3, 3, 3))
+    mask = (near if name == "neighbourhood" else shifted).mask()
+    assert torch.equal(x.grad[0].abs().sum(1) > 0, mask.flatten(0, -3)[0, 200])
+
+
+@pytest.mark.parametrize("name", GRID_ARMS)
+def test_patterns_of_the_grid_have_the_same_weights(name):
+    task = plan.TASKS["photos"](0)
+    counts = {
+        sum(p.numel() for p in Network(task, Arm(arm), Size()).parameters())
+        for arm in ("hilbert", name)
+    }
+    assert len(counts) == 1
+
+
+def test_weights_depend_on_the_seed_alone():
+    from study.training import Schedule, new_network
+    task = plan.TASKS["photos"](0)
+    schedule = Schedule(1, 1, 0.001, size=Size(width=16))
+    one, other = (
+        torch.cat([p.flatten() for p in new_network(task, Arm(arm), schedule, 3)[0].parameters()])
+        for arm in ("dense", "hilbert")
+    )
+    assert torch.equal(one, other)
+
+
+# mechanism
+
+def test_receptive_field_of_rows_and_columns():
+    task = plan.TASKS["photos"](0)
+    dense, rows = (mechanism.receptive_field(Arm(a), task, 3) for a in ("dense", "row_major"))
+    assert dense == [1, 1, 1] and rows[0] == pytest.approx(
+        mechanism.pairs_per_layer(Arm("row_major"), task) / 324 ** 2)
+    assert mechanism.layers_to_all(Arm("row_major"), task) == 3
+    assert mechanism.layers_to_all(Arm("tile"), task, 3) is None
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_receptive_field_by_matrices(arm):
+    task = plan.TASKS["digits"](0)
+    first, second = (mechanism.together(Arm(arm), task, layer).float() for layer in (0, 1))
+    share = (second @ first > 0).double().mean().item()
+    assert mechanism.receptive_field(Arm(arm), task, 2)[1] == pytest.approx(share)
+
+
+def test_neighbours_together_in_one_layer():
+    task = plan.TASKS["photos"](0)
+    share = mechanism.neighbours_together(Arm("row_major"), task, 1, layers=1)
+    segment = torch.arange(324).view(18, 18) // 16
+    assert share[1, 1] == 1 and share[1, 2] == share[1, 0]
+    assert share[1, 2] == (segment[:, 1:] == segment[:, :-1]).double().mean()
+    assert share[2, 1] == (segment[1:] == segment[:-1]).double().mean()
+
+
+# runs on disk
+
+def test_every_cell_of_the_quick_study(toys):
+    cells = plan.QUICK.tuning() + plan.QUICK.primary()
+    assert not runner.missing(cells, toys) and not list(toys.rglob("*.part"))
+    for run in store.load_stage("primary", toys):
+        assert len(run["curve"]) <= 40 and run["groups"] and len(run["guesses"]) == 2
+        assert run["environment"]["commit"] and run["environment"]["torch"]
+
+
+def test_it_goes_on_where_it_stopped(toys, monkeypatch):
+    gone = store.path_of(plan.QUICK.primary()[3], toys)
+    kept = gone.read_text()
+    gone.unlink()
+    assert runner.run_study(plan.QUICK, toys) == 1
+    old, new = json.loads(kept), store.load(gone)
+    assert {k: v for k, v in old.items() if k not in ("seconds", "environment")} == {
+        k: v for k, v in new.items() if k not in ("seconds", "environment")}
+
+
+def test_trained_again_every_digit_is_the_same(toys, capsys, monkeypatch):
+    assert runner.reproduce(plan.QUICK, toys, 2, 0, print) == []
+    assert capsys.readouterr().out.count("equal") == 2
+    first = plan.QUICK.primary()[0]
+    path = store.path_of(first, toys)
+    kept = path.read_text()
+    run = store.load(path)
+    run["curve"][-1][2] += 1e-5
+    store.save(run, path)
+    monkeypatch.setattr(runner.random.Random, "sample", lambda self, cells, n: [first])
+    assert runner.reproduce(plan.QUICK, toys, 1, 0, print) == [first.name]
+    path.write_text(kept)
+
+
+def test_the_lowest_rate_is_chosen_and_waited_for(toys, tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: 2.0}
+    runs = [dict(task="photos", arm="tile", rate=r, loss=x) for r, x in losses.items()]
+    assert store.chosen_rates(runs) == {("photos", "tile"): 2}
+    with pytest.raises(RuntimeError, match="not tuned yet"):
+        runner.rate_of(plan.QUICK.primary()[0], plan.QUICK, tmp_path)
+
+
+def test_seeds_are_outermost():
+    cells = plan.FULL.primary()
+    assert len(cells) == 180 and [c.seed for c in cells] == sorted(c.seed for c in cells)
+    assert len(plan.FULL.tuning()) == 54
+
+
+def test_exploratory_cells_come_last_and_name_their_scheme(toys):
+    cells = plan.FULL.exploratory()
+    assert plan.arm_of(cells[0]) == Arm("row_major", "one") and len(cells) == 102
+    assert plan.arm_of(plan.FULL.primary()[5]) == Arm("hilbert", "alternating")
+    cell = plan.Cell("explore", "photos", "hilbert four shifted", 0)
+    assert runner.rate_of(cell, plan.QUICK, toys) in plan.QUICK.rates
+    run = runner.run_cell(cell, 0.001, plan.QUICK)
+    other = runner.run_cell(cell._replace(arm="hilbert one"), 0.001, plan.QUICK)
+    assert run["arm"] == "hilbert four shifted" and run["loss"] != other["loss"]
+
+
+def test_only_some(tmp_path):
+    only = runner.wanted(plan.FULL.primary(), "photos/hilbert")
+    assert {(c.task, c.arm) for c in only} == {("photos", "hilbert")} and len(only) == 10
+    with pytest.raises(ValueError, match="only='photo'"):
+        runner.wanted(plan.FULL.primary(), "photo")
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    def call(*options):
+        monkeypatch.setattr(sys, "argv", ["run_study.py", *options])
+        return run_study.main()
+
+    with pytest.raises(SystemExit): call("--quick")
+    assert "toys are no results" in capsys.readouterr().err
+    assert call("--status", "--out", str(tmp_path)) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told == [f"{stage}: 0 of {n} stored" for stage, n in STAGES.items()]
+    assert call("--quick", "--out", str(tmp_path), "--only", "digits/hilbert") == 0
+    assert "3 of 3: primary/digits/hilbert-seed-0" in capsys.readouterr().out
+
+
+# statistics
+
+def test_verdicts_of_known_effects():
+    rows = analysis.as_rows(made_up(dict(random=0.3, row_major=-0.1, morton=0.012)))
+    found = {c.b: c for c in analysis.family(rows) if c.task == "photos"}
+    assert found["random"].verdict == "lower"
+    assert found["row_major"].verdict == "higher"
+    assert found["tile"].verdict == "equal within the margin"
+    assert found["morton"].verdict == "lower, by less than the margin"
+    assert found["random"].mean == pytest.approx(-0.3, abs=0.01)
+    low, high = found["tile"].interval
+    assert low < 0 < high
+
+
+def test_noise_leaves_it_undecided():
+    rows = analysis.as_rows(made_up({}, noise=0.5))
+    assert {c.verdict for c in analysis.family(rows)} == {"undecided"}
+
+
+def test_one_run_less_changes_n_and_silences_the_verdict():
+    runs = made_up(dict(tile=0.3))
+    gone = [r for r in runs if (r["task"], r["arm"], r["seed"]) != ("photos", "tile", 7)]
+    now = {(c.task, c.b): c for c in analysis.family(analysis.as_rows(gone))}
+    assert now["photos", "tile"].seeds == 9
+    assert now["photos", "tile"].verdict == "9 of 10 seeds done"
+    assert "no verdict" in analysis.sentence(now["photos", "tile"])
+    assert now["digits", "tile"].verdict == "lower"
+
+
+def test_without_runs_and_with_few():
+    assert {c.verdict for c in analysis.family(analysis.as_rows([]))} == {"0 of 10 seeds done"}
+    two = analysis.family(analysis.as_rows(made_up({}, seeds=2)))
+    assert all(np.isnan(c.mean) for c in two) and two[0].verdict == "2 of 10 seeds done"
+
+
+def test_pictures_widen_the_interval():
+    "An effect that only some pictures have is no effect on pictures."
+    rows = analysis.as_rows(made_up({}))
+    mine = rows.arm.eq("hilbert") & rows.picture.eq("group 0")
+    rows.loc[mine, "loss"] *= exp(0.8)
+    found = analysis.contrast(rows, "photos", "hilbert", "tile")
+    assert found.mean == pytest.approx(0.1, abs=0.01) and found.p_differ > 0.15
+
+
+def test_holm_is_over_the_family():
+    rows = analysis.as_rows(made_up(dict(random=0.3)))
+    family = analysis.family(rows)
+    p = sorted(c.p_differ for c in family)
+    corrected = sorted(c.holm_differ for c in family)
+    assert len(family) == 15 and corrected[0] == pytest.approx(15 * p[0])
+
+
+def test_an_arm_that_does_not_beat_the_guess_is_void():
+    runs = made_up(dict(random=log(40.0)))
+    assert analysis.void_arms(runs) == {(task, "random") for task in TASKS}
+    assert analysis.arm_table(runs, "photos").loc["random", "beats it"] == "no: void"
+
+
+def test_steps_to_a_loss():
+    curve = [[10, 0, 4.0], [20, 0, 2.0], [30, 0, 1.0]]
+    assert analysis.steps_to(curve, 3.0) == 15 and analysis.steps_to(curve, 4.0) == 10
+    assert np.isnan(analysis.steps_to(curve, 0.5))
+
+
+def test_geometry_is_tried_on_a_task_that_it_has_not_seen():
+    near = {arm: prediction.features(arm, "photos")[0] for arm in prediction.SPARSE}
+    seen = prediction.observed(analysis.as_rows(made_up({a: -x for a, x in near.items()})))
+    assert len(seen) == len(TASKS) * len(prediction.SPARSE)
+    shares = prediction.explained(prediction.held_out(seen))
+    assert set(shares.index) == set(TASKS) and shares["pathfinder"] > 0.9
+    assert prediction.observed(analysis.as_rows([])).empty
+
+
+# the page
+
+def page(folder: Path, monkeypatch, cells: int | None = None) -> dict:
+    "What the first cells of code of the results page define, with the runs of a folder."
+    monkeypatch.setattr(results, "results_folder", lambda: folder)
+    notebook = nbformat.read(ROOT / "nbs" / "26_study_results.ipynb", as_version=4)
+    names: dict = {}
+    for cell in [c for c in notebook.cells if c.cell_type == "code"][:cells]:
+        exec(cell.source, names)
+    pyplot.close("all")
+    return names
+
+
+def test_the_page_without_runs(tmp_path, monkeypatch):
+    names = page(tmp_path, monkeypatch)
+    assert "under way" in names["state"]().data and "0 of 180" in names["state"]().data
+    assert names["in_one_sentence"]("photos") == "**photos**: too early, 0 of 10 seeds done."
+
+
+def test_the_page_with_all_runs_and_with_one_less(tmp_path, monkeypatch):
+    for run in made_up(dict(random=0.3, row_major=-0.1)):
+        cell = plan.Cell("primary", run["task"], run["arm"], run["seed"])
+        store.save(run, store.path_of(cell, tmp_path / "study"))
+    names = page(tmp_path, monkeypatch)
+    assert names["state"]().data.startswith("The study is complete.")
+    said = names["in_one_sentence"]("digits")
+    assert "lower: `random`" in said and "higher: `row_major`" in said
+    store.path_of(plan.Cell("primary", "digits", "tile", 3), tmp_path / "study").unlink()
+    names = page(tmp_path, monkeypatch, 7)
+    assert "under way" in names["state"]().data and "179 of 180" in names["state"]().data
+    assert names["in_one_sentence"]("digits") == "**digits**: too early, 9 of 10 seeds done."
+    assert "lower: `random`" in names["in_one_sentence"]("photos")
+
+
+# what is stored
+
+def git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_the_protocol_is_older_than_every_run():
+    runs = [run for stage in STAGES for run in store.load_stage(stage)]
+    for commit in {run["environment"]["commit"] for run in runs}:
+        assert "changes" not in commit
+        git("merge-base", "--is-ancestor", commit, "HEAD")
+        assert git("ls-tree", "--name-only", commit, "nbs/25_study_protocol.ipynb")
+
+
+def test_stored_runs_are_those_of_the_plan():
+    for stage, cells in run_study.stages(plan.FULL):
+        names = {cell.name for cell in cells}
+        paths = (store.study_folder() / stage).glob("*/*.json")
+        assert {p.relative_to(store.study_folder()).as_posix()[:-5] for p in paths} <= names

@@ -1,0 +1,214 @@
+"What the stored runs say: differences of arms with seeds and pictures crossed, and verdicts."
+import warnings
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from math import exp, log
+
+import numpy as np
+import pandas as pd
+import statsmodels.formula.api as smf
+from scipy import stats
+from statsmodels.stats.multitest import multipletests
+
+from .arms import ARMS
+from .plan import SEEDS, TASKS
+
+MARGIN = log(1.02) # of the log of a ratio of losses: a tie is less than 2 %
+LEVEL = 0.05 # of the family
+OTHERS = tuple(arm for arm in ARMS if arm != "hilbert")
+LEAST_SEEDS = 3 # below, no interval is computed
+
+
+@dataclass(frozen=True)
+class Contrast:
+    "Log of the ratio of losses of `a` and `b`; negative: `a` is lower."
+    task: str
+    a: str
+    b: str
+    seeds: int # of which both arms are stored
+    pictures: int
+    mean: float = np.nan
+    error: float = np.nan # standard error, from the mixed model
+    p_differ: float = np.nan
+    p_equal: float = np.nan # the larger one of two one-sided tests
+    holm_differ: float = np.nan
+    holm_equal: float = np.nan
+    void: bool = False # one of the arms does not beat the guess without learning
+
+    @property
+    def freedom(self) -> int: # degrees, of Student's t
+        return min(self.seeds, self.pictures) - 1
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        "95 %, for this contrast alone."
+        half = stats.t.ppf(0.975, self.freedom) * self.error
+        return self.mean - half, self.mean + half
+
+    @property
+    def complete(self) -> bool:
+        return self.seeds == len(SEEDS)
+
+    @property
+    def verdict(self) -> str:
+        "What the protocol lets one say."
+        if not self.complete: return f"{self.seeds} of {len(SEEDS)} seeds done"
+        if self.void: return "void"
+        tied = self.holm_equal < LEVEL
+        if self.holm_differ < LEVEL:
+            found = "lower" if self.mean < 0 else "higher"
+            return f"{found}, by less than the margin" if tied else found
+        return "equal within the margin" if tied else "undecided"
+
+
+def as_rows(runs: Iterable[dict]) -> pd.DataFrame: # a row for each run and picture
+    "Losses of the primary runs."
+    names = ("task", "arm", "seed", "picture", "loss")
+    rows = [
+        (run["task"], run["arm"], run["seed"], picture, loss)
+        for run in runs for picture, loss in run["groups"].items()
+    ]
+    return pd.DataFrame(rows, columns=names)
+
+
+def log_ratios(rows: pd.DataFrame, task: str, a: str, b: str) -> pd.DataFrame:
+    "One row for each seed and picture that both arms have: seed, picture, d."
+    table = rows[rows.task == task].pivot(index=["seed", "picture"], columns="arm", values="loss")
+    both = table.reindex(columns=[a, b]).dropna()
+    return np.log(both[a] / both[b]).rename("d").reset_index()
+
+
+def mixed_mean(ratios: pd.DataFrame) -> tuple[float, float]: # mean, standard error
+    "By restricted maximum likelihood: a mean, random effects of seed and of picture, the rest."
+    crossed = {"seed": "0 + C(seed)", "picture": "0 + C(picture)"}
+    everyone = np.ones(len(ratios))
+    model = smf.mixedlm("d ~ 1", ratios, groups=everyone, vc_formula=crossed)
+    with warnings.catch_warnings():  # a variance of zero, on the boundary, is an answer
+        warnings.simplefilter("ignore")
+        fitted = model.fit(reml=True, method=["lbfgs", "powell"])
+    if not fitted.converged: raise ArithmeticError("the mixed model did not converge")
+    return float(fitted.fe_params.iloc[0]), float(fitted.bse_fe.iloc[0])
+
+
+def contrast(
+    rows: pd.DataFrame,
+    task: str,
+    a: str,
+    b: str,
+    void: Collection[tuple[str, str]] = (), # from `void_arms`
+) -> Contrast:
+    "Without correction for the family."
+    ratios = log_ratios(rows, task, a, b)
+    counts = ratios.seed.nunique(), ratios.picture.nunique()
+    found = Contrast(task, a, b, *counts, void=bool({(task, a), (task, b)} & set(void)))
+    if found.seeds < LEAST_SEEDS: return found
+    mean, error = mixed_mean(ratios)
+    t = stats.t(found.freedom)
+    equal = t.sf((MARGIN - abs(mean)) / error)
+    differ = 2 * t.sf(abs(mean) / error)
+    return replace(found, mean=mean, error=error, p_differ=differ, p_equal=equal)
+
+
+def family(
+    rows: pd.DataFrame,
+    void: Collection[tuple[str, str]] = (), # from `void_arms`
+) -> list[Contrast]:
+    "Hilbert against each other arm on each task, with Holm's correction over all of them."
+    found = [contrast(rows, task, "hilbert", arm, void) for task in TASKS for arm in OTHERS]
+    known = [c for c in found if not np.isnan(c.mean)]
+    if not known: return found
+    differ = multipletests([c.p_differ for c in known], method="holm")[1]
+    equal = multipletests([c.p_equal for c in known], method="holm")[1]
+    corrected = {
+        c: replace(c, holm_differ=x, holm_equal=y) for c, x, y in zip(known, differ, equal)
+    }
+    return [corrected.get(c, c) for c in found]
+
+
+def percent(value: float) -> str:
+    "Of a log of a ratio."
+    return f"{100 * (exp(value) - 1):+.1f} %"
+
+
+def sentence(c: Contrast) -> str:
+    "What a contrast says, in words."
+    if not c.complete:
+        return f"{c.task}: `{c.a}` against `{c.b}`: {c.verdict}, no verdict."
+    if c.void:
+        return f"{c.task}: `{c.a}` against `{c.b}` is **void**: no better than a guess."
+    low, high = c.interval
+    figures = f"{percent(c.mean)} ({percent(low)} to {percent(high)})"
+    return f"{c.task}: `{c.a}` against `{c.b}` is **{c.verdict}**, {figures}."
+
+
+def arm_table(runs: list[dict], task: str) -> pd.DataFrame: # a row for each arm
+    "Seeds stored, losses, rates, and whether learning beats the best guess in every seed."
+    found = []
+    for arm in ARMS:
+        mine = [run for run in runs if (run["task"], run["arm"]) == (task, arm)]
+        if not mine: continue
+        losses = np.array([run["loss"] for run in mine])
+        guess = np.array([min(run["guesses"].values()) for run in mine])
+        beats = "yes" if losses.mean() < guess.mean() else "no: void"
+        found.append({
+            "arm": arm, "seeds": len(mine), "rate": mine[0]["rate"], "loss": losses.mean(),
+            "lowest": losses.min(), "highest": losses.max(), "best guess": guess.mean(),
+            "beats it": beats, "seconds": np.median([run["seconds"] for run in mine]),
+        })
+    return pd.DataFrame(found).set_index("arm") if found else pd.DataFrame()
+
+
+def void_arms(runs: list[dict]) -> set[tuple[str, str]]: # (task, arm)
+    "Arms whose mean loss does not beat the best guess: their rows carry no verdict."
+    tables = {task: arm_table(runs, task) for task in TASKS}
+    return {
+        (task, arm) for task, table in tables.items() for arm, row in table.iterrows()
+        if row["beats it"] != "yes"
+    }
+
+
+def steps_to(curve: list[list[float]], loss: float) -> float: # NaN: never
+    "Training steps until the test loss is as low as this, between two points on a line."
+    before = None
+    for step, _, now in curve:
+        if now <= loss:
+            if before is None: return float(step)
+            share = (before[1] - loss) / (before[1] - now)
+            return before[0] + share * (step - before[0])
+        before = step, now
+    return np.nan
+
+
+def seeds_done(runs: list[dict], task: str) -> int:
+    "Seeds of which all arms are stored."
+    have = {(run["arm"], run["seed"]) for run in runs if run["task"] == task}
+    return sum(all((arm, seed) in have for arm in ARMS) for seed in SEEDS)
+
+
+def speed_table(runs: list[dict], task: str, goal: str = "row_major") -> pd.DataFrame:
+    "Steps and CPU seconds of one thread until the loss at which `goal` ends, seed by seed."
+    mine = [run for run in runs if run["task"] == task]
+    ends = {run["seed"]: run["curve"][-1][2] for run in mine if run["arm"] == goal}
+    found: dict[str, list[tuple[float, float]]] = {}
+    for run in mine:
+        if run["seed"] not in ends: continue
+        steps = steps_to(run["curve"], ends[run["seed"]])
+        seconds = steps * run["seconds"] / run["schedule"]["steps"]
+        found.setdefault(run["arm"], []).append((steps, seconds))
+    return pd.DataFrame([
+        {"arm": arm, "seeds": len(found[arm]), "seeds that get there": int(n),
+         "median steps": steps, "median seconds": seconds}
+        for arm in ARMS if arm in found
+        for n, (steps, seconds) in [_reached(np.array(found[arm]))]
+    ]).set_index("arm") if found else pd.DataFrame()
+
+
+def _reached(pairs: np.ndarray) -> tuple[int, np.ndarray]: # how many, median steps and seconds
+    there = pairs[~np.isnan(pairs[:, 0])]
+    return len(there), np.median(there, 0) if len(there) else np.full(2, np.nan)
+
+
+def by_picture(rows: pd.DataFrame, task: str, a: str, b: str) -> pd.DataFrame:
+    "Mean log ratio of each picture, and of how many seeds."
+    ratios = log_ratios(rows, task, a, b)
+    return ratios.groupby("picture").d.agg(["mean", "count"]).sort_values("mean")

@@ -1,0 +1,72 @@
+"Who may look at whom: the arms, and their order in each layer."
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hilbert_attn.curves import curve_order
+
+from .tasks import Task
+
+ARMS = ("dense", "random", "row_major", "tile", "morton", "hilbert")
+GRID_ARMS = ("windows", "neighbourhood") # exploratory: patterns of the grid, whatever the order
+
+# scheme -> (walk, shift by half a segment) in layers 0, 1, ..., and again from the first.
+# 0 is the curve, 1 the transposed one, 2 the curve turned by half a turn, 3 that one transposed.
+SCHEMES = {
+    "alternating": ((0, False), (1, True)),
+    "one": ((0, False),),
+    "shifted": ((0, False), (0, True)),
+    "transposed": ((0, False), (1, False)),
+    "four": ((0, False), (1, False), (2, False), (3, False)),
+    "four shifted": ((0, False), (1, True), (2, False), (3, True)),
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    "How the orders of a curve (`ARMS`, `GRID_ARMS`) change from layer to layer (`SCHEMES`)."
+    name: str
+    scheme: str = "alternating"
+
+    def segment_size(self, task: Task) -> int | None:
+        return None if self.name == "dense" else task.segment_size
+
+
+def order_of(name: str, grid: tuple[int, ...], tile: int, draw: int = 0) -> Tensor: # int64 (N,)
+    "The token at each position. `draw` is which random order."
+    if name == "dense" or name in GRID_ARMS: return curve_order(grid, "row_major")
+    if name == "random":
+        size = curve_order(grid, "row_major").numel()
+        return torch.randperm(size, generator=torch.Generator().manual_seed(77 + draw))
+    return curve_order(grid, f"tile:{tile}" if name == "tile" else name)
+
+
+def transposed(name: str, grid: tuple[int, ...], tile: int) -> Tensor: # int64 (N,)
+    "The same walk with the axes in reverse: rows become columns."
+    order = order_of(name, grid[::-1], tile)
+    token = torch.arange(order.numel()).view(grid)
+    return token.permute(*reversed(range(len(grid)))).flatten()[order]
+
+
+def walk(name: str, task: Task, number: int) -> Tensor: # int64 (N,)
+    "One of the four walks of `SCHEMES`. Half a turn takes token i to N - 1 - i."
+    make = transposed if number % 2 else order_of
+    order = make(name, task.grid, task.tile)
+    return order if number < 2 else task.tokens - 1 - order
+
+
+def layer_order(arm: Arm, task: Task, layer: int) -> Tensor: # int64 (N,)
+    "The order of one layer."
+    steps = SCHEMES[arm.scheme]
+    number, shift = steps[layer % len(steps)]
+    if arm.name == "dense" or arm.name in GRID_ARMS:
+        return order_of(arm.name, task.grid, task.tile)
+    if arm.name == "random":
+        return order_of("random", task.grid, task.tile, layer if len(steps) > 1 else 0)
+    order = walk(arm.name, task, number)
+    return order.roll(-(task.segment_size // 2)) if shift else order
+
+
+def layer_orders(arm: Arm, task: Task, layers: int) -> list[Tensor]:
+    return [layer_order(arm, task, layer) for layer in range(layers)]

@@ -1,0 +1,91 @@
+"Pictures of the results page."
+from math import exp
+
+import numpy as np
+
+from hilbert_attn.curves import new_figure
+
+from .analysis import MARGIN, OTHERS, Contrast, log_ratios
+from .arms import ARMS, Arm
+from .mechanism import neighbours_together, receptive_field
+from .plan import SEEDS, TASKS
+from .tasks import Task
+
+COLORS = dict(zip(ARMS, ("#212529", "#ff725c", "#868e96", "#efb118", "#3ca951", "#4269d0")))
+
+
+def as_percent(logs) -> np.ndarray:
+    return 100 * (np.exp(np.asarray(logs)) - 1)
+
+
+def forest(rows, contrasts: list[Contrast]):
+    "Hilbert against each arm: an interval where there is one, and a dot for each seed."
+    tasks = list(dict.fromkeys(c.task for c in contrasts))
+    fig, axes = new_figure(1, len(tasks), panel=(3.1, 2.6), titles=tasks)
+    edges = as_percent([-MARGIN, MARGIN])
+    for ax, task in zip(axes, tasks):
+        ax.axvspan(*edges, color="#dee2e6", lw=0)
+        ax.axvline(0, color="#495057", lw=0.8)
+        for y, c in enumerate(c for c in contrasts if c.task == task):
+            _forest_row(ax, y, rows, c)
+        ax.set_yticks(range(len(OTHERS)), OTHERS)
+        ax.invert_yaxis()
+        ax.set_xlabel("loss of Hilbert against it (%)")
+    for ax in axes[1:]: ax.set_yticklabels([])
+
+
+def _forest_row(ax, y: int, rows, c: Contrast) -> None:
+    seeds = log_ratios(rows, c.task, c.a, c.b).groupby("seed").d.mean()
+    ax.plot(as_percent(seeds), np.full(len(seeds), y + 0.2), ".", color="#adb5bd", ms=4)
+    if np.isnan(c.error): return
+    ends, middle = as_percent(c.interval), 100 * (exp(c.mean) - 1)
+    ax.plot(ends, [y, y], color=COLORS["hilbert"], lw=2)
+    ax.plot(middle, y, "D", color=COLORS["hilbert"], ms=5)
+
+
+def curves(runs: list[dict]):
+    "Test loss against steps: the mean over seeds, and the best guess without learning."
+    fig, axes = new_figure(1, len(TASKS), panel=(3.1, 2.6), titles=list(TASKS))
+    for ax, task in zip(axes, TASKS):
+        for arm in ARMS:
+            mine = [run for run in runs if (run["task"], run["arm"]) == (task, arm)]
+            if not mine: continue
+            points = np.array([run["curve"] for run in mine]).mean(0)
+            ax.plot(points[:, 0], points[:, 2], color=COLORS[arm], label=f"{arm} ({len(mine)})")
+        guesses = [min(r["guesses"].values()) for r in runs if r["task"] == task]
+        if guesses: ax.axhline(np.mean(guesses), color="#e03131", lw=1, ls=":")
+        ax.set_xlabel("steps")
+    axes[0].set_ylabel("test loss")
+    if axes[0].lines: axes[0].legend(frameon=False, fontsize=7, title="arm (runs)")
+
+
+def neighbours(task: Task, reach: int = 6):
+    "How often a cell and the one at an offset share a segment in two layers, for each arm."
+    names = [arm for arm in ARMS if arm != "dense"]
+    fig, axes = new_figure(1, len(names), panel=(1.9, 1.9), pictures=True, titles=names)
+    for ax, name in zip(axes, names):
+        share = neighbours_together(Arm(name), task, reach)
+        ax.imshow(share, vmin=0, vmax=1, cmap="magma")
+
+
+def growth(tasks: list[Task], layers: int = 12):
+    "Share of pairs that attention connects after some layers, in two schemes."
+    fig, axes = new_figure(1, len(tasks), panel=(3.4, 2.6), titles=[
+        f"{task.name}, segments of {task.segment_size}" for task in tasks])
+    for ax, task in zip(axes, tasks):
+        for name in ARMS:
+            for scheme, style in (("alternating", "-"), ("one", ":")):
+                shares = receptive_field(Arm(name, scheme), task, layers)
+                label = name if style == "-" else None
+                ax.plot(range(1, layers + 1), shares, style, color=COLORS[name], label=label)
+        ax.set_xlabel("layers (dotted: one order, no shift)")
+        ax.set_xticks(range(1, layers + 1))
+    axes[0].set_ylabel("pairs connected")
+    axes[0].legend(frameon=False, fontsize=7)
+
+
+def progress(runs: list[dict]) -> str:
+    "How far the study is, in words."
+    done = {task: sum(run["task"] == task for run in runs) for task in TASKS}
+    total = len(ARMS) * len(SEEDS)
+    return "; ".join(f"{task}: {n} of {total} trainings" for task, n in done.items())

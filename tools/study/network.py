@@ -1,0 +1,94 @@
+"The network: the same for all arms, but for who looks at whom."
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hilbert_attn.curves import inverse_order
+from hilbert_attn.local import neighborhood_attention, window_attention
+from hilbert_attn.modules import (
+    HilbertAttentionCore,
+    TransformerBlock,
+    apply_rotary,
+    rotary_embedding,
+)
+
+from .arms import GRID_ARMS, Arm, layer_orders
+from .tasks import Task
+
+
+@dataclass(frozen=True)
+class Size:
+    "Of the network."
+    width: int = 64
+    heads: int = 2
+    layers: int = 4
+    mlp_ratio: int = 2
+    rope_base: float = 100.0
+
+
+class Network(nn.Module):
+    "Tokens (B, N, inputs) to predictions (B, N, outputs), both in token order."
+
+    def __init__(self, task: Task, arm: Arm, size: Size):
+        super().__init__()
+        self.embed = nn.Linear(task.inputs, size.width)
+        layers = range(size.layers)
+        self.blocks = nn.ModuleList(_block(task, arm, size, layer) for layer in layers)
+        self.norm = nn.LayerNorm(size.width)
+        self.predict = nn.Linear(size.width, task.outputs)
+        self._lay_out(task, arm, size)
+
+    def _lay_out(self, task: Task, arm: Arm, size: Size) -> None:
+        """Tokens move straight from the order of one layer to that of the next.
+
+        The rotary embedding is that of the true coordinates, whatever the order."""
+        rope = rotary_embedding(task.grid, size.width // size.heads, base=size.rope_base)
+        now = home = torch.arange(task.tokens)
+        self.moves, self.ropes = [], []
+        for order in layer_orders(arm, task, size.layers):
+            self.moves.append(inverse_order(now)[order])
+            self.ropes.append(tuple(part[order] for part in rope))
+            now = order
+        self.home = inverse_order(now)[home]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embed(tokens)
+        for block, move, rope in zip(self.blocks, self.moves, self.ropes):
+            x = block(x[:, move], rope=rope)
+        return self.predict(self.norm(x[:, self.home]))
+
+
+class GridAttention(nn.Module):
+    """Windows, shifted by half in odd layers, or neighbourhoods, as large as a tile.
+
+    The projections are those of `HilbertAttentionCore`."""
+
+    def __init__(self, task: Task, name: str, size: Size, layer: int):
+        super().__init__()
+        self.qkv_proj = nn.Linear(size.width, 3 * size.width, bias=False)
+        self.out_proj = nn.Linear(size.width, size.width, bias=False)
+        self.heads, self.grid, self.name = size.heads, task.grid, name
+        self.side = (task.tile,) * len(task.grid)
+        self.shift = task.tile // 2 if layer % 2 else 0
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor: # (B, N, E), in token order
+        heads = self.qkv_proj(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)
+        q, k, v = heads.chunk(3, 1)
+        out = self.attend(apply_rotary(q, rope), apply_rotary(k, rope), v)
+        return self.out_proj(out.transpose(1, 2).flatten(2))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: # (B, H, N, D)
+        if self.name == "neighbourhood":
+            return neighborhood_attention(q, k, v, self.grid, self.side, curve=None)
+        return window_attention(q, k, v, self.grid, self.side, shift=self.shift, curve=None)
+
+
+def _block(task: Task, arm: Arm, size: Size, layer: int) -> nn.Module:
+    if arm.name in GRID_ARMS:
+        attention: nn.Module = GridAttention(task, arm.name, size, layer)
+    else:
+        segment = arm.segment_size(task)
+        attention = HilbertAttentionCore(
+            size.width, size.heads, segment, curve=None, backend="sdpa")
+    return TransformerBlock(attention, size.width, mlp_ratio=size.mlp_ratio)
