@@ -16,7 +16,6 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from hilbert_attn import block_sparse
 from hilbert_attn.backends import REGISTRY, set_backend
 from hilbert_attn.block_sparse import (
     ALWAYS,

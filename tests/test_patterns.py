@@ -185,20 +185,6 @@ def test_branches_that_are_alike_count_as_often_as_they_are_asked_for():
     assert torch.equal(pattern.counts(), (3 * near + far).expand(2, -1, -1))
 
 
-@pytest.mark.parametrize("shift", range(5))
-def test_windows_begin_at_their_shift(shift):
-    "Borders at shift, shift + 5, ...; what lies before the first one is a box of its own."
-    box = [(x - shift) // 5 for x in range(13)]
-    same = [[a == b for b in box] for a in box]
-    assert WindowPattern((13,), 5, shift).mask()[0].tolist() == same
-
-
-def test_branches_that_are_alike_count_as_often_as_they_are_asked_for():
-    pattern = DilatedPattern.for_heads(20, 2, [4, 10, 4, 4], [2, 5, 2, 2], mode="residue")
-    near, far = (SegmentPattern(20, w, r).mask().long() for w, r in ((4, 2), (10, 5)))
-    assert torch.equal(pattern.counts(), (3 * near + far).expand(2, -1, -1))
-
-
 @given(st.integers(1, 40), st.integers(1, 100), st.integers(0, 2**31))
 def test_slide(n, window, seed):
     order = torch.randperm(n, generator=torch.Generator().manual_seed(seed))
