@@ -92,7 +92,7 @@ def is_plain(
 # %% ../nbs/00_common.ipynb #364ed6f7
 def _writes(tensors: Sequence[Tensor]) -> tuple[int, ...]: return tuple(x._version for x in tensors)
 
-
+# %% ../nbs/00_common.ipynb #d6224ab9
 class Cache:
     "The most recently used values, each with the tensors that it holds; safe in threads and forks."
 

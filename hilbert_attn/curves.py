@@ -29,7 +29,7 @@ def _check_bits(bits: int, ndim: int):
         f"bits={bits} and ndim={ndim}: both must be at least 1, "
         "and bits * ndim at most 62 to fit int64")
 
-
+# %% ../nbs/00_curves.ipynb #4230ec81
 def _as_int64(name: str, x: Tensor, end: int) -> Tensor:
     "Whole numbers in int64, where nothing overflows; each at least 0 and less than `end`."
     if not isinstance(x, Tensor) or x.dtype not in _INTEGERS:
@@ -105,7 +105,7 @@ def _even_half(n: int) -> int:
     half = n // 2
     return half + 1 if half % 2 and n > 2 else half
 
-
+# %% ../nbs/00_curves.ipynb #55a58bb6
 def _zigzag(w: int) -> np.ndarray: # (2, 2 * w)
     "Up and down over the columns of height two; an odd last one is entered by the diagonal step."
     column = np.repeat(np.arange(w, dtype=np.int32), 2)
@@ -113,7 +113,7 @@ def _zigzag(w: int) -> np.ndarray: # (2, 2 * w)
     if w % 2: row[-2:] = 1, 0
     return np.stack([column, row])
 
-
+# %% ../nbs/00_curves.ipynb #0e99875b
 def _cut_rectangle(w: int, h: int) -> tuple[tuple[str, str, str], ...]:
     return _ACROSS if 2 * w > 3 * h else _AROUND
 
@@ -150,7 +150,7 @@ def _walk(
             memo[sides] = np.concatenate(pieces, 1)
     return memo[sides]
 
-
+# %% ../nbs/00_curves.ipynb #c908b15b
 def _flat_walk(sides: tuple[int, ...], memo: dict) -> np.ndarray:
     "Where a side is 1: a line, or the rectangle of the other two."
     path = np.zeros((len(sides), prod(sides)), np.int32)
@@ -181,7 +181,7 @@ def _cut_box(w: int, h: int, d: int) -> tuple[tuple[str, str, str], ...]:
 def _row_major(grid: tuple[int, ...]) -> np.ndarray:
     return np.arange(prod(grid))
 
-
+# %% ../nbs/00_curves.ipynb #d543ce11
 def _snake(grid: tuple[int, ...]) -> np.ndarray:
     "From the inside out: each further axis walks the inner path forwards, then backwards."
     order = np.arange(grid[-1])
@@ -190,12 +190,12 @@ def _snake(grid: tuple[int, ...]) -> np.ndarray:
         order = (np.where(layer % 2 == 0, order, order[::-1]) + layer * order.size).ravel()
     return order
 
-
+# %% ../nbs/00_curves.ipynb #8b3faffb
 def _tile(grid: tuple[int, ...], side: int) -> np.ndarray:
     coords = np.indices(grid).reshape(len(grid), -1)
     return np.lexsort([*(coords % side)[::-1], *(coords // side)[::-1]])
 
-
+# %% ../nbs/00_curves.ipynb #e96fc199
 def _morton(grid: tuple[int, ...]) -> np.ndarray:
     code, ndim = np.zeros(prod(grid), np.int64), len(grid)
     for axis, coord in enumerate(np.indices(grid).reshape(ndim, -1)):
@@ -248,13 +248,13 @@ def _parse_curve(curve: str) -> tuple[str, tuple[int, ...]]:
     raise ValueError(
         f"curve={curve!r}: known curves are {known} and 'tile:S' for tiles of side S")
 
-
+# %% ../nbs/00_curves.ipynb #25760730
 def _fold(n: int) -> tuple[int, int]:
     "The near-square grid (rows, columns) that a sequence of `n` tokens is folded onto."
     width = isqrt(n - 1) + 1
     return -(-n // width), width
 
-
+# %% ../nbs/00_curves.ipynb #b32c394c
 def _compute_order(grid: tuple[int, ...], curve: str) -> np.ndarray:
     name, options = _parse_curve(curve)
     if name == "row_major": return _row_major(grid)
@@ -276,7 +276,7 @@ def _cached_order(grid: tuple[int, ...], curve: str, device: torch.device) -> Te
 
     return _orders.get((grid, curve, device), compute)
 
-
+# %% ../nbs/00_curves.ipynb #0454a80b
 def curve_order(
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
     curve: str = "hilbert", # a name in `CURVES`, or "tile:S"
@@ -312,7 +312,7 @@ def _curve_order_op(grid: Sequence[int], curve: str, device: torch.device) -> Te
     # a compiler may reuse an operator's output as scratch
     return _cached_order(tuple(grid), curve, device).clone()
 
-
+# %% ../nbs/00_curves.ipynb #f862ff61
 def _curve_order_fake(grid: Sequence[int], curve: str, device: torch.device) -> Tensor:
     return torch.empty(prod(grid), dtype=torch.int64, device=device)
 
@@ -347,7 +347,7 @@ def _spread(coords: np.ndarray, starts: np.ndarray) -> float:
     mean, square = (np.add.reduceat(x, starts) / sizes for x in (coords, coords ** 2))
     return float(np.sqrt((square - mean ** 2).sum(1).clip(0)).mean())
 
-
+# %% ../nbs/00_curves.ipynb #7b614aa5
 def _edges(segments: np.ndarray) -> tuple[int, int]: # of the grid, of them inside a segment
     edges = kept = 0
     for axis in range(segments.ndim):

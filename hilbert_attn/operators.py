@@ -23,11 +23,11 @@ def lse_dtype(
     "float32, or float64 for float64: the dtype of sums and of the log-sum-exp."
     return torch.promote_types(dtype, torch.float32)
 
-
+# %% ../nbs/02b_operators.ipynb #1a40c340
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(unit_stride(q)), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
-
+# %% ../nbs/02b_operators.ipynb #8983b76d
 def _fake_backward(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(unit_stride(x)) for x in inputs[:3])
 
@@ -41,7 +41,7 @@ def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None: # (siz
     mapped = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return mapped.flatten(0, 1)
 
-
+# %% ../nbs/02b_operators.ipynb #4758491a
 def _register_vmap(op: Any, foldable: Sequence[bool], library: torch.library.Library):
     "Lets `vmap` through an operator; `foldable` says which arguments begin with the batch."
     def rule(info, dims, *arguments):
@@ -70,10 +70,10 @@ def in_forward_mode(
     if forward_ad._current_level < 0: return False
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
-
+# %% ../nbs/02b_operators.ipynb #fe5805e4
 def _refuse_second(ctx: Any, *gradients: Any): raise RuntimeError(_NO_SECOND)
 
-
+# %% ../nbs/02b_operators.ipynb #1b1e0414
 def _save_nothing(ctx: Any, inputs: tuple, output: Any): pass
 
 # %% ../nbs/02b_operators.ipynb #c1fbb5c6

@@ -73,7 +73,7 @@ class Progression:
     def positions(self) -> Tensor: # int64 (count,)
         return self.start + self.step * torch.arange(self.count)
 
-
+# %% ../nbs/01_patterns.ipynb #100534f9
 @dataclass(frozen=True)
 class Group:
     "Dense attention of some queries to some keys, both arithmetic progressions of positions."
@@ -454,7 +454,7 @@ def _per_axis(name: str, value: Any, ndim: int, check: Callable = whole_number) 
     raise ValueError(
         f"{name}={value!r}: expected one value, or one per axis of the {ndim}-D grid")
 
-
+# %% ../nbs/01_patterns.ipynb #93adbed3
 def _set_fields(pattern: Any, check: Callable, *names: str):
     "Replaces fields of a frozen pattern by what `check(name, value)` makes of them."
     for name in names: object.__setattr__(pattern, name, check(name, getattr(pattern, name)))
@@ -633,7 +633,7 @@ def find_boxes(low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
     begin, end = (np.repeat(x, sizes) for x in (borders[:-1], borders[1:]))
     return borders if (low == begin).all() and (high == end - 1).all() else None
 
-
+# %% ../nbs/01_patterns.ipynb #b47b5c9a
 def attends_boxes(pattern: AxisPattern) -> bool:
     "Does every query attend a box of which it is a member, on every axis?"
     return all(
@@ -651,7 +651,7 @@ def encode_pattern(pattern: AxisPattern) -> tuple[str, list[int]]:
         numbers += [int(x) if isinstance(x, bool) else x for x in values]
     return type(pattern).__name__, numbers
 
-
+# %% ../nbs/01_patterns.ipynb #2331fdce
 def decode_pattern(kind: str, numbers: Sequence[int]) -> AxisPattern:
     "The pattern that was encoded; of a field per axis there are as many numbers as axes."
     cls = cast(Any, AxisPattern.kinds[kind])

@@ -128,12 +128,12 @@ class OracleReport:
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
-
+# %% ../nbs/02_reference.ipynb #74668cee
 def _tidy(x: Tensor) -> Tensor:
     "A contiguous leaf with the values of `x`."
     return x.detach().clone(memory_format=torch.contiguous_format)
 
-
+# %% ../nbs/02_reference.ipynb #4d42eea1
 def _same_layout(x: Tensor) -> Tensor:
     "A leaf with the values, the strides and the offset of `x`, gaps in memory included."
     storage = x.detach().untyped_storage().clone()
@@ -203,7 +203,7 @@ def _check_kind(name: str, ours: Tensor, exact: Tensor, dtype: torch.dtype):
     if name == "lse" and not torch.equal(ours == -torch.inf, exact == -torch.inf):
         raise AssertionError("lse is -inf at other rows than the oracle's")
 
-
+# %% ../nbs/02_reference.ipynb #4958a65f
 def _error(x: Tensor, exact: Tensor) -> float:
     return (x.double() - exact).masked_fill(exact == -torch.inf, 0).abs().max().item()
 

@@ -92,7 +92,7 @@ def _append_column(x: Tensor, value: float | Tensor) -> Tensor:
     wider[..., :-1], wider[..., -1] = x, value
     return wider
 
-
+# %% ../nbs/05b_tiles.ipynb #c524bcee
 def _with_column(dout, dlse, q, k, v, out) -> list[Tensor]: # dout, q, k, v, out
     "The operands of the backward, with the column that brings in the LSE's gradient."
     return [
@@ -141,7 +141,7 @@ def mix(
     weight = (part_lse - lse).sigmoid_().nan_to_num_(0.0)  # NaN: neither side has keys
     return out.lerp(part, weight[..., None]), torch.logaddexp(lse, part_lse)
 
-
+# %% ../nbs/05b_tiles.ipynb #656baf52
 def like(x: Tensor, model: Tensor) -> Tensor:
     "`x` with the dtype and the strides of `torch.empty_like(model)`, copied only if it has others."
     strides = torch.empty_like(model, device="meta").stride()
@@ -249,7 +249,7 @@ def without_empty_rows(
     empty = lse == -torch.inf
     return lse.masked_fill(empty, 0), None if dlse is None else dlse.masked_fill(empty, 0)
 
-
+# %% ../nbs/05b_tiles.ipynb #8de0c390
 def new_lse(
     q: Tensor, # (B, H, N, D)
 ) -> Tensor: # (B, H, N), -inf

@@ -156,13 +156,12 @@ def test_an_order_is_checked_again_after_a_write():
 @given(cases(max_n=40, head_dims=(16, 24), dtypes=(torch.float32,)))
 @settings(max_examples=60)
 def test_all_backends_through_the_front_door(case: Case):
-    for name in ("sdpa", "sdpa_mask", "reference"):
-        def attention(q, k, v, pattern, *, order, causal, key_mask, scale):
-            return hilbert_attention(
-                q, k, v, curve=None, order=order, segment_size=case.w, dilation_rate=case.r,
-                dilation_mode=case.mode, offsets=case.offsets, causal=causal, key_mask=key_mask,
-                scale=scale, backend=name, return_lse=True)
-        case.check(attention)
+    def attention(q, k, v, pattern, *, backend, **common):
+        return hilbert_attention(
+            q, k, v, curve=None, segment_size=case.w, dilation_rate=case.r,
+            dilation_mode=case.mode, offsets=case.offsets, **common, backend=backend,
+            return_lse=True)
+    for name in ("sdpa", "sdpa_mask", "reference"): case.check(attention, backend=name)
 
 
 def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -241,7 +240,9 @@ def test_forcing_a_backend(monkeypatch):
         return function(backend, call, family)
     monkeypatch.setattr(Backend, "run", noted)
     x = torch.randn(1, 1, 80, 8)
-    def call(**options): hilbert_attention(x, x, x, **options); return used.pop()
+    def call(**options):
+        hilbert_attention(x, x, x, **options)
+        return used.pop()
     assert call() == "sdpa"
     with set_backend("sdpa_mask"):
         assert call() == "sdpa_mask" and call(backend="reference") == "reference"
