@@ -9,7 +9,7 @@ __all__ = ['DILATION_MODES', 'COMBINES', 'AxisBounds', 'Lattice', 'default_mode'
            'axis_classes', 'find_boxes', 'attends_boxes', 'encode_pattern', 'decode_pattern']
 
 # %% ../nbs/01_patterns.ipynb #506d16f9
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from math import prod
@@ -146,6 +146,30 @@ def _segment_mask(pattern: "SegmentPattern", order: Tensor | None) -> Tensor: # 
     mask = together & chosen[:, None, :]
     return mask & chosen[:, :, None] if pattern.mode == "longnet" else mask
 
+# %% ../nbs/01_patterns.ipynb #4badfbe5
+def _groups_of_lattices(queries: Lattice, keys: Lattice) -> list[Group]:
+    "One group for each tile of the two."
+    sides = queries, keys
+    firsts = [side.positions().flatten(0, 1)[:, 0].tolist() for side in sides]
+    shapes = [side.places[0] for side in sides]
+    return [
+        Group(*(Progression(at, step, count) for at, (count, step) in zip(starts, shapes)))
+        for starts in zip(*firsts)]
+
+# %% ../nbs/01_patterns.ipynb #9f8be653
+def _segment_lattices(pattern: "SegmentPattern", offset: int) -> list[tuple[Lattice, Lattice]]:
+    "Of the full segments, then of a shorter one at the end."
+    w, found = pattern.segment_size, []
+    full, tail = divmod(pattern.seq_len, w)
+    for start, segments, length in ((0, full, w), (full * w, int(tail > 0), tail)):
+        alike = _groups_of_segment(pattern.mode, pattern.dilation_rate, length, offset)
+        for residues, *sides in alike:
+            tiles = (segments, w), (residues, 1)
+            q, k = (Lattice(start + first, tiles, ((count, step),))
+                    for first, step, count in sides)
+            if q.num_tiles and q.num_places and k.num_places: found.append((q, k))
+    return found
+
 # %% ../nbs/01_patterns.ipynb #599fa2fe
 @dataclass(frozen=True)
 class SegmentPattern:
@@ -188,29 +212,15 @@ class SegmentPattern:
         offset: int = 0, # of the keys
     ) -> list[tuple[Lattice, Lattice]]: # of queries and of keys, one tile for each group
         "The dense groups of a head with this offset, those of one shape together."
-        w, found = self.segment_size, []
-        full, tail = divmod(self.seq_len, w)
-        for start, segments, length in ((0, full, w), (full * w, int(tail > 0), tail)):
-            for residues, *sides in _groups_of_segment(
-                    self.mode, self.dilation_rate, length, offset):
-                tiles = (segments, w), (residues, 1)
-                q, k = (Lattice(start + first, tiles, ((count, step),))
-                        for first, step, count in sides)
-                if q.num_tiles and q.num_places and k.num_places: found.append((q, k))
-        return found
+        return _segment_lattices(self, offset)
 
     def groups(
         self,
         head: int = 0, # query head
     ) -> Iterator[Group]: # in order of positions; groups without queries or keys are left out
         "The dense groups that make up the pattern of one head."
-        found = []
-        for sides in self.lattices(self.offsets[head % len(self.offsets)]):
-            firsts = [side.positions().flatten(0, 1)[:, 0].tolist() for side in sides]
-            shapes = [side.places[0] for side in sides]
-            for starts in zip(*firsts):
-                parts = [Progression(at, step, n) for at, (n, step) in zip(starts, shapes)]
-                found.append(Group(*parts))
+        lattices = self.lattices(self.offsets[head % len(self.offsets)])
+        found = [group for sides in lattices for group in _groups_of_lattices(*sides)]
         yield from sorted(found, key=lambda group: group.queries.start)
 
     def pairs(
@@ -318,6 +328,23 @@ def _heads_of_branches(
     ends = np.cumsum([0, *even_sizes(num_heads, branches)]).tolist()
     return list(zip(ends, ends[1:]))
 
+# %% ../nbs/01_patterns.ipynb #0b945738
+def _distinct_branches(
+    seq_len: int, # N
+    mode: str, # one of `DILATION_MODES`
+    offsets: Sequence[int], # of every head, not yet taken modulo a rate
+    asked: Iterable[tuple[int, int, tuple[int, int]]], # w, r and heads of each branch
+) -> tuple[Branch, ...]:
+    "Branches that are alike become one that counts several times."
+    found: dict[tuple[SegmentPattern, tuple[int, int]], int] = {}
+    for w, r, heads in asked:
+        SegmentPattern(seq_len, w, r, mode)  # names what does not fit, in the caller's words
+        own = [o % r for o in offsets[slice(*heads)]]
+        size = max(min(w, seq_len), r)
+        pattern = SegmentPattern.for_heads(seq_len, len(own), size, r, mode, own)
+        found[pattern, heads] = found.get((pattern, heads), 0) + 1
+    return tuple(Branch(*key, copies) for key, copies in found.items())
+
 # %% ../nbs/01_patterns.ipynb #3009449d
 @dataclass(frozen=True)
 class DilatedPattern:
@@ -345,14 +372,7 @@ class DilatedPattern:
         asked = _head_offsets(offsets, num_heads, mode)
         if min(asked) < 0: raise ValueError(f"offsets={asked}: each must be at least 0")
         if len(asked) == 1: asked *= num_heads
-        found: dict[tuple[SegmentPattern, tuple[int, int]], int] = {}
-        for w, r, heads in zip(lengths, rates, shares):
-            SegmentPattern(seq_len, w, r, mode)  # names what does not fit, in the caller's words
-            own = [o % r for o in asked[slice(*heads)]]
-            size = max(min(w, seq_len), r)
-            pattern = SegmentPattern.for_heads(seq_len, len(own), size, r, mode, own)
-            found[pattern, heads] = found.get((pattern, heads), 0) + 1
-        branches = tuple(Branch(*key, copies) for key, copies in found.items())
+        branches = _distinct_branches(seq_len, mode, asked, zip(lengths, rates, shares))
         return cls(seq_len, num_heads, branches, combine)
 
     @property
