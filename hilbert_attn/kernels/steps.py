@@ -73,6 +73,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(interpreted)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #b00a930d
 @triton.jit
 def head_of(x, batch, head, S: tl.constexpr):
     "One head of an operand. ALIGN divides every stride: the compiler can prove 16-byte accesses."
