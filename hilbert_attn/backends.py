@@ -380,7 +380,7 @@ def _by_policy(task: _Task) -> tuple[str, str]: # name and reason
 # %% ../nbs/07_backends.ipynb #5a1d0c37
 def choose_backend(
     backend: str, # what the caller asks for
-    device: torch.device,
+    device: torch.device, # where the tensors lie
     tokens: int | None = None, # N, where the policy may go by it
     custom_backward: bool = True, # False: only backends that are plain PyTorch
     family: str = "segments", # one of `FAMILIES`
@@ -398,7 +398,7 @@ def choose_backend(
 def rejected_backends(
     name: str, # from `choose_backend`
     reason: str, # from `choose_backend`
-    backend: str, # from here on as for `choose_backend`
+    backend: str, # asked for; it and what follows as for `choose_backend`
     device: torch.device,
     tokens: int | None = None,
     custom_backward: bool = True,

@@ -82,7 +82,7 @@ def hide_masked(
 
 # %% ../nbs/00_common.ipynb #1d227885
 def is_plain(
-    x: Tensor,
+    x: Tensor, # any
 ) -> bool:
     "Is this a tensor with memory of its own, not one of a trace or a transform?"
     if type(x) is not Tensor or x.device.type == "meta": return False

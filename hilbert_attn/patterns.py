@@ -629,7 +629,8 @@ class TilesSharedPattern(AxisPattern):
 
 # %% ../nbs/01_patterns.ipynb #c678ccf1
 def axis_classes(
-    pattern: AxisPattern, axis: int,
+    pattern: AxisPattern, # of a grid
+    axis: int, # of the grid
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]: # first residue, how many, bounds by member
     "The residue classes of an axis, those of one length together; bounds are places of a class."
     place, first, last = pattern.axis_bounds(axis)
@@ -646,7 +647,10 @@ def axis_classes(
         begin += classes * count
 
 # %% ../nbs/01_patterns.ipynb #afc3be10
-def find_boxes(low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
+def find_boxes(
+    low: np.ndarray, # int (members,): first member that each attends
+    high: np.ndarray, # int (members,): the last one
+) -> np.ndarray | None: # int (boxes + 1,)
     "Borders of the boxes whose members attend their whole box and nothing else; None: no boxes."
     borders = np.append(np.flatnonzero(np.diff(low, prepend=-1)), len(low))
     sizes = np.diff(borders)
@@ -654,7 +658,9 @@ def find_boxes(low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
     return borders if (low == begin).all() and (high == end - 1).all() else None
 
 # %% ../nbs/01_patterns.ipynb #b47b5c9a
-def attends_boxes(pattern: AxisPattern) -> bool:
+def attends_boxes(
+    pattern: AxisPattern, # of a grid
+) -> bool:
     "Does every query attend a box of which it is a member, on every axis?"
     return all(
         find_boxes(low, high) is not None
@@ -662,7 +668,9 @@ def attends_boxes(pattern: AxisPattern) -> bool:
         for _, _, low, high in axis_classes(pattern, axis))
 
 # %% ../nbs/01_patterns.ipynb #28023aba
-def encode_pattern(pattern: AxisPattern) -> tuple[str, list[int]]:
+def encode_pattern(
+    pattern: AxisPattern, # of a grid
+) -> tuple[str, list[int]]: # name, whole numbers
     "The name of its class and its fields, as an operator can take them."
     numbers: list[int] = []
     for field in fields(cast(Any, pattern)):
@@ -672,7 +680,10 @@ def encode_pattern(pattern: AxisPattern) -> tuple[str, list[int]]:
     return type(pattern).__name__, numbers
 
 # %% ../nbs/01_patterns.ipynb #2331fdce
-def decode_pattern(kind: str, numbers: Sequence[int]) -> AxisPattern:
+def decode_pattern(
+    kind: str, # name of the class
+    numbers: Sequence[int], # its fields, one after another
+) -> AxisPattern:
     "The pattern that was encoded; of a field per axis there are as many numbers as axes."
     cls = cast(Any, AxisPattern.kinds[kind])
     types = [field.type for field in fields(cls)]

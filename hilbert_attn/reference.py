@@ -32,7 +32,9 @@ class PatternOptions(CallOptions, total=False):
     causal: bool
 
 # %% ../nbs/02_reference.ipynb #8e49e8db
-def default_scale(q: Tensor) -> float:
+def default_scale(
+    q: Tensor, # (B, H, N, D)
+) -> float:
     "The scale where none is given: 1 / sqrt(D)."
     return q.shape[-1] ** -0.5
 

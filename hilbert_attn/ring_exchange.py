@@ -147,7 +147,7 @@ class Flight:
 
 # %% ../nbs/09b_ring_exchange.ipynb #34a43dc2
 def swap(
-    ring: Ring,
+    ring: Ring, # of this rank
     what: str, # function, for messages
     number: int, # of the call
     sends: dict[int, Tensor], # to whom, what
@@ -199,7 +199,7 @@ def _lost(error: BaseException) -> BaseException:
 
 # %% ../nbs/09b_ring_exchange.ipynb #af3db230
 def agree(
-    ring: Ring,
+    ring: Ring, # of this rank
     what: str, # function, for messages
     common: dict, # has to be the same on every rank
     local: dict[str, int] | None = None, # may differ; at most 7 entries
@@ -314,7 +314,7 @@ class Together:
 
 # %% ../nbs/09b_ring_exchange.ipynb #02266746
 def begin(
-    ring: Ring,
+    ring: Ring, # of this rank
     what: str, # function, for messages
     number: int, # of the call
     **common, # has to be the same on every rank

@@ -31,7 +31,10 @@ from hilbert_attn.patterns import (
 LAYOUTS = ("contiguous", "zigzag")
 
 
-def check_layout(layout: Any):
+def check_layout(
+    layout: Any, # one of `LAYOUTS`
+):
+    "Raises a `ValueError` for anything else."
     if layout not in LAYOUTS:
         known = ", ".join(map(repr, LAYOUTS))
         raise ValueError(f"layout={layout!r}: known layouts are {known}")
@@ -387,7 +390,9 @@ def _ring_traffic(plan: RingPlan, rank: int, branch: int) -> Traffic:
                    hops + home, others + full, others * size + full * wide)
 
 # %% ../nbs/09_ring_plan.ipynb #6712730f
-def list_ranks(ranks: Sequence[int]) -> str:
+def list_ranks(
+    ranks: Sequence[int], # ascending
+) -> str:
     "In words, stretches of more than three as such: `ranks 0, 2, 4 to 9`."
     stretches: list[list[int]] = []
     for rank in ranks:

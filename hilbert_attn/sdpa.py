@@ -164,7 +164,9 @@ class _Unit:
         return self.q_heads if side == "q" else self.kv_heads
 
 # %% ../nbs/06_sdpa.ipynb #8ae7e2ff
-def as_slice(heads: list[int]) -> slice | list[int]:
+def as_slice(
+    heads: list[int], # ascending, at least one
+) -> slice | list[int]:
     "A slice if the heads are evenly spaced, so that indexing is a view."
     step = heads[1] - heads[0] if len(heads) > 1 else 1
     evenly = list(range(heads[0], heads[-1] + 1, step))
@@ -329,17 +331,17 @@ def _tiles(
 
 # %% ../nbs/06_sdpa.ipynb #856e7d04
 def attend_segments(
-    q: Tensor, # (B, H, N, D)
+    q: Tensor, # (B, H, N, D); float32 or float64, or half precision, computed in float32
     k: Tensor, # (B, H_kv, N, D)
     v: Tensor, # (B, H_kv, N, D)
     order: Tensor | None, # int64 (N,)
     key_mask: Tensor | None, # bool (B, N)
-    pattern: SegmentPattern,
-    causal: bool,
-    scale: float,
+    pattern: SegmentPattern, # over N positions
+    causal: bool, # key token index <= query token index
+    scale: float, # of the scores
     before: tuple[Tensor, Tensor] | None = None, # attention to other keys, to mix with in place
     copies: int = 1, # how often each key counts
-) -> tuple[Tensor, Tensor]: # out, lse
+) -> tuple[Tensor, Tensor]: # (B, H, N, D) and, in float32 or float64, (B, H, N)
     "Output and LSE on the CPU, block by block."
     if not q.numel(): return torch.empty_like(q), new_lse(q)
     tiles = _tiles(q, k, pattern, order, key_mask, causal, lse_dtype(q.dtype))
@@ -358,7 +360,7 @@ def attend_segments_backward(
     lse: Tensor, # (B, H, N)
     order: Tensor | None, # int64 (N,)
     key_mask: Tensor | None, # bool (B, N)
-    pattern: SegmentPattern,
+    pattern: SegmentPattern, # from here on as for `attend_segments`
     causal: bool,
     scale: float,
     before: Sequence[Tensor] | None = None, # gradients to add to, in place

@@ -73,7 +73,7 @@ def flash_backward(
     v: Tensor, # (outer, inner, J, D)
     out: Tensor, # (outer, inner, M, D)
     lse: Tensor, # (outer, inner, M), 0 at rows without keys
-    dropout_p: float = 0.0,
+    dropout_p: float = 0.0, # from here on as for `flash`
     triangular: bool = False,
     *,
     attn_mask: Tensor | None = None,
@@ -142,7 +142,10 @@ def mix(
     return out.lerp(part, weight[..., None]), torch.logaddexp(lse, part_lse)
 
 # %% ../nbs/05b_tiles.ipynb #656baf52
-def like(x: Tensor, model: Tensor) -> Tensor:
+def like(
+    x: Tensor, # any floating dtype and strides
+    model: Tensor, # of the same shape
+) -> Tensor: # `x` itself, or a copy
     "`x` with the dtype and the strides of `torch.empty_like(model)`, copied only if it has others."
     strides = torch.empty_like(model, device="meta").stride()
     same = all(a == b or n == 1 for a, b, n in zip(x.stride(), strides, x.shape))

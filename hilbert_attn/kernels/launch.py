@@ -82,7 +82,7 @@ def descriptors(
     x: Tensor, # (B, H, N, D)
     y: Tensor, # (B, H, N, D)
     rows: int, # of a tile
-    wanted: bool,
+    wanted: bool, # can descriptors stand for the rows?
     rate: int = 1, # r
 ) -> list: # None where nothing is wanted
     "Of both tensors, or of neither."
@@ -150,10 +150,10 @@ _fewer_stages: dict[tuple, int] = {}  # where shared memory was too small for a 
 
 def start(
     kernel: Any, # a `triton.jit` function
-    programs: int,
+    programs: int, # how many
     tile: Tile, # its warps and stages; its sides are in S
-    *arguments: Any,
-    S: Static,
+    *arguments: Any, # of the kernel: operands, pointers, numbers
+    S: Static, # what is compiled into it
 ):
     "Launches with as many pipeline stages as the GPU's shared memory holds."
     if interpreted: return kernel[(programs,)](*arguments, S=S)

@@ -71,7 +71,11 @@ def _exact_tile(kernel: str, head_dim: int, dtype: torch.dtype) -> Tile: # float
     return Tile(32, 32, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
 
 # %% ../../nbs/02e_tile_choice.ipynb #88cb2909
-def is_half(dtype: torch.dtype) -> bool: return dtype in (torch.float16, torch.bfloat16)
+def is_half(
+    dtype: torch.dtype, # of q, k, v
+) -> bool:
+    "float16 or bfloat16?"
+    return dtype in (torch.float16, torch.bfloat16)
 
 # %% ../../nbs/02e_tile_choice.ipynb #6372a0eb
 def default_tile(
@@ -231,7 +235,7 @@ def time_launch(
 
 # %% ../../nbs/02e_tile_choice.ipynb #93d31f1e
 def capturing(
-    device: torch.device,
+    device: torch.device, # where the work runs
 ) -> bool:
     "Whether a CUDA graph is being captured: what is computed now exists only when it is replayed."
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
