@@ -226,6 +226,24 @@ def _floor(exact: Tensor, dtype: torch.dtype, term: float) -> float:
     eps, sum_eps = (torch.finfo(x).eps for x in (dtype, _accumulator(dtype)))
     return eps * largest + sum_eps * accumulated
 
+# %% ../nbs/02_reference.ipynb #2b9479d2
+def _judged(
+    ours: dict[str, Tensor], # results of the path under test
+    oracle: dict[str, Tensor], # the same in float64
+    sdpa: dict[str, Tensor], # and of the yardstick
+    terms: dict[str, float], # the largest ones that were summed
+    dtype: torch.dtype, # of q
+) -> OracleReport:
+    "Errors, and what the rule allows."
+    errors, baseline, allowed = {}, {}, {}
+    for name, exact in oracle.items():
+        wanted = _accumulator(dtype) if name == "lse" else dtype
+        _check_kind(name, ours[name], exact, wanted)
+        errors[name], baseline[name] = _error(ours[name], exact), _error(sdpa[name], exact)
+        times = 2 if name in ("out", "lse") else 3
+        allowed[name] = times * baseline[name] + _floor(exact, wanted, terms[name])
+    return OracleReport(errors, baseline, allowed)
+
 # %% ../nbs/02_reference.ipynb #b373f4f2
 def compare_to_oracle(
     attention: Callable, # attention(q, k, v) -> (out, lse)
@@ -251,14 +269,7 @@ def compare_to_oracle(
     ours = _with_grads(attention, [_same_layout(x) for x in (q, *(hidden or (k, v)))], *upstream)
     factor = default_scale(q) if scale is None else abs(scale)
     terms = _largest_terms(q, k, v, tidy[0], mask, factor)
-    errors, baseline, allowed = {}, {}, {}
-    for name, exact in oracle.items():
-        dtype = _accumulator(q.dtype) if name == "lse" else q.dtype
-        _check_kind(name, ours[name], exact, dtype)
-        errors[name], baseline[name] = _error(ours[name], exact), _error(sdpa[name], exact)
-        times = 2 if name in ("out", "lse") else 3
-        allowed[name] = times * baseline[name] + _floor(exact, dtype, terms[name])
-    return OracleReport(errors, baseline, allowed)
+    return _judged(ours, oracle, sdpa, terms, q.dtype)
 
 # %% ../nbs/02_reference.ipynb #6fe6b0ea
 def assert_matches_oracle(
