@@ -97,7 +97,7 @@ def _architecture(
 def detect_gpu_architecture(
     device: torch.device | str | None = None, # None: the current GPU if there is one, else the CPU
 ) -> GPUArchitecture: # name, capability, dtype to prefer, tile sizes, backends that run
-    "What kind of device this is, and what runs well on it."
+    "What kind of device this is, and what runs well on it. A `RuntimeError` if it is not there."
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _architecture(_capability(device), _interpreted())
 
@@ -298,7 +298,8 @@ class set_backend:
     """Forces a backend: for the process, or for what runs inside a `with` block.
 
     The innermost block wins over the process. A block holds for its own thread or task, and for
-    the threads of a backward that it starts. `'auto'` gives the choice back to the policy."""
+    the threads of a backward that it starts. `'auto'` gives the choice back to the policy. Raises
+    `ValueError` for an unknown name; that it cannot run is told by the calls."""
 
     def __init__(self, name: str): # one of `BACKENDS`
         self.name = check_backend_name(name)
@@ -601,7 +602,10 @@ def explain_backend(
     ranks: int | None = None, # processes to share the sequence; None: those of the default group
     **options: "Unpack[ExplainOptions]", # of `hilbert_attention` or `dilated_attention`
 ) -> BackendChoice: # print it
-    "Which backend a call would take, the least work it has to do, and how to train with it."
+    """Which backend a call would take, the least work it has to do, and how to train with it.
+
+    Raises what the call would: `ValueError`, or `RuntimeError` where a forced backend cannot
+    run."""
     _check_options(options)
     device = q.device if isinstance(q, Tensor) else torch.device(device)
     q = _shaped(q, dtype)

@@ -59,7 +59,7 @@ def hilbert_decode(
 ) -> Tensor: # coordinates, int64, shape (*index.shape, ndim)
     """Coordinates of positions on the classic Hilbert curve (Skilling 2004).
 
-    A `ValueError` where `bits*ndim > 62`."""
+    A `ValueError` for positions outside of the curve, and where `bits*ndim > 62`."""
     _check_bits(bits, ndim)
     index = _as_int64("index", index, 2 ** (bits * ndim))
     x = [torch.zeros_like(index) for _ in range(ndim)]
@@ -78,7 +78,9 @@ def hilbert_encode(
     coords: Tensor, # coordinates, int64, shape (..., ndim), 0 <= coords < 2**bits
     bits: int, # the grid has side 2**bits
 ) -> Tensor: # positions on the curve, int64, shape (...)
-    "Positions of coordinates on the classic Hilbert curve, the inverse of `hilbert_decode`."
+    """Positions of coordinates on the classic Hilbert curve, the inverse of `hilbert_decode`.
+
+    A `ValueError` for coordinates outside of the cube, and where `bits*ndim > 62`."""
     ndim = coords.shape[-1] if isinstance(coords, Tensor) and coords.ndim else 0
     _check_bits(bits, ndim)
     x = list(_as_int64("coords", coords, 2 ** bits).unbind(-1))
@@ -361,7 +363,9 @@ def locality(
     segment_size: int, # positions per segment
     curve: str = "hilbert", # a name in `CURVES`, or "tile:S"
 ) -> Locality: # the measures
-    "Measures how well a curve keeps near cells together, and how compact its segments are."
+    """Measures how well a curve keeps near cells together, and how compact its segments are.
+
+    A `ValueError` for a bad grid, an unknown curve, or segments without tokens."""
     dims = as_grid(grid)
     if segment_size < 1: raise ValueError(f"segment_size={segment_size}: expected at least 1")
     order = curve_order(dims, curve).numpy()

@@ -175,7 +175,7 @@ def _segment_lattices(pattern: "SegmentPattern", offset: int) -> list[tuple[Latt
 class SegmentPattern:
     """Segmented, dilated attention: of each section of a curve, every `dilation_rate`-th position.
 
-    After LongNet (arXiv 2307.02486), generalised."""
+    After LongNet (arXiv 2307.02486), generalised. A `ValueError` for fields that do not fit."""
     seq_len: int # number of tokens N
     segment_size: int # positions per segment, w; the last segment may be shorter
     dilation_rate: int = 1 # r
@@ -348,7 +348,9 @@ def _distinct_branches(
 # %% ../nbs/01_patterns.ipynb #3009449d
 @dataclass(frozen=True)
 class DilatedPattern:
-    "Segmented, dilated attention with several branches (LongNet, arXiv 2307.02486, section 3)."
+    """Segmented, dilated attention with several branches (LongNet, arXiv 2307.02486, section 3).
+
+    Made by `for_heads`, which raises `ValueError` for what does not fit."""
     seq_len: int # N
     num_heads: int # H
     branches: tuple[Branch, ...] # no two of them alike
@@ -482,7 +484,9 @@ def _set_fields(pattern: Any, check: Callable, *names: str):
 # %% ../nbs/01_patterns.ipynb #182ceaa8
 @dataclass(frozen=True)
 class WindowPattern(AxisPattern):
-    "Non-overlapping boxes of the grid, ragged at the far edges (shifted: arXiv 2103.14030)."
+    """Non-overlapping boxes of the grid, ragged at the far edges (shifted: arXiv 2103.14030).
+
+    A `ValueError` for fields that do not fit, as for all patterns of a grid."""
     grid: tuple[int, ...] # N, (H, W) or (T, H, W)
     window: tuple[int, ...] # sides of a box; one number for all axes is allowed
     shift: tuple[int, ...] = cast(tuple, 0) # first border, per axis
@@ -574,7 +578,9 @@ class NeighborhoodPattern(AxisPattern):
 # %% ../nbs/01_patterns.ipynb #4b253cb2
 @dataclass(frozen=True)
 class SlidePattern(AxisPattern):
-    "A window that slides along the curve: positions at most `window // 2` apart."
+    """A window that slides along the curve: positions at most `window // 2` apart.
+
+    After Longformer (arXiv 2004.05150), which slides along a text."""
     seq_len: int # N
     window: int # window // 2 positions on either side
     along_curve = True

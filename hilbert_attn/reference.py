@@ -85,7 +85,10 @@ def merge_attention(
     outs: Sequence[Tensor] | Tensor, # parts, each (..., N, D); or stacked along a first dimension
     lses: Sequence[Tensor] | Tensor, # their log-sum-exps, each (..., N)
 ) -> tuple[Tensor, Tensor]: # out (..., N, D) in the dtype of the parts, lse (..., N)
-    "Attention over the union of disjoint sets of keys; differentiable in both arguments."
+    """Attention over the union of disjoint sets of keys; differentiable in both arguments.
+
+    The step of an online softmax (arXiv 1805.02867). A `ValueError` unless there are as many of
+    each."""
     if len(outs) != len(lses) or not len(outs):
         raise ValueError(
             f"merge_attention got {len(outs)} outs and {len(lses)} lses: "

@@ -490,7 +490,7 @@ def check_sizes(
     layout: str, # one of `LAYOUTS`
     what: str, # are held
 ):
-    "Zigzag is known for even shards alone."
+    "Zigzag is known for even shards alone: a `ValueError` for others."
     if layout == "contiguous": return
     wanted = shard_sizes(sum(sizes), len(sizes), layout)
     if sizes == wanted: return
@@ -518,7 +518,9 @@ def plan_ring(
     layout: str = "contiguous", # one of `LAYOUTS`
     device: str = "cpu", # type of the device that holds the shards
 ) -> RingPlan: # print it
-    "What `ring_attention` and `ring_dilated_attention` will send, from arithmetic alone."
+    """What `ring_attention` and `ring_dilated_attention` will send, from arithmetic alone.
+
+    Raises `ValueError` for arguments that do not fit."""
     sizes = _plan_sizes(seq_len, world_size, layout)
     kv_heads = heads if kv_heads is None else kv_heads
     if kv_heads < 1 or heads % kv_heads:
