@@ -40,7 +40,7 @@ def triton_forward(
         q, k, v, segment_size, dilation_rate, mode, tuple(offsets), order=order, key_mask=key_mask,
         causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
-
+# %% ../nbs/05_autograd.ipynb #ed6db758
 @torch.library.custom_op("hilbert_attn::triton_backward", mutates_args=())
 def triton_backward(
     q: Tensor, # queries (B, H, N, D)
@@ -71,12 +71,12 @@ def triton_backward(
 def _empty_like_rows(x: Tensor) -> Tensor:
     return torch.empty_like(unit_stride(x))
 
-
+# %% ../nbs/05_autograd.ipynb #43adaa4a
 @triton_forward.register_fake
 def _(q, k, v, *args):
     return _empty_like_rows(q), q.new_empty(q.shape[:-1], dtype=lse_dtype(q.dtype))
 
-
+# %% ../nbs/05_autograd.ipynb #df5386ab
 @triton_backward.register_fake
 def _(q, k, v, *args): return tuple(map(_empty_like_rows, (q, k, v)))
 

@@ -35,7 +35,7 @@ _HAS_TRITON = importlib.util.find_spec("triton") is not None
 def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
-
+# %% ../nbs/07_backends.ipynb #d90b9652
 def _capability(device: torch.device) -> tuple[int, int] | None:
     "Compute capability of a CUDA device, None for other devices; a `RuntimeError` without a GPU."
     if device.type != "cuda": return None
@@ -97,7 +97,7 @@ def _architecture(
 def detect_gpu_architecture(
     device: torch.device | str | None = None, # None: the current GPU if there is one, else the CPU
 ) -> GPUArchitecture: # name, capability, dtype to prefer, tile sizes, backends that run
-    "What kind of device this is, and what runs well on it."
+    "What kind of device this is, and what runs well on it. A `RuntimeError` if it is not there."
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _architecture(_capability(device), _interpreted())
 
@@ -105,7 +105,7 @@ def detect_gpu_architecture(
 def _runs_anywhere(device: torch.device, capability: tuple[int, int] | None) -> str | None:
     return None
 
-
+# %% ../nbs/07_backends.ipynb #c1195d37
 @dataclass(frozen=True)
 class Backend:
     "One way to compute attention."
@@ -130,19 +130,19 @@ def _reference_segments(call: Call) -> tuple[Tensor, Tensor]:
     results = reference_attention(call.q, call.k, call.v, call.pattern, **call.options)
     return call.narrow(*results)
 
-
+# %% ../nbs/07_backends.ipynb #665da16a
 def _sdpa_mask_segments(call: Call) -> tuple[Tensor, Any]:
     options: Any = call.options
     return sdpa_mask_attention(
         call.q, call.k, call.v, call.pattern, **options, need_lse=call.need_lse)
 
-
+# %% ../nbs/07_backends.ipynb #4e1d18bc
 def _sdpa_segments(call: Call) -> tuple[Tensor, Any]:
     options: Any = call.options | dict(need_lse=call.need_lse)
     return sdpa_attention(
         call.q, call.k, call.v, call.pattern, **options, custom_backward=call.custom_backward)
 
-
+# %% ../nbs/07_backends.ipynb #b14c9ac7
 def _triton_segments(call: Call) -> tuple[Tensor, Tensor]:
     from hilbert_attn.autograd import triton_attention
     return triton_attention(call.q, call.k, call.v, call.pattern, **call.options)
@@ -273,7 +273,7 @@ class _Thread(threading.local):
     "The blocks of this thread once more: a compiled graph can be guarded by these."
     def __init__(self): self.names: tuple[str, ...] = ()
 
-
+# %% ../nbs/07_backends.ipynb #235ad36a
 _thread = _Thread()
 _blocks: ContextVar[tuple[str, ...]] = ContextVar("hilbert_attn_backends", default=())
 
@@ -282,7 +282,7 @@ def _enter_blocks(names: tuple[str, ...]):
     _blocks.set(names)
     _thread.names = names
 
-
+# %% ../nbs/07_backends.ipynb #2a1bbb75
 def _open_blocks() -> tuple[str, ...]:
     "The `with` blocks around this call, outermost first; in a backward, those around it."
     if torch.compiler.is_compiling(): return _thread.names
@@ -298,7 +298,8 @@ class set_backend:
     """Forces a backend: for the process, or for what runs inside a `with` block.
 
     The innermost block wins over the process. A block holds for its own thread or task, and for
-    the threads of a backward that it starts. `'auto'` gives the choice back to the policy."""
+    the threads of a backward that it starts. `'auto'` gives the choice back to the policy. Raises
+    `ValueError` for an unknown name; that it cannot run is told by the calls."""
 
     def __init__(self, name: str): # one of `BACKENDS`
         self.name = check_backend_name(name)
@@ -365,7 +366,7 @@ def _warn_once(name: str, device: torch.device, why: str):
     text = f"hilbert_attn: backend {name!r} is preferred on {device} but {why}"
     warnings.warn(f"{text}; using the next one that can run", stacklevel=5)
 
-
+# %% ../nbs/07_backends.ipynb #0c520a05
 def _by_policy(task: _Task) -> tuple[str, str]: # name and reason
     "The first row that fits and can run; rows with a length count only where there is one."
     tokens = None if torch.compiler.is_compiling() else task.tokens  # not a graph's business
@@ -380,7 +381,7 @@ def _by_policy(task: _Task) -> tuple[str, str]: # name and reason
 # %% ../nbs/07_backends.ipynb #5a1d0c37
 def choose_backend(
     backend: str, # what the caller asks for
-    device: torch.device,
+    device: torch.device, # where the tensors lie
     tokens: int | None = None, # N, where the policy may go by it
     custom_backward: bool = True, # False: only backends that are plain PyTorch
     family: str = "segments", # one of `FAMILIES`
@@ -398,7 +399,7 @@ def choose_backend(
 def rejected_backends(
     name: str, # from `choose_backend`
     reason: str, # from `choose_backend`
-    backend: str, # from here on as for `choose_backend`
+    backend: str, # asked for; it and what follows as for `choose_backend`
     device: torch.device,
     tokens: int | None = None,
     custom_backward: bool = True,
@@ -467,7 +468,7 @@ def _memory_at_hand(device: torch.device) -> int:
     try: return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError, AttributeError): return 1 << 34  # not every system says: 16 GiB
 
-
+# %% ../nbs/07_backends.ipynb #0afc4b83
 def _ranks() -> int:
     "Processes of the default group; 1 where there is none."
     distributed = torch.distributed
@@ -491,7 +492,7 @@ def training_memory(
     shared = -(-recomputed // ranks)
     return {"store": stored * layers + gradients, "checkpoint": recomputed, "ring": shared}
 
-
+# %% ../nbs/07_backends.ipynb #dbe6895b
 def _strategy(memory: dict[str, int], at_hand: int, ranks: int) -> tuple[str, str]:
     "The first row of the policy that leaves room, and its reason."
     for row in MEMORY_POLICY:
@@ -563,7 +564,7 @@ def _shaped(x: Tensor | Sequence[int], dtype: torch.dtype) -> Tensor: # without 
     if isinstance(x, Tensor): return x.to("meta")
     return torch.empty(tuple(x), dtype=dtype, device="meta")
 
-
+# %% ../nbs/07_backends.ipynb #652f1c8a
 def _pattern(options: Mapping[str, Any], n: int, heads: int) -> SegmentPattern | DilatedPattern:
     "Who attends whom, from the arguments of either function."
     how = options.get("dilation_mode"), options.get("offsets")
@@ -573,7 +574,7 @@ def _pattern(options: Mapping[str, Any], n: int, heads: int) -> SegmentPattern |
     lists = options["segment_lengths"], options.get("dilation_rates", 1)
     return DilatedPattern.for_heads(n, heads, *lists, options.get("combine", "lse"), *how)
 
-
+# %% ../nbs/07_backends.ipynb #9da75183
 def _training(
     q: Tensor, kv_heads: int, device: torch.device, layers: int, memory: int | None,
     ranks: int | None,
@@ -601,7 +602,10 @@ def explain_backend(
     ranks: int | None = None, # processes to share the sequence; None: those of the default group
     **options: "Unpack[ExplainOptions]", # of `hilbert_attention` or `dilated_attention`
 ) -> BackendChoice: # print it
-    "Which backend a call would take, the least work it has to do, and how to train with it."
+    """Which backend a call would take, the least work it has to do, and how to train with it.
+
+    Raises what the call would: `ValueError`, or `RuntimeError` where a forced backend cannot
+    run."""
     _check_options(options)
     device = q.device if isinstance(q, Tensor) else torch.device(device)
     q = _shaped(q, dtype)

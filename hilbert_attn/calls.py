@@ -38,7 +38,7 @@ def _check_each(name: str, x: Any):
     known = ", ".join(map(str, _DTYPES))
     raise ValueError(f"{name} has dtype {x.dtype}: expected one of {known}")
 
-
+# %% ../nbs/06b_calls.ipynb #bcd0a2bb
 def _check_number_of_keys(n: int, m: int, registers: int | None):
     if m == n + registers if registers is not None else m >= n: return
     expected = "N or more, registers behind the tokens"
@@ -98,7 +98,7 @@ def _is_permutation(order: Tensor) -> bool:
     seen = torch.zeros(n, dtype=torch.bool, device=order.device)
     return bool(seen.index_fill_(0, order, True).all())
 
-
+# %% ../nbs/06b_calls.ipynb #461e49c4
 def _permutation(order: Tensor) -> Tensor:
     "The order in int64; a `ValueError` unless it is a permutation."
     order = order.long()
@@ -147,7 +147,7 @@ def _check_key_mask(key_mask: Any, shape: tuple[int, int], sizes: str, device: t
     expected = f"bool of shape {sizes} = {shape} on {device}, True = attend"
     raise ValueError(f"key_mask is {given}: expected {expected}")
 
-
+# %% ../nbs/06b_calls.ipynb #1769fbde
 def _check_number(name: str, value: Any) -> float | Any: # Any: a symbol of a graph
     "A real number; a `ValueError` for anything else, texts, bools and tensors included."
     known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real))
@@ -159,7 +159,7 @@ def _check_dropout(dropout_p: Any) -> float:
     if 0 <= _check_number("dropout_p", dropout_p) < 1: return float(dropout_p)
     raise ValueError(f"dropout_p={dropout_p}: must be at least 0 and less than 1")
 
-
+# %% ../nbs/06b_calls.ipynb #17795e2e
 def check_scale(
     scale: float | None, # of the scores; None is 1 / sqrt(D)
 ) -> float | None:
@@ -176,7 +176,7 @@ def check_curve(
     if curve is not None: _parse_curve(curve)
     return curve
 
-
+# %% ../nbs/06b_calls.ipynb #9511808b
 def check_cells(
     grid: int | Sequence[int] | None, # N, (H, W), (T, H, W) or None
     n: int, # tokens
@@ -302,7 +302,7 @@ def on_segments(
     dense = pattern.segment_size >= n and pattern.dilation_rate == 1
     return call.along(pattern, **place, dense=dense)
 
-
+# %% ../nbs/06b_calls.ipynb #ff6622ea
 def on_branches(
     call: Call, # without a pattern
     segment_lengths: int | Sequence[int], # positions per segment, of each branch

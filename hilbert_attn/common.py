@@ -82,7 +82,7 @@ def hide_masked(
 
 # %% ../nbs/00_common.ipynb #1d227885
 def is_plain(
-    x: Tensor,
+    x: Tensor, # any
 ) -> bool:
     "Is this a tensor with memory of its own, not one of a trace or a transform?"
     if type(x) is not Tensor or x.device.type == "meta": return False
@@ -92,7 +92,7 @@ def is_plain(
 # %% ../nbs/00_common.ipynb #364ed6f7
 def _writes(tensors: Sequence[Tensor]) -> tuple[int, ...]: return tuple(x._version for x in tensors)
 
-
+# %% ../nbs/00_common.ipynb #d6224ab9
 class Cache:
     "The most recently used values, each with the tensors that it holds; safe in threads and forks."
 

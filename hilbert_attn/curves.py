@@ -29,7 +29,7 @@ def _check_bits(bits: int, ndim: int):
         f"bits={bits} and ndim={ndim}: both must be at least 1, "
         "and bits * ndim at most 62 to fit int64")
 
-
+# %% ../nbs/00_curves.ipynb #4230ec81
 def _as_int64(name: str, x: Tensor, end: int) -> Tensor:
     "Whole numbers in int64, where nothing overflows; each at least 0 and less than `end`."
     if not isinstance(x, Tensor) or x.dtype not in _INTEGERS:
@@ -59,7 +59,7 @@ def hilbert_decode(
 ) -> Tensor: # coordinates, int64, shape (*index.shape, ndim)
     """Coordinates of positions on the classic Hilbert curve (Skilling 2004).
 
-    A `ValueError` where `bits*ndim > 62`."""
+    A `ValueError` for positions outside of the curve, and where `bits*ndim > 62`."""
     _check_bits(bits, ndim)
     index = _as_int64("index", index, 2 ** (bits * ndim))
     x = [torch.zeros_like(index) for _ in range(ndim)]
@@ -78,7 +78,9 @@ def hilbert_encode(
     coords: Tensor, # coordinates, int64, shape (..., ndim), 0 <= coords < 2**bits
     bits: int, # the grid has side 2**bits
 ) -> Tensor: # positions on the curve, int64, shape (...)
-    "Positions of coordinates on the classic Hilbert curve, the inverse of `hilbert_decode`."
+    """Positions of coordinates on the classic Hilbert curve, the inverse of `hilbert_decode`.
+
+    A `ValueError` for coordinates outside of the cube, and where `bits*ndim > 62`."""
     ndim = coords.shape[-1] if isinstance(coords, Tensor) and coords.ndim else 0
     _check_bits(bits, ndim)
     x = list(_as_int64("coords", coords, 2 ** bits).unbind(-1))
@@ -105,7 +107,7 @@ def _even_half(n: int) -> int:
     half = n // 2
     return half + 1 if half % 2 and n > 2 else half
 
-
+# %% ../nbs/00_curves.ipynb #55a58bb6
 def _zigzag(w: int) -> np.ndarray: # (2, 2 * w)
     "Up and down over the columns of height two; an odd last one is entered by the diagonal step."
     column = np.repeat(np.arange(w, dtype=np.int32), 2)
@@ -113,7 +115,7 @@ def _zigzag(w: int) -> np.ndarray: # (2, 2 * w)
     if w % 2: row[-2:] = 1, 0
     return np.stack([column, row])
 
-
+# %% ../nbs/00_curves.ipynb #0e99875b
 def _cut_rectangle(w: int, h: int) -> tuple[tuple[str, str, str], ...]:
     return _ACROSS if 2 * w > 3 * h else _AROUND
 
@@ -150,7 +152,7 @@ def _walk(
             memo[sides] = np.concatenate(pieces, 1)
     return memo[sides]
 
-
+# %% ../nbs/00_curves.ipynb #c908b15b
 def _flat_walk(sides: tuple[int, ...], memo: dict) -> np.ndarray:
     "Where a side is 1: a line, or the rectangle of the other two."
     path = np.zeros((len(sides), prod(sides)), np.int32)
@@ -181,7 +183,7 @@ def _cut_box(w: int, h: int, d: int) -> tuple[tuple[str, str, str], ...]:
 def _row_major(grid: tuple[int, ...]) -> np.ndarray:
     return np.arange(prod(grid))
 
-
+# %% ../nbs/00_curves.ipynb #d543ce11
 def _snake(grid: tuple[int, ...]) -> np.ndarray:
     "From the inside out: each further axis walks the inner path forwards, then backwards."
     order = np.arange(grid[-1])
@@ -190,12 +192,12 @@ def _snake(grid: tuple[int, ...]) -> np.ndarray:
         order = (np.where(layer % 2 == 0, order, order[::-1]) + layer * order.size).ravel()
     return order
 
-
+# %% ../nbs/00_curves.ipynb #8b3faffb
 def _tile(grid: tuple[int, ...], side: int) -> np.ndarray:
     coords = np.indices(grid).reshape(len(grid), -1)
     return np.lexsort([*(coords % side)[::-1], *(coords // side)[::-1]])
 
-
+# %% ../nbs/00_curves.ipynb #e96fc199
 def _morton(grid: tuple[int, ...]) -> np.ndarray:
     code, ndim = np.zeros(prod(grid), np.int64), len(grid)
     for axis, coord in enumerate(np.indices(grid).reshape(ndim, -1)):
@@ -248,13 +250,13 @@ def _parse_curve(curve: str) -> tuple[str, tuple[int, ...]]:
     raise ValueError(
         f"curve={curve!r}: known curves are {known} and 'tile:S' for tiles of side S")
 
-
+# %% ../nbs/00_curves.ipynb #25760730
 def _fold(n: int) -> tuple[int, int]:
     "The near-square grid (rows, columns) that a sequence of `n` tokens is folded onto."
     width = isqrt(n - 1) + 1
     return -(-n // width), width
 
-
+# %% ../nbs/00_curves.ipynb #b32c394c
 def _compute_order(grid: tuple[int, ...], curve: str) -> np.ndarray:
     name, options = _parse_curve(curve)
     if name == "row_major": return _row_major(grid)
@@ -276,7 +278,7 @@ def _cached_order(grid: tuple[int, ...], curve: str, device: torch.device) -> Te
 
     return _orders.get((grid, curve, device), compute)
 
-
+# %% ../nbs/00_curves.ipynb #0454a80b
 def curve_order(
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
     curve: str = "hilbert", # a name in `CURVES`, or "tile:S"
@@ -312,7 +314,7 @@ def _curve_order_op(grid: Sequence[int], curve: str, device: torch.device) -> Te
     # a compiler may reuse an operator's output as scratch
     return _cached_order(tuple(grid), curve, device).clone()
 
-
+# %% ../nbs/00_curves.ipynb #f862ff61
 def _curve_order_fake(grid: Sequence[int], curve: str, device: torch.device) -> Tensor:
     return torch.empty(prod(grid), dtype=torch.int64, device=device)
 
@@ -347,7 +349,7 @@ def _spread(coords: np.ndarray, starts: np.ndarray) -> float:
     mean, square = (np.add.reduceat(x, starts) / sizes for x in (coords, coords ** 2))
     return float(np.sqrt((square - mean ** 2).sum(1).clip(0)).mean())
 
-
+# %% ../nbs/00_curves.ipynb #7b614aa5
 def _edges(segments: np.ndarray) -> tuple[int, int]: # of the grid, of them inside a segment
     edges = kept = 0
     for axis in range(segments.ndim):
@@ -361,7 +363,9 @@ def locality(
     segment_size: int, # positions per segment
     curve: str = "hilbert", # a name in `CURVES`, or "tile:S"
 ) -> Locality: # the measures
-    "Measures how well a curve keeps near cells together, and how compact its segments are."
+    """Measures how well a curve keeps near cells together, and how compact its segments are.
+
+    A `ValueError` for a bad grid, an unknown curve, or segments without tokens."""
     dims = as_grid(grid)
     if segment_size < 1: raise ValueError(f"segment_size={segment_size}: expected at least 1")
     order = curve_order(dims, curve).numpy()

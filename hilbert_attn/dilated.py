@@ -51,7 +51,7 @@ def _kernel_options(mixture: _Mixture, pattern: SegmentPattern, order, key_mask,
         order=order, key_mask=key_mask, causal=mixture.causal, scale=mixture.scale,
         dropout_p=mixture.dropout_p, seed=seed)
 
-
+# %% ../nbs/08_dilated.ipynb #d630e029
 def _forward_on_kernels(
     q, k, v, order, key_mask, seeds, mixture: _Mixture) -> tuple[Tensor, Tensor]:
     from hilbert_attn.kernels.forward import attention_forward
@@ -64,7 +64,7 @@ def _forward_on_kernels(
         out, lse = (part, part_lse) if out is None else mix(out, lse, part, part_lse)
     return out, lse
 
-
+# %% ../nbs/08_dilated.ipynb #e4bcca7f
 def _forward_on_tiles(q, k, v, order, key_mask, mixture: _Mixture) -> tuple[Tensor, Tensor]:
     before: Any = None
     for pattern, copies in mixture.branches(q):
@@ -73,7 +73,7 @@ def _forward_on_tiles(q, k, v, order, key_mask, mixture: _Mixture) -> tuple[Tens
         before = out.to(lse.dtype), lse
     return before
 
-
+# %% ../nbs/08_dilated.ipynb #95191a04
 def _dilated_forward(q, k, v, order, key_mask, seeds, *settings) -> tuple[Tensor, Tensor]:
     mixture = _Mixture(*settings)
     if mixture.triton: out, lse = _forward_on_kernels(q, k, v, order, key_mask, seeds, mixture)
@@ -89,7 +89,7 @@ def _share_on_kernels(
     if grads is None: return [x.to(lse_dtype(x.dtype)) for x in share]
     return [grad.add_(x) for grad, x in zip(grads, share)]
 
-
+# %% ../nbs/08_dilated.ipynb #cafad43d
 def _dilated_backward(
     dout, dlse, q, k, v, out, lse, order, key_mask, seeds, *settings) -> tuple[Tensor, ...]:
     mixture = _Mixture(*settings)
@@ -124,7 +124,7 @@ def _run_mixture(call: Call, triton: bool) -> tuple[Tensor, Tensor]:
         *sizes, [b.copies for b in branches], patterns[0].mode, offsets,
         call.causal, call.number, call.dropout_p, triton)
 
-
+# %% ../nbs/08_dilated.ipynb #98c769c7
 def _one_by_one(call: Call, backend: str) -> tuple[Tensor, Tensor]:
     "Each branch by itself, merged by plain PyTorch; gradients are summed in float32."
     wide = {name: getattr(call, name).to(lse_dtype(call.q.dtype)) for name in "qkv"}
@@ -144,7 +144,7 @@ def triton_branches(
     "All branches on the fused kernels."
     return _run_mixture(call, triton=True)
 
-
+# %% ../nbs/08_dilated.ipynb #c8bb868a
 @computes("sdpa", "branches")
 def sdpa_branches(
     call: Call, # of several branches
@@ -160,7 +160,7 @@ def _kv_heads(x: Tensor, first: int, last: int, group: int) -> Tensor:
     if first // group == (last - 1) // group: return x[:, first // group:first // group + 1]
     return x[:, [h // group for h in range(first, last)]]
 
-
+# %% ../nbs/08_dilated.ipynb #a60ac7a5
 def _by_heads(call: Call, backend: str) -> tuple[Tensor, Any]:
     "Each branch on its own heads."
     group, outs, lses = call.q.shape[1] // call.k.shape[1], [], []

@@ -9,7 +9,7 @@ __all__ = ['DILATION_MODES', 'COMBINES', 'AxisBounds', 'Lattice', 'default_mode'
            'axis_classes', 'find_boxes', 'attends_boxes', 'encode_pattern', 'decode_pattern']
 
 # %% ../nbs/01_patterns.ipynb #506d16f9
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import islice
 from math import prod
@@ -73,7 +73,7 @@ class Progression:
     def positions(self) -> Tensor: # int64 (count,)
         return self.start + self.step * torch.arange(self.count)
 
-
+# %% ../nbs/01_patterns.ipynb #100534f9
 @dataclass(frozen=True)
 class Group:
     "Dense attention of some queries to some keys, both arithmetic progressions of positions."
@@ -146,12 +146,36 @@ def _segment_mask(pattern: "SegmentPattern", order: Tensor | None) -> Tensor: # 
     mask = together & chosen[:, None, :]
     return mask & chosen[:, :, None] if pattern.mode == "longnet" else mask
 
+# %% ../nbs/01_patterns.ipynb #4badfbe5
+def _groups_of_lattices(queries: Lattice, keys: Lattice) -> list[Group]:
+    "One group for each tile of the two."
+    sides = queries, keys
+    firsts = [side.positions().flatten(0, 1)[:, 0].tolist() for side in sides]
+    shapes = [side.places[0] for side in sides]
+    return [
+        Group(*(Progression(at, step, count) for at, (count, step) in zip(starts, shapes)))
+        for starts in zip(*firsts)]
+
+# %% ../nbs/01_patterns.ipynb #9f8be653
+def _segment_lattices(pattern: "SegmentPattern", offset: int) -> list[tuple[Lattice, Lattice]]:
+    "Of the full segments, then of a shorter one at the end."
+    w, found = pattern.segment_size, []
+    full, tail = divmod(pattern.seq_len, w)
+    for start, segments, length in ((0, full, w), (full * w, int(tail > 0), tail)):
+        alike = _groups_of_segment(pattern.mode, pattern.dilation_rate, length, offset)
+        for residues, *sides in alike:
+            tiles = (segments, w), (residues, 1)
+            q, k = (Lattice(start + first, tiles, ((count, step),))
+                    for first, step, count in sides)
+            if q.num_tiles and q.num_places and k.num_places: found.append((q, k))
+    return found
+
 # %% ../nbs/01_patterns.ipynb #599fa2fe
 @dataclass(frozen=True)
 class SegmentPattern:
     """Segmented, dilated attention: of each section of a curve, every `dilation_rate`-th position.
 
-    After LongNet (arXiv 2307.02486), generalised."""
+    After LongNet (arXiv 2307.02486), generalised. A `ValueError` for fields that do not fit."""
     seq_len: int # number of tokens N
     segment_size: int # positions per segment, w; the last segment may be shorter
     dilation_rate: int = 1 # r
@@ -188,29 +212,15 @@ class SegmentPattern:
         offset: int = 0, # of the keys
     ) -> list[tuple[Lattice, Lattice]]: # of queries and of keys, one tile for each group
         "The dense groups of a head with this offset, those of one shape together."
-        w, found = self.segment_size, []
-        full, tail = divmod(self.seq_len, w)
-        for start, segments, length in ((0, full, w), (full * w, int(tail > 0), tail)):
-            for residues, *sides in _groups_of_segment(
-                    self.mode, self.dilation_rate, length, offset):
-                tiles = (segments, w), (residues, 1)
-                q, k = (Lattice(start + first, tiles, ((count, step),))
-                        for first, step, count in sides)
-                if q.num_tiles and q.num_places and k.num_places: found.append((q, k))
-        return found
+        return _segment_lattices(self, offset)
 
     def groups(
         self,
         head: int = 0, # query head
     ) -> Iterator[Group]: # in order of positions; groups without queries or keys are left out
         "The dense groups that make up the pattern of one head."
-        found = []
-        for sides in self.lattices(self.offsets[head % len(self.offsets)]):
-            firsts = [side.positions().flatten(0, 1)[:, 0].tolist() for side in sides]
-            shapes = [side.places[0] for side in sides]
-            for starts in zip(*firsts):
-                parts = [Progression(at, step, n) for at, (n, step) in zip(starts, shapes)]
-                found.append(Group(*parts))
+        lattices = self.lattices(self.offsets[head % len(self.offsets)])
+        found = [group for sides in lattices for group in _groups_of_lattices(*sides)]
         yield from sorted(found, key=lambda group: group.queries.start)
 
     def pairs(
@@ -318,10 +328,29 @@ def _heads_of_branches(
     ends = np.cumsum([0, *even_sizes(num_heads, branches)]).tolist()
     return list(zip(ends, ends[1:]))
 
+# %% ../nbs/01_patterns.ipynb #0b945738
+def _distinct_branches(
+    seq_len: int, # N
+    mode: str, # one of `DILATION_MODES`
+    offsets: Sequence[int], # of every head, not yet taken modulo a rate
+    asked: Iterable[tuple[int, int, tuple[int, int]]], # w, r and heads of each branch
+) -> tuple[Branch, ...]:
+    "Branches that are alike become one that counts several times."
+    found: dict[tuple[SegmentPattern, tuple[int, int]], int] = {}
+    for w, r, heads in asked:
+        SegmentPattern(seq_len, w, r, mode)  # names what does not fit, in the caller's words
+        own = [o % r for o in offsets[slice(*heads)]]
+        size = max(min(w, seq_len), r)
+        pattern = SegmentPattern.for_heads(seq_len, len(own), size, r, mode, own)
+        found[pattern, heads] = found.get((pattern, heads), 0) + 1
+    return tuple(Branch(*key, copies) for key, copies in found.items())
+
 # %% ../nbs/01_patterns.ipynb #3009449d
 @dataclass(frozen=True)
 class DilatedPattern:
-    "Segmented, dilated attention with several branches (LongNet, arXiv 2307.02486, section 3)."
+    """Segmented, dilated attention with several branches (LongNet, arXiv 2307.02486, section 3).
+
+    Made by `for_heads`, which raises `ValueError` for what does not fit."""
     seq_len: int # N
     num_heads: int # H
     branches: tuple[Branch, ...] # no two of them alike
@@ -345,14 +374,7 @@ class DilatedPattern:
         asked = _head_offsets(offsets, num_heads, mode)
         if min(asked) < 0: raise ValueError(f"offsets={asked}: each must be at least 0")
         if len(asked) == 1: asked *= num_heads
-        found: dict[tuple[SegmentPattern, tuple[int, int]], int] = {}
-        for w, r, heads in zip(lengths, rates, shares):
-            SegmentPattern(seq_len, w, r, mode)  # names what does not fit, in the caller's words
-            own = [o % r for o in asked[slice(*heads)]]
-            size = max(min(w, seq_len), r)
-            pattern = SegmentPattern.for_heads(seq_len, len(own), size, r, mode, own)
-            found[pattern, heads] = found.get((pattern, heads), 0) + 1
-        branches = tuple(Branch(*key, copies) for key, copies in found.items())
+        branches = _distinct_branches(seq_len, mode, asked, zip(lengths, rates, shares))
         return cls(seq_len, num_heads, branches, combine)
 
     @property
@@ -454,7 +476,7 @@ def _per_axis(name: str, value: Any, ndim: int, check: Callable = whole_number) 
     raise ValueError(
         f"{name}={value!r}: expected one value, or one per axis of the {ndim}-D grid")
 
-
+# %% ../nbs/01_patterns.ipynb #93adbed3
 def _set_fields(pattern: Any, check: Callable, *names: str):
     "Replaces fields of a frozen pattern by what `check(name, value)` makes of them."
     for name in names: object.__setattr__(pattern, name, check(name, getattr(pattern, name)))
@@ -462,7 +484,9 @@ def _set_fields(pattern: Any, check: Callable, *names: str):
 # %% ../nbs/01_patterns.ipynb #182ceaa8
 @dataclass(frozen=True)
 class WindowPattern(AxisPattern):
-    "Non-overlapping boxes of the grid, ragged at the far edges (shifted: arXiv 2103.14030)."
+    """Non-overlapping boxes of the grid, ragged at the far edges (shifted: arXiv 2103.14030).
+
+    A `ValueError` for fields that do not fit, as for all patterns of a grid."""
     grid: tuple[int, ...] # N, (H, W) or (T, H, W)
     window: tuple[int, ...] # sides of a box; one number for all axes is allowed
     shift: tuple[int, ...] = cast(tuple, 0) # first border, per axis
@@ -554,7 +578,9 @@ class NeighborhoodPattern(AxisPattern):
 # %% ../nbs/01_patterns.ipynb #4b253cb2
 @dataclass(frozen=True)
 class SlidePattern(AxisPattern):
-    "A window that slides along the curve: positions at most `window // 2` apart."
+    """A window that slides along the curve: positions at most `window // 2` apart.
+
+    After Longformer (arXiv 2004.05150), which slides along a text."""
     seq_len: int # N
     window: int # window // 2 positions on either side
     along_curve = True
@@ -609,7 +635,8 @@ class TilesSharedPattern(AxisPattern):
 
 # %% ../nbs/01_patterns.ipynb #c678ccf1
 def axis_classes(
-    pattern: AxisPattern, axis: int,
+    pattern: AxisPattern, # of a grid
+    axis: int, # of the grid
 ) -> Iterator[tuple[int, int, np.ndarray, np.ndarray]]: # first residue, how many, bounds by member
     "The residue classes of an axis, those of one length together; bounds are places of a class."
     place, first, last = pattern.axis_bounds(axis)
@@ -626,15 +653,20 @@ def axis_classes(
         begin += classes * count
 
 # %% ../nbs/01_patterns.ipynb #afc3be10
-def find_boxes(low: np.ndarray, high: np.ndarray) -> np.ndarray | None:
+def find_boxes(
+    low: np.ndarray, # int (members,): first member that each attends
+    high: np.ndarray, # int (members,): the last one
+) -> np.ndarray | None: # int (boxes + 1,)
     "Borders of the boxes whose members attend their whole box and nothing else; None: no boxes."
     borders = np.append(np.flatnonzero(np.diff(low, prepend=-1)), len(low))
     sizes = np.diff(borders)
     begin, end = (np.repeat(x, sizes) for x in (borders[:-1], borders[1:]))
     return borders if (low == begin).all() and (high == end - 1).all() else None
 
-
-def attends_boxes(pattern: AxisPattern) -> bool:
+# %% ../nbs/01_patterns.ipynb #b47b5c9a
+def attends_boxes(
+    pattern: AxisPattern, # of a grid
+) -> bool:
     "Does every query attend a box of which it is a member, on every axis?"
     return all(
         find_boxes(low, high) is not None
@@ -642,7 +674,9 @@ def attends_boxes(pattern: AxisPattern) -> bool:
         for _, _, low, high in axis_classes(pattern, axis))
 
 # %% ../nbs/01_patterns.ipynb #28023aba
-def encode_pattern(pattern: AxisPattern) -> tuple[str, list[int]]:
+def encode_pattern(
+    pattern: AxisPattern, # of a grid
+) -> tuple[str, list[int]]: # name, whole numbers
     "The name of its class and its fields, as an operator can take them."
     numbers: list[int] = []
     for field in fields(cast(Any, pattern)):
@@ -651,8 +685,11 @@ def encode_pattern(pattern: AxisPattern) -> tuple[str, list[int]]:
         numbers += [int(x) if isinstance(x, bool) else x for x in values]
     return type(pattern).__name__, numbers
 
-
-def decode_pattern(kind: str, numbers: Sequence[int]) -> AxisPattern:
+# %% ../nbs/01_patterns.ipynb #2331fdce
+def decode_pattern(
+    kind: str, # name of the class
+    numbers: Sequence[int], # its fields, one after another
+) -> AxisPattern:
     "The pattern that was encoded; of a field per axis there are as many numbers as axes."
     cls = cast(Any, AxisPattern.kinds[kind])
     types = [field.type for field in fields(cls)]

@@ -73,7 +73,7 @@ def _draw_bools(ax, values: Tensor, color: str): # bool (H, W)
     cmap = ListedColormap([_GROUND, color])
     ax.imshow(values.cpu(), cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
 
-
+# %% ../nbs/00b_plots.ipynb #e2ea14f4
 def plot_mask(
     ax, # matplotlib axes
     mask: Tensor, # bool (N, N)

@@ -97,7 +97,7 @@ def _by_residue(q: Lattice, k: Lattice, r: int, offset: int) -> Iterator[_Block]
             keys = Lattice(k.start, ((segments, w), (residues, 0)), ((members, r),))
             yield _Block(queries, keys, True)
 
-
+# %% ../nbs/06_sdpa.ipynb #51fd6bb6
 @lru_cache(maxsize=512)
 def _blocks(
     pattern: SegmentPattern, offset: int, causal: bool, ordered: bool) -> tuple[_Block, ...]:
@@ -118,7 +118,7 @@ def _gather(x: Tensor, tokens: Tensor) -> Tensor:
     head = torch.arange(prod(x.shape[:2]), device=x.device)[:, None] * x.shape[2]
     return x.view(-1, *x.shape[3:]).index_select(0, (head + flat).view(-1)).view(shape)
 
-
+# %% ../nbs/06_sdpa.ipynb #22f4e7a9
 # of (B, H, segments, residues): (B, H, segments | residues) and (B, segments | residues, H)
 _LAYOUTS = (((0, 1, 2), (3,)), ((0, 2), (3, 1)))
 
@@ -130,7 +130,7 @@ def _merge(x: Tensor, layout, copy: bool = True) -> Tensor:
     x = x.permute(*layout[0], *layout[1], *range(4, x.ndim))
     return (x.reshape if copy else x.view)(outer, inner, *x.shape[4:])
 
-
+# %% ../nbs/06_sdpa.ipynb #d4351353
 def _best_layout(xs: list[Tensor]):
     "A layout that merges all of them without copies, if there is one."
     for layout in _LAYOUTS:
@@ -140,7 +140,7 @@ def _best_layout(xs: list[Tensor]):
         except RuntimeError: pass
     return _LAYOUTS[0]
 
-
+# %% ../nbs/06_sdpa.ipynb #0e6e3148
 def _split(x: Tensor, layout, sizes: Sequence[int]) -> Tensor:
     "Undoes `_merge`: (outer, inner, places, ...) -> (B, H, segments, residues, places, ...)."
     axes = (*layout[0], *layout[1])
@@ -163,8 +163,10 @@ class _Unit:
     def heads(self, side: str) -> slice | list[int]:
         return self.q_heads if side == "q" else self.kv_heads
 
-
-def as_slice(heads: list[int]) -> slice | list[int]:
+# %% ../nbs/06_sdpa.ipynb #8ae7e2ff
+def as_slice(
+    heads: list[int], # ascending, at least one
+) -> slice | list[int]:
     "A slice if the heads are evenly spaced, so that indexing is a view."
     step = heads[1] - heads[0] if len(heads) > 1 else 1
     evenly = list(range(heads[0], heads[-1] + 1, step))
@@ -181,7 +183,7 @@ def _alike(
         found.setdefault(offset, []).append(kv)
     return found
 
-
+# %% ../nbs/06_sdpa.ipynb #a0917b4b
 def _units(
     q: Tensor, k: Tensor, pattern: SegmentPattern, causal: bool, ordered: bool) -> Iterator[_Unit]:
     "Cuts a call into units."
@@ -329,17 +331,17 @@ def _tiles(
 
 # %% ../nbs/06_sdpa.ipynb #856e7d04
 def attend_segments(
-    q: Tensor, # (B, H, N, D)
+    q: Tensor, # (B, H, N, D); float32 or float64, or half precision, computed in float32
     k: Tensor, # (B, H_kv, N, D)
     v: Tensor, # (B, H_kv, N, D)
     order: Tensor | None, # int64 (N,)
     key_mask: Tensor | None, # bool (B, N)
-    pattern: SegmentPattern,
-    causal: bool,
-    scale: float,
+    pattern: SegmentPattern, # over N positions
+    causal: bool, # key token index <= query token index
+    scale: float, # of the scores
     before: tuple[Tensor, Tensor] | None = None, # attention to other keys, to mix with in place
     copies: int = 1, # how often each key counts
-) -> tuple[Tensor, Tensor]: # out, lse
+) -> tuple[Tensor, Tensor]: # (B, H, N, D) and, in float32 or float64, (B, H, N)
     "Output and LSE on the CPU, block by block."
     if not q.numel(): return torch.empty_like(q), new_lse(q)
     tiles = _tiles(q, k, pattern, order, key_mask, causal, lse_dtype(q.dtype))
@@ -358,7 +360,7 @@ def attend_segments_backward(
     lse: Tensor, # (B, H, N)
     order: Tensor | None, # int64 (N,)
     key_mask: Tensor | None, # bool (B, N)
-    pattern: SegmentPattern,
+    pattern: SegmentPattern, # from here on as for `attend_segments`
     causal: bool,
     scale: float,
     before: Sequence[Tensor] | None = None, # gradients to add to, in place
@@ -385,7 +387,7 @@ def _sdpa_forward(
     pattern = _cached_pattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
     return attend_segments(q, k, v, order, key_mask, pattern, causal, scale)
 
-
+# %% ../nbs/06_sdpa.ipynb #cc58c238
 def _sdpa_backward(
     dout, dlse, q, k, v, out, lse, order, key_mask, segment_size, dilation_rate, mode, offsets,
     causal, scale):

@@ -30,79 +30,88 @@ from hilbert_attn.reference import masked_attention
 X = torch.zeros(2, 4, 12, 8)
 
 
+BAD_TENSORS = [
+    (dict(q=X[0]), r"q has shape \(4, 12, 8\): expected 4 dimensions"),
+    (dict(q=[1]), "q is a list: expected a tensor"),
+    (dict(q=X.long()), "q has dtype torch.int64: expected one of"),
+    (dict(v=X[:, :2]), "k has shape .* and v .*: they must agree"),
+    (dict(q=X[:1]), "B, N and D must agree"), (dict(q=X[:, :, :6]), "B, N and D must agree"),
+    (dict(q=X[..., :4]), "B, N and D must agree"),
+    (
+        dict(k=torch.zeros(2, 3, 12, 8), v=torch.zeros(2, 3, 12, 8)),
+        "q has 4 heads and k 3: the query heads must be a multiple"),
+    (dict(q=X[:, :, :0], k=X[:, :, :0], v=X[:, :, :0]), "N and D must be at least 1"),
+    (dict(k=X.double()), "dtypes torch.float32, torch.float64, torch.float32: they must agree"),
+    (dict(v=X.to("meta")), "on cpu, cpu, meta: they must be on one device"),
+]
+BAD_PATTERNS = [
+    (dict(grid=(3, 5)), r"grid=\(3, 5\) has 15 cells and q has N=12 tokens"),
+    (dict(grid=(3, -4)), "each at least 1"),
+    (
+        dict(curve="peano"),
+        "curve='peano': known curves are 'row_major', 'snake', 'tile', 'morton', 'hilbert'"),
+    (dict(dilation_rate=0), "dilation_rate=0: must be at least 1"),
+    (dict(segment_size=4, dilation_rate=5), "dilation_rate=5: must not exceed segment_size=4"),
+    (dict(segment_size=0), "segment_size=0: must be at least 1"),
+    (
+        dict(dilation_mode="both"),
+        "dilation_mode='both': known modes are 'residue', 'keys', 'longnet'"),
+    (
+        dict(dilation_mode="keys", dilation_rate=2, offsets=[0, 1]),
+        r"offsets has 2 entries: expected one per head \(4\)"),
+    (dict(dilation_mode="keys", dilation_rate=2, offsets=2), "less than dilation_rate=2"),
+    (dict(offsets=1, dilation_rate=2), "dilation_mode='residue' has no offsets"),
+]
+BAD_ORDERS_AND_MASKS = [
+    (
+        dict(order=torch.zeros(12, dtype=torch.int64)),
+        "order is no permutation: it must hold each of 0 … 11 once"),
+    (dict(order=torch.arange(1, 13)), "order is no permutation"),
+    (
+        dict(order=torch.arange(11)),
+        r"order is given with shape \(11,\), dtype torch.int64: expected an int64 tensor of "
+        r"shape \(12,\)"),
+    (dict(order=torch.arange(12.0)), "dtype torch.float32: expected an int64"),
+    (dict(order=list(range(12))), "order is given with list"),
+    (dict(order=torch.arange(12, device="meta")), "order is on meta and q on cpu"),
+    (
+        dict(key_mask=torch.ones(2, 12)),
+        r"key_mask is torch.float32 \(2, 12\) on cpu: expected bool of shape "
+        r"\(B, N\) = \(2, 12\)"),
+    (dict(key_mask=torch.ones(2, 4, dtype=torch.bool)), "key_mask is torch.bool"),
+    (dict(key_mask=True), "key_mask is bool: expected bool of shape"),
+]
+BAD_NUMBERS = [
+    (dict(dropout_p=-0.1), "dropout_p=-0.1: must be at least 0 and less than 1"),
+    (dict(dropout_p=1.0), "dropout_p=1.0: must be"),
+    (dict(scale=float("nan")), "scale=nan: must be positive and finite"),
+    (dict(scale=-1.0), "scale=-1.0: must be positive and finite"),
+    (dict(causal="False"), "causal='False': expected True or False"),
+    (dict(causal=1), "causal=1: expected True or False"),
+    (dict(return_lse="no"), "return_lse='no': expected True or False"),
+    (dict(segment_size=2.5), "segment_size=2.5: expected a whole number"),
+    (dict(segment_size=4.0), "segment_size=4.0: expected a whole number"),
+    (dict(segment_size=float("nan")), "segment_size=nan: expected a whole number"),
+    (dict(segment_size=True), "segment_size=True: expected a whole number"),
+    (dict(segment_size="4"), "segment_size='4': expected a whole number"),
+    (dict(segment_size=4, dilation_rate=2.0), "dilation_rate=2.0: expected a whole number"),
+    (
+        dict(segment_size=4, dilation_rate=2, dilation_mode="keys", offsets=0.5),
+        "offsets=0.5: expected a whole number"),
+    (dict(grid=(3, 4.0)), r"grid=\(3, 4.0\): expected N, \(H, W\)"),
+    (dict(grid="12"), "grid='12': expected N"),
+    (dict(dropout_p="0.1"), "dropout_p='0.1': expected a number"),
+    (dict(scale="1"), "scale='1': expected a number"),
+    (dict(scale=torch.tensor(1.0)), r"scale=tensor\(1.\): expected a number"),
+    (
+        dict(backend="cudnn"),
+        "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', "
+        "'triton'"),
+]
+
+
 @pytest.mark.parametrize(
-    "arguments, message",
-    [
-        (dict(q=X[0]), r"q has shape \(4, 12, 8\): expected 4 dimensions"),
-        (dict(q=[1]), "q is a list: expected a tensor"),
-        (dict(q=X.long()), "q has dtype torch.int64: expected one of"),
-        (dict(v=X[:, :2]), "k has shape .* and v .*: they must agree"),
-        (dict(q=X[:1]), "B, N and D must agree"), (dict(q=X[:, :, :6]), "B, N and D must agree"),
-        (dict(q=X[..., :4]), "B, N and D must agree"),
-        (
-            dict(k=torch.zeros(2, 3, 12, 8), v=torch.zeros(2, 3, 12, 8)),
-            "q has 4 heads and k 3: the query heads must be a multiple"),
-        (dict(q=X[:, :, :0], k=X[:, :, :0], v=X[:, :, :0]), "N and D must be at least 1"),
-        (dict(k=X.double()), "dtypes torch.float32, torch.float64, torch.float32: they must agree"),
-        (dict(v=X.to("meta")), "on cpu, cpu, meta: they must be on one device"),
-        (dict(grid=(3, 5)), r"grid=\(3, 5\) has 15 cells and q has N=12 tokens"),
-        (dict(grid=(3, -4)), "each at least 1"),
-        (
-            dict(curve="peano"),
-            "curve='peano': known curves are 'row_major', 'snake', 'tile', 'morton', 'hilbert'"),
-        (dict(dilation_rate=0), "dilation_rate=0: must be at least 1"),
-        (dict(segment_size=4, dilation_rate=5), "dilation_rate=5: must not exceed segment_size=4"),
-        (dict(segment_size=0), "segment_size=0: must be at least 1"),
-        (
-            dict(dilation_mode="both"),
-            "dilation_mode='both': known modes are 'residue', 'keys', 'longnet'"),
-        (
-            dict(dilation_mode="keys", dilation_rate=2, offsets=[0, 1]),
-            r"offsets has 2 entries: expected one per head \(4\)"),
-        (dict(dilation_mode="keys", dilation_rate=2, offsets=2), "less than dilation_rate=2"),
-        (dict(offsets=1, dilation_rate=2), "dilation_mode='residue' has no offsets"),
-        (
-            dict(order=torch.zeros(12, dtype=torch.int64)),
-            "order is no permutation: it must hold each of 0 … 11 once"),
-        (dict(order=torch.arange(1, 13)), "order is no permutation"),
-        (
-            dict(order=torch.arange(11)),
-            r"order is given with shape \(11,\), dtype torch.int64: expected an int64 tensor of "
-            r"shape \(12,\)"),
-        (dict(order=torch.arange(12.0)), "dtype torch.float32: expected an int64"),
-        (dict(order=list(range(12))), "order is given with list"),
-        (dict(order=torch.arange(12, device="meta")), "order is on meta and q on cpu"),
-        (
-            dict(key_mask=torch.ones(2, 12)),
-            r"key_mask is torch.float32 \(2, 12\) on cpu: expected bool of shape "
-            r"\(B, N\) = \(2, 12\)"),
-        (dict(key_mask=torch.ones(2, 4, dtype=torch.bool)), "key_mask is torch.bool"),
-        (dict(key_mask=True), "key_mask is bool: expected bool of shape"),
-        (dict(dropout_p=-0.1), "dropout_p=-0.1: must be at least 0 and less than 1"),
-        (dict(dropout_p=1.0), "dropout_p=1.0: must be"),
-        (dict(scale=float("nan")), "scale=nan: must be positive and finite"),
-        (dict(scale=-1.0), "scale=-1.0: must be positive and finite"),
-        (dict(causal="False"), "causal='False': expected True or False"),
-        (dict(causal=1), "causal=1: expected True or False"),
-        (dict(return_lse="no"), "return_lse='no': expected True or False"),
-        (dict(segment_size=2.5), "segment_size=2.5: expected a whole number"),
-        (dict(segment_size=4.0), "segment_size=4.0: expected a whole number"),
-        (dict(segment_size=float("nan")), "segment_size=nan: expected a whole number"),
-        (dict(segment_size=True), "segment_size=True: expected a whole number"),
-        (dict(segment_size="4"), "segment_size='4': expected a whole number"),
-        (dict(segment_size=4, dilation_rate=2.0), "dilation_rate=2.0: expected a whole number"),
-        (
-            dict(segment_size=4, dilation_rate=2, dilation_mode="keys", offsets=0.5),
-            "offsets=0.5: expected a whole number"),
-        (dict(grid=(3, 4.0)), r"grid=\(3, 4.0\): expected N, \(H, W\)"),
-        (dict(grid="12"), "grid='12': expected N"),
-        (dict(dropout_p="0.1"), "dropout_p='0.1': expected a number"),
-        (dict(scale="1"), "scale='1': expected a number"),
-        (dict(scale=torch.tensor(1.0)), r"scale=tensor\(1.\): expected a number"),
-        (
-            dict(backend="cudnn"),
-            "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', "
-            "'triton'")])
+    "arguments, message", BAD_TENSORS + BAD_PATTERNS + BAD_ORDERS_AND_MASKS + BAD_NUMBERS)
 def test_bad_input_is_answered_with_a_sentence(arguments, message, monkeypatch):
     monkeypatch.setattr(Backend, "run", lambda *a, **k: pytest.fail("a kernel was started"))
     with pytest.raises(ValueError, match=message):
@@ -156,13 +165,12 @@ def test_an_order_is_checked_again_after_a_write():
 @given(cases(max_n=40, head_dims=(16, 24), dtypes=(torch.float32,)))
 @settings(max_examples=60)
 def test_all_backends_through_the_front_door(case: Case):
-    for name in ("sdpa", "sdpa_mask", "reference"):
-        def attention(q, k, v, pattern, *, order, causal, key_mask, scale):
-            return hilbert_attention(
-                q, k, v, curve=None, order=order, segment_size=case.w, dilation_rate=case.r,
-                dilation_mode=case.mode, offsets=case.offsets, causal=causal, key_mask=key_mask,
-                scale=scale, backend=name, return_lse=True)
-        case.check(attention)
+    def attention(q, k, v, pattern, *, backend, **common):
+        return hilbert_attention(
+            q, k, v, curve=None, segment_size=case.w, dilation_rate=case.r,
+            dilation_mode=case.mode, offsets=case.offsets, **common, backend=backend,
+            return_lse=True)
+    for name in ("sdpa", "sdpa_mask", "reference"): case.check(attention, backend=name)
 
 
 def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -241,7 +249,9 @@ def test_forcing_a_backend(monkeypatch):
         return function(backend, call, family)
     monkeypatch.setattr(Backend, "run", noted)
     x = torch.randn(1, 1, 80, 8)
-    def call(**options): hilbert_attention(x, x, x, **options); return used.pop()
+    def call(**options):
+        hilbert_attention(x, x, x, **options)
+        return used.pop()
     assert call() == "sdpa"
     with set_backend("sdpa_mask"):
         assert call() == "sdpa_mask" and call(backend="reference") == "reference"

@@ -36,8 +36,9 @@ def test_public_names():
     front, others = hilbert_attn.__all__, hilbert_attn._HOMES
     assert len(front) == len(set(front)) <= 45 and not set(front) & set(others)
     for name in (*front, *others): assert hasattr(hilbert_attn, name), name
-    with pytest.raises(AttributeError, match="has no attribute 'hilbert_atention'"):
-        hilbert_attn.hilbert_atention
+    misspelt = "hilbert_atention"
+    with pytest.raises(AttributeError, match=f"has no attribute '{misspelt}'"):
+        getattr(hilbert_attn, misspelt)
 
 
 def test_names_from_elsewhere_are_looked_up_late():

@@ -98,6 +98,7 @@ def _diagonal(tile, keys, queries, S: tl.constexpr):
     below = tl.maximum(far - queries.first + queries.step - 1, 0) // queries.step
     return crossing // S.BLOCK_M * S.BLOCK_M, tl.cdiv(below, S.BLOCK_M) * S.BLOCK_M
 
+# %% ../../nbs/04_triton_backward.ipynb #88ace334
 @triton.jit
 def _dkv_of_head(sums, own, tile, keys, queries, q, do, statistics, at, drop, qk_scale,
                  S: tl.constexpr):

@@ -27,6 +27,7 @@ class Places(NamedTuple):
     offset: Any # int32: residue of each head's keys
     seed: Any # int64: of dropout
 
+# %% ../../nbs/03_triton_forward.ipynb #a5309c85
 @triton.jit
 def tokens(position, valid, order_ptr, HAS_ORDER: tl.constexpr):
     "The token at each position, int32; without an order, tokens are positions."
@@ -66,12 +67,14 @@ class Group(NamedTuple):
     step: Any
     count: Any
 
+# %% ../../nbs/03_triton_forward.ipynb #7eb89227
 @triton.jit
 def tokens_of(group, row, at, S: tl.constexpr):
     "The tokens of a group's rows, and which of the rows there are."
     valid = row < group.count
     return tokens(group.first + group.step * row, valid, at.order, S.HAS_ORDER), valid
 
+# %% ../../nbs/03_triton_forward.ipynb #c720eab0
 @triton.jit
 def slots(bundle, BLOCK: tl.constexpr, PACK: tl.constexpr):
     "The slot of each row in its group, and its group: a group per BLOCK / PACK rows."
@@ -130,10 +133,10 @@ def _sort_groups(order: Tensor, segment_size: int, rate: int) -> Tensor:
     found[group.argsort(stable=True)] = order[(group * len(order) + order).argsort()]
     return found
 
-
+# %% ../../nbs/03_triton_forward.ipynb #13c55d9a
 def _unknown(): raise LookupError
 
-
+# %% ../../nbs/03_triton_forward.ipynb #385185cf
 def ascending(
     order: Tensor, # int64 (N,): token at each position
     segment_size: int, # w
@@ -155,6 +158,7 @@ def keys_at(j, keys, at, S: tl.constexpr):
     if S.HAS_KEY_MASK: valid &= tl.load(at.mask + token, mask=valid, other=0) != 0
     return token, valid
 
+# %% ../../nbs/03_triton_forward.ipynb #8c208d26
 @triton.jit
 def keep_seen(x, q_token, queries, k_token, keys, valid, OTHER: tl.constexpr, S: tl.constexpr):
     "A tile [BM, BN] with OTHER where pairs do not attend."
@@ -413,7 +417,7 @@ def hilbert_attention_kernel(
     w = segment_size or q.shape[2]
     return attention_forward(q, k, v, w, dilation_rate, order=order, **options)
 
-
+# %% ../../nbs/03_triton_forward.ipynb #5e520c6c
 def standard_attention_kernel(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)

@@ -52,12 +52,12 @@ def _precision(dtype: torch.dtype) -> str:
     told = getattr(torch.backends.cuda.matmul, "fp32_precision", "none") == "tf32"
     return "tf32" if dtype == torch.float32 and told else "ieee"
 
-
+# %% ../../nbs/02f_launching.ipynb #2972b9ef
 def _alignment(tensors: list[Tensor]) -> int:
     "The largest power of two up to 16 that divides all strides but the last."
     return math.gcd(16, *(stride for x in tensors for stride in x.stride()[:-1]))
 
-
+# %% ../../nbs/02f_launching.ipynb #a2c7bb70
 def _numbers(scale: float | None, head_dim: int, dropout_p: float) -> tuple[float, float, int]:
     "As kernels take them: scale, what dropout multiplies survivors by, the threshold of its draw."
     scale = head_dim ** -0.5 if scale is None else scale
@@ -69,7 +69,7 @@ def _aligned(x: Tensor) -> bool:
     bytes_apart = [stride * x.element_size() for stride in x.stride()[:-1]]
     return x.data_ptr() % 16 == 0 and all(n > 0 and n % 16 == 0 for n in bytes_apart)
 
-
+# %% ../../nbs/02f_launching.ipynb #071eb49b
 def _descriptor(x: Tensor, rate: int, rows: int):
     "Of (B, H, N, D) seen as (B, H, r, N / r, D), of tiles of that many rows."
     from triton.tools.tensor_descriptor import TensorDescriptor
@@ -77,12 +77,12 @@ def _descriptor(x: Tensor, rate: int, rows: int):
     shape, strides = [b, h, rate, n // rate, d], [sb, sh, sn, rate * sn, 1]
     return TensorDescriptor(x, shape, strides, [1, 1, 1, rows, d])
 
-
+# %% ../../nbs/02f_launching.ipynb #af13f8fb
 def descriptors(
     x: Tensor, # (B, H, N, D)
     y: Tensor, # (B, H, N, D)
     rows: int, # of a tile
-    wanted: bool,
+    wanted: bool, # can descriptors stand for the rows?
     rate: int = 1, # r
 ) -> list: # None where nothing is wanted
     "Of both tensors, or of neither."
@@ -150,10 +150,10 @@ _fewer_stages: dict[tuple, int] = {}  # where shared memory was too small for a 
 
 def start(
     kernel: Any, # a `triton.jit` function
-    programs: int,
+    programs: int, # how many
     tile: Tile, # its warps and stages; its sides are in S
-    *arguments: Any,
-    S: Static,
+    *arguments: Any, # of the kernel: operands, pointers, numbers
+    S: Static, # what is compiled into it
 ):
     "Launches with as many pipeline stages as the GPU's shared memory holds."
     if interpreted: return kernel[(programs,)](*arguments, S=S)
@@ -174,7 +174,7 @@ def operands(
     "As kernels take them."
     return [Operand(x, x.stride()[:3]) for x in tensors]
 
-
+# %% ../../nbs/02f_launching.ipynb #ae76ca8e
 def results(
     q: Tensor, # (B, H, N, D)
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)

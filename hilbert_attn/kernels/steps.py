@@ -73,6 +73,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INTERPRETED = tl.constexpr(interpreted)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #b00a930d
 @triton.jit
 def head_of(x, batch, head, S: tl.constexpr):
     "One head of an operand. ALIGN divides every stride: the compiler can prove 16-byte accesses."
@@ -80,6 +81,7 @@ def head_of(x, batch, head, S: tl.constexpr):
     offset = batch.to(tl.int64) * x.strides[0] + head.to(tl.int64) * x.strides[1]
     return Source(x.ptr + tl.multiple_of(offset, ALIGN), x.strides[2])
 
+# %% ../../nbs/02d_kernel_steps.ipynb #787ac569
 @triton.jit
 def _row_pointers(source, token, S: tl.constexpr):
     "Where each token's row begins."
@@ -102,6 +104,7 @@ def _load_tile(rows, valid, MASKED: tl.constexpr, START: tl.constexpr, BLOCK: tl
         tile = tl.load(places)
     return tile
 
+# %% ../../nbs/02d_kernel_steps.ipynb #abab673a
 @triton.jit
 def _store_tile(rows, valid, tile, START: tl.constexpr, BLOCK: tl.constexpr,
                 HEAD_DIM: tl.constexpr):
@@ -120,6 +123,7 @@ def load_rows(source, token, valid, S: tl.constexpr, MASKED: tl.constexpr):
     if S.BLOCK_E > 0: rest = _load_tile(rows, valid, MASKED, S.BLOCK_D, S.BLOCK_E, S.HEAD_DIM)
     return Columns(main, rest)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #f7a23f4b
 @triton.jit
 def store_rows(source, token, valid, tile, S: tl.constexpr):
     "The inverse of `load_rows`."
@@ -127,6 +131,7 @@ def store_rows(source, token, valid, tile, S: tl.constexpr):
     _store_tile(rows, valid, tile.main, 0, S.BLOCK_D, S.HEAD_DIM)
     if S.BLOCK_E > 0: _store_tile(rows, valid, tile.rest, S.BLOCK_D, S.BLOCK_E, S.HEAD_DIM)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #43e7bef6
 @triton.jit
 def no_rows(ROWS: tl.constexpr, ACC: tl.constexpr, S: tl.constexpr):
     "Zeros to add to. A second part that is not there takes one column, and no register."
@@ -134,6 +139,7 @@ def no_rows(ROWS: tl.constexpr, ACC: tl.constexpr, S: tl.constexpr):
     REST: tl.constexpr = S.BLOCK_E if S.BLOCK_E > 0 else 1
     return Columns(tl.zeros([ROWS, MAIN], ACC), tl.zeros([ROWS, REST], ACC))
 
+# %% ../../nbs/02d_kernel_steps.ipynb #36ebbe23
 @triton.jit
 def scaled(x, factor, S: tl.constexpr):
     "Both parts times a number, or one number a row."
@@ -149,25 +155,28 @@ class Box(NamedTuple):
     residue: Any
     row: Any # the group's first
 
-
+# %% ../../nbs/02d_kernel_steps.ipynb #4487595d
 class Stream(NamedTuple):
     "What the inner loop reads tile by tile."
     head: Any # `Source`
     desc: Any # a descriptor, or None
     box: Any
 
+# %% ../../nbs/02d_kernel_steps.ipynb #a6048624
 @triton.jit
 def box_of(batch, head, first, segment_size, rate):
     "The box of the group that starts at this position."
     row = first // segment_size * (segment_size // rate)
     return Box(batch, head, first % segment_size % rate, row)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #43688471
 @triton.jit
 def _load_box(desc, box, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     "ROWS rows of a group from `row` on: [ROWS, COLUMNS]. All of them must exist."
     place = [box.batch, box.head, box.residue, box.row + row, 0]
     return desc.load(place).reshape(ROWS, COLUMNS)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #96ac97a9
 @triton.jit
 def next_tile(stream, token, valid, row, ROWS: tl.constexpr, S: tl.constexpr,
               MASKED: tl.constexpr, TMA: tl.constexpr):
@@ -189,6 +198,7 @@ def _dot(a, b, acc, S: tl.constexpr):
     ACC: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
     return tl.dot(a, b, acc, input_precision=S.PRECISION, out_dtype=ACC)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #51d6e89c
 @triton.jit
 def scores(a, b, S: tl.constexpr):
     "a b^T over all columns: [rows of a, rows of b]."
@@ -196,6 +206,7 @@ def scores(a, b, S: tl.constexpr):
     if S.BLOCK_E > 0: s = _dot(a.rest, tl.trans(b.rest), s, S)
     return s
 
+# %% ../../nbs/02d_kernel_steps.ipynb #349ae659
 @triton.jit
 def add_product(total, weights, x, S: tl.constexpr):
     "total + weights x, both parts."
@@ -213,12 +224,14 @@ class Dropout(NamedTuple):
     threshold: Any
     keep_scale: Any # 1 / (1 - p)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #c471afdb
 @triton.jit
 def _kept(drop, q_token, k_token):
     "Which weights survive: a function of seed, head and the two tokens, and of nothing else."
     bits, _, _, _ = tl.philox(drop.seed, q_token, k_token, drop.head, drop.head, n_rounds=7)
     return (bits >> 1).to(tl.int32) >= drop.threshold
 
+# %% ../../nbs/02d_kernel_steps.ipynb #3dbd9c23
 @triton.jit
 def dropout_of(seed_ptr, head, threshold, keep_scale, S: tl.constexpr):
     "The draw of one head."
@@ -226,6 +239,7 @@ def dropout_of(seed_ptr, head, threshold, keep_scale, S: tl.constexpr):
     if S.HAS_DROPOUT: seed = tl.load(seed_ptr)
     return Dropout(seed, head, threshold, keep_scale)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #b3c0ce65
 @triton.jit
 def scales_of(scale, keep_scale, ACC: tl.constexpr):
     """From float64 to the accumulator's type: the scale of scores to base 2, the scale itself, and
@@ -243,6 +257,7 @@ class Running(NamedTuple):
     p: Any # the weights of the last tile
     alpha: Any # and what it did to those before
 
+# %% ../../nbs/02d_kernel_steps.ipynb #0e068106
 @triton.jit
 def start_softmax(ACC: tl.constexpr, S: tl.constexpr):
     "Before the first tile."
@@ -253,11 +268,13 @@ def start_softmax(ACC: tl.constexpr, S: tl.constexpr):
     alpha = tl.full([ROWS], 1, ACC)
     return Running(no_rows(ROWS, ACC, S), m, tl.zeros([ROWS], ACC), p, alpha)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #8a260f5f
 @triton.jit
 def _weigh(acc, p, alpha, v, S: tl.constexpr):
     "The values of a tile, and what has come before it."
     return add_product(scaled(acc, alpha[:, None], S), p, v, S)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #c3416beb
 @triton.jit
 def softmax_step(run, s, v, q_token, k_token, drop, qk_scale, S: tl.constexpr,
                  MASKED: tl.constexpr, OVERLAP: tl.constexpr):
@@ -275,12 +292,14 @@ def softmax_step(run, s, v, q_token, k_token, drop, qk_scale, S: tl.constexpr,
     if not OVERLAP: acc = _weigh(acc, p, alpha, v, S)
     return Running(acc, m, l, p, alpha)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #57a17ccc
 @triton.jit
 def catch_up(run, v, S: tl.constexpr):
     "The values of the last tile, which OVERLAP has left."
     acc = _weigh(run.acc, run.p, run.alpha, v, S)
     return Running(acc, run.m, run.l, run.p, run.alpha)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #884a8655
 @triton.jit
 def finish_softmax(run, out, lse_ptr, token, valid, qk_scale, keep_scale, S: tl.constexpr):
     "Writes out and LSE. A row without keys has l = 0: out is 0 / 1, LSE -inf."
@@ -297,12 +316,13 @@ class Queries(NamedTuple):
     delta: Any
     token: Any
 
-
+# %% ../../nbs/02d_kernel_steps.ipynb #e3e521f7
 class Statistics(NamedTuple):
     "Pointers to two numbers of each query."
     lse2: Any
     delta: Any
 
+# %% ../../nbs/02d_kernel_steps.ipynb #7024b88d
 @triton.jit
 def _row_statistics(do, out, lse_ptr, dlse_ptr, stat, valid, ACC: tl.constexpr, S: tl.constexpr):
     """The base-2 LSE of query rows and their delta. A row without keys gets +inf and 0:
@@ -314,6 +334,7 @@ def _row_statistics(do, out, lse_ptr, dlse_ptr, stat, valid, ACC: tl.constexpr, 
     empty = lse2 == -float("inf")
     return tl.where(empty, float("inf"), lse2), tl.where(empty, 0., delta)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #b8cb04ad
 @triton.jit
 def load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid,
                  ACC: tl.constexpr, S: tl.constexpr):
@@ -324,12 +345,14 @@ def load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid,
     lse2, delta = _row_statistics(do_tile, out_tile, lse_ptr, dlse_ptr, stat, valid, ACC, S)
     return Queries(q_tile, do_tile, lse2, delta, token)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #539bb2f7
 @triton.jit
 def store_statistics(to, own, stat, valid):
     "For the kernel that owns keys."
     tl.store(to.lse2 + stat, own.lse2, mask=valid)
     tl.store(to.delta + stat, own.delta, mask=valid)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #3b615af0
 @triton.jit
 def weights_of(own, k, v, qk_scale, S: tl.constexpr):
     "p and dp of a tile of keys: [BM, BN]."
@@ -337,6 +360,7 @@ def weights_of(own, k, v, qk_scale, S: tl.constexpr):
     dp = scores(own.do, v, S)
     return tl.exp2(s * qk_scale - own.lse2[:, None]), dp
 
+# %% ../../nbs/02d_kernel_steps.ipynb #5c2cfc9c
 @triton.jit
 def dq_step(dq, p, dp, own, k, k_token, drop, S: tl.constexpr):
     "dq with the share of a tile of keys."
@@ -352,7 +376,7 @@ class Keys(NamedTuple):
     v: Any # `Columns`
     token: Any
 
-
+# %% ../../nbs/02d_kernel_steps.ipynb #ff01e8a5
 class Sums(NamedTuple):
     "Gradients so far."
     dk: Any # `Columns`
@@ -364,6 +388,7 @@ def no_sums(ROWS: tl.constexpr, ACC: tl.constexpr, S: tl.constexpr):
     "Before the first tile."
     return Sums(no_rows(ROWS, ACC, S), no_rows(ROWS, ACC, S))
 
+# %% ../../nbs/02d_kernel_steps.ipynb #fc90c246
 @triton.jit
 def load_keys(k, v, batch, head, token, stored, mask_ptr, stride_mask, S: tl.constexpr):
     "A tile of keys that a program owns, and which of them may be attended."
@@ -383,11 +408,13 @@ def _load_statistic(ptr, token, valid, OTHER: tl.constexpr, MASKED: tl.constexpr
     else: x = tl.load(ptr + token)
     return x
 
+# %% ../../nbs/02d_kernel_steps.ipynb #4a2756b9
 @triton.jit
 def statistics_of(to, first):
     "Of a head whose queries' numbers begin there."
     return Statistics(to.lse2 + first, to.delta + first)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #0b8b64ef
 @triton.jit
 def weights_on(own, q, statistics, q_token, valid, qk_scale, S: tl.constexpr, MASKED: tl.constexpr):
     "p of a tile of queries: [BN, BM]; 0 where there is no query, since exp2(s - inf) = 0."
@@ -405,6 +432,7 @@ def apply_dropout(p, dp, own, q_token, drop, S: tl.constexpr):
         dp = tl.where(kept, dp * drop.keep_scale, 0.)
     return z, dp
 
+# %% ../../nbs/02d_kernel_steps.ipynb #e3c3ddbf
 @triton.jit
 def dkv_step(sums, p, own, q, do, q_token, statistics, valid, drop, S: tl.constexpr,
              MASKED: tl.constexpr):
@@ -416,6 +444,7 @@ def dkv_step(sums, p, own, q, do, q_token, statistics, valid, drop, S: tl.conste
     dk = add_product(sums.dk, p * (dp - delta[None, :]), q, S)
     return Sums(dk, dv)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #8394c79a
 @triton.jit
 def store_sums(sums, dk, dv, batch, head, token, stored, seen, scale, S: tl.constexpr):
     "Writes dk and dv; keys that are masked out get 0."

@@ -40,7 +40,7 @@ def tiles(
     return [Tile(int(m), int(n), int(warps), int(stages), bool(overlap), bool(tma))
             for m, n, warps, stages, overlap, tma in found]
 
-
+# %% ../../nbs/02e_tile_choice.ipynb #ae9ce004
 def _table(**rows: dict[int, str]) -> dict[tuple[str, int], list[Tile]]:
     "(kernel, for head dims up to) -> tiles, for half precision."
     return {(name, d): tiles(x) for name, row in rows.items() for d, x in row.items()}
@@ -64,16 +64,20 @@ def _row_of(table: dict, kernel: str, head_dim: int):
     "The entry for the smallest head dim that is large enough."
     return table[min(key for key in table if key[0] == kernel and key[1] >= head_dim)]
 
-
+# %% ../../nbs/02e_tile_choice.ipynb #6c75b865
 def _exact_tile(kernel: str, head_dim: int, dtype: torch.dtype) -> Tile: # float32 and float64
     if dtype == torch.float64: return Tile(16, 16, 4, 1)
     if head_dim > 128: return Tile(16, 16, 4, 2)
     return Tile(32, 32, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
 
 # %% ../../nbs/02e_tile_choice.ipynb #88cb2909
-def is_half(dtype: torch.dtype) -> bool: return dtype in (torch.float16, torch.bfloat16)
+def is_half(
+    dtype: torch.dtype, # of q, k, v
+) -> bool:
+    "float16 or bfloat16?"
+    return dtype in (torch.float16, torch.bfloat16)
 
-
+# %% ../../nbs/02e_tile_choice.ipynb #6372a0eb
 def default_tile(
     kernel: str, # "forward", "dq" or "dkv"
     head_dim: int, # D
@@ -96,7 +100,7 @@ def pow2(
     "The next power of two."
     return 1 << max(n - 1, 0).bit_length()
 
-
+# %% ../../nbs/02e_tile_choice.ipynb #c988c3b6
 def split_head_dim(
     head_dim: int, # D
     smallest: int = 16, # columns of the second part
@@ -231,12 +235,12 @@ def time_launch(
 
 # %% ../../nbs/02e_tile_choice.ipynb #93d31f1e
 def capturing(
-    device: torch.device,
+    device: torch.device, # where the work runs
 ) -> bool:
     "Whether a CUDA graph is being captured: what is computed now exists only when it is replayed."
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
-
+# %% ../../nbs/02e_tile_choice.ipynb #36ee24f3
 def _may_time(q: Tensor) -> bool:
     "Whether alternatives may be launched and timed now."
     if os.environ.get("HILBERT_ATTN_AUTOTUNE", "1") == "0": return False
