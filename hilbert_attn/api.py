@@ -77,7 +77,7 @@ def _branched(config: AttentionConfig, combine: str) -> dict[str, Any]:
             "checkpoint", "backend")
     return dict(combine=config.combine or combine) | {name: getattr(config, name) for name in same}
 
-
+# %% ../nbs/13_api.ipynb #cb6c969a
 def _shared(config: AttentionConfig) -> dict[str, Any]:
     "Settings of types whose processes share a sequence."
     return dict(group=config.group, ring_size=config.ring_size if config.ring_size > 1 else None)
@@ -118,7 +118,7 @@ def _ring_layer(config: AttentionConfig, curve: str | None) -> nn.Module:
     options = _branched(config, "lse") | _shared(config)
     return RingDilatedAttention(**options, layout=config.layout, curve=curve)
 
-
+# %% ../nbs/13_api.ipynb #0c596f72
 @register_attention_type(
     "hilbert",
     "The branches of 'standard' laid along a space-filling curve, so that a segment is a patch of "
@@ -149,7 +149,7 @@ def _blocks(config: AttentionConfig) -> dict[str, Any]:
     options["curve"] = config.curve if config.use_hilbert else None
     return options | dict(block_size=max(config.tiles))
 
-
+# %% ../nbs/13_api.ipynb #de7150e1
 @register_attention_type(
     "block_sparse",
     "Blocks of consecutive positions along the curve attend blocks near them, "
@@ -179,7 +179,7 @@ class AutoRule:
     reason: str # in words
     holds: Callable[[AttentionConfig], bool] = field(repr=False)
 
-
+# %% ../nbs/13_api.ipynb #acaea292
 def _is_shared(config: AttentionConfig) -> bool:
     return config.ring_size > 1 or config.group is not None
 
@@ -335,7 +335,7 @@ def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str: # Mar
     lines = [head, ("---",) * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-
+# %% ../nbs/13_api.ipynb #af2782fc
 def _type_tables() -> list[str]:
     types = [(f"`{t.name}`", t.when, t.about) for t in ATTENTION_TYPES.values()]
     auto = [(rule.reason, f"`{rule.type}`") for rule in AUTO_RULES if rule.type in ATTENTION_TYPES]
@@ -358,7 +358,7 @@ def _policy_tables() -> list[str]:
             "**How to train**: the first line that fits",
             _table(("strategy", "if it needs at most", "what it does"), training)]
 
-
+# %% ../nbs/13_api.ipynb #d388bb69
 def which_when() -> str: # Markdown
     "Which type, which backend, how to train: generated from the registry and the policies."
     return "\n\n".join(_type_tables() + _policy_tables())

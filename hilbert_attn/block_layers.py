@@ -305,14 +305,16 @@ class SharedBlockOptions(LayerOptions, total=False):
     grid: int | Sequence[int] | None
     backend: Backend
 
-
+# %% ../nbs/12e_block_layers.ipynb #71ba8695
+#| code-fold: true
 class BlockLayerOptions(SharedBlockOptions, total=False):
     "Of `BlockSparseAttention`."
     block_size: int
     placement: Placement
     curve: Curve | None
 
-
+# %% ../nbs/12e_block_layers.ipynb #17409647
+#| code-fold: true
 class ListsOptions(TypedDict, total=False):
     "Of `BlockSparseAttention.block_lists`."
     causal: bool

@@ -98,20 +98,20 @@ def reference_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "The oracle."
     return block_reference_attention(call.q, call.k, call.v, call.pattern, **call.common)
 
-
+# %% ../nbs/10f_block_sparse.ipynb #a4f144ee
 @computes("sdpa_mask", "blocks")
 def sdpa_mask_blocks(call: Call) -> tuple[Tensor, Any]: # out, lse or None
     "SDPA with a mask."
     options: Any = call.common | dict(need_lse=call.need_lse)
     return block_sdpa_mask_attention(call.q, call.k, call.v, call.pattern, **options)
 
-
+# %% ../nbs/10f_block_sparse.ipynb #6d05488b
 @computes("sdpa", "blocks")
 def sdpa_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "Dense kernels on the blocks."
     return block_sdpa_attention(call.q, call.k, call.v, call.pattern, **call.common)
 
-
+# %% ../nbs/10f_block_sparse.ipynb #5f5f1a62
 @computes("triton", "blocks")
 def triton_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "The fused kernels."

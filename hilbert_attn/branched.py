@@ -34,7 +34,7 @@ def branches(
     given = f"segment_lengths={list(lengths)} and dilation_rates={list(rates)}"
     raise ValueError(f"{given}: expected as many of each, at least one")
 
-
+# %% ../nbs/12b_branched.ipynb #71f96158
 def check_free(q: Tensor, k: Tensor, v: Tensor):
     "What layers without projections take."
     if all(x.ndim == 4 for x in (q, k, v)): return
@@ -198,7 +198,8 @@ class LayerOptions(TypedDict, total=False):
     causal: bool
     checkpoint: bool
 
-
+# %% ../nbs/12b_branched.ipynb #b59a0189
+#| code-fold: true
 class BranchLayerOptions(LayerOptions, total=False):
     "Of `DilatedAttention`, without its curve."
     combine: Combine
@@ -207,13 +208,15 @@ class BranchLayerOptions(LayerOptions, total=False):
     use_custom_backward: bool
     backend: Backend
 
-
+# %% ../nbs/12b_branched.ipynb #78c38f01
+#| code-fold: true
 class CurveLayerOptions(BranchLayerOptions, total=False):
     "Of `DilatedAttention`."
     grid: int | Sequence[int] | None
     curve: Curve | None
 
-
+# %% ../nbs/12b_branched.ipynb #a1565903
+#| code-fold: true
 class ForwardOptions(TypedDict, total=False):
     "Of `DilatedAttention.forward`."
     key_mask: Tensor | None

@@ -248,7 +248,8 @@ class CoreOptions(LayerOptions, total=False):
     device: torch.device | str | None
     dtype: torch.dtype | None
 
-
+# %% ../nbs/13b_compat.ipynb #1d6469de
+#| code-fold: true
 class RingLayerOptions(BranchLayerOptions, total=False):
     "Of `RingDilatedAttention`, without what the historical names set."
     group: "dist.ProcessGroup | DeviceMesh | None"
@@ -256,12 +257,14 @@ class RingLayerOptions(BranchLayerOptions, total=False):
     overlap: bool
     grid: int | Sequence[int] | None
 
-
+# %% ../nbs/13b_compat.ipynb #1ee5dd51
+#| code-fold: true
 class RingForwardOptions(TypedDict, total=False):
     "Of `RingDilatedAttention.forward`."
     key_mask: Tensor | None
 
-
+# %% ../nbs/13b_compat.ipynb #06b23886
+#| code-fold: true
 class RingBlockOptions(SharedBlockOptions, total=False):
     "Of `RingBlockSparseAttention`, without what the historical name sets."
     group: "dist.ProcessGroup | DeviceMesh | None"

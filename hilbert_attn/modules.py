@@ -183,7 +183,7 @@ def _head_sizes(
 def _size_or_none(name: str, value: Any) -> int | None:
     return None if value is None else whole_number(name, value, 1)
 
-
+# %% ../nbs/12_modules.ipynb #019225d4
 def _check_segments(layer: "HilbertAttentionCore"):
     "Names what does not fit, before there are tokens."
     size, rate = layer.segment_size, layer.dilation_rate

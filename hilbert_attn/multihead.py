@@ -48,7 +48,7 @@ def _head_dim(embed_dim: int, num_heads: int) -> int:
     if embed_dim % num_heads == 0: return embed_dim // num_heads
     raise ValueError(f"embed_dim={embed_dim} is no multiple of num_heads={num_heads}")
 
-
+# %% ../nbs/12c_multihead.ipynb #0eb6f265
 def _refuse_foreign_keys(embed_dim: int, widths: dict[str, Any], switches: dict[str, Any]):
     "Keys that are no tokens of the sequence have no position in a segment."
     for name, value in widths.items():
@@ -68,7 +68,7 @@ def _check_tokens(embed_dim: int, query: Tensor, key: Tensor, value: Tensor):
     raise ValueError(f"query, key, value have shapes {given}: "
                      f"expected one shape, ending in embed_dim={embed_dim}")
 
-
+# %% ../nbs/12c_multihead.ipynb #5179949d
 def _asks_causal(attn_mask: Tensor | None, n: int) -> bool:
     if attn_mask is None: return False
     if is_causal_mask(attn_mask, n): return True
@@ -82,7 +82,7 @@ def _batch_first(x: Tensor, batch_first: bool) -> Tensor: # (B, N, E)
     if x.ndim == 2: return x[None]
     return x if batch_first else x.transpose(0, 1)
 
-
+# %% ../nbs/12c_multihead.ipynb #9005733b
 def _turned(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor: # (B, N, H, D)
     return apply_rotary(x.transpose(1, 2), rope).transpose(1, 2)
 

@@ -152,7 +152,7 @@ def _order_back(layer: RingDilatedAttention, seq_len: int | None, device) -> Ten
         "so it does not know how long the whole sequence is"
     )
 
-
+# %% ../nbs/12d_ring_layers.ipynb #91638c26
 def _order_of_time(layer: RingDilatedAttention, device) -> Tensor | None:
     "What 'earlier' means to a causal ring along a curve."
     if layer.curve in (None, "row_major"): return None

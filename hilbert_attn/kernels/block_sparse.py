@@ -38,7 +38,7 @@ class BlockStatic(Static):
     SPLIT_M: int = 1 # tiles of queries in a block
     SPLIT_N: int = 1 # tiles of keys in a block
 
-
+# %% ../../nbs/10b_block_kernels.ipynb #23633093
 class Layout(NamedTuple):
     "Pointers: the token in each slot, bounds of queries, coordinates of keys; any may be missing."
     q_token: Any
@@ -47,7 +47,7 @@ class Layout(NamedTuple):
     hi: Any
     at: Any
 
-
+# %% ../../nbs/10b_block_kernels.ipynb #3b9e2d2e
 class Rows(NamedTuple):
     "Pointers to lists: whose turn it is, where each row starts, its blocks, how many are full."
     turn: Any
@@ -55,7 +55,7 @@ class Rows(NamedTuple):
     index: Any
     full: Any
 
-
+# %% ../../nbs/10b_block_kernels.ipynb #4faffa76
 class More(NamedTuple):
     "Pointers of which each may be missing."
     mask: Any # bool: of the batch's keys
@@ -82,6 +82,7 @@ class Bounds(NamedTuple):
     lo: Any # three vectors, of which the first AXES count
     hi: Any
 
+# %% ../../nbs/10b_block_kernels.ipynb #3fe74b0b
 @triton.jit
 def _load_axes(ptr, slot, n_slots, AXES: tl.constexpr):
     "What an (A, slots) table says of these slots: three vectors, of which the first A count."
@@ -93,18 +94,21 @@ def _load_axes(ptr, slot, n_slots, AXES: tl.constexpr):
     if AXES > 2: c = tl.load(ptr + 2 * n_slots + slot)
     return a, b, c
 
+# %% ../../nbs/10b_block_kernels.ipynb #4d106ff8
 @triton.jit
 def _load_bounds(layout, slot, n_slots, AXES: tl.constexpr):
     "Of these query slots."
     lo = _load_axes(layout.lo, slot, n_slots, AXES)
     return Bounds(lo, _load_axes(layout.hi, slot, n_slots, AXES))
 
+# %% ../../nbs/10b_block_kernels.ipynb #e7a45409
 @triton.jit
 def _inside(lo, hi, at, K_DIM: tl.constexpr):
     "Where a coordinate of keys lies within the bounds of queries."
     at = tl.expand_dims(at, K_DIM)
     return (tl.expand_dims(lo, 1 - K_DIM) <= at) & (at <= tl.expand_dims(hi, 1 - K_DIM))
 
+# %% ../../nbs/10b_block_kernels.ipynb #f3ffbce4
 @triton.jit
 def _attended(q_token, bounds, k_token, k_valid, at, n_queries, S: tl.constexpr,
               K_DIM: tl.constexpr):
@@ -127,7 +131,7 @@ class Walk(NamedTuple):
     index: Any # pointer to the first
     count: Any
 
-
+# %% ../../nbs/10b_block_kernels.ipynb #561296b2
 class Slots(NamedTuple):
     "What a program knows of all slots."
     layout: Any
@@ -137,11 +141,13 @@ class Slots(NamedTuple):
     q_slots: Any
     k_slots: Any
 
+# %% ../../nbs/10b_block_kernels.ipynb #3ccc41bc
 @triton.jit
 def _slots_of(t, walk, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
     "First slot of the tile whose turn is t: SPLIT tiles make a block."
     return (tl.load(walk.index + t // SPLIT) * SPLIT + t % SPLIT) * BLOCK
 
+# %% ../../nbs/10b_block_kernels.ipynb #f4967058
 @triton.jit
 def _keys_in(first, slots, S: tl.constexpr, PARTIAL: tl.constexpr):
     "Slots of a tile of keys, their tokens, and which are there; a full block has no empty slot."
@@ -150,6 +156,7 @@ def _keys_in(first, slots, S: tl.constexpr, PARTIAL: tl.constexpr):
     if S.HAS_KEY_MASK: valid &= tl.load(slots.mask + token, mask=valid, other=0) != 0
     return slot, token, valid
 
+# %% ../../nbs/10b_block_kernels.ipynb #eb01431c
 @triton.jit
 def _keep_seen(x, q_token, bounds, slot, k_token, valid, slots, OTHER: tl.constexpr,
                S: tl.constexpr, PARTIAL: tl.constexpr):
@@ -170,6 +177,7 @@ def _values_in(first, slots, S: tl.constexpr, PARTIAL: tl.constexpr):
     token, _ = _slot_tokens(slot, slots.layout.k_token, slots.n_keys, S.HAS_ORDER, PARTIAL)
     return slot, token
 
+# %% ../../nbs/10b_block_kernels.ipynb #63f983b6
 @triton.jit
 def _attend_blocks(run, q, q_token, bounds, k, v, walk, slots, drop, qk_scale,
                    S: tl.constexpr, PARTIAL: tl.constexpr, OVERLAP: tl.constexpr):
@@ -209,7 +217,7 @@ def _order_of_turns(start: Tensor, backwards: bool) -> Tensor:
     order = rank.sort(descending=True, stable=True).indices
     return torch.cat([long.sum()[None], order]).to(torch.int32)
 
-
+# %% ../../nbs/10b_block_kernels.ipynb #063678cc
 def turns_of(
     rows: BlockRows,
     backwards: bool, # of those that are not long, the last one first
@@ -242,6 +250,7 @@ def _row_in_turn(turn_ptr, n_rows, SPLIT: tl.constexpr):
     row = tl.load(turn_ptr + 1 + tl.where(early, place // heads, long + late % rest))
     return row, row * SPLIT + tl.program_id(0) % SPLIT, tl.where(early, place % heads, late // rest)
 
+# %% ../../nbs/10b_block_kernels.ipynb #bc16142c
 @triton.jit
 def _walks(rows, batch, head, list_batches, list_heads, row, n_rows):
     "The full blocks of a row, and its partial ones."
@@ -440,11 +449,11 @@ def _keys_per_row(lists: BlockLists) -> int:
     rows = max(1, lists.rows.full.numel())
     return lists.rows.index.numel() * lists.block_size[1] // rows
 
-
+# %% ../../nbs/10b_block_kernels.ipynb #f99f6bb7
 def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [x if x is None else x.contiguous() for x in tensors]
 
-
+# %% ../../nbs/10b_block_kernels.ipynb #9addf882
 def _pointers(rows: BlockRows, backwards: bool) -> Rows:
     return Rows(turns_of(rows, backwards), *_contiguous(rows.start, rows.index, rows.full))
 
@@ -596,12 +605,12 @@ def _split(rest: tuple) -> tuple[BlockLists, dict]:
     options = dict(key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
     return lists_from_operands(*tensors, sizes, causal), options
 
-
+# %% ../../nbs/10b_block_kernels.ipynb #df7136de
 def _forward_engine(q, k, v, *rest):
     lists, options = _split(rest)
     return block_attention_forward(q, k, v, lists, **options)
 
-
+# %% ../../nbs/10b_block_kernels.ipynb #6b2dcba7
 def _backward_engine(dout, dlse, q, k, v, out, lse, *rest):
     lists, options = _split(rest)
     return block_attention_backward(q, k, v, out, lse, dout, dlse, lists, **options)
