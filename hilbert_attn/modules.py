@@ -57,7 +57,6 @@ def grid_or_none(
     "The grid of a layer, as a tuple."
     return None if grid is None else as_grid(whole_numbers("grid", grid, 1))
 
-
 # %% ../nbs/12_modules.ipynb #ed99e8b3
 def offsets_or_none(
     offsets: Any, # one residue for all heads, one per head, or None

@@ -18,25 +18,28 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from hilbert_attn.backends import REGISTRY, set_backend
 from hilbert_attn.block_sparse import (
-    ALWAYS,
-    PATTERN_TYPES,
-    BlockLists,
-    PostPatternHilbertOptimizer,
-    SparsePatternConfig,
-    block_lists,
     block_reference_attention,
-    block_sdpa_attention,
     block_sdpa_mask_attention,
     block_sparse_attention,
-    block_stats,
+)
+from hilbert_attn.blocks import engine, planner
+from hilbert_attn.blocks.engine import block_sdpa_attention, block_stats
+from hilbert_attn.blocks.lists import (
+    ALWAYS,
+    BlockLists,
     lists_from_block_mask,
     lists_from_bounds,
     lists_from_kinds,
     lists_from_operands,
     lists_to_operands,
+)
+from hilbert_attn.blocks.planner import block_lists
+from hilbert_attn.blocks.schedule import (
+    PATTERN_TYPES,
+    PostPatternHilbertOptimizer,
+    SparsePatternConfig,
     permute_blocks,
 )
-from hilbert_attn.blocks import engine, planner
 from hilbert_attn.common import is_plain
 from hilbert_attn.curves import CURVES, curve_order, inverse_order
 from hilbert_attn.patterns import (
