@@ -169,10 +169,10 @@ def plan_block_ring(
     lists: BlockLists, # of the whole sequence, keys and queries being the same tokens
     world_size: int, # ranks, P
 ) -> BlockRingPlan: # print it
-    "The plan for an even share of positions per rank. Raises `ValueError` for lists with registers."
+    "The plan for even shares of the positions. Raises `ValueError` for lists with registers."
     if lists.num_keys != lists.num_queries:
-        raise ValueError(f"the block lists have {lists.num_queries} queries and {lists.num_keys}"
-                         " keys: a sharded sequence has no registers")
+        sizes = f"{lists.num_queries} queries and {lists.num_keys} keys"
+        raise ValueError(f"the block lists have {sizes}: a sharded sequence has no registers")
     return BlockRingPlan(lists, shard_sizes(lists.num_queries, world_size))
 
 # %% ../nbs/10g_block_ring.ipynb #18d781a7

@@ -20,13 +20,11 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .api import create_self_attention
-from .autograd import HilbertAttentionFunction
 from .block_layers import RingBlockSparseAttention, SharedBlockOptions
-from .blocks.schedule import PostPatternHilbertOptimizer, SparsePatternConfig
+from .blocks.schedule import SparsePatternConfig
 from .branched import BranchLayerOptions, CurveLayerOptions, ForwardOptions
 from .branched import HilbertDilatedAttention, LayerOptions, branches
 from .config import AttentionConfig
-from .curves import create_hilbert_mapping
 from .modules import HilbertAttentionCore, one_of
 from .multihead import DilatedSelfAttention
 from .options import Curve, Layout, Mode
@@ -215,11 +213,20 @@ class BlockSparseRingDilatedAttentionHilbertPostPattern(RingBlockSparseAttention
         super().__init__(pattern, dropout, **settings, block_size=block_size, **options)
 
 # %% ../nbs/13b_compat.ipynb #13b0a016
+from .autograd import HilbertAttentionFunction as HilbertAttentionFunction
+from hilbert_attn.blocks.schedule import (
+    PostPatternHilbertOptimizer as PostPatternHilbertOptimizer,
+)
+from .curves import create_hilbert_mapping as create_hilbert_mapping
+
 StandardizedRingConfig = AttentionConfig
 create_standardized_ring_attention = create_self_attention
 
 if TYPE_CHECKING:
-    from hilbert_attn.kernels.forward import hilbert_attention_kernel, standard_attention_kernel
+    from hilbert_attn.kernels.forward import (
+        hilbert_attention_kernel as hilbert_attention_kernel,
+        standard_attention_kernel as standard_attention_kernel,
+    )
 else:
     def __getattr__(name):
         if name not in ("hilbert_attention_kernel", "standard_attention_kernel"):
