@@ -28,8 +28,7 @@ from .common import true_or_false, whole_number
 from .curves import curve_order
 from .modules import AttentionLayer, share
 from .options import Backend, Curve, Placement
-from .ring_exchange import shard_sequence, unshard_sequence
-from .ring_layers import GroupHolder, check_ring_call, check_ring_settings, group_size
+from .ring_layers import RingLayer, check_ring_call
 
 # %% ../nbs/12e_block_layers.ipynb #12e0a007
 def _local_window(seq_len: int, block: int, sparsity: float) -> int: # tokens
@@ -128,7 +127,7 @@ def _compiled_lists(handle: int, seq_len: int, device: str, *rest: bool) -> Bloc
 
 
 # What torch.compiler.assume_constant_result does, without importing the compiler.
-setattr(_compiled_lists, "_dynamo_marked_constant", True)
+_compiled_lists._dynamo_marked_constant = True # type: ignore[attr-defined]
 
 # %% ../nbs/12e_block_layers.ipynb #12e0a015
 PLACEMENTS = ("global", "post_pattern")
@@ -219,7 +218,7 @@ class BlockSparseAttention(KeepsLists):
         return what | dict(block_size=self.block_size, placement=self.placement)
 
 # %% ../nbs/12e_block_layers.ipynb #12e0a017
-class RingBlockSparseAttention(BlockSparseAttention):
+class RingBlockSparseAttention(RingLayer, BlockSparseAttention):
     """Block-sparse attention over a sequence that processes share; only needed blocks travel.
 
     q, k, v (B, n, H, D), this rank's shard, to (B, n, H, D)."""
@@ -234,30 +233,18 @@ class RingBlockSparseAttention(BlockSparseAttention):
         **options: "Unpack[BlockLayerOptions]", # of `BlockSparseAttention`
     ):
         super().__init__(pattern, dropout, **options)
-        check_ring_settings(dropout, ring_size)
-        self._group, self.ring_size = GroupHolder(group), ring_size
+        self.join(dropout, group, ring_size)
 
-    @property
-    def group(self) -> "dist.ProcessGroup | DeviceMesh | None": return self._group.group
-
-    def shard(
+    def order(
         self,
-        x: Tensor, # the whole sequence, in token order, the same on every rank
-        dim: int = 1, # where the tokens are
-    ) -> Tensor: # this rank's positions
-        "This rank's shard, in the order of the pattern's blocks."
-        lists = self.block_lists(x.shape[dim], x.device)
-        return shard_sequence(x, self.group, dim, lists_order(lists))
+        seq_len: int, # N, of the whole sequence
+        device: torch.device | str | None = None,
+    ) -> Tensor: # int64 (N,): token at each position
+        "That of the pattern's blocks."
+        return lists_order(self.block_lists(seq_len, device or "cpu"))
 
-    def unshard(
-        self,
-        x: Tensor, # this rank's shard
-        dim: int = 1, # where the tokens are
-        seq_len: int | None = None, # N; needed where there is no grid and more than one process
-    ) -> Tensor: # the whole sequence, in token order, on every rank
-        "Puts the shards of all ranks together, in token order."
-        lists = self.block_lists(_whole(self, x.shape[dim], seq_len), x.device)
-        return unshard_sequence(x, self.group, dim, lists_order(lists))
+    def order_back(self, rows: int, seq_len: int | None, device: torch.device) -> Tensor:
+        return self.order(_whole(self, rows, seq_len), device)
 
     def forward(
         self,
@@ -269,7 +256,7 @@ class RingBlockSparseAttention(BlockSparseAttention):
         key_mask: Tensor | None = None, # must be None
     ) -> Tensor: # (B, n, H, D)
         "Attends, together with the other ranks. Raises `ValueError` where q, k, v do not fit."
-        check_ring_call(key_mask, self.ring_size, self.group)
+        check_ring_call(self, key_mask)
         return super().forward(q, k, v, is_causal)
 
     def block_lists(
@@ -293,7 +280,7 @@ def _whole(layer: RingBlockSparseAttention, rows: int, seq_len: int | None = Non
     "Length of the whole sequence."
     if seq_len is not None: return seq_len
     if layer.grid is not None: return prod(layer.grid)
-    if group_size(layer.group) == 1: return rows
+    if layer.processes == 1: return rows
     unknown = "the length of the whole sequence is not known"
     raise ValueError(f"{unknown}: give the layer a grid, such as grid=N")
 

@@ -86,15 +86,51 @@ def _batch_first(x: Tensor, batch_first: bool) -> Tensor: # (B, N, E)
 def _turned(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor: # (B, N, H, D)
     return apply_rotary(x.transpose(1, 2), rope).transpose(1, 2)
 
-# %% ../nbs/12c_multihead.ipynb #12c0a013
-class MultiheadDilatedAttention(nn.Module):
-    """Drop-in for `nn.MultiheadAttention` around any attention without projections.
-
-    Query, key and value (N, B, E), or (B, N, E) with `batch_first=True`; gives (out, None)."""
+# %% ../nbs/12c_multihead.ipynb #2f6c81d4
+class _Projections(nn.Module):
+    "Parameters of the names and shapes of `nn.MultiheadAttention`."
     _qkv_same_embed_dim = False  # PyTorch asks this before it bypasses a module
     in_proj_weight: nn.Parameter # (3 E, E)
     in_proj_bias: nn.Parameter | None
     out_proj: nn.Linear
+    embed_dim: int
+    num_heads: int
+    batch_first: bool
+
+    def _make_projections(self, bias: bool, device: Any, dtype: Any):
+        width, made = self.embed_dim, dict(device=device, dtype=dtype)
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width, **made))
+        self.in_proj_bias = nn.Parameter(torch.empty(3 * width, **made)) if bias else None
+        self.out_proj = nn.Linear(width, width, bias, **made)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        "As `nn.MultiheadAttention` does."
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        for bias in (self.in_proj_bias, self.out_proj.bias):
+            if bias is not None: nn.init.zeros_(bias)
+
+    def _heads(self, *tokens: Tensor) -> list[Tensor]: # q, k, v (B, N, H, D)
+        "From query, key and value; one product where all three are the same tokens."
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        query, key, value = (_batch_first(x, self.batch_first) for x in tokens)
+        parts: Sequence[Tensor]
+        if tokens[0] is tokens[1] is tokens[2]: parts = F.linear(query, weight, bias).chunk(3, -1)
+        else:
+            biases = (None,) * 3 if bias is None else bias.chunk(3)
+            given = zip((query, key, value), weight.chunk(3), biases)
+            parts = [F.linear(x, w, b) for x, w, b in given]
+        return [x.unflatten(-1, (self.num_heads, -1)) for x in parts]
+
+# %% ../nbs/12c_multihead.ipynb #12c0a013
+_NO_WEIGHTS = ("need_weights=True: attention weights are never formed here; leave it out, "
+               "or use nn.MultiheadAttention to look at them")
+
+
+class MultiheadDilatedAttention(_Projections):
+    """Drop-in for `nn.MultiheadAttention` around any attention without projections.
+
+    Query, key and value (N, B, E), or (B, N, E) with `batch_first=True`; gives (out, None)."""
 
     def __init__(
         self,
@@ -133,7 +169,7 @@ class MultiheadDilatedAttention(nn.Module):
             raise ValueError(f"attention is given, and so are {given}: these belong to it")
         self.attention = attention
         self.batch_first = true_or_false("batch_first", batch_first)
-        _make_projections(self, true_or_false("bias", bias), device, dtype)
+        self._make_projections(true_or_false("bias", bias), device, dtype)
 
     def forward(
         self,
@@ -155,7 +191,7 @@ class MultiheadDilatedAttention(nn.Module):
         value = key if value is None else value
         _check_tokens(self.embed_dim, query, key, value)
         if need_weights: raise ValueError(_NO_WEIGHTS)
-        q, k, v = _projected(self, query, key, value)
+        q, k, v = self._heads(query, key, value)
         causal = true_or_false("is_causal", is_causal) or _asks_causal(attn_mask, q.shape[1])
         if key_padding_mask is not None:
             key_mask = attended_keys(key_padding_mask.view(q.shape[:2]), key_mask)
@@ -164,40 +200,6 @@ class MultiheadDilatedAttention(nn.Module):
         out = self.out_proj(out.flatten(2))
         if query.ndim == 2: return out[0], None
         return out if self.batch_first else out.transpose(0, 1), None
-
-    def reset_parameters(self) -> None:
-        "As `nn.MultiheadAttention` does."
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        for bias in (self.in_proj_bias, self.out_proj.bias):
-            if bias is not None: nn.init.zeros_(bias)
-
-# %% ../nbs/12c_multihead.ipynb #12c0a014
-_NO_WEIGHTS = ("need_weights=True: attention weights are never formed here; leave it out, "
-               "or use nn.MultiheadAttention to look at them")
-
-
-def _make_projections(layer: MultiheadDilatedAttention, bias: bool, device, dtype):
-    "Parameters of the names and shapes of `nn.MultiheadAttention`."
-    width = layer.embed_dim
-    made: Any = dict(device=device, dtype=dtype)
-    layer.in_proj_weight = nn.Parameter(torch.empty(3 * width, width, **made))
-    layer.in_proj_bias = nn.Parameter(torch.empty(3 * width, **made)) if bias else None
-    layer.out_proj = nn.Linear(width, width, bias, **made)
-    layer.reset_parameters()
-
-# %% ../nbs/12c_multihead.ipynb #0410cb08
-def _projected(
-    layer: MultiheadDilatedAttention, query: Tensor, key: Tensor, value: Tensor
-) -> list[Tensor]: # q, k, v (B, N, H, D)
-    "Tokens to heads; one product where all three are the same tokens."
-    weight, bias = layer.in_proj_weight, layer.in_proj_bias
-    tokens = [_batch_first(x, layer.batch_first) for x in (query, key, value)]
-    parts: Sequence[Tensor]
-    if query is key and key is value: parts = F.linear(tokens[0], weight, bias).chunk(3, -1)
-    else:
-        biases = (None,) * 3 if bias is None else bias.chunk(3)
-        parts = [F.linear(x, w, b) for x, w, b in zip(tokens, weight.chunk(3), biases)]
-    return [x.unflatten(-1, (layer.num_heads, layer.head_dim)) for x in parts]
 
 # %% ../nbs/12c_multihead.ipynb #23592224
 class DilatedSelfAttention(MultiheadDilatedAttention):
