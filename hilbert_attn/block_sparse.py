@@ -4,10 +4,7 @@
 
 # %% auto #0
 __all__ = ['block_reference_attention', 'block_sdpa_mask_attention', 'reference_blocks', 'sdpa_mask_blocks', 'sdpa_blocks',
-           'triton_blocks', 'block_sparse_attention', 'ALWAYS', 'BlockLists', 'BlockPattern', 'BlockRows', 'BlockStats',
-           'PATTERN_TYPES', 'PostPatternHilbertOptimizer', 'SparsePatternConfig', 'block_lists', 'block_sdpa_attention',
-           'block_stats', 'lists_from_block_mask', 'lists_from_bounds', 'lists_from_kinds', 'lists_from_operands',
-           'lists_to_operands', 'permute_blocks']
+           'triton_blocks', 'block_sparse_attention']
 
 # %% ../nbs/10f_block_sparse.ipynb #f974c6ea
 from typing import TYPE_CHECKING, Any
@@ -16,26 +13,10 @@ import torch
 from torch import Tensor
 
 from .backends import attend, computes
-from .blocks.engine import BlockStats, block_sdpa_attention, block_stats
+from .blocks.engine import block_sdpa_attention
 from .blocks.flex import from_flex, is_flex
-from hilbert_attn.blocks.lists import (
-    ALWAYS,
-    BlockLists,
-    BlockRows,
-    as_block_size,
-    lists_from_block_mask,
-    lists_from_bounds,
-    lists_from_kinds,
-    lists_from_operands,
-    lists_to_operands,
-)
-from .blocks.planner import BlockPattern, block_lists
-from hilbert_attn.blocks.schedule import (
-    PATTERN_TYPES,
-    PostPatternHilbertOptimizer,
-    SparsePatternConfig,
-    permute_blocks,
-)
+from .blocks.lists import BlockLists, as_block_size, lists_from_block_mask
+from .blocks.planner import block_lists
 from .calls import Call, check_call, check_order
 from .operators import lse_dtype
 from .reference import masked_attention
@@ -44,12 +25,6 @@ from .sdpa import masked_sdpa
 if TYPE_CHECKING: from torch.nn.attention.flex_attention import BlockMask
 else:
     class BlockMask: "Stands in signatures for that of FlexAttention, whose import takes seconds."
-
-_all_ = [
-    "ALWAYS", "BlockLists", "BlockPattern", "BlockRows", "BlockStats", "PATTERN_TYPES",
-    "PostPatternHilbertOptimizer", "SparsePatternConfig", "block_lists", "block_sdpa_attention",
-    "block_stats", "lists_from_block_mask", "lists_from_bounds", "lists_from_kinds",
-    "lists_from_operands", "lists_to_operands", "permute_blocks"]
 
 # %% ../nbs/10f_block_sparse.ipynb #37b3bde7
 def _mask(lists: BlockLists, key_mask: Tensor | None) -> Tensor: # bool (B or 1, H or 1, N, M)
@@ -98,20 +73,20 @@ def reference_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "The oracle."
     return block_reference_attention(call.q, call.k, call.v, call.pattern, **call.common)
 
-
+# %% ../nbs/10f_block_sparse.ipynb #a4f144ee
 @computes("sdpa_mask", "blocks")
 def sdpa_mask_blocks(call: Call) -> tuple[Tensor, Any]: # out, lse or None
     "SDPA with a mask."
     options: Any = call.common | dict(need_lse=call.need_lse)
     return block_sdpa_mask_attention(call.q, call.k, call.v, call.pattern, **options)
 
-
+# %% ../nbs/10f_block_sparse.ipynb #6d05488b
 @computes("sdpa", "blocks")
 def sdpa_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "Dense kernels on the blocks."
     return block_sdpa_attention(call.q, call.k, call.v, call.pattern, **call.common)
 
-
+# %% ../nbs/10f_block_sparse.ipynb #5f5f1a62
 @computes("triton", "blocks")
 def triton_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "The fused kernels."

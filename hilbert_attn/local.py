@@ -55,7 +55,7 @@ def _alike(rows: np.ndarray) -> Iterator[tuple[int, int]]:
     changes = np.flatnonzero((rows[1:] != rows[:-1]).any(1)) + 1
     yield from pairwise([0, *changes.tolist(), len(rows)])
 
-
+# %% ../nbs/11_local.ipynb #31d2d115
 def _progressions(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
     "First and end of each stretch with one step from value to value, and the step."
     steps, first = np.diff(values), 0
@@ -162,7 +162,7 @@ def _axis_sides(pattern: AxisPattern, axis: int) -> list[tuple[int, int, int, in
         found.append((side, classes * tiles, min(side + reach, members), kinds))
     return found
 
-
+# %% ../nbs/11_local.ipynb #4e8d2fcf
 def _sides(pattern: AxisPattern, group: int) -> tuple[int, ...]:
     "Those that promise the least work; `group` query heads share a key/value head."
     axes = range(len(pattern.grid))
@@ -195,7 +195,7 @@ def _lattice(x: Tensor, unit: _Unit, side: str, group: int = 1) -> Tensor:
     view, tiles = lattice.view(x).unflatten(1, (-1, group)), len(lattice.tiles)
     return view.movedim((1, 2), (1 + tiles, 2 + tiles))
 
-
+# %% ../nbs/11_local.ipynb #4904ca8d
 def _on_lattice(part: Tensor, lattice: Tensor, axes: int) -> Tensor:
     "A batch of tiles (T, heads, places, ...), with the dimensions of a lattice."
     batch = 2 * axes + 1
@@ -221,7 +221,7 @@ def _read(
     if always: batch[:, :, places:].unflatten(0, (len(x), -1)).copy_(x[:, None, :, unit.cells:])
     return batch
 
-
+# %% ../nbs/11_local.ipynb #ddc3b7bc
 def _write(x: Tensor, part: Tensor, unit: _Unit, group: int):
     "Writes a batch of query tiles into `x` (B, H, cells, ...)."
     lattice = _lattice(x, unit, "q", group)
@@ -257,7 +257,7 @@ def _turned(pattern: AxisPattern) -> np.ndarray | None: # (cells,)
     if all((np.diff(x) == 1).all() for x in axes): return None
     return np.arange(prod(pattern.grid)).reshape(pattern.grid)[np.ix_(*axes)].ravel()
 
-
+# %% ../nbs/11_local.ipynb #129133c5
 def _tokens(
     pattern: AxisPattern,
     order: Tensor | None, # int64 (cells,), of the tokens that are not shared
@@ -342,7 +342,7 @@ def _cut(unit: _Unit, most: int) -> Iterator[_Unit]:
             return
     yield unit
 
-
+# %% ../nbs/11_local.ipynb #ef752c98
 def _moved(run: _Run, name: str, i: int, count: int) -> dict[str, Any]:
     "What changes in a run that keeps `count` of its classes or tiles, from number i on."
     if name == "classes": return dict(classes=count, first=run.first + i)
@@ -356,7 +356,7 @@ def _shared_unit(pattern: AxisPattern) -> _Unit:
     rows, columns = (cells, 0, pattern.shared), (0, 0, cells)
     return _Unit((cells,), (_Run(0, 1, 1, 1, rows, columns, None),))
 
-
+# %% ../nbs/11_local.ipynb #ee63b497
 @lru_cache(maxsize=64)
 def _chunks(pattern: AxisPattern, group: int, most: int, always: int) -> tuple[_Unit, ...]:
     "The units of a call, at most so many keys at a time; of a tile, `always` more than its own."
@@ -485,7 +485,7 @@ _decoded = lru_cache(maxsize=256)(decode_pattern)
 def _forward_op(q, k, v, order, key_mask, kind, numbers, scale):
     return _local_forward(q, k, v, order, key_mask, _decoded(kind, tuple(numbers)), scale)
 
-
+# %% ../nbs/11_local.ipynb #3e76a28b
 def _backward_op(dout, dlse, q, k, v, out, lse, order, key_mask, kind, numbers, scale):
     pattern = _decoded(kind, tuple(numbers))
     return _local_backward(dout, dlse, q, k, v, out, lse, order, key_mask, pattern, scale)
@@ -521,13 +521,13 @@ def _stack(x: Tensor, rows: Tensor, heads: int) -> Tensor: # (B, H, N, D), (T, P
     "Rows of `x` as a batch of tiles: (B * T, heads, H / heads * P, D)."
     return x[:, :, rows].unflatten(1, (heads, -1)).movedim(3, 1).flatten(0, 1).flatten(2, 3)
 
-
+# %% ../nbs/11_local.ipynb #da21aa85
 def _unstack(x: Tensor, batch: int, group: int) -> Tensor: # (B, H, T * P, ...)
     "Undoes `_stack`, tiles one behind the other."
     x = x.unflatten(2, (group, -1)).unflatten(0, (batch, -1))
     return x.movedim(1, 3).flatten(3, 4).flatten(1, 2)
 
-
+# %% ../nbs/11_local.ipynb #1ba9469c
 def _pairs(mask: Tensor, keys: Tensor, key_mask: Tensor | None, group: int) -> Tensor:
     "The mask of a batch of tiles, broadcastable to (B * T, 1, group * M, J)."
     if len(mask) > 1: mask = mask.repeat(group, 1)
@@ -581,14 +581,14 @@ class LocalPattern:
     def mask(self, order: Tensor | None = None) -> Tensor: # bool (1, N, N + R)
         return F.pad(self.pattern.mask(order), (0, self.registers), value=True)
 
-
+# %% ../nbs/11_local.ipynb #4acfd7ad
 @computes("reference", "local")
 def reference_local(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "The oracle."
     out, lse = reference_attention(call.q, call.k, call.v, call.pattern, **call.options)
     return call.narrow(out, lse)
 
-
+# %% ../nbs/11_local.ipynb #55f501b3
 @computes("sdpa_mask", "local")
 def sdpa_mask_local(call: Call) -> tuple[Tensor, Tensor | None]: # out, lse
     "SDPA with the mask."
@@ -612,7 +612,7 @@ _BLOCK_SIZE = (128, 128) # slots per block of queries and of keys
 
 def _block_kernels(): return importlib.import_module("hilbert_attn.kernels.block_sparse")
 
-
+# %% ../nbs/11_local.ipynb #02f0ace9
 def _lists(q: Tensor, k: Tensor, kind: str, numbers, layout: Sequence[int], curve: str):
     "The block lists of a call; cached where they are built."
     order = None if curve == "row_major" else curve_order(tuple(layout), curve, q.device)
@@ -620,13 +620,13 @@ def _lists(q: Tensor, k: Tensor, kind: str, numbers, layout: Sequence[int], curv
         _decoded(kind, tuple(numbers)), order=order, block_size=_BLOCK_SIZE,
         registers=k.shape[2] - q.shape[2], device=q.device)
 
-
+# %% ../nbs/11_local.ipynb #9d03e367
 def _block_forward_op(q, k, v, key_mask, seed, kind, numbers, layout, curve, scale, dropout_p):
     lists = _lists(q, k, kind, numbers, layout, curve)
     return _block_kernels().block_attention_forward(
         q, k, v, lists, key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
 
-
+# %% ../nbs/11_local.ipynb #a163567a
 def _block_backward_op(
     dout, dlse, q, k, v, out, lse, key_mask, seed, kind, numbers, layout, curve, scale, dropout_p,
 ):
@@ -684,7 +684,7 @@ def _check(q, k, v, registers, key_mask, **options) -> Call:
         key_mask = F.pad(key_mask, (0, count), value=True)
     return check_call(call.q, k, v, registers=count, key_mask=key_mask, **options)
 
-
+# %% ../nbs/11_local.ipynb #0350c608
 def _attend(call: Call, pattern: AxisPattern, grid, curve: str | None, backend: str) -> Any:
     "Lays the pattern along the curve, where that matters, and runs the call."
     check_cells(grid, call.q.shape[2] - pattern.shared)

@@ -9,7 +9,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 from gpu.compiling import Launch, recording
 
-from hilbert_attn.block_sparse import lists_from_bounds
+from hilbert_attn.blocks.lists import lists_from_bounds
 from hilbert_attn.kernels import backward, block_sparse, forward
 from hilbert_attn.kernels.tuning import Tile, Workload, default_tile
 

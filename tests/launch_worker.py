@@ -13,7 +13,7 @@ from triton.runtime.driver import driver
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 from gpu.compiling import AbsentGPU, describe_launch, warm
 
-from hilbert_attn.block_sparse import lists_from_bounds
+from hilbert_attn.blocks.lists import lists_from_bounds
 from hilbert_attn.kernels import backward, block_sparse, forward, launch
 from hilbert_attn.kernels.tuning import Tile
 

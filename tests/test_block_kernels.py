@@ -28,14 +28,14 @@ from kernel_cases import (  # noqa: F401  the fixtures apply here too
 )
 from sampling import examples
 
-from hilbert_attn.block_sparse import (
+from hilbert_attn.blocks.lists import (
     ALWAYS,
     BlockLists,
-    block_lists,
     lists_from_block_mask,
     lists_from_kinds,
     lists_to_operands,
 )
+from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
 from hilbert_attn.kernels import block_sparse
 from hilbert_attn.kernels.block_sparse import (

@@ -381,7 +381,7 @@ class _BlockTile(Tile):
         self.work.keys.add(x, batch)
         return x
 
-
+# %% ../../nbs/10c_block_engine.ipynb #57c93f76
 def _tiles(
     q: Tensor, k: Tensor, lists: BlockLists, key_mask: Tensor | None,
 ) -> Iterator[_BlockTile]:

@@ -41,11 +41,11 @@ def _cells(pattern: AxisPattern, order: np.ndarray) -> np.ndarray: # int64, alon
     "The cell of each token that is not shared."
     return np.arange(len(order)) if pattern.along_curve else order - pattern.shared
 
-
+# %% ../../nbs/10a_block_planner.ipynb #da744269
 def _coordinates(pattern: AxisPattern, order: np.ndarray) -> tuple[np.ndarray, ...]:
     return np.unravel_index(_cells(pattern, order), pattern.grid)
 
-
+# %% ../../nbs/10a_block_planner.ipynb #edd764db
 def _table(pattern: AxisPattern, cells: np.ndarray, values: np.ndarray) -> np.ndarray:
     "The value of each cell of the grid; -1 past the last coordinate of an axis."
     table = np.empty(pattern.grid, np.int64)
@@ -162,7 +162,7 @@ def _slide_pairs(first, last, tokens: np.ndarray, block_size, causal) -> Iterato
             pairs = np.where(most[column] <= tokens[i], pairs, least <= tokens[i])
         yield i // BM, column, pairs
 
-
+# %% ../../nbs/10a_block_planner.ipynb #d63de568
 def _slides(pattern: AxisPattern) -> bool:
     "Are places positions, and does each query attend itself?"
     if not pattern.along_curve: return False

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hilbert_attn.block_sparse import block_lists, lists_from_block_mask
+from hilbert_attn.blocks.lists import lists_from_block_mask
+from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
 from hilbert_attn.kernels import backward, forward, steps, tuning
 from hilbert_attn.kernels import block_sparse as blocks
