@@ -11,7 +11,7 @@ __all__ = ['DILATION_MODES', 'COMBINES', 'AxisBounds', 'Lattice', 'default_mode'
 # %% ../nbs/01_patterns.ipynb #506d16f9
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from itertools import islice
+from itertools import accumulate, islice
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
 
@@ -325,7 +325,7 @@ def _heads_of_branches(
         raise ValueError(
             f"combine='heads' with {branches} branches and {num_heads} heads: "
             "each branch needs a head")
-    ends = np.cumsum([0, *even_sizes(num_heads, branches)]).tolist()
+    ends = list(accumulate(even_sizes(num_heads, branches), initial=0))
     return list(zip(ends, ends[1:]))
 
 # %% ../nbs/01_patterns.ipynb #0b945738
