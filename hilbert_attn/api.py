@@ -53,7 +53,7 @@ def register_attention_type(
 ) -> Callable[[_Build], _Build]: # a decorator for `build(config)`, which makes the layer
     "Registers an attention type; a name that is taken is a `ValueError`."
     def register(build: _Build) -> _Build:
-        if name in ATTENTION_TYPES or name == "auto":
+        if name in ("auto", *ATTENTION_TYPES):
             raise ValueError(f"attention type {name!r} is registered already")
         ATTENTION_TYPES[name] = AttentionType(name, about, when, build, shares_sequence)
         return build

@@ -93,9 +93,8 @@ class BlockRingPlan:
     def needed(self) -> tuple[np.ndarray, ...]:
         "For each rank: the positions of K and V that it reads, ascending."
         keys = self.slots[1]
-        ranks = range(self.world_size)
-        reads = (np.sort(keys[self.blocks(rank)[1]].ravel()) for rank in ranks)
-        return tuple(x[x >= 0] for x in reads)
+        reads = (keys[self.blocks(rank)[1]].ravel() for rank in range(self.world_size))
+        return tuple(np.sort(x[x >= 0]) for x in reads)
 
     def parcel(self, src: int, dst: int) -> np.ndarray:
         "The positions of `src` that `dst` reads, ascending."

@@ -532,7 +532,7 @@ def _pairs(mask: Tensor, keys: Tensor, key_mask: Tensor | None, group: int) -> T
     "The mask of a batch of tiles, broadcastable to (B * T, 1, group * M, J)."
     if len(mask) > 1: mask = mask.repeat(group, 1)
     if key_mask is None: return mask
-    return (mask & key_mask[:, keys][:, :, None]).flatten(0, 1)[:, None]
+    return (mask & key_mask[:, keys[:, None]]).flatten(0, 1)[:, None]
 
 # %% ../nbs/11_local.ipynb #f44103b8
 def _local_expression(

@@ -217,9 +217,9 @@ class Exchange:
         return i, (slice(None), as_slice(list(parcel.kv_heads)), places)
 
     def _pack(self, parcels: Sequence[Parcel], keys: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        pieces = []
+        pieces = [self.like.new_empty(0)]
         for i, at in map(self._at, parcels): pieces += [x[at].reshape(-1) for x in keys[i]]
-        return torch.cat(pieces) if pieces else self.like.new_empty(0)
+        return torch.cat(pieces)
 
     def unpack(self, message: Tensor, parcels: Sequence[Parcel]) -> list[tuple[Tensor, Tensor]]:
         "K and V of each parcel, as views."

@@ -259,7 +259,7 @@ def refuse_layers(
     reasons: Mapping[str, str | None], # of each layer; None: it can
 ):
     "Raises `ValueError` that names the layers that cannot, and why."
-    lines = [f"  {name}: {why}" for name, why in reasons.items() if why is not None]
+    lines = [f"  {name}: {why}" for name, why in reasons.items() if why]
     if not lines: return
     head = f"cannot {what} (nothing was changed; `exclude` leaves layers alone):"
     raise ValueError("\n".join([head, *lines]))
