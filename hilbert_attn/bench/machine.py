@@ -44,10 +44,8 @@ def matmul_call(
     device: str = "cpu", # or "cuda"
 ) -> Callable:
     "That product of random matrices, as a call without arguments."
-    g = torch.Generator().manual_seed(0)
     m, k, n = matmul_shape(flops)
-    a = torch.randn(m, k, generator=g).to(device)
-    b = torch.randn(k, n, generator=g).to(device)
+    a, b = torch.randn(m, k, device=device), torch.randn(k, n, device=device)
     return lambda: a @ b
 
 # %% ../../nbs/15b_machine.ipynb #5ff647b0

@@ -254,7 +254,7 @@ def _add_branch(
     "Counts with one more branch."
     if branch.heads == (0, num_heads):
         return counts + branch.copies * attended
-    counts = counts.expand(num_heads, -1, -1).clone()
+    counts = counts.expand(num_heads, *attended.shape[1:]).clone()
     counts[slice(*branch.heads)] += branch.copies * attended
     return counts
 
