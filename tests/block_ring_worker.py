@@ -83,7 +83,12 @@ def check(rank, world, lists, kv_heads=HEADS, dtype=torch.float32, scale=None):
     q, k, v = tensor(HEADS), tensor(kv_heads), tensor(kv_heads)
     with mock.patch.object(block_ring, "swap", counted):
         assert_matches_oracle(attention, q, k, v, dense, scale=scale)
-    plan, ranks = plan_block_ring(lists, world), range(world)
+    check_traffic(plan_block_ring(lists, world), rank, world, kv_heads, moved)
+
+
+def check_traffic(plan, rank, world, kv_heads, moved):
+    "What arrived is what the plan says, and what is sent by all arrives at all."
+    ranks = range(world)
     there = plan.elements_received(rank, 2, kv_heads, 16)
     rows = sum(len(plan.parcel(rank, dst)) for dst in ranks if dst != rank)
     back = 2 * 2 * kv_heads * 16 * rows

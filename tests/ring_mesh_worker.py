@@ -125,6 +125,33 @@ def alone(name):
     return lambda q, k, v: hilbert_attention(q, k, v, curve=None, **options)
 
 
+def with_ddp(m, mesh, loss_of):
+    "Averages over all four ranks, over those of a ring too: there it should add."
+    m = DistributedDataParallel(m)
+    loss = loss_of(m)
+    (2 * loss).backward()
+    return loss, [p.grad for p in m.parameters()]
+
+
+def with_fsdp(m, mesh, loss_of):
+    "Averages over the data dimension; the ring's gradients are added by hand."
+    for layer in m: fully_shard(layer, mesh=mesh["data"])
+    fully_shard(m, mesh=mesh["data"])
+    loss = loss_of(m)
+    loss.backward()
+    group = mesh.get_group("ring")
+    for p in m.parameters(): dist.all_reduce(p.grad.to_local(), group=group)
+    return loss, [p.grad.full_tensor() for p in m.parameters()]
+
+
+def one_process(name, x, target):
+    "Loss and gradients of the whole."
+    m = model(alone(name))
+    loss = (m(x) - target).square().sum() / target.numel()
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in m.parameters())]
+
+
 def meshes(results, rank, world):
     "Batches on one dimension of a mesh, the sequence on the other; gradients of one process."
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "ring"))
@@ -133,37 +160,15 @@ def meshes(results, rank, world):
     def rand(): return torch.randn(2, 24, 16, dtype=torch.float64, generator=generator)
     x, target = rand(), rand()
 
-    def expected(name):
-        m = model(alone(name))
-        loss = (m(x) - target).square().sum() / target.numel()
-        loss.backward()
-        return [loss.detach(), *(p.grad for p in m.parameters())]
-
     def loss_of(m):
         mine, wanted = (shard_sequence(t[data:data + 1], mesh["ring"], 1) for t in (x, target))
         return (m(mine) - wanted).square().sum() / target[:1].numel()
 
-    def with_ddp(m):
-        "Averages over all four ranks, over those of a ring too: there it should add."
-        m = DistributedDataParallel(m)
-        loss = loss_of(m)
-        (2 * loss).backward()
-        return loss, [p.grad for p in m.parameters()]
-
-    def with_fsdp(m):
-        for layer in m: fully_shard(layer, mesh=mesh["data"])
-        fully_shard(m, mesh=mesh["data"])
-        loss = loss_of(m)
-        loss.backward()
-        group = mesh.get_group("ring")
-        for p in m.parameters(): dist.all_reduce(p.grad.to_local(), group=group)
-        return loss, [p.grad.full_tensor() for p in m.parameters()]
-
     def run(name, wrapped):
-        loss, grads = wrapped(model(ring_of(mesh["ring"], name)))
+        loss, grads = wrapped(model(ring_of(mesh["ring"], name)), mesh, loss_of)
         loss = loss.detach().clone()
         dist.all_reduce(loss)
-        pairs = zip([loss / 2, *grads], expected(name))
+        pairs = zip([loss / 2, *grads], one_process(name, x, target))
         errors = [(a - b).abs().max().item() for a, b in pairs]
         assert max(errors) < 1e-12, errors
 

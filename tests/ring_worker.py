@@ -145,12 +145,12 @@ def relaid_alike(rank, attention, group, options, dtype):
     "Layouts of q, k, v and of the upstream gradients change nothing."
     generator = torch.Generator().manual_seed(rank)
     shapes = [(2, h, 6, 8) for h in (4, 2, 2, 4)]
-    q, k, v, dout = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
+    *qkv, dout = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
     dlse = torch.randn(2, 4, 6, generator=generator)
     limit = 1e-5 if dtype == torch.float32 else 0.06  # bfloat16: rounded in another order
 
     def run(change, upstream):
-        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        leaves = [x.clone().requires_grad_() for x in qkv]
         inputs = [change(x, i) for i, x in enumerate(leaves)]
         results = attention(*inputs, group=group, return_lse=True, **options)
         return *results, *torch.autograd.grad(results, leaves, upstream)
@@ -160,16 +160,20 @@ def relaid_alike(rank, attention, group, options, dtype):
             torch.testing.assert_close(a, e, rtol=limit, atol=limit)
 
     plain = run(lambda x, i: x, (dout, dlse))
+    wide = dlse[..., None].expand(-1, -1, -1, 2).contiguous()
     for i in range(0, len(RELAID), STEP):
         names = [RELAID[(i + shift) % len(RELAID)] for shift in range(5)]
-        wide = dlse[..., None].expand(-1, -1, -1, 2).contiguous()
         upstream = relaid(dout, names[3]), relaid(wide, names[4])[..., 0]
         alike(run(lambda x, i, names=names: relaid(x, names[i]), upstream), plain)
+    spread_alike(run, alike, (dout, dlse))
 
-    def spread(x, i=0): return x[:, :1].expand_as(x)  # one head for all
-    upstream = [x[:, :, :1].expand_as(x) for x in (dout, dlse)]
-    expected = run(lambda x, i: spread(x).contiguous(), [x.contiguous() for x in upstream])
-    alike(run(spread, upstream), expected)
+
+def spread_alike(run, alike, upstream):
+    "One head for all, and one row of the upstream gradients."
+    def spread(x, i): return x[:, :1].expand_as(x)
+    def copied(x, i): return spread(x, i).contiguous()
+    one_row = [x[:, :, :1].expand_as(x) for x in upstream]
+    alike(run(spread, one_row), run(copied, [x.contiguous() for x in one_row]))
 
 
 def strides(results, rank, world):
@@ -243,43 +247,45 @@ def memory(results, rank, world):
                 attempt(results, f"{p} {name}, {direction}", peak, groups[p], p, *call, both)
 
 
-def torch_ring(results, rank, world):
-    "PyTorch's own ring, made for GPUs, on the CPU's flash operators; balanced as our zigzag."
+def run_theirs(group, q, k, v, dout, causal, balanced):
+    "PyTorch's own ring, made for GPUs, on the CPU's flash operators: out, lse, dq, dk, dv."
     from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     def set_option(name, value): return mock.patch.object(theirs._cp_options, name, value)
 
-    def run_theirs(group, q, k, v, dout, causal, balanced):
-        precision, balance = ("convert_to_f32", False), ("enable_load_balance", balanced)
-        with set_option(*precision), set_option(*balance):
-            forward = theirs._templated_ring_attention
-            out, lse, *_ = forward(group, 2, flash, q, k, v, is_causal=causal)
-            backward = theirs._templated_ring_attention_backward
-            results = backward(group, 2, flash_backward, dout, "grad_out", q, k, v, out, lse,
-                               is_causal=causal, dropout_p=0.0)
-        return out, lse, *results[:3]
+    with set_option("convert_to_f32", False), set_option("enable_load_balance", balanced):
+        forward = theirs._templated_ring_attention
+        out, lse, *_ = forward(group, 2, flash, q, k, v, is_causal=causal)
+        backward = theirs._templated_ring_attention_backward
+        results = backward(group, 2, flash_backward, dout, "grad_out", q, k, v, out, lse,
+                           is_causal=causal, dropout_p=0.0)
+    return out, lse, *results[:3]
 
-    def compare(group, size, causal, balanced):
-        generator = torch.Generator().manual_seed(1)
-        layout = "zigzag" if balanced else "contiguous"
-        shape = (2, 3, 32 * size, 16)
-        whole = [torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(4)]
-        *mine, dout = (shard_sequence(x, group, 2, layout=layout).contiguous() for x in whole)
-        expected = run_theirs(group, *mine, dout, causal, balanced)
-        leaves = [x.clone().requires_grad_() for x in mine]
-        options = dict(group=group, causal=causal, layout=layout, return_lse=True)
-        out, lse = ring_attention(*leaves, **options)
-        found = out, lse, *torch.autograd.grad(out, leaves, dout)
-        errors = [(a - b).abs().max().item() for a, b in zip(found, expected)]
-        assert max(errors) < 1e-12, errors
 
+def as_torch_ring(group, size, causal, balanced):
+    generator = torch.Generator().manual_seed(1)
+    layout = "zigzag" if balanced else "contiguous"
+    shape = (2, 3, 32 * size, 16)
+    whole = [torch.randn(shape, dtype=torch.float64, generator=generator) for _ in range(4)]
+    *mine, dout = (shard_sequence(x, group, 2, layout=layout).contiguous() for x in whole)
+    expected = run_theirs(group, *mine, dout, causal, balanced)
+    leaves = [x.clone().requires_grad_() for x in mine]
+    options = dict(group=group, causal=causal, layout=layout, return_lse=True)
+    out, lse = ring_attention(*leaves, **options)
+    found = out, lse, *torch.autograd.grad(out, leaves, dout)
+    errors = [(a - b).abs().max().item() for a, b in zip(found, expected)]
+    assert max(errors) < 1e-12, errors
+
+
+def torch_ring(results, rank, world):
+    "The same as PyTorch's own ring; balanced as our zigzag."
     groups = {p: dist.new_group(list(range(p))) for p in (2, 3, 4)}
     for p in (4, 3, 2):
         if rank >= p: continue
         for way in ((False, False), (True, False), (True, True)):
             name = f"{p} causal={way[0]} balanced={way[1]}"
-            attempt(results, name, compare, groups[p], p, *way)
+            attempt(results, name, as_torch_ring, groups[p], p, *way)
 
 
 if __name__ == "__main__": main(globals())

@@ -99,31 +99,47 @@ class Layout:
 
 
 @st.composite
-def patterns(draw, max_n: int = 90):
+def grids(draw, most: int):
+    "One to three dimensions; about `most` cells, twice as many at most."
     ndim = draw(st.integers(1, 3))
-    side = max(2, int(max_n ** (1 / ndim)))
-    grid = tuple(
-        draw(st.integers(1, 3 * side if ndim > 1 and axis == 0 else side)) for axis in range(ndim))
-    grid = grid if prod(grid) <= 2 * max_n else (side,) * ndim
+    side = max(2, int(most ** (1 / ndim)))
+    sides = [3 * side if ndim > 1 else side, side, side]
+    grid = tuple(draw(st.integers(1, side)) for side in sides[:ndim])
+    return grid if prod(grid) <= 2 * most else (side,) * ndim
+
+
+@st.composite
+def neighborhoods(draw, grid: tuple[int, ...]):
+    dilation = tuple(draw(st.integers(1, min(4, g))) for g in grid)
+    window = tuple(draw(st.integers(1, g // d)) for g, d in zip(grid, dilation))
+    causal = tuple(draw(st.booleans()) for _ in grid)
+    return NeighborhoodPattern(grid, window, dilation, causal)
+
+
+@st.composite
+def segments(draw, n: int):
+    w = draw(st.integers(1, n + 3))
+    r, mode = draw(st.integers(1, min(w, 9))), draw(st.sampled_from(DILATION_MODES))
+    offset = 0 if mode == "residue" else draw(st.integers(0, r - 1))
+    return SegmentPattern(n, w, r, mode, (offset,))
+
+
+KINDS = ("window", "neighborhood", "neighborhood", "slide", "tiles", "segment")
+
+
+@st.composite
+def patterns(draw, max_n: int = 90):
+    grid, kind = draw(grids(max_n)), draw(st.sampled_from(KINDS))
     n = prod(grid)
-    kind = draw(
-        st.sampled_from(("window", "neighborhood", "neighborhood", "slide", "tiles", "segment")))
     if kind == "window":
         window = tuple(draw(st.integers(1, g + 2)) for g in grid)
         return WindowPattern(grid, window, tuple(draw(st.integers(0, w - 1)) for w in window))
-    if kind == "neighborhood":
-        dilation = tuple(draw(st.integers(1, min(4, g))) for g in grid)
-        return NeighborhoodPattern(
-            grid, tuple(draw(st.integers(1, g // d)) for g, d in zip(grid, dilation)), dilation,
-            tuple(draw(st.booleans()) for _ in grid))
+    if kind == "neighborhood": return draw(neighborhoods(grid))
     if kind == "slide": return SlidePattern(n, draw(st.integers(1, n + 3)))
-    if kind == "tiles":
-        shared = draw(st.integers(0, min(n - 1, 20)))
-        return TilesSharedPattern(
-            n, draw(st.integers(1, n - shared)), draw(st.integers(0, 2 * n)), shared)
-    w = draw(st.integers(1, n + 3))
-    r, mode = draw(st.integers(1, min(w, 9))), draw(st.sampled_from(DILATION_MODES))
-    return SegmentPattern(n, w, r, mode, (0 if mode == "residue" else draw(st.integers(0, r - 1)),))
+    if kind == "segment": return draw(segments(n))
+    shared = draw(st.integers(0, min(n - 1, 20)))
+    tiles, offset = draw(st.integers(1, n - shared)), draw(st.integers(0, 2 * n))
+    return TilesSharedPattern(n, tiles, offset, shared)
 
 
 SIZES = st.sampled_from((1, 2, 4, 5, 8, 16))
@@ -999,11 +1015,11 @@ def test_from_flex_says_what_it_cannot():
             create_block_mask(MODS["causal"], None, None, 64, 32, device="cpu", BLOCK_SIZE=16))
 
 
-@pytest.mark.parametrize("name", OF_MASK)
+@pytest.mark.parametrize("name", LISTS)
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_to_flex(name):
     torch.manual_seed(0)
-    lists = OF_MASK[name]
+    lists = LISTS[name]
     block_mask = lists.to_flex()
     assert (
         BlockLists.from_flex(block_mask) is lists

@@ -159,28 +159,37 @@ PLANS = {
 }
 
 
+def mask_by_position(plan, order):
+    mask = attention_mask(plan.branches[0].pattern, order=order, causal=plan.causal)
+    return mask[:, :, order][..., order] if plan.ordered else mask
+
+
+def of_all_ranks(ranks):
+    "Results of `run_rounds` put together: positions of the queries; out, lse, dq, dk, dv."
+    parts, rows, dk, dv = zip(*ranks)
+    rows = [part for some in rows for part in some]
+    found = [torch.cat([getattr(part, name) for part in rows], 2) for name in ("out", "lse", "dq")]
+    return torch.cat([at for some in parts for at in some]), [*found, sum(dk), sum(dv)]
+
+
 @pytest.mark.parametrize("name", PLANS)
 def test_blocks_of_all_rounds_are_attention(name):
     "Masks in pieces, some heads at a time, merged and added up: a ring without its messages."
     options = dict(heads=2, kv_heads=2, head_dim=8, dtype=torch.float64) | PLANS[name]
-    plan, world = plan_ring(41, 3, **options), range(3)
+    plan = plan_ring(41, 3, **options)
     generator = torch.Generator().manual_seed(0)
     def normal(*shape): return torch.randn(shape, dtype=torch.float64, generator=generator)
     q, k, v = (normal(2, heads, 41, 8) for heads in (plan.heads, plan.kv_heads, plan.kv_heads))
     dout, dlse = normal(*q.shape), normal(*q.shape[:3])
     order = torch.randperm(41, generator=generator) if plan.ordered else None
-    mask = attention_mask(plan.branches[0].pattern, order=order, causal=plan.causal)
-    if plan.ordered: mask = mask[:, :, order][..., order]  # by position
     small = dict(MASK_ELEMENTS=24, HEAD_ELEMENTS=dict(cpu=64))
     with mock.patch.multiple(ring_blocks, **small):
-        ranks = [run_rounds(plan, rank, order, (q, k, v), dout, dlse) for rank in world]
-    seen = torch.cat([at for parts, *_ in ranks for at in parts])
-    lse = masked_attention(q[:, :, seen], k, v, mask[:, :, seen], 0.37)[1]
-    dlse = dlse[:, :, seen].masked_fill(lse.isneginf(), 0)
-    expected = exact_block(q[:, :, seen], k, v, dout[:, :, seen], dlse, mask[:, :, seen], 0.37)
-    rows = [part for _, some, *_ in ranks for part in some]
-    found = [torch.cat([getattr(part, name) for part in rows], 2) for name in ("out", "lse", "dq")]
-    found += [sum(grads) for grads in list(zip(*ranks))[2:]]
-    expected = list(expected)
-    expected[1] = expected[1].masked_fill(expected[1].isneginf(), 0)  # as `Queries.after` has it
+        ranks = [run_rounds(plan, rank, order, (q, k, v), dout, dlse) for rank in range(3)]
+    seen, found = of_all_ranks(ranks)
+    q, dout, dlse, mask = (x[:, :, seen] for x in (q, dout, dlse, mask_by_position(plan, order)))
+    lse = masked_attention(q, k, v, mask, 0.37)[1]
+    dlse = dlse.masked_fill(lse.isneginf(), 0)
+    out, lse, *grads = exact_block(q, k, v, dout, dlse, mask, 0.37)
+    lse = lse.masked_fill(lse.isneginf(), 0)  # as `Queries.after` has it
+    expected = out, lse, *grads
     for a, e in zip(found, expected): torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
