@@ -38,6 +38,7 @@ docs: $(BIN)/.docs  ## build the site into _docs/
 
 export: $(BIN)/.all  ## notebooks to package, tables of 30_contributing, notebooks cleaned, and all that `make readme` writes
 	$(BIN)/nbdev_export
+	$(BIN)/python tools/make_overloads.py
 	$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace nbs/30_contributing.ipynb  # its tables describe the sources
 	$(BIN)/nbdev_clean
 	$(BIN)/python tools/make_readme.py

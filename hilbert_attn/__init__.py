@@ -8,10 +8,6 @@ from hilbert_attn.api import create_dilated_attention, create_multihead_dilated_
 from hilbert_attn.api import create_self_attention, explain_attention_type
 from hilbert_attn.backends import detect_gpu_architecture, explain_backend, set_backend
 
-# Functions of q, k, v.
-from hilbert_attn.backends import hilbert_attention
-from hilbert_attn.block_ring import block_sparse_ring_attention
-from hilbert_attn.block_sparse import block_sparse_attention
 from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.blocks.schedule import SparsePatternConfig
 
@@ -21,13 +17,10 @@ from hilbert_attn.config import AttentionConfig
 
 # Curves.
 from hilbert_attn.curves import curve_order, hilbert_decode, hilbert_encode, inverse_order
-from hilbert_attn.dilated import dilated_attention
 
 # Models that exist.
 from hilbert_attn.integrations import HilbertSettings, convert_attention
 from hilbert_attn.integrations import use_hilbert_attention, use_hilbert_processor
-from hilbert_attn.local import hilbert_slide_attention, hilbert_window_attention
-from hilbert_attn.local import neighborhood_attention, tiles_shared_attention, window_attention
 from hilbert_attn.modules import HilbertAttentionCore
 from hilbert_attn.multihead import MultiheadDilatedAttention
 
@@ -35,8 +28,25 @@ from hilbert_attn.multihead import MultiheadDilatedAttention
 from hilbert_attn.patterns import DilatedPattern, NeighborhoodPattern, SegmentPattern, SlidePattern
 from hilbert_attn.patterns import TilesSharedPattern, WindowPattern, attention_mask, create_dilated_mask
 from hilbert_attn.reference import merge_attention
-from hilbert_attn.ring import ring_attention, ring_dilated_attention
 from hilbert_attn.ring_exchange import shard_sequence, unshard_sequence
+
+# Functions of q, k, v; what they give follows `return_lse`, which type checkers read there.
+if TYPE_CHECKING:
+    from hilbert_attn.overloads import block_sparse_attention, block_sparse_ring_attention
+    from hilbert_attn.overloads import dilated_attention, hilbert_attention
+    from hilbert_attn.overloads import hilbert_slide_attention, hilbert_window_attention
+    from hilbert_attn.overloads import neighborhood_attention, ring_attention
+    from hilbert_attn.overloads import ring_dilated_attention, tiles_shared_attention
+    from hilbert_attn.overloads import window_attention
+else:
+    from hilbert_attn.backends import hilbert_attention
+    from hilbert_attn.block_ring import block_sparse_ring_attention
+    from hilbert_attn.block_sparse import block_sparse_attention
+    from hilbert_attn.dilated import dilated_attention
+    from hilbert_attn.local import hilbert_slide_attention, hilbert_window_attention
+    from hilbert_attn.local import neighborhood_attention, tiles_shared_attention
+    from hilbert_attn.local import window_attention
+    from hilbert_attn.ring import ring_attention, ring_dilated_attention
 
 __all__ = [
     # functions of q, k, v

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .common import unit_stride
+from .operators import lse_dtype
 from .patterns import SegmentPattern
 from .reference import default_scale
 
@@ -34,9 +36,11 @@ def triton_forward(
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "The operator `hilbert_attn::triton_forward`."
     from hilbert_attn.kernels.forward import attention_forward
-    return attention_forward(q, k, v, segment_size, dilation_rate, mode, tuple(offsets), order=order, key_mask=key_mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+    return attention_forward(
+        q, k, v, segment_size, dilation_rate, mode, tuple(offsets), order=order, key_mask=key_mask,
+        causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
-
+# %% ../nbs/05_autograd.ipynb #ed6db758
 @torch.library.custom_op("hilbert_attn::triton_backward", mutates_args=())
 def triton_backward(
     q: Tensor, # queries (B, H, N, D)
@@ -59,16 +63,20 @@ def triton_backward(
 ) -> tuple[Tensor, Tensor, Tensor]: # dq (B, H, N, D), dk and dv (B, H_kv, N, D)
     "The operator `hilbert_attn::triton_backward`."
     from hilbert_attn.kernels.backward import attention_backward
-    return attention_backward(q, k, v, out, lse, dout, dlse, segment_size, dilation_rate, mode, tuple(offsets), order=order, key_mask=key_mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+    return attention_backward(
+        q, k, v, out, lse, dout, dlse, segment_size, dilation_rate, mode, tuple(offsets),
+        order=order, key_mask=key_mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
 # %% ../nbs/05_autograd.ipynb #4c078954
-def _empty_like_rows(x: Tensor) -> Tensor: return torch.empty_like(x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous())
+def _empty_like_rows(x: Tensor) -> Tensor:
+    return torch.empty_like(unit_stride(x))
 
-
+# %% ../nbs/05_autograd.ipynb #43adaa4a
 @triton_forward.register_fake
-def _(q, k, v, *args): return _empty_like_rows(q), q.new_empty(q.shape[:-1], dtype=torch.float64 if q.dtype == torch.float64 else torch.float32)
+def _(q, k, v, *args):
+    return _empty_like_rows(q), q.new_empty(q.shape[:-1], dtype=lse_dtype(q.dtype))
 
-
+# %% ../nbs/05_autograd.ipynb #df5386ab
 @triton_backward.register_fake
 def _(q, k, v, *args): return tuple(map(_empty_like_rows, (q, k, v)))
 
@@ -76,9 +84,14 @@ def _(q, k, v, *args): return tuple(map(_empty_like_rows, (q, k, v)))
 class HilbertAttentionFunction(torch.autograd.Function):
     "Attention on Triton kernels: saves q, k, v, out and LSE, recomputes the weights."
     @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_mask: Tensor | None, seed: Tensor | None, segment_size: int, dilation_rate: int, mode: str, offsets: Sequence[int],
-                causal: bool, scale: float, dropout_p: float) -> tuple[Tensor, Tensor]:
-        return triton_forward(q, k, v, order, key_mask, seed, segment_size, dilation_rate, mode, offsets, causal, scale, dropout_p)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_mask: Tensor | None,
+        seed: Tensor | None, segment_size: int, dilation_rate: int, mode: str,
+        offsets: Sequence[int], causal: bool, scale: float,
+        dropout_p: float) -> tuple[Tensor, Tensor]:
+        return triton_forward(
+            q, k, v, order, key_mask, seed, segment_size, dilation_rate, mode, offsets, causal,
+            scale, dropout_p)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -91,10 +104,12 @@ class HilbertAttentionFunction(torch.autograd.Function):
         q, k, v, order, key_mask, seed, out, lse = ctx.saved_tensors
         if dout is None and dlse is None: return (None,) * 13
         if dout is None: dout = torch.zeros_like(out)
-        return *triton_backward(q, k, v, out, lse, dout, dlse, order, key_mask, seed, *ctx.settings), *(None,) * 10
+        return *triton_backward(
+            q, k, v, out, lse, dout, dlse, order, key_mask, seed, *ctx.settings), *(None,) * 10
 
 
-triton_forward.register_autograd(HilbertAttentionFunction.backward, setup_context=HilbertAttentionFunction.setup_context)
+triton_forward.register_autograd(
+    HilbertAttentionFunction.backward, setup_context=HilbertAttentionFunction.setup_context)
 
 # %% ../nbs/05_autograd.ipynb #23a4540b
 def triton_attention(
@@ -106,25 +121,36 @@ def triton_attention(
     order: Tensor | None = None, # int64 (N,): token at each position
     causal: bool = False, # key token index <= query token index
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
-    dropout_p: float = 0.0, # probability of dropping an attention weight; the seed is drawn from torch's generator
+    dropout_p: float = 0.0, # of an attention weight; the seed comes from torch's generator
     scale: float | None = None, # None is 1 / sqrt(D)
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N) float32 (float64 for float64)
-    "Attention on the fused kernels, differentiable in q, k and v; a `RuntimeError` where Triton can't run."
+    """Attention on the fused kernels, differentiable in q, k and v; a `RuntimeError` where
+    Triton can't run."""
     if not isinstance(pattern, SegmentPattern):
-        raise ValueError(f"pattern={pattern!r}: the triton backend computes SegmentPattern only; block masks have their own kernels")
+        raise ValueError(
+            f"pattern={pattern!r}: the triton backend computes SegmentPattern only; "
+            "block masks have their own kernels")
     scale = default_scale(q) if scale is None else scale
     if scale <= 0: q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
-    seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device) if dropout_p else None
-    return triton_forward(q, k, v, order, key_mask, seed, pattern.segment_size, pattern.dilation_rate, pattern.mode, list(pattern.offsets), causal, scale, float(dropout_p))
+    seed = None
+    if dropout_p: seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device)
+    return triton_forward(
+        q, k, v, order, key_mask, seed, pattern.segment_size, pattern.dilation_rate, pattern.mode,
+        list(pattern.offsets), causal, scale, float(dropout_p))
 
 # %% ../nbs/05_autograd.ipynb #ad694563
 class HybridAttentionFunction(torch.autograd.Function):
-    "Triton forward, PyTorch backward on pre-ordered tensors; for comparison. Residue mode, equal groups, no masks, no GQA."
+    """Triton forward, PyTorch backward on pre-ordered tensors; for comparison. Residue mode,
+    equal groups, no masks, no GQA."""
     @staticmethod
     def forward(q, k, v, order, segment_size, dilation_rate, scale):
         if q.shape[2] % segment_size or segment_size % dilation_rate or q.shape[1] != k.shape[1]:
-            raise ValueError(f"N={q.shape[2]}, segment_size={segment_size}, dilation_rate={dilation_rate}, heads {q.shape[1]} and {k.shape[1]}: the hybrid needs r to divide w, w to divide N, and as many key heads as query heads")
-        return triton_forward(q, k, v, order, None, None, segment_size, dilation_rate, "residue", [0], False, scale, 0.0)[:2]
+            sizes = f"N={q.shape[2]}, segment_size={segment_size}, dilation_rate={dilation_rate}"
+            raise ValueError(
+                f"{sizes}, heads {q.shape[1]} and {k.shape[1]}: the hybrid needs r to divide w, "
+                "w to divide N, and as many key heads as query heads")
+        how = segment_size, dilation_rate, "residue", [0], False, scale, 0.0
+        return triton_forward(q, k, v, order, None, None, *how)[:2]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -136,7 +162,9 @@ class HybridAttentionFunction(torch.autograd.Function):
     def backward(ctx, dout, _):
         q, k, v, order, out, lse = ctx.saved_tensors
         (B, H, N, D), (w, r, scale) = q.shape, ctx.settings
-        group = lambda x: (x if order is None else x[:, :, order]).reshape(B, H, N // w, w // r, r, -1).transpose(3, 4)  # (B, H, N/w, r, w/r, D)
+        def group(x): # (B, H, N/w, r, w/r, D)
+            if order is not None: x = x[:, :, order]
+            return x.reshape(B, H, N // w, w // r, r, -1).transpose(3, 4)
         gq, gk, gv, gdo = map(group, (q, k, v, dout))
         p = (gq @ gk.mT * scale - group(lse[..., None])).exp().to(q.dtype)
         ds = p * (gdo @ gv.mT - group((dout * out).sum(-1, keepdim=True)))

@@ -43,7 +43,7 @@ def _option(name: str) -> str:
     "As it is spelled on the command line."
     return f"--{name.replace('_', '-')}"
 
-
+# %% ../nbs/17_cli.ipynb #1f7ace97
 def _one_branch(args) -> dict[str, Any]:
     "The arguments of one branch."
     for name in ("dilation_rates", "combine"):
@@ -52,7 +52,7 @@ def _one_branch(args) -> dict[str, Any]:
     rate = 1 if args.dilation_rate is None else args.dilation_rate
     return dict(segment_size=args.segment_size, dilation_rate=rate)
 
-
+# %% ../nbs/17_cli.ipynb #fa5edd31
 def _several_branches(args) -> dict[str, Any]:
     "The arguments of several branches."
     for name in ("segment_size", "dilation_rate"):
@@ -74,7 +74,7 @@ def _check_explain(args):
     if args.memory is not None and not 0 < args.memory < float("inf"):
         raise ValueError(f"memory={args.memory}: must be positive, in GB")
 
-
+# %% ../nbs/17_cli.ipynb #c04033ad
 def _explain(args):
     "The choice of a backend, in words."
     import torch
@@ -216,7 +216,7 @@ def _explain_options(add):
         help="cpu or cuda (default: cuda where there is a GPU)")
     add("--backend", default="auto", metavar="NAME", help="force one, by name (default: auto)")
 
-
+# %% ../nbs/17_cli.ipynb #8d9aedb3
 def _env_options(add):
     "Of `hilbert-attn env`."
     add("--json", action="store_true", help="print JSON")

@@ -11,7 +11,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from numbers import Integral
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,16 +60,13 @@ def true_or_false(
         return bool(value)
     raise ValueError(f"{name}={value!r}: expected True or False")
 
-# %% ../nbs/00_common.ipynb #a72483a1
-@overload
-def unit_stride(x: Tensor) -> Tensor: ...
-@overload
-def unit_stride(x: Tensor | None) -> Tensor | None: ...
-
 # %% ../nbs/00_common.ipynb #2034f40b
+_Rows = TypeVar("_Rows", Tensor, Tensor | None)  # None stays None
+
+
 def unit_stride(
-    x: Tensor | None, # any strides
-) -> Tensor | None: # the same values; itself if its last stride is 1
+    x: _Rows, # any strides
+) -> _Rows: # the same values; itself if its last stride is 1
     "A tensor whose rows lie in one piece; dense kernels on the CPU take that for granted."
     if x is None or x.shape[-1] == 1 or x.stride(-1) == 1: return x
     return x.contiguous()
@@ -85,7 +82,7 @@ def hide_masked(
 
 # %% ../nbs/00_common.ipynb #1d227885
 def is_plain(
-    x: Tensor,
+    x: Tensor, # any
 ) -> bool:
     "Is this a tensor with memory of its own, not one of a trace or a transform?"
     if type(x) is not Tensor or x.device.type == "meta": return False
@@ -95,7 +92,7 @@ def is_plain(
 # %% ../nbs/00_common.ipynb #364ed6f7
 def _writes(tensors: Sequence[Tensor]) -> tuple[int, ...]: return tuple(x._version for x in tensors)
 
-
+# %% ../nbs/00_common.ipynb #d6224ab9
 class Cache:
     "The most recently used values, each with the tensors that it holds; safe in threads and forks."
 

@@ -23,11 +23,11 @@ def lse_dtype(
     "float32, or float64 for float64: the dtype of sums and of the log-sum-exp."
     return torch.promote_types(dtype, torch.float32)
 
-
+# %% ../nbs/02b_operators.ipynb #1a40c340
 def _fake_forward(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     return torch.empty_like(unit_stride(q)), q.new_empty(q.shape[:3], dtype=lse_dtype(q.dtype))
 
-
+# %% ../nbs/02b_operators.ipynb #8983b76d
 def _fake_backward(dout: Tensor, dlse: Tensor | None, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(torch.empty_like(unit_stride(x)) for x in inputs[:3])
 
@@ -41,7 +41,7 @@ def _fold(x: Tensor | None, dim: int | None, size: int) -> Tensor | None: # (siz
     mapped = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     return mapped.flatten(0, 1)
 
-
+# %% ../nbs/02b_operators.ipynb #4758491a
 def _register_vmap(op: Any, foldable: Sequence[bool], library: torch.library.Library):
     "Lets `vmap` through an operator; `foldable` says which arguments begin with the batch."
     def rule(info, dims, *arguments):
@@ -70,10 +70,10 @@ def in_forward_mode(
     if forward_ad._current_level < 0: return False
     return any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in tensors)
 
-
+# %% ../nbs/02b_operators.ipynb #fe5805e4
 def _refuse_second(ctx: Any, *gradients: Any): raise RuntimeError(_NO_SECOND)
 
-
+# %% ../nbs/02b_operators.ipynb #1b1e0414
 def _save_nothing(ctx: Any, inputs: tuple, output: Any): pass
 
 # %% ../nbs/02b_operators.ipynb #c1fbb5c6
@@ -88,6 +88,31 @@ def _differentiable(forward: Callable, setup: Callable, backward: Callable) -> A
     step.backward = staticmethod(backward)
     return step
 
+# %% ../nbs/02b_operators.ipynb #e20b1428
+def _schemas(
+    tensors: Sequence[str], # names of further tensors
+    settings: str, # schema of what follows them
+) -> tuple[str, str]: # of the forward and of the backward
+    "What both operators of an engine take and return."
+    rest = ", ".join([*(f"Tensor? {x}" for x in tensors), settings])
+    qkv, results = "Tensor q, Tensor k, Tensor v", "Tensor out, Tensor lse"
+    gradients = "Tensor dq, Tensor dk, Tensor dv"
+    return (f"({qkv}, {rest}) -> ({results})",
+            f"(Tensor dout, Tensor? dlse, {qkv}, {results}, {rest}) -> ({gradients})")
+
+# %% ../nbs/02b_operators.ipynb #734715f6
+def _define_part(
+    name: str, schema: str, engine: Callable, fake: Callable, device: str,
+) -> tuple[Any, torch.library.Library]: # the operator, and what keeps it alive
+    "Defines one operator; whatever it is given has whole rows when the engine sees it."
+    def readable(x): return unit_stride(x) if isinstance(x, Tensor) and x.ndim == 4 else x
+    def implementation(*arguments): return engine(*map(readable, arguments))
+
+    library = define_operator(name, schema)
+    library.impl(name, implementation, device)
+    torch.library.register_fake(f"hilbert_attn::{name}", fake, lib=library)
+    return getattr(torch.ops.hilbert_attn, name).default, library
+
 # %% ../nbs/02b_operators.ipynb #87b525e6
 class AttentionOperator:
     "The operators `hilbert_attn::NAME_forward` and `NAME_backward` of an engine."
@@ -101,16 +126,12 @@ class AttentionOperator:
         settings: str, # schema of what follows them: "SymInt segment_size, float scale"
         device: str = "CPU", # dispatch key of the implementation
     ):
-        self.name, self.tensors = name, tuple(tensors)
-        self._libraries: dict[Any, torch.library.Library] = {}
-        self.num_settings = len(settings.split(","))
-        rest = ", ".join([*(f"Tensor? {x}" for x in tensors), settings])
-        qkv, results = "Tensor q, Tensor k, Tensor v", "Tensor out, Tensor lse"
-        there = f"({qkv}, {rest}) -> ({results})"
-        back = (f"(Tensor dout, Tensor? dlse, {qkv}, {results}, {rest})"
-                " -> (Tensor dq, Tensor dk, Tensor dv)")
-        self.forward_op = self._define("forward", there, forward, device)
-        self.backward_op = self._define("backward", back, backward, device)
+        self.tensors, self.num_settings = tuple(tensors), len(settings.split(","))
+        there, back = _schemas(self.tensors, settings)
+        self.forward_op, self._forward_library = _define_part(
+            f"{name}_forward", there, forward, _fake_forward, device)
+        self.backward_op, self._backward_library = _define_part(
+            f"{name}_backward", back, backward, _fake_backward, device)
         self._register()
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -121,30 +142,15 @@ class AttentionOperator:
                 return self._forward_step.apply(q, k, v, *rest)
         return self.forward_op(q, k, v, *rest)
 
-    def _define(self, part: str, schema: str, engine: Callable, device: str) -> Any:
-        "Defines one operator; whatever it is given has whole rows when the engine sees it."
-        def readable(x): return unit_stride(x) if isinstance(x, Tensor) and x.ndim == 4 else x
-        def implementation(*arguments): return engine(*map(readable, arguments))
-
-        name = f"{self.name}_{part}"
-        library = define_operator(name, schema)
-        library.impl(name, implementation, device)
-        fake = _fake_forward if part == "forward" else _fake_backward
-        torch.library.register_fake(f"hilbert_attn::{name}", fake, lib=library)
-        op = getattr(torch.ops.hilbert_attn, name).default
-        self._libraries[op] = library
-        return op
-
     def _register(self):
         "Autograd in both forms, and the rules of `vmap`."
         fold = [x == "key_mask" for x in self.tensors] + [False] * self.num_settings
         self._forward_step = _differentiable(self.forward_op, self._save, self._gradients)
         self._backward_step = _differentiable(self.backward_op, _save_nothing, _refuse_second)
-        for op, batched, setup, backward in (
-            (self.forward_op, 3, self._save, self._gradients),
-            (self.backward_op, 7, _save_nothing, _refuse_second),
+        for op, library, batched, setup, backward in (
+            (self.forward_op, self._forward_library, 3, self._save, self._gradients),
+            (self.backward_op, self._backward_library, 7, _save_nothing, _refuse_second),
         ):
-            library = self._libraries[op]
             torch.library.register_autograd(op, backward, setup_context=setup, lib=library)
             _register_vmap(op, [True] * batched + fold, library)
 
@@ -152,7 +158,8 @@ class AttentionOperator:
         kept = 3 + len(self.tensors)
         ctx.save_for_backward(*inputs[:3], *output, *inputs[3:kept])
         ctx.settings = inputs[kept:]
-        ctx.set_materialize_grads(False)  # an LSE that nobody uses has no gradient, not one of zeros
+        # an LSE that nobody uses has no gradient, not one of zeros
+        ctx.set_materialize_grads(False)
 
     def _gradients(self, ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple:
         rest = (None,) * (len(self.tensors) + self.num_settings)

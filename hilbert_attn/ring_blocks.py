@@ -18,7 +18,7 @@ from torch import Tensor
 from .common import unit_stride
 from .patterns import Progression
 from .ring_plan import Parcel, Part, RingPlan, Turn
-from .sdpa import _as_slice
+from .sdpa import as_slice
 from .tiles import dense_backward as _dense_backward, flash as _flash
 
 # %% ../nbs/09c_ring_blocks.ipynb #aa7303d1
@@ -162,11 +162,19 @@ class Task:
     key_positions: Progression
 
 # %% ../nbs/09c_ring_blocks.ipynb #d784c10b
-def rows_of(p: Progression) -> slice:
+def rows_of(
+    p: Progression, # ascending, at least one
+) -> slice:
+    "The same rows as a slice."
     return slice(p.start, p.start + (p.count - 1) * p.step + 1, p.step)
 
 # %% ../nbs/09c_ring_blocks.ipynb #06d5d8be
-def visibility(queries: Progression, keys: Progression, causal: bool, ordered: bool) -> str | None:
+def visibility(
+    queries: Progression, # positions
+    keys: Progression, # positions
+    causal: bool, # are later keys hidden?
+    ordered: bool, # later by token, not by position?
+) -> str | None:
     "What of a block is seen: `all`, `triangle`, `tokens` (a comparison), or nothing: None."
     if not queries.count or not keys.count: return None
     if not causal: return "all"
@@ -176,7 +184,11 @@ def visibility(queries: Progression, keys: Progression, causal: bool, ordered: b
     return "triangle" if queries == keys else "tokens"
 
 # %% ../nbs/09c_ring_blocks.ipynb #c3656ebb
-def aligned_heads(kv_of: Sequence[int], heads: Sequence[int], kv_heads: Sequence[int]) -> tuple:
+def aligned_heads(
+    kv_of: Sequence[int], # key/value head of each query head
+    heads: Sequence[int], # query heads
+    kv_heads: Sequence[int], # those that are there
+) -> tuple:
     "Pairs of query heads and key/value heads; the latter as indices into `kv_heads`."
     pairs: list[tuple[list[int], list[int]]] = []
     uses = dict.fromkeys(kv_heads, 0)
@@ -186,10 +198,16 @@ def aligned_heads(kv_of: Sequence[int], heads: Sequence[int], kv_heads: Sequence
         if turn == len(pairs): pairs.append(([], []))
         pairs[turn][0].append(h)
         pairs[turn][1].append(kv_heads.index(kv_of[h]))
-    return tuple((_as_slice(q), _as_slice(kv)) for q, kv in pairs)
+    return tuple((as_slice(q), as_slice(kv)) for q, kv in pairs)
 
 # %% ../nbs/09c_ring_blocks.ipynb #a1ce2612
-def ring_tasks(plan: RingPlan, branch: int, rank: int, src: int, turn: Turn) -> list[Task]:
+def ring_tasks(
+    plan: RingPlan, # of the call
+    branch: int, # its index
+    rank: int, # of the queries
+    src: int, # rank of the keys
+    turn: Turn, # heads that are taken together
+) -> list[Task]:
     "The dense blocks of a rank's queries against the keys of `src`, for the heads of a turn."
     if not plan.sizes[rank] or not plan.sizes[src]: return []
     first, last = turn.heads
@@ -256,7 +274,10 @@ class SharedWork:
 
 # %% ../nbs/09c_ring_blocks.ipynb #36032855
 @lru_cache(maxsize=256)
-def shared_work(plan: RingPlan, rank: int) -> SharedWork:
+def shared_work(
+    plan: RingPlan, # of the call
+    rank: int, # whose work
+) -> SharedWork:
     "Parts, parcels and tasks of a rank; sources are its parts, then the parcels that arrive."
     exchanging = [b for b in range(len(plan.branches)) if plan.kind(b) == "exchange"]
     parts = tuple((b, part) for b in exchanging for part in plan.parts(b, rank) if part.shared)
@@ -309,7 +330,7 @@ def _few_heads(pairs: tuple, q: Tensor, rows: Progression) -> Iterator[tuple]:
     for pair in pairs:
         heads, kv_heads = (_as_list(x) for x in pair)
         for i in range(0, len(heads), step):
-            yield _as_slice(heads[i:i + step]), _as_slice(kv_heads[i:i + step])
+            yield as_slice(heads[i:i + step]), as_slice(kv_heads[i:i + step])
 
 # %% ../nbs/09c_ring_blocks.ipynb #4a366878
 def _as_list(heads: slice | list[int]) -> list[int]:
@@ -351,7 +372,11 @@ class Queries:
         return [None if x is None else x[index] for x in given]
 
 # %% ../nbs/09c_ring_blocks.ipynb #c2420524
-def add_to(x: Tensor, index: tuple, part: Tensor):
+def add_to(
+    x: Tensor, # (B, H, N, ...)
+    index: tuple, # batches, heads and rows
+    part: Tensor, # what is added there
+):
     "Adds to rows of some heads, in place."
     if isinstance(index[1], slice): x[index].add_(part)
     else: x[index] = x[index].add_(part)  # heads in a list: x[index] is a copy

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from .backends import _check_order
+from .calls import check_order
 from .common import Cache, whole_number
 from hilbert_attn.ring_plan import (
     check_layout,
@@ -95,7 +95,7 @@ class Ring:
 def ring_of(
     group: "dist.ProcessGroup | DeviceMesh | None", # None: the default group, or one rank alone
 ) -> Ring:
-    "Resolves a process group or a 1-D device mesh."
+    "Resolves a process group or a 1-D device mesh; a `ValueError` for anything else."
     ready = dist.is_available() and dist.is_initialized()
     if isinstance(group, DeviceMesh): group = _group_of_mesh(group)
     if group is None:
@@ -147,7 +147,7 @@ class Flight:
 
 # %% ../nbs/09b_ring_exchange.ipynb #34a43dc2
 def swap(
-    ring: Ring,
+    ring: Ring, # of this rank
     what: str, # function, for messages
     number: int, # of the call
     sends: dict[int, Tensor], # to whom, what
@@ -199,7 +199,7 @@ def _lost(error: BaseException) -> BaseException:
 
 # %% ../nbs/09b_ring_exchange.ipynb #af3db230
 def agree(
-    ring: Ring,
+    ring: Ring, # of this rank
     what: str, # function, for messages
     common: dict, # has to be the same on every rank
     local: dict[str, int] | None = None, # may differ; at most 7 entries
@@ -314,7 +314,7 @@ class Together:
 
 # %% ../nbs/09b_ring_exchange.ipynb #02266746
 def begin(
-    ring: Ring,
+    ring: Ring, # of this rank
     what: str, # function, for messages
     number: int, # of the call
     **common, # has to be the same on every rank
@@ -380,12 +380,12 @@ def shard_sequence(
     """This rank's shard of a sequence: permute by the order, then split.
 
     No communication, forward or backward: the gradient of `x` is zero outside the shard, so that
-    the ranks' gradients add up to the whole."""
+    the ranks' gradients add up to the whole. Raises `ValueError` for arguments that do not fit."""
     ring, dim = ring_of(group), _check_dim(x, dim)
     n = x.shape[dim]
     sizes = shard_sizes(n, ring.size, layout)
     if order is not None:
-        order = _check_order(order, n, x.device)
+        order = check_order(order, n, x.device)
         return x.index_select(dim, order[shard_positions(sizes, ring.rank, layout).to(x.device)])
     runs = shard_runs(sizes, layout)[ring.rank] or ((0, 0),)
     pieces = [x.narrow(dim, start, stop - start) for start, stop in runs]
@@ -482,7 +482,8 @@ def unshard_sequence(
     """Gathers the shards.
 
     Backward, `slice` keeps this rank's rows of the gradient, without communication; `sum` adds up
-    what all ranks have for them."""
+    what all ranks have for them. Raises the same `ValueError` on every rank where shards or
+    arguments do not fit together, and `RuntimeError` where a rank is lost."""
     ring = ring_of(group)
     number, common, local, error = ring.next_call(), {}, {}, None
     try:
@@ -494,7 +495,7 @@ def unshard_sequence(
     dim = common["dim"]
     with Together(ring, "unshard_sequence", number):
         check_sizes(sizes, layout, "rows of x")
-        if order is not None: order = _check_order(order, sum(sizes), x.device)
+        if order is not None: order = check_order(order, sum(sizes), x.device)
         if ring.size == 1:
             return x if order is None else torch.empty_like(x).index_copy(dim, order, x)
         places = _places(sizes, layout, order, x.device)

@@ -73,7 +73,7 @@ def flash_backward(
     v: Tensor, # (outer, inner, J, D)
     out: Tensor, # (outer, inner, M, D)
     lse: Tensor, # (outer, inner, M), 0 at rows without keys
-    dropout_p: float = 0.0,
+    dropout_p: float = 0.0, # from here on as for `flash`
     triangular: bool = False,
     *,
     attn_mask: Tensor | None = None,
@@ -92,7 +92,7 @@ def _append_column(x: Tensor, value: float | Tensor) -> Tensor:
     wider[..., :-1], wider[..., -1] = x, value
     return wider
 
-
+# %% ../nbs/05b_tiles.ipynb #c524bcee
 def _with_column(dout, dlse, q, k, v, out) -> list[Tensor]: # dout, q, k, v, out
     "The operands of the backward, with the column that brings in the LSE's gradient."
     return [
@@ -141,8 +141,11 @@ def mix(
     weight = (part_lse - lse).sigmoid_().nan_to_num_(0.0)  # NaN: neither side has keys
     return out.lerp(part, weight[..., None]), torch.logaddexp(lse, part_lse)
 
-
-def like(x: Tensor, model: Tensor) -> Tensor:
+# %% ../nbs/05b_tiles.ipynb #656baf52
+def like(
+    x: Tensor, # any floating dtype and strides
+    model: Tensor, # of the same shape
+) -> Tensor: # `x` itself, or a copy
     "`x` with the dtype and the strides of `torch.empty_like(model)`, copied only if it has others."
     strides = torch.empty_like(model, device="meta").stride()
     same = all(a == b or n == 1 for a, b, n in zip(x.stride(), strides, x.shape))
@@ -151,7 +154,8 @@ def like(x: Tensor, model: Tensor) -> Tensor:
 
 # %% ../nbs/05b_tiles.ipynb #cd4940e0
 class Tile:
-    "Equal tiles of a call. Batches are (outer, inner, places, ...), in the dtype of the computation."
+    """Equal tiles of a call. Batches are (outer, inner, places, ...), in the dtype of the
+    computation."""
     triangular = False # causal: key place <= query place
 
     def read(self, queries: Sequence[Any], keys: Sequence[Any]) -> tuple[list, list]:
@@ -205,9 +209,10 @@ def attend_tiles(
         if mixing:
             assert out is not None
             tile.mix(out, lse, part, part_lse)
-            continue
-        out = tile.write(out, part, q)
-        lse = tile.write(lse, part_lse, lse)
+        else:
+            out = tile.write(out, part, q)
+            lse = tile.write(lse, part_lse, lse)
+        del queries, keys, values, bias, part  # the next tile takes their place in the cache
     return out, lse
 
 # %% ../nbs/05b_tiles.ipynb #4f9d556b
@@ -235,6 +240,7 @@ def attend_tiles_backward(
         dq = tile.write(dq, found[0], q, mixing)
         dk = tile.add(dk, found[1], k, mixing)
         dv = tile.add(dv, found[2], v, mixing)
+        del rows, queries, upstream, output, keys, values, found  # as in the forward
     return [dq, dk, dv]
 
 # %% ../nbs/05b_tiles.ipynb #8b39600a
@@ -246,7 +252,7 @@ def without_empty_rows(
     empty = lse == -torch.inf
     return lse.masked_fill(empty, 0), None if dlse is None else dlse.masked_fill(empty, 0)
 
-
+# %% ../nbs/05b_tiles.ipynb #8de0c390
 def new_lse(
     q: Tensor, # (B, H, N, D)
 ) -> Tensor: # (B, H, N), -inf

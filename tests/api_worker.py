@@ -12,7 +12,8 @@ from hilbert_attn import (
     HilbertAttentionCoreWithSDPA,
     RingDilatedAttentionHilbertCore,
 )
-from hilbert_attn.api import ATTENTION_TYPES, create_standardized_ring_attention
+from hilbert_attn.api import ATTENTION_TYPES
+from hilbert_attn.compat import create_standardized_ring_attention
 
 BRANCHES = dict(segment_lengths=[8, 24], dilation_rates=[1, 2])
 SETTINGS = dict(dim=32, heads=4, **BRANCHES, grid=(4, 6), block_size=8)

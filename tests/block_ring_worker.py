@@ -7,7 +7,8 @@ from ring_processes import attempt, main, outcome
 
 import hilbert_attn.block_ring as block_ring
 from hilbert_attn.block_ring import block_sparse_ring_attention, lists_order, plan_block_ring
-from hilbert_attn.block_sparse import block_lists, lists_from_block_mask
+from hilbert_attn.blocks.lists import lists_from_block_mask
+from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import NeighborhoodPattern, SegmentPattern, SlidePattern, WindowPattern
 from hilbert_attn.reference import assert_matches_oracle
@@ -108,7 +109,7 @@ def faults(results, rank, world):
     def attend():
         if not odd: return call()
         error = MemoryError("no memory left")
-        with mock.patch.object(block_ring, "attend_blocks", side_effect=error): return call()
+        with mock.patch.object(block_ring, "attend", side_effect=error): return call()
 
     def orders():
         outs = [call() for _ in range(2)]

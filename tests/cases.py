@@ -11,7 +11,9 @@ from hilbert_attn.patterns import DILATION_MODES, SegmentPattern, attention_mask
 from hilbert_attn.reference import assert_matches_oracle
 
 HEAD_DIMS = (16, 24, 32, 48, 64, 80, 128, 256)
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("BHND", "BNHD", "fused", "gaps")
+GROUPS = ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3), (2, 3)) # H_kv, query heads of each
 EXAMPLES = int(os.environ.get("LAYOUT_CASES", 300 if os.environ.get("FULL") == "1" else 60))
 
 
@@ -31,7 +33,8 @@ class Memory:
             if dim < x.ndim: first = first.narrow(dim, 0, min(1, x.shape[dim]))
         room = [first.shape[dim] * self.steps[dim] for dim in order]
         storage = torch.full((self.offset + prod(room),), torch.nan, dtype=x.dtype)
-        view = storage[self.offset:].view(room)[tuple(slice(None, None, self.steps[dim]) for dim in order)]
+        every = tuple(slice(None, None, self.steps[dim]) for dim in order)
+        view = storage[self.offset:].view(room)[every]
         view = view.permute([order.index(dim) for dim in range(x.ndim)])
         return view.copy_(first).expand(x.shape)
 
@@ -55,17 +58,24 @@ def layouts(draw, masked: bool = False):
     return tuple(draw(memories(d if i == expanded else ())) for i, d in enumerate(dims))
 
 
+def by_token(x): # (B, H, N, D), in memory (B, N, H, D)
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def with_gaps(x): # (B, H, N, D), NaN around it
+    b, h, n, d = x.shape
+    room = x.new_full((b, h + 1, 2 * n, d + 3), torch.nan)
+    room[:, 1:, ::2, :d] = x
+    return room[:, 1:, ::2, :d]
+
+
 def placed(layout, tensors):
     "Tensors (B, H, N, D) laid out in memory as different callers leave them."
-    if layout == "fused": return torch.cat([x.transpose(1, 2) for x in tensors], 2).transpose(1, 2).split([x.shape[1] for x in tensors], 1)
-    if layout == "BNHD": return [x.transpose(1, 2).contiguous().transpose(1, 2) for x in tensors]
-    if layout == "gaps":
-        def wide(x):
-            b, h, n, d = x.shape
-            room = x.new_full((b, h + 1, 2 * n, d + 3), torch.nan)
-            room[:, 1:, ::2, :d] = x
-            return room[:, 1:, ::2, :d]
-        return [wide(x) for x in tensors]
+    if layout == "fused":
+        heads = [x.shape[1] for x in tensors]
+        return by_token(torch.cat(list(tensors), 1)).split(heads, 1)
+    if layout == "BNHD": return list(map(by_token, tensors))
+    if layout == "gaps": return list(map(with_gaps, tensors))
     if layout == "BHND": return list(tensors)
     return [memory(x) for memory, x in zip(layout, tensors)]
 
@@ -80,14 +90,15 @@ def random_tensors(b, heads, n, d, dtype, generator):
     return [rand(b, h, n, d) for h in heads]
 
 
-def laid_out(layout, b: int, heads: tuple[int, int, int], n: int, d: int, dtype: torch.dtype, generator: torch.Generator):
+def laid_out(layout, b, heads, n, d, dtype, generator):
     "Random q, k, v with these heads, in memory as different callers leave them."
     return placed(layout, random_tensors(b, heads, n, d, dtype, generator))
 
 
 def spoilt(layout, q, k, v, key_mask, generator):
     "k and v, laid out, with NaN and infinities where a key is masked."
-    bad = torch.tensor([torch.nan, torch.inf, -torch.inf])[torch.randint(3, (k.shape[2], k.shape[3]), generator=generator)]
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    bad = values[torch.randint(3, k.shape[2:], generator=generator)]
     def spoil(x): return torch.where(key_mask[:, None, :, None], x, bad.to(x.dtype))
     return placed(layout, [q, spoil(k), spoil(v)])[1:]
 
@@ -117,7 +128,9 @@ class Case:
     def __post_init__(self): self.generator = torch.Generator().manual_seed(self.seed)
 
     @property
-    def pattern(self) -> SegmentPattern: return SegmentPattern.for_heads(self.n, self.heads, self.w, self.r, self.mode, self.offsets)
+    def pattern(self) -> SegmentPattern:
+        how = self.w, self.r, self.mode, self.offsets
+        return SegmentPattern.for_heads(self.n, self.heads, *how)
 
     def options(self) -> dict:
         order = None
@@ -127,19 +140,25 @@ class Case:
         return dict(order=order, causal=self.causal, key_mask=mask)
 
     def check(self, attention, pattern=None, spoil: bool = False, **options):
-        "`attention` has the signature of a backend; it must match the oracle. `spoil`: masked keys hold NaN."
+        """`attention` has the signature of a backend; it must match the oracle. `spoil`: masked
+        keys hold NaN."""
         pattern = pattern or self.pattern
         heads = self.heads, self.kv_heads, self.kv_heads
         dense = random_tensors(self.b, heads, self.n, self.d, self.dtype, self.generator)
         common = self.options()
-        hidden = spoilt(self.layout, *dense, common["key_mask"], self.generator) if spoil and self.key_mask else None
-        return assert_matches_oracle(lambda q, k, v: attention(q, k, v, pattern, **common, scale=self.scale, **options), *placed(self.layout, dense),
-                                     attention_mask(pattern, **common), scale=self.scale, lse_grad=self.lse_grad, seed=self.seed, layout=upstream(self.layout), hidden=hidden)
+        hidden = None
+        if spoil and self.key_mask:
+            hidden = spoilt(self.layout, *dense, common["key_mask"], self.generator)
+        def call(q, k, v):
+            return attention(q, k, v, pattern, **common, scale=self.scale, **options)
+        return assert_matches_oracle(
+            call, *placed(self.layout, dense), attention_mask(pattern, **common), scale=self.scale,
+            lse_grad=self.lse_grad, seed=self.seed, layout=upstream(self.layout), hidden=hidden)
 
 
 @st.composite
-def cases(draw, max_n: int = 90, head_dims=HEAD_DIMS, dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16)) -> Case:
-    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3), (2, 3)]))
+def cases(draw, max_n: int = 90, head_dims=HEAD_DIMS, dtypes=DTYPES) -> Case:
+    kv_heads, group = draw(st.sampled_from(GROUPS))
     heads, n = kv_heads * group, draw(st.integers(1, max_n))
     w = draw(st.integers(1, max_n + 5))
     r = draw(st.integers(1, min(w, 9)))
@@ -148,6 +167,10 @@ def cases(draw, max_n: int = 90, head_dims=HEAD_DIMS, dtypes=(torch.float32, tor
         one = st.integers(0, r - 1)
         offsets = draw(st.none() | one | st.lists(one, min_size=heads, max_size=heads).map(tuple))
     masked = draw(st.booleans())
-    return Case(draw(st.integers(1, 2)), heads, kv_heads, n, draw(st.sampled_from(head_dims)), w, r, mode, offsets,
-                draw(st.sampled_from(("none", "random", *CURVES))), draw(st.booleans()), masked, draw(st.sampled_from(dtypes)),
-                draw(layouts(masked)), draw(st.sampled_from((None, 0.3))), draw(st.booleans()), draw(st.integers(0, 2**31)))
+    return Case(
+        b=draw(st.integers(1, 2)), heads=heads, kv_heads=kv_heads, n=n,
+        d=draw(st.sampled_from(head_dims)), w=w, r=r, mode=mode, offsets=offsets,
+        order=draw(st.sampled_from(("none", "random", *CURVES))), causal=draw(st.booleans()),
+        key_mask=masked, dtype=draw(st.sampled_from(dtypes)), layout=draw(layouts(masked)),
+        scale=draw(st.sampled_from((None, 0.3))), lse_grad=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)))

@@ -1,6 +1,7 @@
 """Kernels, specialisations and architectures that are compiled without a GPU."""
 import sys
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -8,9 +9,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 from gpu.compiling import Launch, recording
 
-from hilbert_attn.block_sparse import lists_from_bounds
+from hilbert_attn.blocks.lists import lists_from_bounds
 from hilbert_attn.kernels import backward, block_sparse, forward
-from hilbert_attn.kernels.forward import Tile, Workload, default_tile
+from hilbert_attn.kernels.tuning import Tile, Workload, default_tile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
           "fp64": torch.float64}
@@ -115,6 +116,8 @@ def kernels_of_segments() -> list[Case]:
     cases += [Case(kernel, arch, dtype, d, order=d == 64)
               for kernel in LOOPS for arch, dtype, d in others]
     cases += [Case(kernel, 90, head_dim=40) for kernel in LOOPS]  # strides are multiples of 8 only
+    cases += [Case("dkv", 90, head_dim=d, traits=traits, order=d == 80)  # columns in two parts
+              for d in (48, 80, 96) for traits in ((), *((trait,) for trait in TRAITS))]
     return cases + [Case(kernel, 90, "fp64") for kernel in LOOPS]
 
 
@@ -138,8 +141,8 @@ def kernels_of_blocks() -> list[Case]:
     splits = ((128, (128, 64)), (80, (64, 64)), (256, (128, 128)))
     cases += [Case(kernel, 90, head_dim=d, axes=2, block=block, order=d == 80)
               for kernel in BLOCKS for d, block in splits]
-    cases += [Case(kernel, 90, dtype, axes=1) for kernel in BLOCKS for dtype in ("fp16", "fp32")]
-    return cases
+    others = product(BLOCKS, ("fp16", "fp32"))
+    return cases + [Case(kernel, 90, dtype, axes=1) for kernel, dtype in others]
 
 
 def choices(kernel: str, d: int, traits: tuple, order: bool, blocks: bool) -> list[Tile]:

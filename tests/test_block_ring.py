@@ -7,7 +7,7 @@ from block_ring_worker import NAMES
 from ring_processes import run_ranks, said
 
 from hilbert_attn.block_ring import lists_order, plan_block_ring
-from hilbert_attn.block_sparse import block_lists
+from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
 

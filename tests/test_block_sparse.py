@@ -1,4 +1,5 @@
 """Block lists against dense masks, block-sparse attention against the float64 oracle."""
+import re
 import time
 import tracemalloc
 from dataclasses import dataclass
@@ -16,19 +17,40 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from hilbert_attn import block_sparse
-from hilbert_attn.backends import set_backend
-from hilbert_attn.blocks import engine, planner
+from hilbert_attn.backends import REGISTRY, set_backend
 from hilbert_attn.block_sparse import (
-    ALWAYS, PATTERN_TYPES, BlockLists, PostPatternHilbertOptimizer, SparsePatternConfig,
-    block_lists, block_reference_attention, block_sdpa_attention, block_sdpa_mask_attention,
-    block_sparse_attention, block_stats, lists_from_block_mask, lists_from_bounds,
-    lists_from_kinds, lists_from_operands, lists_to_operands, permute_blocks)
+    block_reference_attention,
+    block_sdpa_mask_attention,
+    block_sparse_attention,
+)
+from hilbert_attn.blocks import engine, planner
+from hilbert_attn.blocks.engine import block_sdpa_attention, block_stats
+from hilbert_attn.blocks.lists import (
+    ALWAYS,
+    BlockLists,
+    lists_from_block_mask,
+    lists_from_bounds,
+    lists_from_kinds,
+    lists_from_operands,
+    lists_to_operands,
+)
+from hilbert_attn.blocks.planner import block_lists
+from hilbert_attn.blocks.schedule import (
+    PATTERN_TYPES,
+    PostPatternHilbertOptimizer,
+    SparsePatternConfig,
+    permute_blocks,
+)
 from hilbert_attn.common import is_plain
 from hilbert_attn.curves import CURVES, curve_order, inverse_order
 from hilbert_attn.patterns import (
-    DILATION_MODES, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern,
-    WindowPattern)
+    DILATION_MODES,
+    NeighborhoodPattern,
+    SegmentPattern,
+    SlidePattern,
+    TilesSharedPattern,
+    WindowPattern,
+)
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
 
 
@@ -364,38 +386,35 @@ def test_the_dense_backends_equal_the_oracle(call):
 
 
 @st.composite
+def slots(draw, count: int, block: int, generator: torch.Generator): # int32: a token, or -1
+    "Some tokens in any order, with empty slots among them, in whole blocks."
+    empty = torch.full((draw(st.integers(0, 9)),), -1)
+    found = torch.cat([torch.arange(count), empty])
+    found = found[torch.randperm(len(found), generator=generator)][draw(st.integers(0, 2)):]
+    padding = -len(found) % block + block * draw(st.integers(0, 1))
+    return torch.nn.functional.pad(found, (0, padding), value=-1).to(torch.int32)
+
+
+@st.composite
 def any_lists(draw):
     """Lists that no pattern makes: any bounds on up to three axes, empty slots anywhere, tokens
     without a slot, groups of heads and batches."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 9999)))
     def rand(low, high, shape): return torch.randint(low, high, shape, generator=generator)
     n, extra, size = draw(st.integers(1, 40)), draw(st.integers(0, 6)), (draw(SIZES), draw(SIZES))
-    def tokens(count, block):
-        slots = torch.cat([torch.arange(count), torch.full((draw(st.integers(0, 9)),), -1)])
-        slots = slots[torch.randperm(len(slots), generator=generator)][draw(st.integers(0, 2)):]
-        return torch.nn.functional.pad(
-            slots, (0, -len(slots) % block + block * draw(st.integers(0, 1))), value=-1
-        ).to(torch.int32)
-    q_tokens, k_tokens, axes = (
-        tokens(n, size[0]), tokens(n + extra, size[1]), draw(st.integers(0, 3)))
-    bounds = {}
-    if axes:
+    q_tokens = draw(slots(n, size[0], generator))
+    k_tokens = draw(slots(n + extra, size[1], generator))
+    layout = dict(q_tokens=q_tokens, k_tokens=k_tokens, causal=draw(st.booleans()))
+    if axes := draw(st.integers(0, 3)):
         at, lo = rand(0, 8, (axes, len(k_tokens))), rand(-1, 7, (axes, len(q_tokens)))
         at[0, k_tokens >= n] = ALWAYS
-        bounds = {
-            name: x.to(torch.int32)
-            for name, x in dict(lo=lo, hi=lo + rand(-1, 8, lo.shape), at=at).items()
-        }
-    causal = draw(st.booleans())
-    one = lists_from_bounds(
-        n, n + extra, size, q_tokens=q_tokens, k_tokens=k_tokens, causal=causal, **bounds)
+        bounds = dict(lo=lo, hi=lo + rand(-1, 8, lo.shape), at=at)
+        layout |= {name: x.to(torch.int32) for name, x in bounds.items()}
+    one = lists_from_bounds(n, n + extra, size, **layout)
     groups = draw(st.sampled_from(((1, 1), (2, 1), (1, 4), (2, 4))))
-    kinds = one.kinds() * (
-        rand(0, 3, (prod(groups), *one.num_blocks)) > 0
-    )  # some blocks are left out
-    return lists_from_kinds(
-        kinds, block_size=size, num_queries=n, num_keys=n + extra, q_tokens=q_tokens,
-        k_tokens=k_tokens, groups=groups, causal=causal, **bounds)
+    kept = rand(0, 3, (prod(groups), *one.num_blocks)) > 0
+    sizes = dict(block_size=size, num_queries=n, num_keys=n + extra)
+    return lists_from_kinds(one.kinds() * kept, groups=groups, **sizes, **layout)
 
 
 @settings(max_examples=150)
@@ -484,7 +503,9 @@ def test_under_torch_compile():
 @pytest.mark.parametrize("inside", (False, True))
 @pytest.mark.parametrize("strict", (False, True))
 def test_export(inside, strict):
-    make = lambda: block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=(8, 4))
+    def make():
+        return block_lists(NeighborhoodPattern((6, 7), 3), curve="hilbert", block_size=(8, 4))
+
     class Attend(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -841,12 +862,11 @@ def test_block_masks_equal_the_oracle(call, backend):
 
 def test_backends_can_be_forced(monkeypatch):
     q = torch.randn(1, 1, 12, 8)
-    call = lambda **options: block_sparse_attention(
-        q, q, q, torch.ones(3, 3, dtype=torch.bool), block_size=4, **options)
+    mask = torch.ones(3, 3, dtype=torch.bool)
+    def call(**options): return block_sparse_attention(q, q, q, mask, block_size=4, **options)
     seen = []
     monkeypatch.setitem(
-        block_sparse._BLOCK_BACKENDS, "reference",
-        lambda *x, **o: (seen.append(1), block_reference_attention(*x, **o))[1])
+        REGISTRY["reference"].functions, "blocks", lambda call: (seen.append(1), (call.q, None))[1])
     with set_backend("reference"): call()
     assert len(seen) == 1
     monkeypatch.setenv("HILBERT_ATTN_BACKEND", "reference")
@@ -856,66 +876,67 @@ def test_backends_can_be_forced(monkeypatch):
     with pytest.raises(ValueError, match="backend='flex': known backends are"): call(backend="flex")
 
 
-def test_bad_arguments_are_named():
-    q, mask = torch.randn(2, 4, 12, 8), torch.ones(3, 3, dtype=torch.bool)
-    lists = lists_from_block_mask(mask, 12, 12, (4, 4))
-    for text, options in [
-        ("block_size is missing", dict()),
-        ("block_size=0", dict(block_size=0)),
-        ("block_size=(4, 4, 4)", dict(block_size=(4, 4, 4))),
-        ("(nQ, nK)", dict(block_size=3)),
-        ("block_mask is torch.float32", dict(block_size=4, block_mask=mask.float())),
-        ("block_mask is a list", dict(block_size=4, block_mask=[[True]])),
-        ("(3, 3, 3)", dict(block_size=4, block_mask=mask.expand(3, 3, 3))),
-        ("no permutation", dict(block_size=4, order=torch.zeros(12, dtype=torch.int64))),
-        ("key_mask", dict(block_size=4, key_mask=torch.ones(2, 11, dtype=torch.bool))),
-        ("dropout_p=1", dict(block_size=4, dropout_p=1)),
-        ("scale=0", dict(block_size=4, scale=0)),
-        ("N or more", dict(block_size=4, k=q[:, :, :11], v=q[:, :, :11])),
-        ("heads", dict(block_size=4, k=q[:, :3], v=q[:, :3])),
-        ("must agree", dict(block_size=4, v=q[:, :, :, :4])),
-        (
-            "key_mask has shape",
-            dict(
-                block_size=4, k=torch.randn(2, 4, 13, 8), v=torch.randn(2, 4, 13, 8),
-                key_mask=torch.ones(2, 12, dtype=torch.bool)),
-        ),
-        ("leave it out", dict(block_mask=lists, block_size=8)),
-        ("hold their layout", dict(block_mask=lists, order=torch.arange(12))),
-        ("not causal", dict(block_mask=lists, causal=True)),
-        ("11 queries", dict(block_mask=lists_from_block_mask(mask, 11, 12, (4, 4)))),
-        (
-            "groups=(3, 1)",
-            dict(block_mask=lists_from_block_mask(mask.expand(3, 1, 3, 3), 12, 12, (4, 4)))),
-        ("known backends", dict(block_size=4, backend="cudnn")),
-        ("dtypes", dict(block_size=4, k=q.double())),
-        ("4 dimensions", dict(block_size=4, q=q[0])),
-    ]:
-        options = {"q": q, "k": q, "v": q, "block_mask": mask, **options}
-        with pytest.raises(ValueError) as error:
-            block_sparse_attention(
-                options.pop("q"), options.pop("k"), options.pop("v"), options.pop("block_mask"),
-                **options)
-        assert text in str(error.value), (text, str(error.value))
-    for text, make in [
-        ("expected a pattern", lambda: block_lists("window")),
-        ("registers=-1", lambda: block_lists(SlidePattern(4, 2), registers=-1)),
-        (
-            "expected one of them",
-            lambda: block_lists(SlidePattern(4, 2), order=torch.arange(4), curve="hilbert")),
-        ("order is given with", lambda: block_lists(SlidePattern(4, 2), order=torch.arange(5))),
-        ("known curves", lambda: block_lists(SlidePattern(4, 2), curve="peano")),
-        ("one per offset", lambda: block_lists(SegmentPattern(8, 4, 2, "keys", (0, 1)))),
-        ("known types", lambda: SparsePatternConfig("diagonal")),
-        ("missing", lambda: SparsePatternConfig("mask")),
-        ("equal blocks", lambda: SparsePatternConfig("dilated_sparse", (4, 8))),
-        ("window=-1", lambda: SparsePatternConfig(window=-1)),
-        (
-            "no permutation",
-            lambda: permute_blocks(lists, torch.zeros(3, dtype=torch.int64), torch.arange(3))),
-    ]:
-        with pytest.raises(ValueError) as error: make()
-        assert text in str(error.value), (text, str(error.value))
+Q, MASK = torch.zeros(2, 4, 12, 8), torch.ones(3, 3, dtype=torch.bool)
+OF_MASK = lists_from_block_mask(MASK, 12, 12, (4, 4))
+LONGER = dict(k=torch.zeros(2, 4, 13, 8), v=torch.zeros(2, 4, 13, 8))
+THREE_GROUPS = lists_from_block_mask(MASK.expand(3, 1, 3, 3), 12, 12, (4, 4))
+
+
+@pytest.mark.parametrize("text, options", [
+    ("block_size is missing", dict(block_size=None)),
+    ("block_size=0", dict(block_size=0)),
+    ("block_size=(4, 4, 4)", dict(block_size=(4, 4, 4))),
+    ("(nQ, nK)", dict(block_size=3)),
+    ("block_mask is torch.float32", dict(block_mask=MASK.float())),
+    ("block_mask is a list", dict(block_mask=[[True]])),
+    ("(3, 3, 3)", dict(block_mask=MASK.expand(3, 3, 3))),
+    ("no permutation", dict(order=torch.zeros(12, dtype=torch.int64))),
+    ("key_mask", dict(key_mask=torch.ones(2, 11, dtype=torch.bool))),
+    ("dropout_p=1", dict(dropout_p=1)),
+    ("scale=0", dict(scale=0)),
+    ("N or more", dict(k=Q[:, :, :11], v=Q[:, :, :11])),
+    ("heads", dict(k=Q[:, :3], v=Q[:, :3])),
+    ("must agree", dict(v=Q[:, :, :, :4])),
+    ("expected bool of shape (B, M) = (2, 13)",
+     LONGER | dict(key_mask=torch.ones(2, 12, dtype=torch.bool))),
+    ("known backends", dict(backend="cudnn")),
+    ("dtypes", dict(k=Q.double())),
+    ("4 dimensions", dict(q=Q[0])),
+])
+def test_bad_arguments_are_named(text, options):
+    arguments = dict(q=Q, k=Q, v=Q, block_mask=MASK, block_size=4) | options
+    with pytest.raises(ValueError, match=re.escape(text)): block_sparse_attention(**arguments)
+
+
+@pytest.mark.parametrize("text, options", [
+    ("leave it out", dict(block_mask=OF_MASK, block_size=8)),
+    ("hold their layout", dict(block_mask=OF_MASK, order=torch.arange(12))),
+    ("not causal", dict(block_mask=OF_MASK, causal=True)),
+    ("11 queries", dict(block_mask=lists_from_block_mask(MASK, 11, 12, (4, 4)))),
+    ("groups=(3, 1)", dict(block_mask=THREE_GROUPS)),
+])
+def test_what_does_not_go_with_lists_is_named(text, options):
+    with pytest.raises(ValueError, match=re.escape(text)):
+        block_sparse_attention(q=Q, k=Q, v=Q, **options)
+
+
+@pytest.mark.parametrize("text, make", [
+    ("expected a pattern", lambda: block_lists("window")),
+    ("registers=-1", lambda: block_lists(SlidePattern(4, 2), registers=-1)),
+    ("expected one of them",
+     lambda: block_lists(SlidePattern(4, 2), order=torch.arange(4), curve="hilbert")),
+    ("order is given with", lambda: block_lists(SlidePattern(4, 2), order=torch.arange(5))),
+    ("known curves", lambda: block_lists(SlidePattern(4, 2), curve="peano")),
+    ("one per offset", lambda: block_lists(SegmentPattern(8, 4, 2, "keys", (0, 1)))),
+    ("known types", lambda: SparsePatternConfig("diagonal")),
+    ("missing", lambda: SparsePatternConfig("mask")),
+    ("equal blocks", lambda: SparsePatternConfig("dilated_sparse", (4, 8))),
+    ("window=-1", lambda: SparsePatternConfig(window=-1)),
+    ("no permutation",
+     lambda: permute_blocks(OF_MASK, torch.zeros(3, dtype=torch.int64), torch.arange(3))),
+])
+def test_what_makes_no_lists_is_named(text, make):
+    with pytest.raises(ValueError, match=re.escape(text)): make()
 
 
 # FlexAttention
@@ -978,11 +999,11 @@ def test_from_flex_says_what_it_cannot():
             create_block_mask(MODS["causal"], None, None, 64, 32, device="cpu", BLOCK_SIZE=16))
 
 
-@pytest.mark.parametrize("name", LISTS)
+@pytest.mark.parametrize("name", OF_MASK)
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_to_flex(name):
     torch.manual_seed(0)
-    lists = LISTS[name]
+    lists = OF_MASK[name]
     block_mask = lists.to_flex()
     assert (
         BlockLists.from_flex(block_mask) is lists

@@ -14,7 +14,6 @@ triton = pytest.importorskip("triton")
 from compile_cases import KERNELS, Case, matrix, sampled
 
 HERE = Path(__file__).parent
-SERIALISED = {("dkv", 80): ["C7514"]}  # by every tile and both compilers: 16 columns beside 64
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 EVERY = matrix()
@@ -84,6 +83,6 @@ def test_compiles(compiled, case):
     assert {80: result["mma"], 90: result["wgmma"], 100: True}[case.arch] > 0
     assert result["scalar_loads"] == 0, "rows are not read in 16-byte pieces"
     if case.head_dim > 128: return
-    registers = f"at {result['registers']} registers"
-    assert result["spilled"] == result["stack"] == 0, f"{result['stack']} bytes spilled, {registers}"
-    if case.arch == 90: assert result["advice"] == SERIALISED.get((case.kernel, case.head_dim), [])
+    spilled = f"{result['stack']} bytes spilled, at {result['registers']} registers"
+    assert result["spilled"] == result["stack"] == 0, spilled
+    assert result["advice"] == [], "matrix products wait for each other"

@@ -9,11 +9,24 @@ import pytest
 import torch
 from hilbertcurve.hilbertcurve import HilbertCurve
 
-from hilbert_attn.curves import (CURVES, _compute_order, as_grid, create_hilbert_mapping, curve_order, hilbert_decode, hilbert_encode, inverse_order,
-                                 locality, segment_map)
+from hilbert_attn.curves import (
+    CURVES,
+    _compute_order,
+    as_grid,
+    create_hilbert_mapping,
+    curve_order,
+    hilbert_decode,
+    hilbert_encode,
+    inverse_order,
+    locality,
+    segment_map,
+)
 
 
-def is_permutation(order): return len(order) == len(np.unique(order)) and order.min() == 0 and order.max() == len(order) - 1
+def is_permutation(order):
+    return (
+        len(order) == len(np.unique(order)) and order.min() == 0 and order.max() == len(order) - 1
+    )
 
 
 def steps(order, grid): return np.abs(np.diff(np.stack(np.unravel_index(order, grid)), axis=1))
@@ -26,7 +39,7 @@ def test_every_rectangle_is_a_permutation(curve):
 
 
 def test_hilbert_steps_on_every_rectangle():
-    "Every step goes to a neighbour; one diagonal step exactly where the longer side is odd and the shorter even."
+    "Neighbour steps; one diagonal step exactly where the longer side is odd, the shorter even."
     for grid in product(range(1, 65), repeat=2):
         s = steps(_compute_order(grid, "hilbert"), grid)
         assert s.max(initial=0) <= 1, grid
@@ -35,24 +48,35 @@ def test_hilbert_steps_on_every_rectangle():
 
 
 def test_the_forced_diagonal_is_forced():
-    "Corner to corner along the odd side of an odd x even grid there is no path of neighbour steps: exhaustive search, small grids."
+    "No neighbour path from corner to corner along the odd side of odd x even: exhaustive search."
+
     def paths(w, h, cell, seen):
-        if len(seen) == w * h: return cell == (w - 1, 0)
-        return any(paths(w, h, n, seen | {n}) for n in ((cell[0] + a, cell[1] + b) for a, b in ((0, 1), (1, 0), (0, -1), (-1, 0)))
-                   if 0 <= n[0] < w and 0 <= n[1] < h and n not in seen)
-    for w, h in ((3, 2), (5, 2), (5, 4)): assert not paths(w, h, (0, 0), frozenset({(0, 0)}))
-    for w, h in ((4, 2), (3, 3), (4, 3), (5, 3), (4, 4)): assert paths(w, h, (0, 0), frozenset({(0, 0)}))
+        if len(seen) == w * h:
+            return cell == (w - 1, 0)
+        return any(
+            paths(w, h, n, seen | {n})
+            for n in ((cell[0] + a, cell[1] + b) for a, b in ((0, 1), (1, 0), (0, -1), (-1, 0)))
+            if 0 <= n[0] < w and 0 <= n[1] < h and n not in seen
+        )
+
+    for w, h in ((3, 2), (5, 2), (5, 4)):
+        assert not paths(w, h, (0, 0), frozenset({(0, 0)}))
+    for w, h in ((4, 2), (3, 3), (4, 3), (5, 3), (4, 4)):
+        assert paths(w, h, (0, 0), frozenset({(0, 0)}))
 
 
 @pytest.mark.parametrize("curve", CURVES)
 def test_every_box_is_a_permutation(curve):
-    for grid in product(range(1, 11), repeat=3): assert is_permutation(_compute_order(grid, curve)), grid
+    for grid in product(range(1, 11), repeat=3):
+        assert is_permutation(_compute_order(grid, curve)), grid
 
 
 def test_hilbert_steps_on_boxes():
-    "No step misses a neighbour where all sides are powers of two; elsewhere none is longer than two cells."
-    for grid in product((1, 2, 4, 8, 16), repeat=3): assert (steps(_compute_order(grid, "hilbert"), grid).sum(0) == 1).all(), grid
-    for grid in product(range(1, 11), repeat=3): assert steps(_compute_order(grid, "hilbert"), grid).sum(0).max(initial=0) <= 2, grid
+    "All steps to neighbours where all sides are powers of two; elsewhere none beyond two cells."
+    for grid in product((1, 2, 4, 8, 16), repeat=3):
+        assert (steps(_compute_order(grid, "hilbert"), grid).sum(0) == 1).all(), grid
+    for grid in product(range(1, 11), repeat=3):
+        assert steps(_compute_order(grid, "hilbert"), grid).sum(0).max(initial=0) <= 2, grid
 
 
 @pytest.mark.parametrize("curve", CURVES)
@@ -71,11 +95,14 @@ def symmetries(path):
             yield p[::-1]
 
 
-@pytest.mark.parametrize("bits, ndim", [(1, 2), (2, 2), (3, 2), (4, 2), (5, 2), (6, 2), (7, 2), (1, 3), (2, 3), (3, 3), (4, 3)])
+@pytest.mark.parametrize(
+    "bits, ndim",
+    [(1, 2), (2, 2), (3, 2), (4, 2), (5, 2), (6, 2), (7, 2), (1, 3), (2, 3), (3, 3), (4, 3)],
+)
 def test_equal_to_the_package_hilbertcurve(bits, ndim):
     n = 2 ** (bits * ndim)
     theirs = np.array(HilbertCurve(bits, ndim).points_from_distances(list(range(n))))
-    ours = np.stack(np.unravel_index(curve_order((2 ** bits,) * ndim).numpy(), (2 ** bits,) * ndim), 1)
+    ours = np.stack(np.unravel_index(curve_order((2**bits,) * ndim).numpy(), (2**bits,) * ndim), 1)
     assert any((ours == p).all() for p in symmetries(theirs))
 
 
@@ -99,15 +126,37 @@ def test_a_hundred_times_faster_than_point_by_point():
         start = time.perf_counter()
         f()
         return time.perf_counter() - start
-    theirs = seconds(lambda: HilbertCurve(10, 2).points_from_distances(list(range(2 ** 20))))
-    for grid in ((1024, 1024), (1000, 1000)): assert min(seconds(lambda: _compute_order(grid, "hilbert")) for _ in range(3)) <= theirs / 100
+
+    theirs = seconds(lambda: HilbertCurve(10, 2).points_from_distances(list(range(2**20))))
+    for grid in ((1024, 1024), (1000, 1000)):
+        assert (
+            min(seconds(lambda grid=grid: _compute_order(grid, "hilbert")) for _ in range(3))
+            <= theirs / 100
+        )
 
 
 def test_known_small_orders():
     assert curve_order((2, 3), "row_major").tolist() == [0, 1, 2, 3, 4, 5]
     assert curve_order((2, 3), "snake").tolist() == [0, 1, 2, 5, 4, 3]
     assert curve_order((2, 2, 2), "snake").tolist() == [0, 1, 3, 2, 6, 7, 5, 4]
-    assert curve_order((4, 4), "tile:2").tolist() == [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    assert curve_order((4, 4), "tile:2").tolist() == [
+        0,
+        1,
+        4,
+        5,
+        2,
+        3,
+        6,
+        7,
+        8,
+        9,
+        12,
+        13,
+        10,
+        11,
+        14,
+        15,
+    ]
     assert curve_order((4, 4), "morton").tolist() == curve_order((4, 4), "tile:2").tolist()
     assert curve_order((2, 2)).tolist() == [0, 1, 3, 2]
     assert curve_order(5, "row_major").tolist() == [0, 1, 2, 3, 4]
@@ -125,7 +174,9 @@ def test_a_sequence_is_folded_to_a_near_square():
 def test_inverse_order():
     order = torch.randperm(101)
     rank = inverse_order(order)
-    assert torch.equal(rank[order], torch.arange(101)) and torch.equal(order[rank], torch.arange(101))
+    assert torch.equal(rank[order], torch.arange(101)) and torch.equal(
+        order[rank], torch.arange(101)
+    )
 
 
 def test_cache_gives_back_the_same_tensor_and_notices_writes():
@@ -148,7 +199,11 @@ def test_cache_under_threads():
     assert not failures and not any(t.is_alive() for t in threads)
 
 
-def test_device(): assert curve_order((3, 4), device="cpu").device.type == "cpu" and curve_order((3, 4), device="meta").device.type == "meta"
+def test_device():
+    assert (
+        curve_order((3, 4), device="cpu").device.type == "cpu"
+        and curve_order((3, 4), device="meta").device.type == "meta"
+    )
 
 
 def test_orders_made_under_inference_mode_can_be_used_in_training():
@@ -161,52 +216,105 @@ def test_orders_made_under_inference_mode_can_be_used_in_training():
 def test_narrow_coordinates_do_not_overflow(dtype):
     coords = torch.tensor([[5, 100, 37], [127, 0, 64]])
     expected = hilbert_encode(coords, 20)
-    assert hilbert_encode(coords.to(dtype), 20).equal(expected) and hilbert_encode(coords.to(dtype), 20).dtype == torch.int64
-    assert hilbert_decode(torch.tensor([100, 3], dtype=dtype), 20, 3).equal(hilbert_decode(torch.tensor([100, 3]), 20, 3))
+    assert (
+        hilbert_encode(coords.to(dtype), 20).equal(expected)
+        and hilbert_encode(coords.to(dtype), 20).dtype == torch.int64
+    )
+    assert hilbert_decode(torch.tensor([100, 3], dtype=dtype), 20, 3).equal(
+        hilbert_decode(torch.tensor([100, 3]), 20, 3)
+    )
 
 
-@pytest.mark.parametrize("call, message", [
-    (lambda: hilbert_encode(torch.tensor([[0, 4]]), 2), "coords holds 0 to 4: each must be at least 0 and less than 4"),
-    (lambda: hilbert_encode(torch.tensor([[-1, 2]]), 2), "coords holds -1 to 2"),
-    (lambda: hilbert_encode(torch.tensor([[0.0, 1.0]]), 2), "coords is torch.float32: expected a tensor of whole numbers"),
-    (lambda: hilbert_encode([[0, 1]], 2), "bits=2 and ndim=0|coords is list"),
-    (lambda: hilbert_encode(torch.tensor([[0, 1]]), 2.0), "bits=2.0: expected a whole number"),
-    (lambda: hilbert_decode(torch.tensor([16]), 2, 2), "index holds 16 to 16: each must be at least 0 and less than 16"),
-    (lambda: hilbert_decode(torch.tensor([1.5]), 2, 2), "index is torch.float32"),
-    (lambda: hilbert_decode(torch.tensor([1]), 40, 2), "bits=40 and ndim=2"),
-])
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            lambda: hilbert_encode(torch.tensor([[0, 4]]), 2),
+            "coords holds 0 to 4: each must be at least 0 and less than 4",
+        ),
+        (lambda: hilbert_encode(torch.tensor([[-1, 2]]), 2), "coords holds -1 to 2"),
+        (
+            lambda: hilbert_encode(torch.tensor([[0.0, 1.0]]), 2),
+            "coords is torch.float32: expected a tensor of whole numbers",
+        ),
+        (lambda: hilbert_encode([[0, 1]], 2), "bits=2 and ndim=0|coords is list"),
+        (lambda: hilbert_encode(torch.tensor([[0, 1]]), 2.0), "bits=2.0: expected a whole number"),
+        (
+            lambda: hilbert_decode(torch.tensor([16]), 2, 2),
+            "index holds 16 to 16: each must be at least 0 and less than 16",
+        ),
+        (lambda: hilbert_decode(torch.tensor([1.5]), 2, 2), "index is torch.float32"),
+        (lambda: hilbert_decode(torch.tensor([1]), 40, 2), "bits=40 and ndim=2"),
+    ],
+)
 def test_coordinates_and_positions_are_checked(call, message):
-    with pytest.raises(ValueError, match=message): call()
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
-@pytest.mark.parametrize("grid", [0, -1, (), (2, 0), (1, 2, 3, 4), 2.5, "ab", (True, 2), float("nan"), np.array([2.0, 3.0]), (2, "3")])
+@pytest.mark.parametrize(
+    "grid",
+    [
+        0,
+        -1,
+        (),
+        (2, 0),
+        (1, 2, 3, 4),
+        2.5,
+        "ab",
+        (True, 2),
+        float("nan"),
+        np.array([2.0, 3.0]),
+        (2, "3"),
+    ],
+)
 def test_bad_grids(grid):
-    with pytest.raises(ValueError, match="grid="): as_grid(grid)
+    with pytest.raises(ValueError, match="grid="):
+        as_grid(grid)
 
 
 @pytest.mark.parametrize("curve", ["peano", "hilbert:3", "tile:0", "tile:x", "", None])
 def test_unknown_curves_list_the_known_ones(curve):
-    with pytest.raises(ValueError, match="'row_major', 'snake', 'tile', 'morton', 'hilbert'"): curve_order(4, curve)
+    with pytest.raises(ValueError, match="'row_major', 'snake', 'tile', 'morton', 'hilbert'"):
+        curve_order(4, curve)
 
 
 def test_locality_by_hand():
     m = locality((2, 4), 4, "row_major")  # two rows of four
-    assert m.neighbors_kept == 6 / 10 and m.boundary == 4.0 and m.spread == pytest.approx(np.sqrt(1.25))
-    assert m.step_mean == pytest.approx((6 + np.sqrt(10)) / 7) and m.step_max == pytest.approx(np.sqrt(10))
+    assert (
+        m.neighbors_kept == 6 / 10
+        and m.boundary == 4.0
+        and m.spread == pytest.approx(np.sqrt(1.25))
+    )
+    assert m.step_mean == pytest.approx((6 + np.sqrt(10)) / 7) and m.step_max == pytest.approx(
+        np.sqrt(10)
+    )
     m = locality((2, 4), 4, "hilbert")  # two squares
-    assert m.neighbors_kept == 8 / 10 and m.step_mean == 1 and m.spread == pytest.approx(np.sqrt(0.5))
+    assert (
+        m.neighbors_kept == 8 / 10 and m.step_mean == 1 and m.spread == pytest.approx(np.sqrt(0.5))
+    )
 
 
 @pytest.mark.parametrize("grid, w", [((7, 9), 10), ((3, 4, 5), 7), (23, 5)])
 def test_locality_by_brute_force(grid, w):
     dims, segments = as_grid(grid), segment_map(grid, w).flatten()
     coords = np.stack(np.unravel_index(np.arange(prod(dims)), dims), 1)
-    pairs = [(i, j) for i in range(len(coords)) for j in range(i) if np.abs(coords[i] - coords[j]).sum() == 1]
-    assert locality(grid, w).neighbors_kept == pytest.approx(np.mean([bool(segments[i] == segments[j]) for i, j in pairs]))
+    pairs = [
+        (i, j)
+        for i in range(len(coords))
+        for j in range(i)
+        if np.abs(coords[i] - coords[j]).sum() == 1
+    ]
+    assert locality(grid, w).neighbors_kept == pytest.approx(
+        np.mean([bool(segments[i] == segments[j]) for i, j in pairs])
+    )
     spreads = [np.sqrt(coords[segments == s].var(0).sum()) for s in segments.unique()]
     assert locality(grid, w).spread == pytest.approx(np.mean(spreads))
 
 
 def test_the_snake_has_the_segments_of_rows():
-    for w in (64, 128, 256): assert torch.equal(segment_map((64, 64), w, "snake"), segment_map((64, 64), w, "row_major"))
-    assert not torch.equal(segment_map((64, 64), 256, "hilbert"), segment_map((64, 64), 256, "row_major"))
+    for w in (64, 128, 256):
+        assert torch.equal(segment_map((64, 64), w, "snake"), segment_map((64, 64), w, "row_major"))
+    assert not torch.equal(
+        segment_map((64, 64), 256, "hilbert"), segment_map((64, 64), 256, "row_major")
+    )

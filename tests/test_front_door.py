@@ -11,46 +11,77 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hilbert_attn
 from hilbert_attn import backends
-from hilbert_attn.backends import _architecture, _choose, detect_gpu_architecture, explain_backend, hilbert_attention, set_backend
+from hilbert_attn.backends import (
+    Backend,
+    _architecture,
+    attend,
+    choose_backend,
+    detect_gpu_architecture,
+    explain_backend,
+    hilbert_attention,
+    set_backend,
+)
+from hilbert_attn.calls import check_call, on_segments
 from hilbert_attn.curves import curve_order
-from hilbert_attn.kernels.forward import default_tile
+from hilbert_attn.kernels.tuning import default_tile
 from hilbert_attn.patterns import attention_mask
 from hilbert_attn.reference import masked_attention
 
 X = torch.zeros(2, 4, 12, 8)
 
 
-@pytest.mark.parametrize("arguments, message", [
+BAD_TENSORS = [
     (dict(q=X[0]), r"q has shape \(4, 12, 8\): expected 4 dimensions"),
     (dict(q=[1]), "q is a list: expected a tensor"),
     (dict(q=X.long()), "q has dtype torch.int64: expected one of"),
     (dict(v=X[:, :2]), "k has shape .* and v .*: they must agree"),
-    (dict(q=X[:1]), "B, N and D must agree"),
-    (dict(q=X[:, :, :6]), "B, N and D must agree"),
+    (dict(q=X[:1]), "B, N and D must agree"), (dict(q=X[:, :, :6]), "B, N and D must agree"),
     (dict(q=X[..., :4]), "B, N and D must agree"),
-    (dict(k=torch.zeros(2, 3, 12, 8), v=torch.zeros(2, 3, 12, 8)), "q has 4 heads and k 3: the query heads must be a multiple"),
+    (
+        dict(k=torch.zeros(2, 3, 12, 8), v=torch.zeros(2, 3, 12, 8)),
+        "q has 4 heads and k 3: the query heads must be a multiple"),
     (dict(q=X[:, :, :0], k=X[:, :, :0], v=X[:, :, :0]), "N and D must be at least 1"),
     (dict(k=X.double()), "dtypes torch.float32, torch.float64, torch.float32: they must agree"),
     (dict(v=X.to("meta")), "on cpu, cpu, meta: they must be on one device"),
+]
+BAD_PATTERNS = [
     (dict(grid=(3, 5)), r"grid=\(3, 5\) has 15 cells and q has N=12 tokens"),
     (dict(grid=(3, -4)), "each at least 1"),
-    (dict(curve="peano"), "curve='peano': known curves are 'row_major', 'snake', 'tile', 'morton', 'hilbert'"),
+    (
+        dict(curve="peano"),
+        "curve='peano': known curves are 'row_major', 'snake', 'tile', 'morton', 'hilbert'"),
     (dict(dilation_rate=0), "dilation_rate=0: must be at least 1"),
     (dict(segment_size=4, dilation_rate=5), "dilation_rate=5: must not exceed segment_size=4"),
     (dict(segment_size=0), "segment_size=0: must be at least 1"),
-    (dict(dilation_mode="both"), "dilation_mode='both': known modes are 'residue', 'keys', 'longnet'"),
-    (dict(dilation_mode="keys", dilation_rate=2, offsets=[0, 1]), r"offsets has 2 entries: expected one per head \(4\)"),
+    (
+        dict(dilation_mode="both"),
+        "dilation_mode='both': known modes are 'residue', 'keys', 'longnet'"),
+    (
+        dict(dilation_mode="keys", dilation_rate=2, offsets=[0, 1]),
+        r"offsets has 2 entries: expected one per head \(4\)"),
     (dict(dilation_mode="keys", dilation_rate=2, offsets=2), "less than dilation_rate=2"),
     (dict(offsets=1, dilation_rate=2), "dilation_mode='residue' has no offsets"),
-    (dict(order=torch.zeros(12, dtype=torch.int64)), "order is no permutation: it must hold each of 0 … 11 once"),
+]
+BAD_ORDERS_AND_MASKS = [
+    (
+        dict(order=torch.zeros(12, dtype=torch.int64)),
+        "order is no permutation: it must hold each of 0 … 11 once"),
     (dict(order=torch.arange(1, 13)), "order is no permutation"),
-    (dict(order=torch.arange(11)), r"order is given with shape \(11,\), dtype torch.int64: expected an int64 tensor of shape \(12,\)"),
+    (
+        dict(order=torch.arange(11)),
+        r"order is given with shape \(11,\), dtype torch.int64: expected an int64 tensor of "
+        r"shape \(12,\)"),
     (dict(order=torch.arange(12.0)), "dtype torch.float32: expected an int64"),
     (dict(order=list(range(12))), "order is given with list"),
     (dict(order=torch.arange(12, device="meta")), "order is on meta and q on cpu"),
-    (dict(key_mask=torch.ones(2, 12)), r"key_mask is torch.float32 \(2, 12\) on cpu: expected bool of shape \(B, N\) = \(2, 12\)"),
+    (
+        dict(key_mask=torch.ones(2, 12)),
+        r"key_mask is torch.float32 \(2, 12\) on cpu: expected bool of shape "
+        r"\(B, N\) = \(2, 12\)"),
     (dict(key_mask=torch.ones(2, 4, dtype=torch.bool)), "key_mask is torch.bool"),
     (dict(key_mask=True), "key_mask is bool: expected bool of shape"),
+]
+BAD_NUMBERS = [
     (dict(dropout_p=-0.1), "dropout_p=-0.1: must be at least 0 and less than 1"),
     (dict(dropout_p=1.0), "dropout_p=1.0: must be"),
     (dict(scale=float("nan")), "scale=nan: must be positive and finite"),
@@ -64,35 +95,51 @@ X = torch.zeros(2, 4, 12, 8)
     (dict(segment_size=True), "segment_size=True: expected a whole number"),
     (dict(segment_size="4"), "segment_size='4': expected a whole number"),
     (dict(segment_size=4, dilation_rate=2.0), "dilation_rate=2.0: expected a whole number"),
-    (dict(segment_size=4, dilation_rate=2, dilation_mode="keys", offsets=0.5), "offsets=0.5: expected a whole number"),
+    (
+        dict(segment_size=4, dilation_rate=2, dilation_mode="keys", offsets=0.5),
+        "offsets=0.5: expected a whole number"),
     (dict(grid=(3, 4.0)), r"grid=\(3, 4.0\): expected N, \(H, W\)"),
     (dict(grid="12"), "grid='12': expected N"),
     (dict(dropout_p="0.1"), "dropout_p='0.1': expected a number"),
     (dict(scale="1"), "scale='1': expected a number"),
     (dict(scale=torch.tensor(1.0)), r"scale=tensor\(1.\): expected a number"),
-    (dict(backend="cudnn"), "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', 'triton'"),
-])
+    (
+        dict(backend="cudnn"),
+        "backend='cudnn': known backends are 'auto', 'reference', 'sdpa_mask', 'sdpa', "
+        "'triton'"),
+]
+
+
+@pytest.mark.parametrize(
+    "arguments, message", BAD_TENSORS + BAD_PATTERNS + BAD_ORDERS_AND_MASKS + BAD_NUMBERS)
 def test_bad_input_is_answered_with_a_sentence(arguments, message, monkeypatch):
-    monkeypatch.setattr(backends, "_run", lambda *a, **k: pytest.fail("a kernel was started"))
-    with pytest.raises(ValueError, match=message): hilbert_attention(**{"q": X, "k": X, "v": X, **arguments})
+    monkeypatch.setattr(Backend, "run", lambda *a, **k: pytest.fail("a kernel was started"))
+    with pytest.raises(ValueError, match=message):
+        hilbert_attention(**{"q": X, "k": X, "v": X, **arguments})
 
 
 def test_numpy_numbers_are_numbers():
     x = rand(1, 2, 96, 8)
-    options = dict(segment_size=np.int32(24), dilation_rate=np.int64(2), causal=np.True_, scale=np.float64(0.5), grid=np.array([8, 12]))
+    options = dict(
+        segment_size=np.int32(24), dilation_rate=np.int64(2), causal=np.True_,
+        scale=np.float64(0.5), grid=np.array([8, 12]))
     plain = dict(segment_size=24, dilation_rate=2, causal=True, scale=0.5, grid=(8, 12))
     assert torch.equal(hilbert_attention(x, x, x, **options), hilbert_attention(x, x, x, **plain))
 
 
-@pytest.mark.parametrize("order", (torch.zeros(96, dtype=torch.int64), torch.arange(1, 97), torch.arange(96).flip(0) - 1))
+@pytest.mark.parametrize(
+    "order",
+    (torch.zeros(96, dtype=torch.int64), torch.arange(1, 97), torch.arange(96).flip(0) - 1))
 @pytest.mark.parametrize("mode", ("eager", "inference", "inference order", "compiled", "traced"))
 def test_an_order_that_is_no_permutation_is_refused_everywhere(order, mode):
     x = rand(1, 2, 96, 8)
     def f(x, order): return hilbert_attention(x, x, x, order=order, segment_size=24)
     def run(order):
-        if mode == "compiled": return torch.compile(f, fullgraph=True, backend="aot_eager")(x, order)
+        if mode == "compiled":
+            return torch.compile(f, fullgraph=True, backend="aot_eager")(x, order)
         if mode == "traced": return make_fx(f)(x, order)(x, order)
-        with torch.inference_mode(mode != "eager"): return f(x, order.clone() if mode == "inference order" else order)
+        with torch.inference_mode(mode != "eager"):
+            return f(x, order.clone() if mode == "inference order" else order)
     right = torch.randperm(96, generator=torch.Generator().manual_seed(0))
     assert torch.equal(run(right), f(x, right))
     with pytest.raises(ValueError, match="order is no permutation"): run(order)
@@ -100,7 +147,9 @@ def test_an_order_that_is_no_permutation_is_refused_everywhere(order, mode):
 
 def test_a_compiled_graph_checks_each_order():
     x, good = rand(1, 2, 96, 8), torch.arange(96).flip(0)
-    f = torch.compile(lambda x, order: hilbert_attention(x, x, x, order=order, segment_size=24), fullgraph=True, backend="aot_eager")
+    f = torch.compile(
+        lambda x, order: hilbert_attention(x, x, x, order=order, segment_size=24), fullgraph=True,
+        backend="aot_eager")
     f(x, good)
     with pytest.raises(ValueError, match="order is no permutation"): f(x, good.clamp(min=1))
 
@@ -109,17 +158,19 @@ def test_an_order_is_checked_again_after_a_write():
     order = torch.randperm(12)
     hilbert_attention(X, X, X, order=order, segment_size=4)
     order[0] = order[1]
-    with pytest.raises(ValueError, match="no permutation"): hilbert_attention(X, X, X, order=order, segment_size=4)
+    with pytest.raises(ValueError, match="no permutation"):
+        hilbert_attention(X, X, X, order=order, segment_size=4)
 
 
 @given(cases(max_n=40, head_dims=(16, 24), dtypes=(torch.float32,)))
 @settings(max_examples=60)
 def test_all_backends_through_the_front_door(case: Case):
-    for name in ("sdpa", "sdpa_mask", "reference"):
-        def attention(q, k, v, pattern, *, order, causal, key_mask, scale):
-            return hilbert_attention(q, k, v, curve=None, order=order, segment_size=case.w, dilation_rate=case.r, dilation_mode=case.mode, offsets=case.offsets,
-                                     causal=causal, key_mask=key_mask, scale=scale, backend=name, return_lse=True)
-        case.check(attention)
+    def attention(q, k, v, pattern, *, backend, **common):
+        return hilbert_attention(
+            q, k, v, curve=None, segment_size=case.w, dilation_rate=case.r,
+            dilation_mode=case.mode, offsets=case.offsets, **common, backend=backend,
+            return_lse=True)
+    for name in ("sdpa", "sdpa_mask", "reference"): case.check(attention, backend=name)
 
 
 def rand(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -131,11 +182,15 @@ def test_grid_curve_and_order_say_the_same():
     by_curve = hilbert_attention(q, k, v, grid=(7, 11), **options)
     order = curve_order((7, 11))
     by_order = hilbert_attention(q, k, v, order=order, **options)
-    inside = hilbert_attention(q[:, :, order], k[:, :, order], v[:, :, order], curve=None, **options)
+    inside = hilbert_attention(
+        q[:, :, order], k[:, :, order], v[:, :, order], curve=None, **options)
     assert torch.equal(by_curve, by_order)
     torch.testing.assert_close(by_curve[:, :, order], inside)
-    assert torch.equal(hilbert_attention(q, k, v, grid=77, **options), hilbert_attention(q, k, v, **options))
-    assert torch.equal(hilbert_attention(q, k, v, curve="row_major", **options), hilbert_attention(q, k, v, curve=None, **options))
+    assert torch.equal(
+        hilbert_attention(q, k, v, grid=77, **options), hilbert_attention(q, k, v, **options))
+    assert torch.equal(
+        hilbert_attention(q, k, v, curve="row_major", **options),
+        hilbert_attention(q, k, v, curve=None, **options))
     assert torch.equal(hilbert_attention(q, k, v, order=order.int(), **options), by_order)
     assert not torch.allclose(by_curve, hilbert_attention(q, k, v, **options))
 
@@ -153,15 +208,19 @@ def test_causal_lets_no_future_leak_under_any_curve():
 
 def test_one_segment_is_dense_attention():
     q, k, v = (rand(2, 4, 50, 16, seed=s) for s in range(3))
-    torch.testing.assert_close(hilbert_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
-    torch.testing.assert_close(hilbert_attention(q, k, v, causal=True), torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
+    torch.testing.assert_close(
+        hilbert_attention(q, k, v), torch.nn.functional.scaled_dot_product_attention(q, k, v))
+    torch.testing.assert_close(
+        hilbert_attention(q, k, v, causal=True),
+        torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
 
 
 def test_autocast_casts_like_sdpa():
     q = rand(1, 2, 30, 16)
     with torch.autocast("cpu", torch.bfloat16):
         assert hilbert_attention(q, q, q.bfloat16(), segment_size=8).dtype == torch.bfloat16
-        assert hilbert_attention(q.double(), q.double(), q.double(), segment_size=8).dtype == torch.float64
+        assert hilbert_attention(
+            q.double(), q.double(), q.double(), segment_size=8).dtype == torch.float64
 
 
 def test_huge_scores_stay_finite():
@@ -174,18 +233,25 @@ def test_huge_scores_stay_finite():
 @pytest.mark.parametrize("name", ("triton",))
 def test_a_forced_backend_that_cannot_run_is_an_error(name, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(RuntimeError, match=rf"backend '{name}', asked for by the argument backend, cannot run on cpu: .*Backends that can: 'reference', 'sdpa_mask', 'sdpa'"):
+    refused = (rf"backend '{name}', asked for by the argument backend, cannot run on cpu: "
+               ".*Backends that can: 'reference', 'sdpa_mask', 'sdpa'")
+    with pytest.raises(RuntimeError, match=refused):
         hilbert_attention(X, X, X, backend=name)
     monkeypatch.setenv("HILBERT_ATTN_BACKEND", name)
-    with pytest.raises(RuntimeError, match="asked for by HILBERT_ATTN_BACKEND"): hilbert_attention(X, X, X)
+    with pytest.raises(RuntimeError, match="asked for by HILBERT_ATTN_BACKEND"):
+        hilbert_attention(X, X, X)
 
 
 def test_forcing_a_backend(monkeypatch):
-    used = []
-    run = backends._run
-    monkeypatch.setattr(backends, "_run", lambda call, q, k, v, backend, *a, **kw: used.append(backend) or run(call, q, k, v, backend, *a, **kw))
+    used, function = [], Backend.run
+    def noted(backend, call, family):
+        used.append(backend.name)
+        return function(backend, call, family)
+    monkeypatch.setattr(Backend, "run", noted)
     x = torch.randn(1, 1, 80, 8)
-    def call(**options): hilbert_attention(x, x, x, **options); return used.pop()
+    def call(**options):
+        hilbert_attention(x, x, x, **options)
+        return used.pop()
     assert call() == "sdpa"
     with set_backend("sdpa_mask"):
         assert call() == "sdpa_mask" and call(backend="reference") == "reference"
@@ -208,29 +274,43 @@ def test_a_fallback_warns_once_and_says_why(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
     monkeypatch.setattr(backends, "_warned", set())
-    with pytest.warns(UserWarning, match="'triton' is preferred on cuda but"): assert _choose("auto", torch.device("cuda"))[0] == "sdpa"
+    with pytest.warns(UserWarning, match="'triton' is preferred on cuda but"):
+        assert choose_backend("auto", torch.device("cuda"))[0] == "sdpa"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert _choose("auto", torch.device("cuda"))[0] == "sdpa"
+        assert choose_backend("auto", torch.device("cuda"))[0] == "sdpa"
 
 
-@pytest.mark.parametrize("capability, name, dtype, mixed, triton", [
-    (None, "CPU", torch.float32, False, False), ((6, 1), "Pascal", torch.float32, False, False), ((7, 0), "Volta", torch.float16, True, False),
-    ((7, 5), "Turing", torch.float16, True, False), ((8, 0), "Ampere", torch.bfloat16, True, True), ((8, 6), "Ampere", torch.bfloat16, True, True),
-    ((8, 9), "Ada", torch.bfloat16, True, True), ((9, 0), "Hopper", torch.bfloat16, True, True), ((10, 0), "Blackwell", torch.bfloat16, True, True),
-    ((12, 0), "Blackwell", torch.bfloat16, True, True), ((3, 5), "before Pascal", torch.float32, False, False)])
+@pytest.mark.parametrize(
+    "capability, name, dtype, mixed, triton",
+    [
+        (None, "CPU", torch.float32, False, False), ((6, 1), "Pascal", torch.float32, False, False),
+        ((7, 0), "Volta", torch.float16, True, False),
+        ((7, 5), "Turing", torch.float16, True, False),
+        ((8, 0), "Ampere", torch.bfloat16, True, True),
+        ((8, 6), "Ampere", torch.bfloat16, True, True), ((8, 9), "Ada", torch.bfloat16, True, True),
+        ((9, 0), "Hopper", torch.bfloat16, True, True),
+        ((10, 0), "Blackwell", torch.bfloat16, True, True),
+        ((12, 0), "Blackwell", torch.bfloat16, True, True),
+        ((3, 5), "before Pascal", torch.float32, False, False)])
 def test_architectures(capability, name, dtype, mixed, triton, monkeypatch):
     monkeypatch.setattr(backends, "_HAS_TRITON", True)
     a = _architecture(capability)
     assert (a.name, a.capability, a.dtype, a.mixed_precision) == (name, capability, dtype, mixed)
-    assert ("triton" in a.backends) == triton and {"sdpa", "sdpa_mask", "reference"} <= set(a.backends)
+    assert ("triton" in a.backends) == triton
+    assert {"sdpa", "sdpa_mask", "reference"} <= set(a.backends)
     tile = default_tile("forward", 64, dtype, capability) if triton else None
     assert a.block_sizes == ((tile.block_m, tile.block_n) if triton else (64, 64))
     with a.autocast("cpu"):  # the device type does not matter to what is switched on
-        assert torch.is_autocast_enabled("cpu") == mixed and (not mixed or torch.get_autocast_dtype("cpu") == dtype)
+        assert torch.is_autocast_enabled("cpu") == mixed
+        assert (not mixed or torch.get_autocast_dtype("cpu") == dtype)
 
 
-@pytest.mark.parametrize("capability, chosen", [((6, 1), "sdpa"), ((7, 5), "sdpa"), ((8, 0), "triton"), ((8, 9), "triton"), ((9, 0), "triton"), ((10, 0), "triton")])
+@pytest.mark.parametrize(
+    "capability, chosen",
+    [
+        ((6, 1), "sdpa"), ((7, 5), "sdpa"), ((8, 0), "triton"), ((8, 9), "triton"),
+        ((9, 0), "triton"), ((10, 0), "triton")])
 def test_choice_on_each_architecture(capability, chosen, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
@@ -239,12 +319,14 @@ def test_choice_on_each_architecture(capability, chosen, monkeypatch):
         warnings.simplefilter("ignore")
         choice = explain_backend((1, 2, 1000, 64), device="cuda", gradients=False)
     assert choice.backend == chosen and detect_gpu_architecture("cuda").backends[0] == chosen
-    if chosen != "triton": assert f"this GPU has {capability[0]}.{capability[1]}" in choice.rejected["triton"]
+    if chosen != "triton":
+        assert f"this GPU has {capability[0]}.{capability[1]}" in choice.rejected["triton"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a CUDA GPU")
 def test_a_gpu_that_is_not_there():
-    for ask in (detect_gpu_architecture, lambda device: explain_backend((1, 1, 8, 8), device=device)):
+    for ask in (
+        detect_gpu_architecture, lambda device: explain_backend((1, 1, 8, 8), device=device)):
         with pytest.raises(RuntimeError, match="torch finds no CUDA GPU here"): ask("cuda")
 
 
@@ -252,43 +334,67 @@ def test_detect_here(): assert detect_gpu_architecture("cpu").name == "CPU"
 
 
 def test_explain_backend():
-    choice = explain_backend((2, 4, 100, 16), segment_size=30, dilation_rate=2, dtype=torch.bfloat16)
+    choice = explain_backend(
+        (2, 4, 100, 16), segment_size=30, dilation_rate=2, dtype=torch.bfloat16)
     mask = attention_mask(hilbert_attn.SegmentPattern(100, 30, 2))
-    assert choice.backend == "sdpa" and choice.pairs == 8 * mask.sum() and choice.density == pytest.approx(mask.double().mean().item())
-    assert choice.flops == 4 * 16 * choice.pairs and choice.bytes == 4 * 2 * 4 * 100 * 16 * 2 + 4 * 2 * 4 * 100
-    assert set(choice.rejected) == {"reference", "sdpa_mask", "triton"} and all(choice.rejected.values())
-    assert re.search(r"sdpa: .*\n.*pairs.*GFLOP.*MB", str(choice)) and "not sdpa_mask: " in str(choice)
+    assert choice.backend == "sdpa"
+    assert choice.pairs == 8 * mask.sum()
+    assert choice.density == pytest.approx(mask.double().mean().item())
+    assert choice.flops == 4 * 16 * choice.pairs
+    assert choice.bytes == 4 * 2 * 4 * 100 * 16 * 2 + 4 * 2 * 4 * 100
+    assert set(choice.rejected) == {"reference", "sdpa_mask", "triton"}
+    assert all(choice.rejected.values())
+    assert re.search(r"sdpa: .*\n.*pairs.*GFLOP.*MB", str(choice))
+    assert "not sdpa_mask: " in str(choice)
     assert explain_backend(rand(1, 4, 30, 8), rand(1, 2, 30, 8)).flops == 4 * 8 * 4 * 900
-    with pytest.raises(ValueError, match="dilation_rate=0"): explain_backend((1, 1, 8, 8), dilation_rate=0)
+    with pytest.raises(ValueError, match="dilation_rate=0"):
+        explain_backend((1, 1, 8, 8), dilation_rate=0)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(segmentsize=4), "segmentsize=4: hilbert_attention has no such argument; known are .*segment_size"),
-    (dict(segment_size=4, dilation_rates=[2]), r"dilation_rates=\[2\]: hilbert_attention has no such argument"),
-    (dict(segment_lengths=[4], dilation_rates=[1], segment_size=4), "segment_size=4: dilated_attention has no such argument"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (
+            dict(segmentsize=4),
+            "segmentsize=4: hilbert_attention has no such argument; known are .*segment_size"),
+        (
+            dict(segment_size=4, dilation_rates=[2]),
+            r"dilation_rates=\[2\]: hilbert_attention has no such argument"),
+        (
+            dict(segment_lengths=[4], dilation_rates=[1], segment_size=4),
+            "segment_size=4: dilated_attention has no such argument"),])
 def test_explain_backend_knows_its_options(options, message):
     with pytest.raises(ValueError, match=message): explain_backend((1, 2, 96, 8), **options)
 
 
 def test_explain_backend_takes_all_arguments_of_the_functions():
-    common = dict(grid=(8, 12), curve="hilbert", order=None, dilation_mode="residue", offsets=None, causal=True, key_mask=None, dropout_p=0.0, scale=None)
-    assert explain_backend((1, 2, 96, 8), segment_size=24, dilation_rate=2, **common).backend == "sdpa"
-    assert explain_backend((1, 2, 96, 8), segment_lengths=[24], dilation_rates=[2], combine="lse", **common).backend == "sdpa"
+    common = dict(
+        grid=(8, 12), curve="hilbert", order=None, dilation_mode="residue", offsets=None,
+        causal=True, key_mask=None, dropout_p=0.0, scale=None)
+    assert explain_backend(
+        (1, 2, 96, 8), segment_size=24, dilation_rate=2, **common).backend == "sdpa"
+    assert explain_backend(
+        (1, 2, 96, 8), segment_lengths=[24], dilation_rates=[2], combine="lse",
+        **common).backend == "sdpa"
 
 
 def test_policy_by_length():
-    rows = {row.max_tokens for row in backends.POLICY if row.device == "cpu" and row.backend == "sdpa_mask"}
+    rows = {
+        row.max_tokens for row in backends.POLICY if row.device == "cpu"
+        and row.backend == "sdpa_mask"}
     (longest,) = rows
-    assert explain_backend((1, 2, longest, 16)).backend == "sdpa_mask" and explain_backend((1, 2, longest + 1, 16)).backend == "sdpa"
+    assert explain_backend((1, 2, longest, 16)).backend == "sdpa_mask"
+    assert explain_backend((1, 2, longest + 1, 16)).backend == "sdpa"
     assert "cutting" in explain_backend((1, 2, longest, 16)).rejected["sdpa"]
 
 
 def test_explain_several_branches():
     options = dict(segment_lengths=[16, 64, 200], dilation_rates=[1, 4, 1])
     choice = explain_backend((3, 4, 128, 16), **options, combine="heads")
-    assert choice.pairs == 3 * hilbert_attn.DilatedPattern.for_heads(128, 4, **options, combine="heads").pairs()
-    with pytest.raises(ValueError, match="as many of each"): explain_backend((1, 1, 8, 8), segment_lengths=[2, 4])
+    assert choice.pairs == 3 * hilbert_attn.DilatedPattern.for_heads(
+        128, 4, **options, combine="heads").pairs()
+    with pytest.raises(ValueError, match="as many of each"):
+        explain_backend((1, 1, 8, 8), segment_lengths=[2, 4])
 
 
 def test_strategy_follows_memory():
@@ -296,31 +402,41 @@ def test_strategy_follows_memory():
     needs = backends.training_memory(shape, 2, 4, layers, ranks=4)
     q, kv, lse = (4 * 2 * 1000 * width for width in (4 * 16, 2 * 16, 4))
     assert needs["store"] == layers * (2 * q + 2 * kv + lse) + 2 * (q + kv)
-    assert needs["checkpoint"] == layers * q + (2 * q + 2 * kv + lse) + 2 * (q + kv) and needs["ring"] == needs["checkpoint"] / 4
-    def ask(memory, **options): return explain_backend(shape, (2, 2, 1000, 16), layers=layers, memory=memory, **options)
-    assert ask(2 * needs["store"]).strategy == "store" and ask(2 * needs["store"] - 2).strategy == "checkpoint"
-    assert ask(needs["checkpoint"], ranks=4).strategy == "ring" and "not fit" not in ask(needs["checkpoint"], ranks=4).strategy_reason
+    assert needs["checkpoint"] == layers * q + (2 * q + 2 * kv + lse) + 2 * (q + kv)
+    assert needs["ring"] == needs["checkpoint"] / 4
+    def ask(memory, **options):
+        return explain_backend(shape, (2, 2, 1000, 16), layers=layers, memory=memory, **options)
+    assert ask(2 * needs["store"]).strategy == "store"
+    assert ask(2 * needs["store"] - 2).strategy == "checkpoint"
+    assert ask(needs["checkpoint"], ranks=4).strategy == "ring"
+    assert "not fit" not in ask(needs["checkpoint"], ranks=4).strategy_reason
     alone = ask(needs["checkpoint"])
-    assert alone.strategy == "checkpoint" and "no process group" in alone.strategy_reason and "ring" not in alone.memory
+    assert alone.strategy == "checkpoint"
+    assert "no process group" in alone.strategy_reason
+    assert "ring" not in alone.memory
     assert "not fit" in ask(needs["ring"], ranks=4).strategy_reason
-    assert "to train: ring" in str(ask(needs["checkpoint"], ranks=4)) and "to train" not in str(ask(1, gradients=False))
+    assert "to train: ring" in str(ask(needs["checkpoint"], ranks=4))
+    assert "to train" not in str(ask(1, gradients=False))
     here = explain_backend(shape)
     assert here.strategy == "store" and 1e8 < here.memory_at_hand < 1e14
 
 
 @pytest.mark.parametrize("dynamic", (False, True))
 def test_compiles_into_one_graph(dynamic):
-    def f(q, k, v): return hilbert_attention(q * 1.5, k, v, segment_size=16, dilation_rate=2, causal=True).sin()
+    def f(q, k, v):
+        return hilbert_attention(q * 1.5, k, v, segment_size=16, dilation_rate=2, causal=True).sin()
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     for n in (40, 57):
         q, k, v = (rand(1, 2, n, 8, seed=s).requires_grad_() for s in range(3))
         a, b = f(q, k, v), compiled(q, k, v)
         torch.testing.assert_close(b, a)
-        torch.testing.assert_close(torch.autograd.grad(b.sum(), (q, k, v)), torch.autograd.grad(a.sum(), (q, k, v)))
+        torch.testing.assert_close(
+            torch.autograd.grad(b.sum(), (q, k, v)), torch.autograd.grad(a.sum(), (q, k, v)))
 
 
 def test_compiles_with_inductor():
-    def f(q, k, v, order): return hilbert_attention(q.cos(), k, v, order=order, segment_size=16, return_lse=True)
+    def f(q, k, v, order):
+        return hilbert_attention(q.cos(), k, v, order=order, segment_size=16, return_lse=True)
     q, k, v = (rand(1, 2, 40, 8, seed=s) for s in range(3))
     order = torch.randperm(40)
     torch.testing.assert_close(torch.compile(f, fullgraph=True)(q, k, v, order), f(q, k, v, order))
@@ -336,29 +452,33 @@ def test_exports():
 
 
 def test_lse_merges_segments_of_keys():
-    "The LSE that comes out is the one that merging needs: causal = (causal inside halves) + (second half to first)."
+    """The LSE that comes out is the one that merging needs: causal = (causal inside halves) +
+    (second half to first)."""
     from hilbert_attn.reference import merge_attention
     q, k, v = (rand(1, 2, 32, 8, seed=s) for s in range(3))
     a, lse_a = hilbert_attention(q, k, v, segment_size=16, causal=True, curve=None, return_lse=True)
-    b, lse_b = masked_attention(q, k, v, (torch.arange(32)[:, None] >= 16) & (torch.arange(32) < 16))
+    b, lse_b = masked_attention(
+        q, k, v, (torch.arange(32)[:, None] >= 16) & (torch.arange(32) < 16))
     out, lse = merge_attention([a, b], [lse_a, lse_b])
     torch.testing.assert_close((out, lse), hilbert_attention(q, k, v, causal=True, return_lse=True))
 
 
 def test_the_plain_expression_of_a_forced_backend(monkeypatch):
-    "`custom_backward=False` keeps to the backend that was forced, or is refused; the policy's choice may give way."
+    """`custom_backward=False` keeps to the backend that was forced, or is refused; the policy's
+    choice may give way."""
     monkeypatch.setattr(backends, "_interpreted", lambda: True)
     x = rand(1, 2, 80, 8)
+    def chosen(**options): return choose_backend("auto", x.device, 80, **options)[0]
     for name in ("reference", "sdpa_mask", "sdpa"):
-        with set_backend(name): assert backends._pick("auto", x, 80, custom_backward=False) == name
-    with set_backend("triton"), pytest.raises(RuntimeError, match="backend 'triton', asked for by set_backend.*no plain PyTorch expression.*'sdpa'"):
-        backends._pick("auto", x, 80, custom_backward=False)
+        with set_backend(name): assert chosen(custom_backward=False) == name
+    refused = "'triton', asked for by set_backend.*no plain PyTorch expression.*'sdpa'"
+    with set_backend("triton"), pytest.raises(RuntimeError, match=refused):
+        chosen(custom_backward=False)
     monkeypatch.setattr(backends, "POLICY", (backends.PolicyRow("any", "triton", "fused"),))
-    assert backends._pick("auto", x, 80, custom_backward=False) == "sdpa" and backends._pick("auto", x, 80) == "triton"
+    assert chosen(custom_backward=False) == "sdpa" and chosen() == "triton"
     calls = []
-    monkeypatch.setattr(backends, "sdpa_mask_attention", lambda q, *a, **o: calls.append(1) or (q, q))
-    backends._run(backends._check_call(x, x, x, **OPTIONS), x, x, x, "sdpa_mask", False, custom_backward=False)
+    monkeypatch.setattr(
+        backends, "sdpa_mask_attention", lambda q, *a, **o: calls.append(1) or (q, q))
+    call = on_segments(check_call(x, x, x, custom_backward=False), 16, 1, None, None)
+    attend(call, "sdpa_mask")
     assert calls
-
-
-OPTIONS = dict(grid=None, curve=None, order=None, segment_size=16, dilation_rate=1, dilation_mode="residue", offsets=None, causal=False, key_mask=None, dropout_p=0.0, scale=None)

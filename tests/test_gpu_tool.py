@@ -10,14 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
-from gpu import cases, parts, report, session, timing
+from gpu import cases, report, session, timing
 from gpu.parts import MINUTES, RESERVE, plan
 from gpu.session import Clock, ContextLost, Store, Task, set_aside, watch, work
-
 
 RECORD = 0.2  # seconds for the launches of one case
 
@@ -67,8 +67,14 @@ class PretendGPU:
         launches = max(1, min(timing.LAUNCHES, int(0.2 / seconds)))
         self.spend(5 * seconds + max(6 * launches * seconds, 0.2) + 0.15)
 
-    def environment(self, case, emit): self.spend(6); emit(dict(environment={}))
-    def rates(self, case, emit): self.spend(5); emit(dict(rates={}))
+    def environment(self, case, emit):
+        self.spend(6)
+        emit(dict(environment={}))
+
+    def rates(self, case, emit):
+        self.spend(5)
+        emit(dict(rates={}))
+
     def strides(self, case, emit): self.spend(2)
     def ring(self, case, emit): self.spend(30)
     def program(self, case, emit): self.spend(20 if case["program"] == "ncu" else 35)
@@ -154,6 +160,26 @@ def test_what_is_planned():
     programs = [t.case["program"] for t in everything[2] + everything[3] if t.kind == "program"]
     assert {p: programs.count(p) for p in programs} == dict(ncu=5, memcheck=2, racecheck=2)
     assert [t.case["contender"] for t in everything[2][-3:]] == ["flex"] * 3
+
+
+# ---- contenders
+
+@pytest.mark.parametrize("setting", [0, 1])
+def test_moved_tokens_give_the_same_result(setting):
+    "Also where tiles do not fill their blocks, so that some slots are empty."
+    from gpu import contenders, problems, toys
+    case = toys.large_case(cases.hilbert_a_cases()[setting])
+    results = {}
+    for name in ("triton", "triton, permuted", "triton, laid out"):
+        (function, x), _ = contenders.contender(name, case)
+        out = function(*x)
+        results[name] = [out, *torch.autograd.grad(out, x, torch.ones_like(out))]
+    tokens = problems.lists_of(case, "cpu").q_tokens
+    assert (tokens < 0).any()
+    order = tokens[tokens >= 0].long()
+    torch.testing.assert_close(results["triton, permuted"], results["triton"])
+    moved = [t[:, :, order] for t in results["triton"]]
+    torch.testing.assert_close(results["triton, laid out"], moved)
 
 
 # ---- rows, failures, kills

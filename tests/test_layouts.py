@@ -1,4 +1,7 @@
-"""Every public function on every backend: tensors and upstream gradients of any layout, NaN where keys are masked, against the oracle."""
+"""Every public function on every backend, against the oracle.
+
+Tensors and upstream gradients of any layout, NaN where keys are masked.
+"""
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,12 +13,14 @@ from test_local import LocalCase, kernels, local_cases
 
 import hilbert_attn.local as local
 from hilbert_attn import block_sparse_attention, dilated_attention, hilbert_attention
-from hilbert_attn.backends import _check_call, _run
-from hilbert_attn.dilated import _check_dilated, _run_dilated
+from hilbert_attn.backends import attend
+from hilbert_attn.calls import check_call, on_branches, on_segments
+from hilbert_attn.dilated import attend_branches
 from hilbert_attn.patterns import COMBINES, DILATION_MODES, DilatedPattern
 from hilbert_attn.reference import assert_matches_oracle
 
-try: from test_triton import quick_interpreter  # noqa: F401
+try:
+    from test_triton import quick_interpreter  # noqa: F401
 except pytest.skip.Exception: pass
 
 BACKENDS = ("auto", "sdpa", "sdpa_mask", "reference")
@@ -27,7 +32,7 @@ many = settings(max_examples=EXAMPLES)
 
 
 def few_programs(case):
-    "The same case with a batch of two where there is one head, else of one: the interpreter is slow."
+    "With a batch of two where there is one head, else of one: the interpreter is slow."
     return replace(case, b=2 if case.heads == 1 else 1)
 
 
@@ -37,10 +42,13 @@ def small_blocks(monkeypatch): monkeypatch.setattr(local, "_BLOCK_SIZE", (16, 16
 
 def check_segments(backend, case: Case):
     def attention(q, k, v, pattern, *, order, causal, key_mask, scale):
-        options = dict(curve=None, grid=None, order=order, segment_size=case.w, dilation_rate=case.r, dilation_mode=case.mode, offsets=case.offsets,
-                       causal=causal, key_mask=key_mask, scale=scale)
-        if backend != "expression": return hilbert_attention(q, k, v, **options, backend=backend, return_lse=True)
-        return _run(_check_call(q, k, v, **options, dropout_p=0.0), q, k, v, "sdpa", True, custom_backward=False)
+        how = dict(segment_size=case.w, dilation_rate=case.r, dilation_mode=case.mode,
+                   offsets=case.offsets, order=order, curve=None)
+        common = dict(causal=causal, key_mask=key_mask, scale=scale, return_lse=True)
+        if backend != "expression":
+            return hilbert_attention(q, k, v, **how, **common, backend=backend)
+        call = check_call(q, k, v, **common, custom_backward=False)
+        return attend(on_segments(call, **how), "sdpa")
     case.check(attention, spoil=True)
 
 
@@ -71,18 +79,24 @@ def mixtures(draw, **limits) -> Branches:
     case = draw(cases(**limits))
     lengths = draw(st.lists(st.integers(1, case.n + 9), min_size=1, max_size=3))
     combine = draw(st.sampled_from(COMBINES)) if case.heads >= len(lengths) else "lse"
-    return Branches(lengths, [draw(st.integers(1, min(w, 5))) for w in lengths], combine, draw(st.sampled_from(DILATION_MODES)), case)
+    rates = [draw(st.integers(1, min(w, 5))) for w in lengths]
+    return Branches(lengths, rates, combine, draw(st.sampled_from(DILATION_MODES)), case)
 
 
 def check_mixture(backend, branches: Branches):
     case = branches.case
-    options = dict(segment_lengths=branches.lengths, dilation_rates=branches.rates, combine=branches.combine, dilation_mode=branches.mode)
+    options = dict(
+        segment_lengths=branches.lengths, dilation_rates=branches.rates,
+        combine=branches.combine, dilation_mode=branches.mode)
     pattern = DilatedPattern.for_heads(case.n, case.heads, *options.values())
 
-    def attention(q, k, v, pattern, **common):
-        arguments = dict(options, offsets=None, grid=None, curve=None, **common)
-        if backend != "expression": return dilated_attention(q, k, v, **arguments, backend=backend, return_lse=True)
-        return _run_dilated(_check_dilated(q, k, v, dropout_p=0.0, **arguments), q, k, v, "sdpa", True, custom_backward=False)
+    def attention(q, k, v, pattern, *, order, **common):
+        how = dict(options, offsets=None, order=order, curve=None)
+        common["return_lse"] = True
+        if backend != "expression":
+            return dilated_attention(q, k, v, **how, **common, backend=backend)
+        call = check_call(q, k, v, **common, custom_backward=False)
+        return attend_branches(on_branches(call, **how), "sdpa")
     case.check(attention, pattern, spoil=True)
 
 
@@ -141,15 +155,21 @@ def block_cases(**limits):
 def check_blocks(backend, blocks: Blocks):
     case = blocks.case
     heads = case.heads, case.kv_heads, case.kv_heads
-    dense, options = random_tensors(case.b, heads, case.n, case.d, case.dtype, case.generator), case.options()
+    dense = random_tensors(case.b, heads, case.n, case.d, case.dtype, case.generator)
+    options = case.options()
     shape = [-(-case.n // size) for size in blocks.size]
     chosen = torch.rand(shape, generator=case.generator) < blocks.share
     mask, key_mask = blocks.mask(chosen, options["order"])[None, None], options["key_mask"]
     if key_mask is not None: mask = mask & key_mask[:, None, None]
     hidden = spoilt(case.layout, *dense, key_mask, case.generator) if case.key_mask else None
 
-    def attention(q, k, v): return block_sparse_attention(q, k, v, chosen, block_size=blocks.size, **options, scale=case.scale, backend=backend, return_lse=True)
-    assert_matches_oracle(attention, *placed(case.layout, dense), mask, scale=case.scale, lse_grad=case.lse_grad, seed=case.seed, layout=upstream(case.layout), hidden=hidden)
+    def attention(q, k, v):
+        return block_sparse_attention(
+            q, k, v, chosen, block_size=blocks.size, **options, scale=case.scale,
+            backend=backend, return_lse=True)
+    assert_matches_oracle(
+        attention, *placed(case.layout, dense), mask, scale=case.scale, lse_grad=case.lse_grad,
+        seed=case.seed, layout=upstream(case.layout), hidden=hidden)
 
 
 @each_backend
@@ -167,7 +187,8 @@ def test_blocks_on_triton(blocks: Blocks):
 
 @given(layouts(), st.integers(0, 99))
 def test_the_layouts_are_what_they_say(layout, seed):
-    "Values are kept but for expanded dims, and so are strides and offset by the copy that a test differentiates."
+    """Values are kept but for expanded dims, and so are strides and offset by the copy that a test
+    differentiates."""
     from hilbert_attn.reference import _same_layout
     dense = random_tensors(2, (2, 1, 1), 5, 16, torch.float32, torch.Generator().manual_seed(seed))
     for i, (x, y) in enumerate(zip(dense, placed(layout, dense))):
@@ -180,5 +201,7 @@ def test_the_layouts_are_what_they_say(layout, seed):
 def test_the_memories_cover_what_callers_do():
     x = torch.randn(2, 3, 5, 16)
     assert Memory((0, 1, 3, 2))(x).stride() == (240, 80, 1, 5)
-    assert Memory(steps=(1, 1, 2, 3))(x).stride() == (3 * 2 * 3 * 5 * 16, 2 * 3 * 5 * 16, 2 * 3 * 16, 3)
-    assert Memory(expanded=(3,))(x).stride(-1) == 0 and Memory(offset=4)(x).storage_offset() == 4
+    stepped = Memory(steps=(1, 1, 2, 3))(x)
+    assert stepped.stride() == (3 * 2 * 3 * 5 * 16, 2 * 3 * 5 * 16, 2 * 3 * 16, 3)
+    assert Memory(expanded=(3,))(x).stride(-1) == 0
+    assert Memory(offset=4)(x).storage_offset() == 4

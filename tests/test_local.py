@@ -1,9 +1,16 @@
-"""Windows, neighbourhoods, slides and tiles: against an oracle written from their definitions, query by query, on the CPU and in Triton's interpreter."""
+"""Windows, neighbourhoods, slides and tiles against an oracle written from their definitions.
+
+Query by query, on the CPU and in Triton's interpreter.
+"""
+
 import importlib.util
 import itertools
 import math
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from cases import layouts, placed, random_tensors, spoilt, upstream
@@ -13,14 +20,37 @@ from sampling import examples
 from torch.library import opcheck
 
 import hilbert_attn.local as local
+from hilbert_attn import backends
 from hilbert_attn.backends import set_backend
+from hilbert_attn.blocks.planner import block_lists
+from hilbert_attn.calls import check_call
 from hilbert_attn.curves import CURVES, curve_order
-from hilbert_attn.local import hilbert_slide_attention, hilbert_window_attention, neighborhood_attention, tiles_shared_attention, window_attention
+from hilbert_attn.local import (
+    hilbert_slide_attention,
+    hilbert_window_attention,
+    neighborhood_attention,
+    tiles_shared_attention,
+    window_attention,
+)
+from hilbert_attn.patterns import (
+    AxisPattern,
+    NeighborhoodPattern,
+    SlidePattern,
+    StretchPattern,
+    TilesSharedPattern,
+    WindowPattern,
+    encode_pattern,
+)
 from hilbert_attn.reference import assert_matches_oracle
 
-try: from test_triton import DEVICE, poison, quick_interpreter  # noqa: F401  one poison, and a faster interpreter
-except pytest.skip.Exception: DEVICE, poison = "cpu", lambda run: run()
-kernels = importlib.util.find_spec("triton") is not None and importlib.util.find_spec("hilbert_attn.kernels.block_sparse") is not None
+try:
+    from test_triton import DEVICE, poison, quick_interpreter  # noqa: F401
+except pytest.skip.Exception:
+    DEVICE, poison = "cpu", lambda run: run()
+kernels = (
+    importlib.util.find_spec("triton") is not None
+    and importlib.util.find_spec("hilbert_attn.kernels.block_sparse") is not None
+)
 needs_triton = pytest.mark.skipif(not kernels, reason="triton is not installed")
 
 
@@ -28,7 +58,7 @@ needs_triton = pytest.mark.skipif(not kernels, reason="triton is not installed")
 def small_blocks(monkeypatch): monkeypatch.setattr(local, "_BLOCK_SIZE", (32, 32))
 
 
-# --- who attends whom, from the definitions: a bool per query and key, found by looking at each query by itself
+# --- who attends whom, from the definitions: a bool per query and key, query by query
 
 
 def coordinates(grid): return list(itertools.product(*map(range, grid)))
@@ -53,13 +83,17 @@ def window_keys(grid, window, shift) -> torch.Tensor:
 
 
 def neighborhood_keys(grid, kernel, dilation, causal) -> torch.Tensor:
-    "Per axis the k members of the query's residue class that start at clamp(g - k // 2, 0, Lc - k); causal: members max(0, g - k + 1) … g."
+    """Per axis k members of the query's residue class, from clamp(g - k // 2, 0, Lc - k) on;
+    causal: members max(0, g - k + 1) … g."""
+
     def axis(x, n, k, d, c):
         members = [y for y in range(n) if y % d == x % d]
         g, length = members.index(x), len(members)
-        if c: return set(members[max(0, g - k + 1):g + 1])
+        if c:
+            return set(members[max(0, g - k + 1) : g + 1])
         start = max(0, min(g - k // 2, length - k))
-        return set(members[start:start + k])
+        return set(members[start : start + k])
+
     rows = []
     for at in coordinates(grid):
         near = [axis(*options) for options in zip(at, grid, kernel, dilation, causal)]
@@ -67,10 +101,22 @@ def neighborhood_keys(grid, kernel, dilation, causal) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def hilbert_window_keys(grid, window, curve): return torch.tensor([[a // window == b // window for b in positions(grid, curve)] for a in positions(grid, curve)])
+def hilbert_window_keys(grid, window, curve):
+    return torch.tensor(
+        [
+            [a // window == b // window for b in positions(grid, curve)]
+            for a in positions(grid, curve)
+        ]
+    )
 
 
-def hilbert_slide_keys(grid, window, curve): return torch.tensor([[abs(a - b) <= window // 2 for b in positions(grid, curve)] for a in positions(grid, curve)])
+def hilbert_slide_keys(grid, window, curve):
+    return torch.tensor(
+        [
+            [abs(a - b) <= window // 2 for b in positions(grid, curve)]
+            for a in positions(grid, curve)
+        ]
+    )
 
 
 def tiles_shared_keys(grid, tiles, offset, shared, curve) -> torch.Tensor:
@@ -85,11 +131,30 @@ def tiles_shared_keys(grid, tiles, offset, shared, curve) -> torch.Tensor:
 
 
 def test_the_definitions_on_examples():
-    assert window_keys((5,), (2,), (1,)).int().tolist() == [[1, 0, 0, 0, 0], [0, 1, 1, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 1, 1], [0, 0, 0, 1, 1]]
-    assert [row.nonzero()[:, 0].tolist() for row in neighborhood_keys((7,), (3,), (2,), (False,))] == [[0, 2, 4], [1, 3, 5], [0, 2, 4], [1, 3, 5], [2, 4, 6], [1, 3, 5], [2, 4, 6]]
-    assert [row.nonzero()[:, 0].tolist() for row in neighborhood_keys((4,), (2,), (1,), (True,))] == [[0], [0, 1], [1, 2], [2, 3]]
-    assert [row.nonzero()[:, 0].tolist() for row in neighborhood_keys((5,), (4,), (1,), (False,))] == [[0, 1, 2, 3]] * 3 + [[1, 2, 3, 4]] * 2
-    assert [row.nonzero()[:, 0].tolist() for row in tiles_shared_keys((5,), 2, 3, 1, None)] == [[0, 1, 2, 3, 4, 5], [0, 1, 4, 5], [0, 2, 3], [0, 2, 3], [0, 1, 4, 5], [0, 1, 4, 5]]
+    assert window_keys((5,), (2,), (1,)).int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1],
+        [0, 0, 0, 1, 1],
+    ]
+    assert [
+        row.nonzero()[:, 0].tolist() for row in neighborhood_keys((7,), (3,), (2,), (False,))
+    ] == [[0, 2, 4], [1, 3, 5], [0, 2, 4], [1, 3, 5], [2, 4, 6], [1, 3, 5], [2, 4, 6]]
+    assert [
+        row.nonzero()[:, 0].tolist() for row in neighborhood_keys((4,), (2,), (1,), (True,))
+    ] == [[0], [0, 1], [1, 2], [2, 3]]
+    assert [
+        row.nonzero()[:, 0].tolist() for row in neighborhood_keys((5,), (4,), (1,), (False,))
+    ] == [[0, 1, 2, 3]] * 3 + [[1, 2, 3, 4]] * 2
+    assert [row.nonzero()[:, 0].tolist() for row in tiles_shared_keys((5,), 2, 3, 1, None)] == [
+        [0, 1, 2, 3, 4, 5],
+        [0, 1, 4, 5],
+        [0, 2, 3],
+        [0, 2, 3],
+        [0, 1, 4, 5],
+        [0, 1, 4, 5],
+    ]
 
 
 # --- random calls
@@ -119,72 +184,164 @@ class LocalCase:
 
     def __post_init__(self): self.generator = torch.Generator().manual_seed(self.seed)
 
-    def keys(self) -> torch.Tensor: # bool (N, N)
+    def keys(self) -> torch.Tensor:  # bool (N, N)
         o = self.options
-        if self.name == "window": return window_keys(self.grid, o["window"], o["shift"])
-        if self.name == "neighborhood": return neighborhood_keys(self.grid, o["kernel_size"], o["dilation"], o["causal"])
-        if self.name == "hilbert_window": return hilbert_window_keys(self.grid, o["window"], self.curve)
-        if self.name == "hilbert_slide": return hilbert_slide_keys(self.grid, o["window"], self.curve)
+        if self.name == "window":
+            return window_keys(self.grid, o["window"], o["shift"])
+        if self.name == "neighborhood":
+            return neighborhood_keys(self.grid, o["kernel_size"], o["dilation"], o["causal"])
+        if self.name == "hilbert_window":
+            return hilbert_window_keys(self.grid, o["window"], self.curve)
+        if self.name == "hilbert_slide":
+            return hilbert_slide_keys(self.grid, o["window"], self.curve)
         return tiles_shared_keys(self.grid, o["tiles"], o["offset"], o["shared"], self.curve)
 
     def call(self, q, k, v, **more):
         options = dict(self.options, curve=self.curve, scale=self.scale, return_lse=True, **more)
-        if self.name == "tiles_shared": return tiles_shared_attention(q, k, v, grid=self.grid, **options)
-        if self.name == "neighborhood": return neighborhood_attention(q, k, v, self.grid, options.pop("kernel_size"), **options)
-        function = {"window": window_attention, "hilbert_window": hilbert_window_attention, "hilbert_slide": hilbert_slide_attention}[self.name]
+        if self.name == "tiles_shared":
+            return tiles_shared_attention(q, k, v, grid=self.grid, **options)
+        if self.name == "neighborhood":
+            return neighborhood_attention(q, k, v, self.grid, options.pop("kernel_size"), **options)
+        function = {
+            "window": window_attention,
+            "hilbert_window": hilbert_window_attention,
+            "hilbert_slide": hilbert_slide_attention,
+        }[self.name]
         return function(q, k, v, self.grid, options.pop("window"), **options)
 
     def check(self, device="cpu", spoil=False, **more):
         mask = self.keys()
         n, r = len(mask), self.registers
         mask = torch.cat([mask, torch.ones(n, r, dtype=torch.bool)], 1)[None, None]
-        dense = random_tensors(self.b, (self.heads, self.kv_heads, self.kv_heads), n + r, self.d, self.dtype, self.generator)
+        dense = random_tensors(
+            self.b,
+            (self.heads, self.kv_heads, self.kv_heads),
+            n + r,
+            self.d,
+            self.dtype,
+            self.generator,
+        )
         q, k, v = placed(self.layout, dense)
         q, key_mask, hidden = q[:, :, :n], None, None
         if self.key_mask != "none":
-            key_mask = torch.rand(self.b, n + (r if self.key_mask == "all" else 0), generator=self.generator) < 0.5
-            whole = torch.cat([key_mask, torch.ones(self.b, n + r - key_mask.shape[1], dtype=torch.bool)], 1)
+            key_mask = (
+                torch.rand(
+                    self.b, n + (r if self.key_mask == "all" else 0), generator=self.generator
+                )
+                < 0.5
+            )
+            whole = torch.cat(
+                [key_mask, torch.ones(self.b, n + r - key_mask.shape[1], dtype=torch.bool)], 1
+            )
             mask = mask & whole[:, None, None]
-            if spoil: hidden = spoilt(self.layout, *dense, whole, self.generator)
+            if spoil:
+                hidden = spoilt(self.layout, *dense, whole, self.generator)
 
         def attention(q, k, v):
             registers = (k[:, :, n:].to(device), v[:, :, n:].to(device)) if r else None
-            out, lse = self.call(q.to(device), k[:, :, :n].to(device), v[:, :, :n].to(device), registers=registers, key_mask=None if key_mask is None else key_mask.to(device), **more)
+            out, lse = self.call(
+                q.to(device),
+                k[:, :, :n].to(device),
+                v[:, :, :n].to(device),
+                registers=registers,
+                key_mask=None if key_mask is None else key_mask.to(device),
+                **more,
+            )
             return out.to(q.device), lse.to(q.device)
-        names = ("_TILE_CHUNK", "_ORDER_CHUNK", "_KEY_COST", "_UNIT_COST")  # small ones make many tiles, a few at a time
-        before = [getattr(local, name) for name in names]
-        for name, value in zip(names, (self.chunk, self.chunk, self.key_cost, 200 * self.key_cost)): setattr(local, name, value)
-        local._plan.cache_clear()
-        try: return poison(lambda: assert_matches_oracle(
-            attention, q, k, v, mask, scale=self.scale, lse_grad=self.lse_grad, seed=self.seed, layout=upstream(self.layout), hidden=hidden))
-        finally:
-            for name, value in zip(names, before): setattr(local, name, value)
-            local._plan.cache_clear()
+
+        rule = dict(scale=self.scale, lse_grad=self.lse_grad, seed=self.seed, hidden=hidden)
+        rule["layout"] = upstream(self.layout)
+        with costs(self.chunk, self.key_cost):
+            return poison(lambda: assert_matches_oracle(attention, q, k, v, mask, **rule))
+
+
+@contextmanager
+def costs(chunk: int, key_cost: int):
+    "Small ones make many tiles, a few at a time."
+    small = dict(_TILE_CHUNK=chunk, _ORDER_CHUNK=chunk)
+    small |= dict(_KEY_COST=key_cost, _UNIT_COST=200 * key_cost)
+
+    def forget():
+        for plans in (local._plan, local._chunks): plans.cache_clear()
+
+    forget()
+    try:
+        with mock.patch.multiple(local, **small): yield
+    finally: forget()
 
 
 @st.composite
-def local_cases(draw, max_n: int = 90, head_dims=(16, 20, 32, 64), dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
-                names=("window", "neighborhood", "neighborhood", "hilbert_window", "hilbert_slide", "tiles_shared")) -> LocalCase:
-    ndim = draw(st.integers(1, 3))
-    grid = draw(st.sampled_from([(1, 13), (13, 1), (1, 1, 7), (1,), (1, 1)])) if draw(st.integers(0, 7)) == 0 else ()
-    while not grid or math.prod(grid) > max_n:
-        grid = tuple(draw(st.integers(1, (max_n, 12, 6)[ndim - 1])) for _ in range(ndim))
-        if math.prod(grid) > max_n: grid = tuple(max(1, n // 2) for n in grid)
-    name = draw(st.sampled_from(names))
+def local_options(draw, name: str, grid: tuple[int, ...]) -> dict:
     n = math.prod(grid)
     if name == "window":
         window = tuple(draw(st.integers(1, side + 2)) for side in grid)
         options = dict(window=window, shift=tuple(draw(st.integers(0, w - 1)) for w in window))
     elif name == "neighborhood":
         dilation = tuple(draw(st.integers(1, max(1, min(3, side)))) for side in grid)
-        options = dict(kernel_size=tuple(draw(st.integers(1, side // d)) for side, d in zip(grid, dilation)), dilation=dilation, causal=tuple(draw(st.booleans()) for _ in grid))
-    elif name == "tiles_shared": options = dict(tiles=draw(st.integers(1, min(n, 7))), offset=draw(st.integers(-n, 2 * n)), shared=draw(st.integers(0, 5)))
-    else: options = dict(window=draw(st.integers(1, n + 5)))
+        options = dict(
+            kernel_size=tuple(draw(st.integers(1, side // d)) for side, d in zip(grid, dilation)),
+            dilation=dilation,
+            causal=tuple(draw(st.booleans()) for _ in grid),
+        )
+    elif name == "tiles_shared":
+        options = dict(
+            tiles=draw(st.integers(1, min(n, 7))),
+            offset=draw(st.integers(-n, 2 * n)),
+            shared=draw(st.integers(0, 5)),
+        )
+    else:
+        options = dict(window=draw(st.integers(1, n + 5)))
+    return options
+
+
+@st.composite
+def local_cases(
+    draw,
+    max_n: int = 90,
+    head_dims=(16, 20, 32, 64),
+    dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16),
+    names=(
+        "window",
+        "neighborhood",
+        "neighborhood",
+        "hilbert_window",
+        "hilbert_slide",
+        "tiles_shared",
+    ),
+) -> LocalCase:
+    ndim = draw(st.integers(1, 3))
+    grid = (
+        draw(st.sampled_from([(1, 13), (13, 1), (1, 1, 7), (1,), (1, 1)]))
+        if draw(st.integers(0, 7)) == 0
+        else ()
+    )
+    while not grid or math.prod(grid) > max_n:
+        grid = tuple(draw(st.integers(1, (max_n, 12, 6)[ndim - 1])) for _ in range(ndim))
+        if math.prod(grid) > max_n:
+            grid = tuple(max(1, n // 2) for n in grid)
+    name = draw(st.sampled_from(names))
+    options = draw(local_options(name, grid))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]))
     key_mask = draw(st.sampled_from(("none", "none", "tokens", "all")))
-    return LocalCase(name, grid, options, draw(st.sampled_from((None, *CURVES))), draw(st.integers(1, 2)), kv_heads * group, kv_heads, draw(st.sampled_from(head_dims)), draw(st.sampled_from((0, 0, 1, 4))),
-                     key_mask, draw(st.sampled_from(dtypes)), draw(layouts(key_mask != "none")), draw(st.sampled_from((None, 0.3))), draw(st.booleans()),
-                     draw(st.sampled_from((1 << 20, 3000, 1))), draw(st.sampled_from((14, 2, 0))), draw(st.integers(0, 2**31)))
+    return LocalCase(
+        name,
+        grid,
+        options,
+        draw(st.sampled_from((None, *CURVES))),
+        draw(st.integers(1, 2)),
+        kv_heads * group,
+        kv_heads,
+        draw(st.sampled_from(head_dims)),
+        draw(st.sampled_from((0, 0, 1, 4))),
+        key_mask,
+        draw(st.sampled_from(dtypes)),
+        draw(layouts(key_mask != "none")),
+        draw(st.sampled_from((None, 0.3))),
+        draw(st.booleans()),
+        draw(st.sampled_from((1 << 20, 3000, 1))),
+        draw(st.sampled_from((14, 2, 0))),
+        draw(st.integers(0, 2**31)),
+    )
 
 
 @examples(200, 600)
@@ -193,90 +350,209 @@ def test_equals_the_oracle(case): case.check(backend="sdpa")
 
 
 @settings(max_examples=40)
-@given(local_cases(max_n=40, dtypes=(torch.float32, torch.bfloat16)), st.sampled_from(("reference", "sdpa_mask", "dropout")))
+@given(
+    local_cases(max_n=40, dtypes=(torch.float32, torch.bfloat16)),
+    st.sampled_from(("reference", "sdpa_mask", "dropout")),
+)
 def test_the_other_paths_equal_the_oracle(case, path):
     "With a probability of 1e-12 nothing is dropped, and the plain PyTorch expression runs."
-    if path == "dropout": case.check(backend="sdpa", dropout_p=1e-12)
-    else: case.check(backend=path)
+    if path == "dropout":
+        case.check(backend="sdpa", dropout_p=1e-12)
+    else:
+        case.check(backend=path)
 
 
 @needs_triton
 @examples(25, 80)
-@given(local_cases(max_n=48, head_dims=(16, 32), dtypes=(torch.float32, torch.float64)), st.sampled_from(((16, 16), (32, 16), (16, 32))))
+@given(
+    local_cases(max_n=48, head_dims=(16, 32), dtypes=(torch.float32, torch.float64)),
+    st.sampled_from(((16, 16), (32, 16), (16, 32))),
+)
 def test_triton_equals_the_oracle(case, block_size):
     before, local._BLOCK_SIZE = local._BLOCK_SIZE, block_size
-    try: case.check(DEVICE, backend="triton")
-    finally: local._BLOCK_SIZE = before
+    try:
+        case.check(DEVICE, backend="triton")
+    finally:
+        local._BLOCK_SIZE = before
 
 
 @needs_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name, options", [("window", dict(window=(3, 4), shift=(1, 0))), ("neighborhood", dict(kernel_size=(3, 4), dilation=(1, 2), causal=(True, False))), ("hilbert_window", dict(window=20)),
-                                           ("hilbert_slide", dict(window=9)), ("tiles_shared", dict(tiles=3, offset=7, shared=3))], ids=lambda x: x if isinstance(x, str) else "")
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("window", dict(window=(3, 4), shift=(1, 0))),
+        ("neighborhood", dict(kernel_size=(3, 4), dilation=(1, 2), causal=(True, False))),
+        ("hilbert_window", dict(window=20)),
+        ("hilbert_slide", dict(window=9)),
+        ("tiles_shared", dict(tiles=3, offset=7, shared=3)),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
 def test_triton_in_half_precision(name, options, dtype):
-    LocalCase(name, (6, 8), options, "hilbert", 1, 2, 1, 32, 3, "none", dtype, "BNHD", None, True, 1 << 16, 14, 0).check(DEVICE, backend="triton")
+    LocalCase(
+        name,
+        (6, 8),
+        options,
+        "hilbert",
+        1,
+        2,
+        1,
+        32,
+        3,
+        "none",
+        dtype,
+        "BNHD",
+        None,
+        True,
+        1 << 16,
+        14,
+        0,
+    ).check(DEVICE, backend="triton")
 
 
-@pytest.mark.parametrize("kernel, dilation", [((13, 13), (1, 1)), ((4, 13), (2, 1)), ((27, 3), (1, 3))])
+@pytest.mark.parametrize(
+    "kernel, dilation", [((13, 13), (1, 1)), ((4, 13), (2, 1)), ((27, 3), (1, 3))]
+)
 def test_neighborhoods_of_many_tiles(kernel, dilation):
-    LocalCase("neighborhood", (27, 31), dict(kernel_size=kernel, dilation=dilation, causal=(False, False)), None, 1, 2, 1, 16, 0, "none", torch.float32, "BNHD", None, True, 1 << 16, 14, 0).check()
+    LocalCase(
+        "neighborhood",
+        (27, 31),
+        dict(kernel_size=kernel, dilation=dilation, causal=(False, False)),
+        None,
+        1,
+        2,
+        1,
+        16,
+        0,
+        "none",
+        torch.float32,
+        "BNHD",
+        None,
+        True,
+        1 << 16,
+        14,
+        0,
+    ).check()
 
 
 def calls():
     "One call of each function: name, N, and f(q, k, v, **options)."
-    return [("window", 63, lambda q, k, v, **o: window_attention(q, k, v, (7, 9), (3, 4), shift=(1, 2), **o)),
-            ("neighborhood", 63, lambda q, k, v, **o: neighborhood_attention(q, k, v, (7, 9), (2, 5), dilation=(3, 1), causal=(False, True), **o)),
-            ("neighborhood of a video", 60, lambda q, k, v, **o: neighborhood_attention(q, k, v, (3, 4, 5), (2, 3, 3), **o)),
-            ("hilbert_window", 63, lambda q, k, v, **o: hilbert_window_attention(q, k, v, (7, 9), 10, **o)),
-            ("hilbert_slide", 63, lambda q, k, v, **o: hilbert_slide_attention(q, k, v, (7, 9), 11, **o)),
-            ("tiles_shared", 40, lambda q, k, v, **o: tiles_shared_attention(q, k, v, tiles=3, offset=5, shared=4, grid=(4, 9), **o))]
+    return [
+        (
+            "window",
+            63,
+            lambda q, k, v, **o: window_attention(q, k, v, (7, 9), (3, 4), shift=(1, 2), **o),
+        ),
+        (
+            "neighborhood",
+            63,
+            lambda q, k, v, **o: neighborhood_attention(
+                q, k, v, (7, 9), (2, 5), dilation=(3, 1), causal=(False, True), **o
+            ),
+        ),
+        (
+            "neighborhood of a video",
+            60,
+            lambda q, k, v, **o: neighborhood_attention(q, k, v, (3, 4, 5), (2, 3, 3), **o),
+        ),
+        (
+            "hilbert_window",
+            63,
+            lambda q, k, v, **o: hilbert_window_attention(q, k, v, (7, 9), 10, **o),
+        ),
+        (
+            "hilbert_slide",
+            63,
+            lambda q, k, v, **o: hilbert_slide_attention(q, k, v, (7, 9), 11, **o),
+        ),
+        (
+            "tiles_shared",
+            40,
+            lambda q, k, v, **o: tiles_shared_attention(
+                q, k, v, tiles=3, offset=5, shared=4, grid=(4, 9), **o
+            ),
+        ),
+    ]
 
 
-each = pytest.mark.parametrize("n, f", [call[1:] for call in calls()], ids=[call[0] for call in calls()])
+each = pytest.mark.parametrize(
+    "n, f", [call[1:] for call in calls()], ids=[call[0] for call in calls()]
+)
 
 
 def random_inputs(n, heads=(2, 1, 1), d=16, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(1, h, n, d, dtype=torch.float64, generator=generator).to(dtype) for h in heads]
+    return [
+        torch.randn(1, h, n, d, dtype=torch.float64, generator=generator).to(dtype) for h in heads
+    ]
 
 
 @each
 def test_per_query_softmax(n, f):
-    "Without any of our own code: the weights of one query are the softmax of its scores, and all other keys have none."
+    "Without our own code: weights are the softmax of a query's scores; other keys have none."
     q, k, v = random_inputs(n, dtype=torch.float64)
     out, lse = f(q, k, v, return_lse=True)
     eye = torch.eye(n, dtype=torch.float64)[None, None]
-    weights = f(torch.nn.functional.pad(q, (0, n - 16)), torch.nn.functional.pad(k, (0, n - 16)), eye, scale=0.25)[0]  # (2, N, N)
+    weights = f(
+        torch.nn.functional.pad(q, (0, n - 16)),
+        torch.nn.functional.pad(k, (0, n - 16)),
+        eye,
+        scale=0.25,
+    )[0]  # (2, N, N)
     for h, i in itertools.product(range(2), range(n)):
         keys = weights[h, i].nonzero()[:, 0]
         scores = k[0, 0, keys] @ q[0, h, i] / 4
-        assert torch.allclose(weights[h, i, keys], scores.softmax(0), atol=1e-13) and torch.allclose(scores.logsumexp(0), lse[0, h, i], atol=1e-13)
+        assert torch.allclose(
+            weights[h, i, keys], scores.softmax(0), atol=1e-13
+        ) and torch.allclose(scores.logsumexp(0), lse[0, h, i], atol=1e-13)
         assert torch.allclose(scores.softmax(0) @ v[0, 0, keys], out[0, h, i], atol=1e-13)
 
 
 @each
 def test_gradcheck(n, f):
-    q, k, v, *registers = (x[..., :3].clone().requires_grad_() for x in (*random_inputs(n, dtype=torch.float64), *random_inputs(2, (1, 1), dtype=torch.float64, seed=1)))
+    q, k, v, *registers = (
+        x[..., :3].clone().requires_grad_()
+        for x in (
+            *random_inputs(n, dtype=torch.float64),
+            *random_inputs(2, (1, 1), dtype=torch.float64, seed=1),
+        )
+    )
     key_mask = torch.arange(n)[None] % 5 != 0
-    assert torch.autograd.gradcheck(lambda q, k, v, a, b: f(q, k, v, registers=(a, b), key_mask=key_mask, return_lse=True), (q, k, v, *registers), fast_mode=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, a, b: f(q, k, v, registers=(a, b), key_mask=key_mask, return_lse=True),
+        (q, k, v, *registers),
+        fast_mode=True,
+    )
 
 
 @pytest.mark.parametrize("backend", ["sdpa", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("name", ["window", "neighborhood"])
 def test_the_curve_is_only_speed(name, backend):
     q, k, v = (x.to(DEVICE if backend == "triton" else "cpu") for x in random_inputs(77, (2, 2, 2)))
+
     def run(curve):
-        if name == "window": return window_attention(q, k, v, (7, 11), 4, shift=1, curve=curve, backend=backend, return_lse=True)
-        return neighborhood_attention(q, k, v, (7, 11), (3, 4), dilation=(2, 1), curve=curve, backend=backend, return_lse=True)
+        if name == "window":
+            return window_attention(
+                q, k, v, (7, 11), 4, shift=1, curve=curve, backend=backend, return_lse=True
+            )
+        return neighborhood_attention(
+            q, k, v, (7, 11), (3, 4), dilation=(2, 1), curve=curve, backend=backend, return_lse=True
+        )
+
     first = run(None)
     for curve in (*CURVES, "tile:4"):
-        for a, b in zip(first, run(curve)): assert torch.equal(a, b) if backend == "sdpa" else (a - b).abs().max() < 2e-6
+        for a, b in zip(first, run(curve)):
+            assert torch.equal(a, b) if backend == "sdpa" else (a - b).abs().max() < 2e-6
 
 
 def test_the_curve_is_the_function():
     q, k, v = random_inputs(64)
-    for f in (lambda c: hilbert_window_attention(q, k, v, (8, 8), 16, curve=c), lambda c: hilbert_slide_attention(q, k, v, (8, 8), 16, curve=c),
-              lambda c: tiles_shared_attention(q, k, v, tiles=4, grid=(8, 8), offset=3, curve=c)):
+    for f in (
+        lambda c: hilbert_window_attention(q, k, v, (8, 8), 16, curve=c),
+        lambda c: hilbert_slide_attention(q, k, v, (8, 8), 16, curve=c),
+        lambda c: tiles_shared_attention(q, k, v, tiles=4, grid=(8, 8), offset=3, curve=c),
+    ):
         assert (f(None) - f("hilbert")).abs().max() > 0.1 and torch.equal(f(None), f("row_major"))
 
 
@@ -284,13 +560,31 @@ def test_shifted_windows_are_those_of_swin():
     "Rolled, cut into boxes, with pairs across the seam masked by regions, and rolled back."
     (H, W), w, s = (12, 8), 4, 1
     q, k, v = random_inputs(H * W, (1, 1, 1), dtype=torch.float64)
-    def boxes(x): return x.view(H, W, -1).roll((-s, -s), (0, 1)).view(H // w, w, W // w, w, -1).transpose(1, 2).reshape(-1, w * w, x.shape[-1])
+
+    def boxes(x):
+        return (
+            x.view(H, W, -1)
+            .roll((-s, -s), (0, 1))
+            .view(H // w, w, W // w, w, -1)
+            .transpose(1, 2)
+            .reshape(-1, w * w, x.shape[-1])
+        )
+
     region = torch.zeros(H, W)
     for i, y in enumerate((slice(0, H - w), slice(H - w, H - s), slice(H - s, H))):
-        for j, x in enumerate((slice(0, W - w), slice(W - w, W - s), slice(W - s, W))): region[y, x] = 3 * i + j
+        for j, x in enumerate((slice(0, W - w), slice(W - w, W - s), slice(W - s, W))):
+            region[y, x] = 3 * i + j
     region = region.view(H // w, w, W // w, w).transpose(1, 2).reshape(-1, w * w)
-    out = torch.nn.functional.scaled_dot_product_attention(boxes(q), boxes(k), boxes(v), region[:, :, None] == region[:, None])
-    out = out.view(H // w, W // w, w, w, -1).transpose(1, 2).reshape(H, W, -1).roll((s, s), (0, 1)).reshape(1, 1, H * W, -1)
+    out = torch.nn.functional.scaled_dot_product_attention(
+        boxes(q), boxes(k), boxes(v), region[:, :, None] == region[:, None]
+    )
+    out = (
+        out.view(H // w, W // w, w, w, -1)
+        .transpose(1, 2)
+        .reshape(H, W, -1)
+        .roll((s, s), (0, 1))
+        .reshape(1, 1, H * W, -1)
+    )
     assert (window_attention(q, k, v, (H, W), w, shift=s) - out).abs().max() < 1e-14
 
 
@@ -303,72 +597,117 @@ def test_deterministic(n, f):
 
 
 @each
-@pytest.mark.parametrize("options", [dict(return_lse=True), dict(dropout_p=1e-12), dict(backend="sdpa_mask"), pytest.param(dict(backend="triton", return_lse=True), marks=needs_triton)],
-                         ids=["operator", "expression", "mask", "triton"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(return_lse=True),
+        dict(dropout_p=1e-12),
+        dict(backend="sdpa_mask"),
+        pytest.param(dict(backend="triton", return_lse=True), marks=needs_triton),
+    ],
+    ids=["operator", "expression", "mask", "triton"],
+)
 def test_compiles(n, f, options):
     device = DEVICE if options.get("backend") == "triton" else "cpu"
-    q, k, v, *registers = (x.to(device).requires_grad_() for x in (*random_inputs(n), *random_inputs(2, (1, 1), seed=1)))
+    q, k, v, *registers = (
+        x.to(device).requires_grad_()
+        for x in (*random_inputs(n), *random_inputs(2, (1, 1), seed=1))
+    )
     key_mask = torch.arange(n, device=device)[None] % 5 != 0
-    def call(q, k, v, a, b): return f(q, k, v, registers=(a, b), key_mask=key_mask, **options)
+
+    def call(q, k, v, a, b):
+        return f(q, k, v, registers=(a, b), key_mask=key_mask, **options)
+
     torch._dynamo.reset()
     results = []
     for run in (call, torch.compile(call, fullgraph=True, backend="aot_eager")):
         out = run(q, k, v, *registers)
         out = out if isinstance(out, tuple) else (out,)
-        results.append((*out, *torch.autograd.grad([x.sin().sum() for x in out], (q, k, v, *registers))))
+        results.append(
+            (*out, *torch.autograd.grad([x.sin().sum() for x in out], (q, k, v, *registers)))
+        )
     assert all((a - b).abs().max() < 1e-6 for a, b in zip(*results))
 
 
-OPERATOR_CASES = [("window", (3, 5), (2, 3), (1, 2), (False, False), 0), ("neighborhood", (3, 5), (2, 2), (1, 2), (True, False), 0), ("slide", (13,), (4,), (0,), (False,), 0), ("tiles", (13,), (3,), (0,), (False,), 2)]
+OPERATOR_CASES = [
+    WindowPattern((3, 5), (2, 3), (1, 2)),
+    NeighborhoodPattern((3, 5), (2, 2), (1, 2), (True, False)),
+    SlidePattern(13, 4),
+    TilesSharedPattern(15, 3, 0, 2),
+    StretchPattern(13, 4),
+]
+each_pattern = pytest.mark.parametrize("pattern", OPERATOR_CASES, ids=lambda p: type(p).__name__)
+FORWARD_CHECKS = (
+    "test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("spec", OPERATOR_CASES, ids=[spec[0] for spec in OPERATOR_CASES])
+@each_pattern
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_opcheck(spec, dtype):
-    kind, grid, size, step, causal, shared = spec
-    n = math.prod(grid) + shared
-    q, k, v = (x.requires_grad_() for x in (random_inputs(n, (4,), 8, dtype)[0], *random_inputs(n + 1, (2, 2), 8, dtype)))
-    order = None if kind in ("window", "neighborhood") else curve_order(n - shared)
-    args = (q, k, v, order, torch.ones(1, n + 1, dtype=torch.bool), kind, list(grid), list(size), list(step), list(causal), shared, 0.3)
-    opcheck(torch.ops.hilbert_attn.local_forward.default, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"))
-    out, lse = (x.detach() for x in torch.ops.hilbert_attn.local_forward(*args))
+def test_opcheck(pattern, dtype):
+    n, ops = pattern.seq_len, torch.ops.hilbert_attn
+    queries, others = random_inputs(n, (4,), 8, dtype), random_inputs(n + 1, (2, 2), 8, dtype)
+    q, k, v = (x.requires_grad_() for x in (*queries, *others))
+    order = curve_order(n - pattern.shared) if pattern.along_curve else None
+    settings = (*encode_pattern(pattern), 0.3)
+    args = (q, k, v, order, torch.ones(1, n + 1, dtype=torch.bool), *settings)
+    opcheck(ops.local_forward.default, args, test_utils=FORWARD_CHECKS)
+    out, lse = (x.detach() for x in ops.local_forward(*args))
     q, k, v = (x.detach() for x in (q, k, v))
-    for dlse in (None, torch.randn_like(lse)): opcheck(torch.ops.hilbert_attn.local_backward.default, (torch.randn_like(out), dlse, q, k, v, out, lse, *args[3:]))
-    opcheck(torch.ops.hilbert_attn.local_tiles.default, (kind, list(grid), list(size), list(step), list(causal), 0, 2, 7, torch.device("cpu")))
+    for dlse in (None, torch.randn_like(lse)):
+        backward = (torch.randn_like(out), dlse, q, k, v, out, lse, *args[3:])
+        opcheck(ops.local_backward.default, backward)
+    tiles = (order, *encode_pattern(pattern), 2, 7, n + 1, torch.device("cpu"))
+    opcheck(ops.local_tiles.default, tiles)
 
 
 @needs_triton
-@pytest.mark.parametrize("spec", OPERATOR_CASES, ids=[spec[0] for spec in OPERATOR_CASES])
-def test_opcheck_blocks(spec):
-    kind, grid, size, step, causal, shared = spec
-    n = math.prod(grid) + shared
-    q, k, v = (x.to(DEVICE).requires_grad_() for x in (random_inputs(n, (2,))[0], *random_inputs(n + 1, (1, 1))))
-    args = (q, k, v, torch.ones(1, n + 1, dtype=torch.bool, device=DEVICE), None, kind, list(grid), list(size), list(step), list(causal), shared, list(grid), "hilbert", 0.3, 0.0)
-    opcheck(torch.ops.hilbert_attn.local_block_forward.default, args, test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"))
-    out, lse = (x.detach() for x in torch.ops.hilbert_attn.local_block_forward(*args))
+@each_pattern
+def test_opcheck_blocks(pattern):
+    n, ops = pattern.seq_len, torch.ops.hilbert_attn
+    inputs = *random_inputs(n, (2,)), *random_inputs(n + 1, (1, 1))
+    q, k, v = (x.to(DEVICE).requires_grad_() for x in inputs)
+    key_mask = torch.ones(1, n + 1, dtype=torch.bool, device=DEVICE)
+    settings = (*encode_pattern(pattern), list(pattern.grid), "hilbert", 0.3, 0.0)
+    args = (q, k, v, key_mask, None, *settings)
+    opcheck(ops.local_block_forward.default, args, test_utils=FORWARD_CHECKS)
+    out, lse = (x.detach() for x in ops.local_block_forward(*args))
     q, k, v = (x.detach() for x in (q, k, v))
-    opcheck(torch.ops.hilbert_attn.local_block_backward.default, (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *args[3:]))
+    backward = (torch.randn_like(out), torch.randn_like(lse), q, k, v, out, lse, *args[3:])
+    opcheck(ops.local_block_backward.default, backward)
 
 
 @each
 def test_autocast(n, f):
     q, k, v = random_inputs(n)
     registers = random_inputs(2, (1, 1), seed=1)
-    with torch.autocast("cpu", torch.bfloat16): out = f(q, k, v, registers=registers)
-    assert out.dtype == torch.bfloat16 and torch.equal(out, f(*(x.bfloat16() for x in (q, k, v)), registers=[x.bfloat16() for x in registers]))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = f(q, k, v, registers=registers)
+    assert out.dtype == torch.bfloat16 and torch.equal(
+        out, f(*(x.bfloat16() for x in (q, k, v)), registers=[x.bfloat16() for x in registers])
+    )
 
 
 @each
 def test_gradients_of_one_output_only(n, f):
     q, k, v = (x.requires_grad_() for x in random_inputs(n, dtype=torch.float64))
-    def grads(of): return torch.autograd.grad(sum(f(q, k, v, return_lse=True)[i].sin().sum() for i in of), (q, k, v), materialize_grads=True)
-    assert all(torch.allclose(a + b, c, atol=1e-12) for a, b, c in zip(grads([0]), grads([1]), grads([0, 1])))
+
+    def grads(of):
+        return torch.autograd.grad(
+            sum(f(q, k, v, return_lse=True)[i].sin().sum() for i in of),
+            (q, k, v),
+            materialize_grads=True,
+        )
+
+    assert all(
+        torch.allclose(a + b, c, atol=1e-12)
+        for a, b, c in zip(grads([0]), grads([1]), grads([0, 1]))
+    )
 
 
 @each
 def test_inference_mode_leaves_nothing_behind(n, f):
     "Plans are cached; one made in inference mode must serve training too."
-    local._plan.cache_clear()
+    for plans in (local._plan, local._chunks): plans.cache_clear()
     q, k, v = random_inputs(n)
     for options in ({}, dict(dropout_p=1e-12)):
         with torch.inference_mode(): a = f(q, k, v, **options)
@@ -381,24 +720,39 @@ def test_inference_mode_leaves_nothing_behind(n, f):
 def test_no_batch(n, f):
     q, k, v = (x[:0].requires_grad_() for x in random_inputs(n))
     out, lse = f(q, k, v, return_lse=True)
-    assert out.shape == q.shape and lse.shape == q.shape[:3] and all(g.numel() == 0 for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    assert (
+        out.shape == q.shape
+        and lse.shape == q.shape[:3]
+        and all(g.numel() == 0 for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    )
 
 
 def test_rows_without_keys():
     q, k, v = (x.requires_grad_() for x in random_inputs(16))
     key_mask = (torch.arange(16) >= 8)[None]
     out, lse = window_attention(q, k, v, (4, 4), 2, key_mask=key_mask, return_lse=True)
-    assert (out[:, :, :8] == 0).all() and (lse[:, :, :8] == -torch.inf).all() and lse[:, :, 8:].isfinite().all()
+    assert (
+        (out[:, :, :8] == 0).all()
+        and (lse[:, :, :8] == -torch.inf).all()
+        and lse[:, :, 8:].isfinite().all()
+    )
     dq, dk, dv = torch.autograd.grad(out.sum() + lse[:, :, 8:].sum(), (q, k, v))
-    assert all(x.isfinite().all() for x in (dq, dk, dv)) and (dq[:, :, :8] == 0).all() and (dk[:, :, :8] == 0).all()
+    assert (
+        all(x.isfinite().all() for x in (dq, dk, dv))
+        and (dq[:, :, :8] == 0).all()
+        and (dk[:, :, :8] == 0).all()
+    )
 
 
 def test_set_backend():
     q, k, v = random_inputs(16)
-    with set_backend("reference"): a = window_attention(q, k, v, (4, 4), 2)
-    with set_backend("sdpa"): b = window_attention(q, k, v, (4, 4), 2)
+    with set_backend("reference"):
+        a = window_attention(q, k, v, (4, 4), 2)
+    with set_backend("sdpa"):
+        b = window_attention(q, k, v, (4, 4), 2)
     assert (a - b).abs().max() < 1e-6
-    with pytest.raises(ValueError, match="backend='flex': known backends are"): window_attention(q, k, v, (4, 4), 2, backend="flex")
+    with pytest.raises(ValueError, match="backend='flex': known backends are"):
+        window_attention(q, k, v, (4, 4), 2, backend="flex")
 
 
 def test_dropout():
@@ -407,60 +761,175 @@ def test_dropout():
     weights = neighborhood_attention(q, k, torch.eye(64)[None, None], (8, 8), 5, dropout_p=0.25)
     kept = neighborhood_attention(q, k, torch.eye(64)[None, None], (8, 8), 5)
     dropped = (weights == 0) & (kept > 0)
-    assert 0.2 < dropped.sum() / (kept > 0).sum() < 0.3 and torch.allclose(weights[weights > 0], kept[weights > 0] / 0.75, rtol=1e-5)
+    assert 0.2 < dropped.sum() / (kept > 0).sum() < 0.3 and torch.allclose(
+        weights[weights > 0], kept[weights > 0] / 0.75, rtol=1e-5
+    )
 
 
-@pytest.mark.parametrize("kind, grid, size, step, causal", [("neighborhood", (70, 90), (13, 7), (3, 1), (False, True)), ("window", (65, 33), (8, 5), (3, 0), (False, False)), ("slide", (100_000,), (256,), (0,), (False,)),
-                                                           ("tiles", (10_007,), (13,), (0,), (False,)), ("neighborhood", (9, 40, 40), (3, 5, 5), (1, 2, 1), (False, False, False))])
-def test_plans_are_small_and_count_right(kind, grid, size, step, causal):
+@pytest.mark.parametrize("pattern", [
+    NeighborhoodPattern((70, 90), (13, 7), (3, 1), (False, True)),
+    WindowPattern((65, 33), (8, 5), (3, 0)),
+    SlidePattern(100_000, 256),
+    TilesSharedPattern(10_007, 13),
+    NeighborhoodPattern((9, 40, 40), (3, 5, 5), (1, 2, 1)),
+], ids=lambda p: type(p).__name__)
+def test_plans_are_small_and_count_right(pattern):
     "Every query once, every pair once, and no more units than the borders need."
-    plan = local._plan(kind, grid, size, step, causal)
-    pattern = {"neighborhood": lambda: local.NeighborhoodPattern(grid, size, step, causal), "window": lambda: local.WindowPattern(grid, size, step), "slide": lambda: local.SlidePattern(grid[0], size[0]),
-               "tiles": lambda: local.TilesSharedPattern(grid[0], size[0])}[kind]()
-    assert sum(u.tiles * u.queries for u in plan) == math.prod(grid)
-    assert sum(u.tiles * (u.queries * u.keys if u.mask is None else int(u.mask.sum())) for u in plan) == pattern.pairs()
-    assert len(plan) <= 12 ** len(grid)
+    def pairs(unit): return unit.queries * unit.keys if unit.mask is None else int(unit.mask.sum())
+
+    plan = local._plan(pattern)
+    assert sum(u.tiles * u.queries for u in plan) == math.prod(pattern.grid)
+    assert sum(u.tiles * pairs(u) for u in plan) == pattern.pairs()
+    assert len(plan) <= 12 ** len(pattern.grid)
     for most in (1, 7):
         parts = [part for unit in plan[:3] for part in local._cut(unit, most)]
-        assert all(part.tiles <= most for part in parts) and sum(part.tiles for part in parts) == sum(unit.tiles for unit in plan[:3])
+        assert all(part.tiles <= most for part in parts)
+        assert sum(part.tiles for part in parts) == sum(unit.tiles for unit in plan[:3])
 
 
 BAD = [
-    (dict(grid=(4, 5)), "grid"), (dict(grid=(2, 2, 2, 2)), "grid"), (dict(window=0), "window"), (dict(window=(2, 2, 2)), "window"), (dict(shift=2), "shift"), (dict(shift=-1), "shift"), (dict(curve="peano"), "curve"),
-    (dict(scale=0.0), "scale"), (dict(dropout_p=1.0), "dropout_p"), (dict(key_mask=torch.ones(1, 15, dtype=torch.bool)), "key_mask"), (dict(key_mask=torch.ones(1, 16)), "key_mask"), (dict(backend="cuda"), "backend"),
-    (dict(registers=torch.ones(1, 1, 2, 16)), "registers"), (dict(registers=(torch.ones(1, 1, 2, 16), torch.ones(1, 1, 3, 16))), "registers"), (dict(registers=(torch.ones(1, 2, 2, 16),) * 2), "registers"),
+    (dict(grid=(4, 5)), "grid"),
+    (dict(grid=(2, 2, 2, 2)), "grid"),
+    (dict(window=0), "window"),
+    (dict(window=(2, 2, 2)), "window"),
+    (dict(shift=2), "shift"),
+    (dict(shift=-1), "shift"),
+    (dict(curve="peano"), "curve"),
+    (dict(scale=0.0), "scale"),
+    (dict(dropout_p=1.0), "dropout_p"),
+    (dict(key_mask=torch.ones(1, 15, dtype=torch.bool)), "key_mask"),
+    (dict(key_mask=torch.ones(1, 16)), "key_mask"),
+    (dict(backend="cuda"), "backend"),
+    (dict(registers=torch.ones(1, 1, 2, 16)), "registers"),
+    (dict(registers=(torch.ones(1, 1, 2, 16), torch.ones(1, 1, 3, 16))), "registers"),
+    (dict(registers=(torch.ones(1, 2, 2, 16),) * 2), "registers"),
     (dict(registers=(torch.ones(1, 1, 2, 16).double(),) * 2), "registers"),
 ]
 
 
-BAD += [(dict(window=2.0), "window=2.0: expected a whole number"), (dict(window="2"), "window='2': expected a whole number"), (dict(window=(2, 2.5)), "window=2.5"),
-        (dict(shift=0.5), "shift=0.5: expected a whole number"), (dict(return_lse=1), "return_lse=1"), (dict(grid=(4, 4.0)), "grid")]
+BAD += [
+    (dict(window=2.0), "window=2.0: expected a whole number"),
+    (dict(window="2"), "window='2': expected a whole number"),
+    (dict(window=(2, 2.5)), "window=2.5"),
+    (dict(shift=0.5), "shift=0.5: expected a whole number"),
+    (dict(return_lse=1), "return_lse=1"),
+    (dict(grid=(4, 4.0)), "grid"),
+]
 
 
-@pytest.mark.parametrize("bad, named", BAD, ids=[f"{i}-{named}" for i, (_, named) in enumerate(BAD)])
+@pytest.mark.parametrize(
+    "bad, named", BAD, ids=[f"{i}-{named}" for i, (_, named) in enumerate(BAD)]
+)
 def test_bad_window_arguments(bad, named):
     q, k, v = random_inputs(16)
     options = dict(dict(grid=(4, 4), window=2), **bad)
-    with pytest.raises(ValueError, match=named): window_attention(q, k, v, options.pop("grid"), options.pop("window"), **options)
+    with pytest.raises(ValueError, match=named):
+        window_attention(q, k, v, options.pop("grid"), options.pop("window"), **options)
 
 
-@pytest.mark.parametrize("f", [
-    lambda *x: neighborhood_attention(*x, (4, 4), 5), lambda *x: neighborhood_attention(*x, (4, 4), (2, 3), dilation=(1, 2)), lambda *x: neighborhood_attention(*x, (4, 4), 0),
-    lambda *x: neighborhood_attention(*x, (4, 4), 2.0), lambda *x: neighborhood_attention(*x, (4, 4), 2, causal="yes"), lambda *x: hilbert_window_attention(*x, (4, 4), (2, 2)), lambda *x: tiles_shared_attention(*x, tiles=2.5),
-    lambda *x: neighborhood_attention(*x, (4, 4), 3, dilation=0), lambda *x: neighborhood_attention(*x, 16, 3, causal=(True, False)), lambda *x: neighborhood_attention(*x, (2, 8), 3),
-    lambda *x: hilbert_window_attention(*x, (4, 4), 0), lambda *x: hilbert_slide_attention(*x, (4, 4), 0), lambda *x: hilbert_slide_attention(*x, (4, 3), 4), lambda *x: tiles_shared_attention(*x, tiles=0),
-    lambda *x: tiles_shared_attention(*x, tiles=17), lambda *x: tiles_shared_attention(*x, tiles=2, shared=16), lambda *x: tiles_shared_attention(*x, tiles=2, shared=-1), lambda *x: tiles_shared_attention(*x, tiles=2, shared=2, grid=(4, 4)),
-    lambda q, k, v: window_attention(q[0], k, v, (4, 4), 2), lambda q, k, v: window_attention(q, k.double(), v, (4, 4), 2), lambda q, k, v: window_attention(q, k[:, :, 1:], v[:, :, 1:], (4, 4), 2),
-    lambda q, k, v: window_attention(None, k, v, (4, 4), 2)])
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda *x: neighborhood_attention(*x, (4, 4), 5),
+        lambda *x: neighborhood_attention(*x, (4, 4), (2, 3), dilation=(1, 2)),
+        lambda *x: neighborhood_attention(*x, (4, 4), 0),
+        lambda *x: neighborhood_attention(*x, (4, 4), 2.0),
+        lambda *x: neighborhood_attention(*x, (4, 4), 2, causal="yes"),
+        lambda *x: hilbert_window_attention(*x, (4, 4), (2, 2)),
+        lambda *x: tiles_shared_attention(*x, tiles=2.5),
+        lambda *x: neighborhood_attention(*x, (4, 4), 3, dilation=0),
+        lambda *x: neighborhood_attention(*x, 16, 3, causal=(True, False)),
+        lambda *x: neighborhood_attention(*x, (2, 8), 3),
+        lambda *x: hilbert_window_attention(*x, (4, 4), 0),
+        lambda *x: hilbert_slide_attention(*x, (4, 4), 0),
+        lambda *x: hilbert_slide_attention(*x, (4, 3), 4),
+        lambda *x: tiles_shared_attention(*x, tiles=0),
+        lambda *x: tiles_shared_attention(*x, tiles=17),
+        lambda *x: tiles_shared_attention(*x, tiles=2, shared=16),
+        lambda *x: tiles_shared_attention(*x, tiles=2, shared=-1),
+        lambda *x: tiles_shared_attention(*x, tiles=2, shared=2, grid=(4, 4)),
+        lambda q, k, v: window_attention(q[0], k, v, (4, 4), 2),
+        lambda q, k, v: window_attention(q, k.double(), v, (4, 4), 2),
+        lambda q, k, v: window_attention(q, k[:, :, 1:], v[:, :, 1:], (4, 4), 2),
+        lambda q, k, v: window_attention(None, k, v, (4, 4), 2),
+    ],
+)
 def test_bad_arguments(f):
-    with pytest.raises(ValueError): f(*random_inputs(16))
+    with pytest.raises(ValueError):
+        f(*random_inputs(16))
+
+
+@dataclass(frozen=True)
+class Strided(AxisPattern):
+    "Positions of the query's residue, at most `reach` members away: a pattern of nobody's."
+    seq_len: int
+    stride: int
+    reach: int
+    along_curve = True
+
+    @property
+    def grid(self): return (self.seq_len,)
+    @property
+    def dilation(self): return (self.stride,)
+
+    def axis_bounds(self, axis):
+        n, d = self.seq_len, self.stride
+        residue, member = np.arange(n) % d, np.arange(n) // d
+        begin = residue * (n // d) + np.minimum(residue, n % d)
+        first, last = (member - self.reach).clip(0), member + self.reach
+        return begin + member, begin + first, begin + last.clip(max=(n - residue - 1) // d)
+
+    def sees(self, a, b):
+        return (a - b) % self.stride == 0 and abs(a - b) <= self.reach * self.stride
+
+
+@dataclass(frozen=True)
+class Ring(AxisPattern):
+    "Rows in boxes that wrap around, columns in halves: no axis is as it lies."
+    height: int
+    width: int
+
+    @property
+    def grid(self): return (self.height, self.width)
+    @property
+    def seq_len(self): return self.height * self.width
+
+    def axis_bounds(self, axis):
+        n = self.grid[axis]
+        place = (np.arange(n) + 2 - axis) % n
+        first = place // 4 * 4
+        return place, first, (first + 3).clip(max=n - 1)
+
+    def sees(self, a, b):
+        shifts = zip(divmod(a, self.width), divmod(b, self.width), self.grid, (2, 1))
+        return all((x + s) % n // 4 == (y + s) % n // 4 for x, y, n, s in shifts)
+
+
+@pytest.mark.parametrize("pattern", [Strided(63, 4, 2), Ring(7, 9)], ids=["strided", "ring"])
+@pytest.mark.parametrize(
+    "backend", ["sdpa_mask", "sdpa", pytest.param("triton", marks=needs_triton)]
+)
+def test_a_pattern_is_one_class(pattern, backend):
+    "Whatever gives `axis_bounds` runs on every backend."
+    order = curve_order((7, 9))
+    place = order.argsort().tolist() if pattern.along_curve else range(63)
+    mask = torch.tensor([[bool(pattern.sees(a, b)) for b in place] for a in place])
+    assert torch.equal(pattern.mask(order)[0], mask) and pattern.pairs() == mask.sum()
+    lists = block_lists(pattern, order=order, causal=True, block_size=(16, 8))
+    assert torch.equal(lists.mask()[0], mask.tril())
+
+    def attention(q, k, v):
+        call = check_call(q.to(DEVICE), k.to(DEVICE), v.to(DEVICE), return_lse=True)
+        return [x.to(q.device) for x in local._attend(call, pattern, (7, 9), "hilbert", backend)]
+
+    assert_matches_oracle(attention, *random_inputs(63, (4, 2, 2)), mask[None, None])
 
 
 @each
-def test_a_backend_that_local_patterns_do_not_know_is_refused(n, f, monkeypatch):
-    from hilbert_attn import backends
-    monkeypatch.setitem(backends._BACKENDS, "mine", backends._Backend("mine", "hilbert_attn.sdpa:sdpa_attention", "of somebody else"))
-    monkeypatch.setattr(backends, "BACKENDS", (*backends.BACKENDS, "mine"))
+def test_a_backend_that_does_not_know_local_patterns_is_refused(n, f, monkeypatch):
+    other = backends.Backend("mine", "of somebody else", {"segments": "hilbert_attn.sdpa:nothing"})
+    monkeypatch.setitem(backends.REGISTRY, "mine", other)
     q, k, v = random_inputs(n)
     registers = [x[:, :, :2] for x in (k, v)]
-    with pytest.raises(RuntimeError, match="backend 'mine' does not compute local patterns.*'sdpa'"): f(q, k, v, backend="mine", registers=registers)
+    refusal = "backend 'mine'.* does not compute local patterns.*'sdpa'"
+    with pytest.raises(RuntimeError, match=refusal): f(q, k, v, backend="mine", registers=registers)

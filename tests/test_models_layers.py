@@ -16,7 +16,7 @@ from hilbert_attn.integrations import (
     use_hilbert_processor,
     vit_geometry,
 )
-from hilbert_attn.modules import MultiheadDilatedAttention
+from hilbert_attn.multihead import MultiheadDilatedAttention
 
 
 def rand(*shape, seed=0):

@@ -5,18 +5,26 @@ import io
 import pytest
 import torch
 
-from hilbert_attn import DilatedAttention, HilbertAttentionCore, MultiheadDilatedAttention
-from hilbert_attn import NeighborhoodPattern, SparsePatternConfig, curve_order
+from hilbert_attn import (
+    DilatedAttention,
+    HilbertAttentionCore,
+    MultiheadDilatedAttention,
+    NeighborhoodPattern,
+    SparsePatternConfig,
+    curve_order,
+)
 from hilbert_attn.block_layers import BlockSparseAttention, RingBlockSparseAttention
 from hilbert_attn.patterns import SegmentPattern, attention_mask
 from hilbert_attn.reference import masked_attention
 from hilbert_attn.ring_layers import RingDilatedAttention
 
 SETTINGS = [
-    dict(segment_size=30), dict(segment_size=30, dilation_rate=3, grid=(7, 11)), dict(segment_size=None), dict(segment_size=200, causal=True),
-    dict(segment_size=20, dilation_rate=4, dilation_mode="keys", offsets=1, curve="morton"), dict(segment_size=32, dilation_rate=2, dilation_mode="longnet", bias=True),
-    dict(segment_size=16, num_kv_heads=2, grid=(11, 7), curve="tile:3", causal=True), dict(segment_size=25, head_dim=20, curve=None),
-]
+    dict(segment_size=30), dict(segment_size=30, dilation_rate=3, grid=(7, 11)),
+    dict(segment_size=None), dict(segment_size=200, causal=True),
+    dict(segment_size=20, dilation_rate=4, dilation_mode="keys", offsets=1, curve="morton"),
+    dict(segment_size=32, dilation_rate=2, dilation_mode="longnet", bias=True),
+    dict(segment_size=16, num_kv_heads=2, grid=(11, 7), curve="tile:3", causal=True),
+    dict(segment_size=25, head_dim=20, curve=None),]
 
 
 def layer(seed=0, **options):
@@ -24,7 +32,8 @@ def layer(seed=0, **options):
     return HilbertAttentionCore(48, 4, **options)
 
 
-def tokens(dtype=torch.float32): return torch.randn(2, 77, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
+def tokens(dtype=torch.float32):
+    return torch.randn(2, 77, 48, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
 def results(module, x, **options):
@@ -40,9 +49,11 @@ def by_definition(m: HilbertAttentionCore, x, use_hilbert=True, key_mask=None):
     qkv = m.qkv_proj(x.double()).unflatten(-1, (-1, m.head_dim)).transpose(1, 2)
     q, k, v = qkv.split([m.num_heads, m.num_kv_heads, m.num_kv_heads], 1)
     n = x.shape[1]
-    pattern = SegmentPattern.for_heads(n, m.num_heads, m.segment_size, m.dilation_rate, m.dilation_mode, m.offsets)
+    pattern = SegmentPattern.for_heads(
+        n, m.num_heads, m.segment_size, m.dilation_rate, m.dilation_mode, m.offsets)
     order = curve_order(m.grid or n, m.curve) if use_hilbert and m.curve else None
-    out, _ = masked_attention(q, k, v, attention_mask(pattern, order=order, causal=m.causal, key_mask=key_mask))
+    out, _ = masked_attention(
+        q, k, v, attention_mask(pattern, order=order, causal=m.causal, key_mask=key_mask))
     return m.out_proj(out.transpose(1, 2).flatten(2)).detach()
 
 
@@ -51,15 +62,21 @@ def by_definition(m: HilbertAttentionCore, x, use_hilbert=True, key_mask=None):
 def test_computes_its_definition(options, use_hilbert):
     m, x = layer(**options), tokens()
     key_mask = torch.rand(2, 77, generator=torch.Generator().manual_seed(3)) < 0.8
-    torch.testing.assert_close(m(x, use_hilbert).double(), by_definition(m, x, use_hilbert), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(m(x, use_hilbert, key_mask=key_mask).double(), by_definition(m, x, use_hilbert, key_mask), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        m(x, use_hilbert).double(), by_definition(m, x, use_hilbert), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        m(x, use_hilbert, key_mask=key_mask).double(), by_definition(m, x, use_hilbert, key_mask),
+        rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("options", SETTINGS, ids=str)
 def test_gradients_agree_in_every_mode(options):
     x, expected = tokens(), results(layer(**options), tokens())
-    for other in (layer(**options, use_custom_backward=False), layer(**options).eval(), layer(**options, checkpoint=True), layer(**options, backend="sdpa_mask"),
-                  layer(**options, use_custom_backward=False).eval(), torch.compile(layer(**options), fullgraph=True, backend="aot_eager")):
+    for other in (
+        layer(**options, use_custom_backward=False), layer(**options).eval(),
+        layer(**options, checkpoint=True), layer(**options, backend="sdpa_mask"),
+        layer(**options, use_custom_backward=False).eval(),
+        torch.compile(layer(**options), fullgraph=True, backend="aot_eager")):
         torch.testing.assert_close(results(other, x), expected, rtol=1e-3, atol=2e-5)
         assert all(g.any() for g in results(other, x))
     torch._dynamo.reset()
@@ -81,7 +98,8 @@ def test_autocast(dtype):
 
 
 def test_state_dict_round_trip_is_free_of_the_grid():
-    small, large = layer(segment_size=30, grid=(7, 11)), layer(seed=5, segment_size=30, grid=(40, 50))
+    small, large = layer(segment_size=30, grid=(7, 11)), layer(
+        seed=5, segment_size=30, grid=(40, 50))
     assert sorted(small.state_dict()) == ["out_proj.weight", "qkv_proj.weight"]
     large.load_state_dict(small.state_dict())
     x = tokens()
@@ -93,7 +111,10 @@ def test_copies():
     buffer = io.BytesIO()
     torch.save(m, buffer)
     buffer.seek(0)
-    for other in (copy.deepcopy(m), torch.load(buffer, weights_only=False), copy.deepcopy(m).double().float()): assert torch.equal(other(x), m(x))
+    for other in (
+        copy.deepcopy(m), torch.load(buffer, weights_only=False),
+        copy.deepcopy(m).double().float()):
+        assert torch.equal(other(x), m(x))
 
 
 def test_dropout_acts_in_training_only():
@@ -119,12 +140,15 @@ def test_checkpointing_repeats_the_same_dropout():
 
 
 def test_checkpointing_stores_less():
-    stored = {}
-    for checkpoint in (False, True):
-        m, total = layer(segment_size=30, checkpoint=checkpoint), []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.numel()) or t, lambda t: t): m(tokens().requires_grad_())
-        stored[checkpoint] = sum(total)
-    assert stored[True] < stored[False] / 3
+    def stored(checkpoint):
+        m, sizes = layer(segment_size=30, checkpoint=checkpoint), []
+        def note(x):
+            sizes.append(x.numel())
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            m(tokens().requires_grad_())
+        return sum(sizes)
+    assert stored(True) < stored(False) / 3
 
 
 def test_training_learns():
@@ -143,42 +167,63 @@ def test_training_learns():
 
 
 def test_names_of_sizes():
-    for spelled in (dict(dim=48, heads=4), dict(embed_dim=48, num_heads=4), dict(hidden_dim=48, num_heads=4), dict(dim=48, embed_dim=48, heads=4, num_heads=4)):
+    for spelled in (
+        dict(dim=48, heads=4), dict(embed_dim=48, num_heads=4), dict(hidden_dim=48, num_heads=4),
+        dict(dim=48, embed_dim=48, heads=4, num_heads=4)):
         m = HilbertAttentionCore(**spelled)
         assert (m.hidden_dim, m.num_heads, m.head_dim) == (48, 4, 12)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(num_heads=4), r"hidden_dim is missing \(also accepted as dim, embed_dim\)"), (dict(dim=48), "num_heads is missing"),
-    (dict(dim=48, hidden_dim=64, heads=4), "hidden_dim=64 and dim=48 disagree"), (dict(dim=48, heads=4, num_heads=2), "num_heads=2 and heads=4 disagree"),
-    (dict(dim=50, heads=4), "hidden_dim=50 is no multiple of num_heads=4"), (dict(dim=48, heads=4, num_kv_heads=3), "num_kv_heads=3"),
-    (dict(dim=48, heads=4, dropout=1.0), "dropout=1.0"), (dict(dim=48, heads=4, segment_size=4, dilation_rate=8), "dilation_rate=8"),
-    (dict(dim=48, heads=4, curve="peano"), "known curves"), (dict(dim=48, heads=4, backend="fast"), "known backends"), (dict(dim=48, heads=4, grid=0), "grid=0"),
-    (dict(dim=48, heads=4, dilation_mode="both"), "known modes")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_heads=4), r"hidden_dim is missing \(also accepted as dim, embed_dim\)"),
+        (dict(dim=48), "num_heads is missing"),
+        (dict(dim=48, hidden_dim=64, heads=4), "hidden_dim=64 and dim=48 disagree"),
+        (dict(dim=48, heads=4, num_heads=2), "num_heads=2 and heads=4 disagree"),
+        (dict(dim=50, heads=4), "hidden_dim=50 is no multiple of num_heads=4"),
+        (dict(dim=48, heads=4, num_kv_heads=3), "num_kv_heads=3"),
+        (dict(dim=48, heads=4, dropout=1.0), "dropout=1.0"),
+        (dict(dim=48, heads=4, segment_size=4, dilation_rate=8), "dilation_rate=8"),
+        (dict(dim=48, heads=4, curve="peano"), "known curves"),
+        (dict(dim=48, heads=4, backend="fast"), "known backends"),
+        (dict(dim=48, heads=4, grid=0), "grid=0"),
+        (dict(dim=48, heads=4, dilation_mode="both"), "known modes")])
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message): HilbertAttentionCore(**options)
 
 
 def test_bad_tokens():
     m = layer(segment_size=30, grid=(7, 11))
-    with pytest.raises(ValueError, match=r"x has shape \(2, 77, 40\): expected \(B, N, 48\)"): m(tokens()[..., :40])
-    with pytest.raises(ValueError, match=r"grid=\(7, 11\) has 77 cells and q has N=70"): m(tokens()[:, :70])
+    with pytest.raises(ValueError, match=r"x has shape \(2, 77, 40\): expected \(B, N, 48\)"):
+        m(tokens()[..., :40])
+    with pytest.raises(ValueError, match=r"grid=\(7, 11\) has 77 cells and q has N=70"):
+        m(tokens()[:, :70])
 
 
 GRID = (6, 8)
 FREE = {  # projection-free layers over 48 tokens
-    "dilated": lambda **options: DilatedAttention([12, 48], [1, 2], dilation_mode="residue", curve="hilbert", grid=GRID, **options),
-    "heads": lambda **options: DilatedAttention([12, 48], [1, 2], combine="heads", dilation_mode="residue", **options),
-    "ring": lambda **options: RingDilatedAttention([12, 48], [1, 2], dilation_mode="residue", grid=GRID, **options),
-    "blocks": lambda **options: BlockSparseAttention(sparsity=0.3, block_size=8, grid=GRID, **options),
-    "post-pattern": lambda **options: BlockSparseAttention(NeighborhoodPattern(GRID, 5), placement="post_pattern", block_size=8, grid=GRID, **options),
-    "post-pattern blocks": lambda **options: BlockSparseAttention(SparsePatternConfig("local_window", 8, window=16), placement="post_pattern", grid=GRID, **options),
-    "post-pattern ring": lambda **options: RingBlockSparseAttention(NeighborhoodPattern(GRID, 5), placement="post_pattern", block_size=8, grid=GRID, **options),
+    "dilated": lambda **options: DilatedAttention(
+        [12, 48], [1, 2], dilation_mode="residue", curve="hilbert", grid=GRID, **options),
+    "heads": lambda **options: DilatedAttention(
+        [12, 48], [1, 2], combine="heads", dilation_mode="residue", **options),
+    "ring": lambda **options: RingDilatedAttention(
+        [12, 48], [1, 2], dilation_mode="residue", grid=GRID, **options),
+    "blocks": lambda **options: BlockSparseAttention(
+        sparsity=0.3, block_size=8, grid=GRID, **options),
+    "post-pattern": lambda **options: BlockSparseAttention(
+        NeighborhoodPattern(GRID, 5), placement="post_pattern", block_size=8, grid=GRID, **options),
+    "post-pattern blocks": lambda **options: BlockSparseAttention(
+        SparsePatternConfig("local_window", 8, window=16), placement="post_pattern", grid=GRID,
+        **options),
+    "post-pattern ring": lambda **options: RingBlockSparseAttention(
+        NeighborhoodPattern(GRID, 5), placement="post_pattern", block_size=8, grid=GRID, **options),
 }
 
 
 def seen_tokens(module, q, k, v, **options):
-    "bool (N, N): whether a value reaches an output; values are one-hot, so that outputs are attention weights."
+    """bool (N, N): whether a value reaches an output; values are one-hot, so that outputs are
+    attention weights."""
     out = module(q, k, v, **options)  # (1, N, H, N)
     return (out != 0).any(2)[0]
 
@@ -196,21 +241,28 @@ def test_no_layer_lets_the_future_leak(name, where):
         return (out != 0).any(2)[0]
     options = {} if where == "setting" else dict(is_causal=True)
     causal, free = seen(module, **options), seen(FREE[name]())
-    assert torch.equal(causal, free.tril()) and not torch.equal(causal, free) and causal.diagonal().all()
+    assert torch.equal(causal, free.tril())
+    assert not torch.equal(causal, free)
+    assert causal.diagonal().all()
 
 
 def multihead():
     torch.manual_seed(0)
-    return MultiheadDilatedAttention(16, 2, batch_first=True, segment_lengths=[24], dilation_rates=[1])
+    return MultiheadDilatedAttention(
+        16, 2, batch_first=True, segment_lengths=[24], dilation_rates=[1])
 
 
 def test_padding_is_what_is_ignored():
-    "True = ignore, as in torch; float padding and the package's own key_mask (True = attend) say the same."
+    """True = ignore, as in torch; float padding and the package's own key_mask (True = attend)
+    say the same."""
     module, x = multihead(), torch.randn(2, 24, 16, generator=torch.Generator().manual_seed(1))
     padding = torch.arange(24) >= torch.tensor([[20], [10]])
-    expected = [module(x[b:b + 1, :n])[0] for b, n in ((0, 20), (1, 10))]  # the tokens that stay, alone
+    # the tokens that stay, alone
+    expected = [module(x[b:b + 1, :n])[0] for b, n in ((0, 20), (1, 10))]
     float_padding = torch.zeros(2, 24).masked_fill(padding, -torch.inf)
-    for options in (dict(key_padding_mask=padding), dict(key_padding_mask=float_padding), dict(key_mask=~padding)):
+    for options in (
+        dict(key_padding_mask=padding), dict(key_padding_mask=float_padding),
+        dict(key_mask=~padding)):
         out = module(x, **options)[0]
         torch.testing.assert_close(out[:1, :20], expected[0])
         torch.testing.assert_close(out[1:, :10], expected[1])
@@ -223,42 +275,71 @@ def test_both_masks_must_let_a_key_through():
     padding, key_mask = torch.arange(24)[None] >= 18, torch.arange(24)[None] >= 6
     out = module(x, key_padding_mask=padding, key_mask=key_mask)[0]
     torch.testing.assert_close(out[:, 6:18], module(x[:, 6:18])[0])
-    assert not torch.allclose(out, module(x, key_padding_mask=padding)[0]) and not torch.allclose(out, module(x, key_mask=key_mask)[0])
+    assert not torch.allclose(out, module(x, key_padding_mask=padding)[0])
+    assert not torch.allclose(out, module(x, key_mask=key_mask)[0])
 
 
-CORE, BRANCHED = lambda **o: HilbertAttentionCore(**{**dict(hidden_dim=48, num_heads=4), **o}), DilatedAttention  # noqa: E731
+# noqa: E731
+CORE, BRANCHED = lambda **o: HilbertAttentionCore(
+    **{**dict(hidden_dim=48, num_heads=4), **o}), DilatedAttention
 
 
-@pytest.mark.parametrize("make, name, values", [
-    (CORE, "hidden_dim", [48.0, "48", True, float("nan"), 0]), (CORE, "num_heads", [4.0, "4", 0]), (CORE, "num_kv_heads", [2.0, True]), (CORE, "head_dim", [12.0, 0]),
-    (CORE, "segment_size", [2.5, "24", float("nan"), True, 0, [16]]), (CORE, "dilation_rate", [1.5, "2", 0]), (CORE, "offsets", [0.5, "1", [0.0, 1, 0, 1]]),
-    (CORE, "dropout", [float("nan"), "0.1", True, -0.1, 1.0, None]), (CORE, "grid", [(4, 2.5), "24", (4, True)]),
-    *((CORE, name, ["False", 0, 1, None, 2.5]) for name in ("causal", "bias", "checkpoint", "use_custom_backward")),
-    (BRANCHED, "segment_lengths", [[20.9, 30, 40], "24", [True, 4, 4], 0, float("nan"), [], None]), (BRANCHED, "dilation_rates", [[1, 2.5, 4], "124", -4]),
-    (BRANCHED, "dropout", [float("nan"), "0.1"]), (BRANCHED, "offsets", [0.5, "1", -1]), (BRANCHED, "grid", [(4, 2.5), "24"]),
-    *((BRANCHED, name, ["False", 0, None]) for name in ("causal", "checkpoint", "use_custom_backward")),
-    (RingDilatedAttention, "ring_size", [2.0, "2", 0]), (RingDilatedAttention, "overlap", ["False", 1]),
-    (BlockSparseAttention, "sparsity", [float("nan"), "0.5", 1.0, True]), (BlockSparseAttention, "block_size", [16.0, "16", 0]),
-    *((BlockSparseAttention, name, ["False", 0]) for name in ("causal", "checkpoint")),
-    *((lambda name=name, **o: MultiheadDilatedAttention(48, 4, **o), name, ["False", 0, None]) for name in ("bias", "batch_first", "add_zero_attn", "add_bias_kv")),
-    (lambda **o: MultiheadDilatedAttention(num_heads=4, **o), "embed_dim", [48.0, "48"])])
+@pytest.mark.parametrize(
+    "make, name, values",
+    [
+        (CORE, "hidden_dim", [48.0, "48", True, float("nan"), 0]),
+        (CORE, "num_heads", [4.0, "4", 0]), (CORE, "num_kv_heads", [2.0, True]),
+        (CORE, "head_dim", [12.0, 0]),
+        (CORE, "segment_size", [2.5, "24", float("nan"), True, 0, [16]]),
+        (CORE, "dilation_rate", [1.5, "2", 0]), (CORE, "offsets", [0.5, "1", [0.0, 1, 0, 1]]),
+        (CORE, "dropout", [float("nan"), "0.1", True, -0.1, 1.0, None]),
+        (CORE, "grid", [(4, 2.5), "24", (4, True)]),
+        *(
+            (CORE, name, ["False", 0, 1, None, 2.5])
+            for name in ("causal", "bias", "checkpoint", "use_custom_backward")),
+        (
+            BRANCHED, "segment_lengths",
+            [[20.9, 30, 40], "24", [True, 4, 4], 0, float("nan"), [], None]),
+        (BRANCHED, "dilation_rates", [[1, 2.5, 4], "124", -4]),
+        (BRANCHED, "dropout", [float("nan"), "0.1"]), (BRANCHED, "offsets", [0.5, "1", -1]),
+        (BRANCHED, "grid", [(4, 2.5), "24"]),
+        *(
+            (BRANCHED, name, ["False", 0, None])
+            for name in ("causal", "checkpoint", "use_custom_backward")),
+        (RingDilatedAttention, "ring_size", [2.0, "2", 0]),
+        (RingDilatedAttention, "overlap", ["False", 1]),
+        (BlockSparseAttention, "sparsity", [float("nan"), "0.5", 1.0, True]),
+        (BlockSparseAttention, "block_size", [16.0, "16", 0]),
+        *((BlockSparseAttention, name, ["False", 0]) for name in ("causal", "checkpoint")),
+        *(
+            (lambda name=name, **o: MultiheadDilatedAttention(48, 4, **o), name, ["False", 0, None])
+            for name in ("bias", "batch_first", "add_zero_attn", "add_bias_kv")),
+        (lambda **o: MultiheadDilatedAttention(num_heads=4, **o), "embed_dim", [48.0, "48"])])
 def test_settings_are_what_they_seem(make, name, values):
     "The error names argument, value and rule."
     import re
     for value in values:
-        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: ") + "(expected|must)"): make(**{name: value})
+        with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: ") + "(expected|must)"):
+            make(**{name: value})
 
 
 def test_switches_of_a_call_are_what_they_seem():
     x, q = tokens(), torch.randn(1, 24, 2, 8)
-    with pytest.raises(ValueError, match="use_hilbert='False': expected True or False"): layer(segment_size=30)(x, "False")
-    for module in (DilatedAttention(8, 1), RingDilatedAttention(8, 1), BlockSparseAttention(block_size=8)):
-        with pytest.raises(ValueError, match="is_causal='False': expected True or False"): module(q, q, q, "False")
-    with pytest.raises(ValueError, match="is_causal='False': expected True or False"): multihead()(x[..., :16], is_causal="False")
+    with pytest.raises(ValueError, match="use_hilbert='False': expected True or False"):
+        layer(segment_size=30)(x, "False")
+    for module in (
+        DilatedAttention(8, 1), RingDilatedAttention(8, 1), BlockSparseAttention(block_size=8)):
+        with pytest.raises(ValueError, match="is_causal='False': expected True or False"):
+            module(q, q, q, "False")
+    with pytest.raises(ValueError, match="is_causal='False': expected True or False"):
+        multihead()(x[..., :16], is_causal="False")
 
 
 def test_numbers_of_numpy_are_numbers():
     np = pytest.importorskip("numpy")
-    module = CORE(segment_size=np.int64(16), dropout=np.float32(0.5), causal=np.bool_(True), grid=np.array([7, 11]))
-    assert (module.segment_size, module.dropout, module.causal, module.grid) == (16, 0.5, True, (7, 11))
+    module = CORE(
+        segment_size=np.int64(16), dropout=np.float32(0.5), causal=np.bool_(True),
+        grid=np.array([7, 11]))
+    assert (
+        module.segment_size, module.dropout, module.causal, module.grid) == (16, 0.5, True, (7, 11))
     assert DilatedAttention(np.array([8, 16]), [np.int32(1), 2]).segment_lengths == (8, 16)

@@ -1,4 +1,5 @@
-"""Patterns: three independent descriptions (groups, counts, masks) say the same, and the masks say what the definition says."""
+"""Patterns: groups, counts and masks say the same, and masks say what the definition says."""
+
 import tracemalloc
 
 import pytest
@@ -7,15 +8,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hilbert_attn.curves import curve_order, inverse_order
-from hilbert_attn.patterns import (DILATION_MODES, DilatedPattern, NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern, attention_mask,
-                                   create_dilated_mask)
+from hilbert_attn.patterns import (
+    DILATION_MODES,
+    DilatedPattern,
+    NeighborhoodPattern,
+    SegmentPattern,
+    SlidePattern,
+    TilesSharedPattern,
+    WindowPattern,
+    attention_mask,
+    create_dilated_mask,
+)
 
 
 @st.composite
 def segment_patterns(draw):
     n, w = draw(st.integers(1, 60)), draw(st.integers(1, 70))
     r, mode = draw(st.integers(1, w)), draw(st.sampled_from(DILATION_MODES))
-    offsets = (0,) if mode == "residue" else tuple(draw(st.lists(st.integers(0, r - 1), min_size=1, max_size=4)))
+    offsets = (
+        (0,)
+        if mode == "residue"
+        else tuple(draw(st.lists(st.integers(0, r - 1), min_size=1, max_size=4)))
+    )
     return SegmentPattern(n, w, r, mode, offsets)
 
 
@@ -47,21 +61,33 @@ def test_an_order_moves_the_mask(p, seed):
 
 def test_attention_mask_is_causal_by_token_index():
     order = curve_order((5, 6))
-    mask = attention_mask(SegmentPattern(30, 10, 2), order=order, causal=True, key_mask=torch.arange(30)[None] != 3)
+    mask = attention_mask(
+        SegmentPattern(30, 10, 2), order=order, causal=True, key_mask=torch.arange(30)[None] != 3
+    )
     rank = inverse_order(order)
     for i in range(30):
-        for j in range(30): assert mask[0, 0, i, j] == (j <= i and j != 3 and sees(SegmentPattern(30, 10, 2), 0, int(rank[i]), int(rank[j])))
+        for j in range(30):
+            assert mask[0, 0, i, j] == (
+                j <= i and j != 3 and sees(SegmentPattern(30, 10, 2), 0, int(rank[i]), int(rank[j]))
+            )
 
 
 def test_create_dilated_mask():
-    for mode in DILATION_MODES: assert torch.equal(create_dilated_mask(20, 7, 3, mode), SegmentPattern(20, 7, 3, mode).mask()[0])
-    assert create_dilated_mask(4, 4, 1).all() and create_dilated_mask(6, 3, 3).equal(torch.eye(6, dtype=torch.bool))
+    for mode in DILATION_MODES:
+        assert torch.equal(
+            create_dilated_mask(20, 7, 3, mode), SegmentPattern(20, 7, 3, mode).mask()[0]
+        )
+    assert create_dilated_mask(4, 4, 1).all() and create_dilated_mask(6, 3, 3).equal(
+        torch.eye(6, dtype=torch.bool)
+    )
 
 
 def test_for_heads_defaults():
     assert SegmentPattern.for_heads(8, 5, 8, 3, "longnet").offsets == (0, 1, 2, 0, 1)
     assert SegmentPattern.for_heads(8, 5, 8, 3, "keys").offsets == (0,)
-    assert SegmentPattern.for_heads(8, 3, None, 3, "keys", 2) == SegmentPattern(8, 8, 3, "keys", (2,))
+    assert SegmentPattern.for_heads(8, 3, None, 3, "keys", 2) == SegmentPattern(
+        8, 8, 3, "keys", (2,)
+    )
 
 
 def test_patterns_are_immutable_and_hashable():
@@ -70,19 +96,33 @@ def test_patterns_are_immutable_and_hashable():
     assert len({p, SegmentPattern(8, 4), SegmentPattern(8, 5)}) == 2
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((0, 4), "seq_len=0"), ((8, 0), "segment_size=0"), ((8, 4, 0), "dilation_rate=0: must be at least 1"), ((8, 4, 5), "dilation_rate=5: must not exceed segment_size=4"),
-    ((8, 4, 2, "both"), "known modes are 'residue', 'keys', 'longnet'"), ((8, 4, 2, "keys", (2,)), "less than dilation_rate=2"), ((8, 4, 2, "keys", (-1,)), "at least 0"),
-    ((8, 4, 2, "residue", (1,)), "has no offsets")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((0, 4), "seq_len=0"),
+        ((8, 0), "segment_size=0"),
+        ((8, 4, 0), "dilation_rate=0: must be at least 1"),
+        ((8, 4, 5), "dilation_rate=5: must not exceed segment_size=4"),
+        ((8, 4, 2, "both"), "known modes are 'residue', 'keys', 'longnet'"),
+        ((8, 4, 2, "keys", (2,)), "less than dilation_rate=2"),
+        ((8, 4, 2, "keys", (-1,)), "at least 0"),
+        ((8, 4, 2, "residue", (1,)), "has no offsets"),
+    ],
+)
 def test_bad_segment_patterns(arguments, message):
-    with pytest.raises(ValueError, match=message): SegmentPattern(*arguments)
+    with pytest.raises(ValueError, match=message):
+        SegmentPattern(*arguments)
 
 
 def neighbors(x, n, k, d, causal):
     "Keys of coordinate x on one axis, from the definition."
     members = [c for c in range(n) if c % d == x % d]
     g = x // d
-    return members[max(0, g - k + 1):g + 1] if causal else members[(s := min(max(g - k // 2, 0), len(members) - k)):s + k]
+    return (
+        members[max(0, g - k + 1) : g + 1]
+        if causal
+        else members[(s := min(max(g - k // 2, 0), len(members) - k)) : s + k]
+    )
 
 
 @given(st.data())
@@ -95,24 +135,40 @@ def test_neighborhoods(data):
     mask = p.mask()[0]
     assert p.pairs() == mask.sum()
     for axis, (n, k, d, c) in enumerate(zip(dims, kernel, dilation, causal)):
-        for x in range(n): assert p._axis_mask(axis)[x].nonzero().flatten().tolist() == neighbors(x, n, k, d, c)
+        for x in range(n):
+            assert p._axis_mask(axis)[x].nonzero().flatten().tolist() == neighbors(x, n, k, d, c)
     coords = torch.stack(torch.unravel_index(torch.arange(p.seq_len), dims), 1).tolist()
     i = data.draw(st.integers(0, p.seq_len - 1))
-    assert mask[i].tolist() == [all(b in neighbors(a, n, k, d, c) for a, b, n, k, d, c in zip(coords[i], other, dims, kernel, dilation, causal)) for other in coords]
+    assert mask[i].tolist() == [
+        all(
+            b in neighbors(a, n, k, d, c)
+            for a, b, n, k, d, c in zip(coords[i], other, dims, kernel, dilation, causal)
+        )
+        for other in coords
+    ]
 
 
 def test_windows():
     "As Swin's shifted windows: rolled, cut, and what the roll joins kept apart."
     p = WindowPattern((8, 8), 4, 2)
     region = torch.zeros(8, 8, dtype=torch.int64)
-    bands = (slice(0, 4), slice(4, 6), slice(6, 8))  # of the rolled image: whole windows, last window, wrapped part
+    bands = (
+        slice(0, 4),
+        slice(4, 6),
+        slice(6, 8),
+    )  # of the rolled image: whole windows, last window, wrapped part
     for a, rows in enumerate(bands):
-        for b, cols in enumerate(bands): region[rows, cols] = 10 * a + b
+        for b, cols in enumerate(bands):
+            region[rows, cols] = 10 * a + b
     window = torch.arange(8) // 4
     window = 2 * window[:, None] + window
     label = (100 * window + region).roll((2, 2), (0, 1)).flatten()
     assert torch.equal(p.mask()[0], label[:, None] == label)
-    assert WindowPattern((5, 7), (2, 3)).pairs() == WindowPattern((5, 7), (2, 3)).mask().sum() == (4 + 4 + 1) * (9 + 9 + 1)
+    assert (
+        WindowPattern((5, 7), (2, 3)).pairs()
+        == WindowPattern((5, 7), (2, 3)).mask().sum()
+        == (4 + 4 + 1) * (9 + 9 + 1)
+    )
 
 
 @pytest.mark.parametrize("shift", range(5))
@@ -141,7 +197,11 @@ def test_slide(n, window, seed):
 def test_tiles_shared(rest, shared, offset, data):
     p = TilesSharedPattern(rest + shared, data.draw(st.integers(1, rest)), offset, shared)
     sizes, mask = p.tile_sizes(), p.mask()[0]
-    assert sum(sizes) == rest and max(sizes) - min(sizes) <= 1 and list(sizes) == sorted(sizes, reverse=True)
+    assert (
+        sum(sizes) == rest
+        and max(sizes) - min(sizes) <= 1
+        and list(sizes) == sorted(sizes, reverse=True)
+    )
     assert p.pairs() == mask.sum() and mask[:shared].all() and mask[:, :shared].all()
     start = 0
     for size in sizes:
@@ -150,11 +210,22 @@ def test_tiles_shared(rest, shared, offset, data):
         start += size
 
 
-@pytest.mark.parametrize("bad", [lambda: NeighborhoodPattern((4, 4), 5), lambda: NeighborhoodPattern((8, 8), 3, 3), lambda: NeighborhoodPattern((8, 8), (3, 3, 3)),
-                                 lambda: WindowPattern((4, 4), 0), lambda: WindowPattern((4, 4), 2, 2), lambda: SlidePattern(0, 3), lambda: TilesSharedPattern(4, 5),
-                                 lambda: TilesSharedPattern(4, 1, 0, 4)])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        lambda: NeighborhoodPattern((4, 4), 5),
+        lambda: NeighborhoodPattern((8, 8), 3, 3),
+        lambda: NeighborhoodPattern((8, 8), (3, 3, 3)),
+        lambda: WindowPattern((4, 4), 0),
+        lambda: WindowPattern((4, 4), 2, 2),
+        lambda: SlidePattern(0, 3),
+        lambda: TilesSharedPattern(4, 5),
+        lambda: TilesSharedPattern(4, 1, 0, 4),
+    ],
+)
 def test_bad_grid_patterns(bad):
-    with pytest.raises(ValueError, match="="): bad()
+    with pytest.raises(ValueError, match="="):
+        bad()
 
 
 @pytest.mark.parametrize("make", (

@@ -199,7 +199,7 @@ def test_inference_mode():
 @pytest.mark.parametrize("arguments, message", [
     (dict(layout="ring"), "known layouts are 'contiguous', 'zigzag'"),
     (dict(scale=-1.0), "scale=-1.0: must be positive"),
-    (dict(scale="1"), "scale='1': must be positive"),
+    (dict(scale="1"), "scale='1': expected a number"),
     (dict(scale=float("nan")), "scale=nan"),
     (dict(group=3), "expected a process group"),
     (dict(order=torch.zeros(6).long()), "order is no permutation"),

@@ -43,7 +43,7 @@ MISMATCHES = dict(
     everywhere="dilation_rate=5: must not exceed segment_size=4",
     uneven_zigzag="layout='zigzag' needs 9, 8, 8",
     unshard="dim is 1 on ranks 0, 2, 2 on rank 1",
-    no_number="scale='0.5': must be positive and finite, or None for 1 / sqrt(D) (on rank 1)",
+    no_number="scale='0.5': expected a number (on rank 1)",
     no_whole_number="segment_size=2.5: expected a whole number (on rank 1)",
     no_switch="causal='False': expected True or False (on rank 1)",
     no_backend="backend='bogus': known backends are",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hilbert_attn import DilatedAttention, HilbertAttentionCore, backends
-from hilbert_attn.backends import _choose, _process_default, explain_backend, set_backend
+from hilbert_attn.backends import _process_default, choose_backend, explain_backend, set_backend
 from hilbert_attn.block_layers import BlockSparseAttention, RingBlockSparseAttention
 from hilbert_attn.ring_layers import RingDilatedAttention
 
@@ -21,11 +21,11 @@ def replace_choice(monkeypatch, noted):
     "In every module that has taken the function by name."
     ours = [module for name, module in sys.modules.items() if name.startswith("hilbert_attn.")]
     for module in ours:
-        for name in ("_choose", "choose_backend"):
+        for name in ("choose_backend",):
             if name in vars(module): monkeypatch.setattr(module, name, noted)
 
 
-def chosen(**options) -> str: return _choose("auto", CPU, **options)[0]
+def chosen(**options) -> str: return choose_backend("auto", CPU, **options)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +167,7 @@ CHECKPOINTED = {
 @pytest.mark.parametrize("block_in_backward", (False, True))
 def test_recomputation_runs_what_the_forward_ran(name, block_in_backward, monkeypatch):
     "Whatever is forced when the backward comes."
-    used, choose = [], backends._choose
+    used, choose = [], backends.choose_backend
 
     def noted(backend, *a, **options):
         found = choose(backend, *a, **options)

@@ -90,6 +90,8 @@ def test_heavy_functions():
     ("@triton.jit\ndef f(): pass\n", 39, True),
     ("#| export\n", 49, False),
     ("#| export\n", 50, True),
+    ("#| exports\n", 49, False),
+    ("#| exporti\n", 49, False),
     ("#| export\nclass A: pass\n", 78, False),
     ("#| export\nclass A: pass\n", 79, True),
 ])

@@ -1,8 +1,10 @@
-"""The Triton kernels, in Triton's interpreter where there is no GPU: against the oracle, forward and backward, in everything that they claim."""
+"""The Triton kernels, in Triton's interpreter where there is no GPU: against the oracle, forward
+and backward, in everything that they claim."""
 import math
 import os
 import subprocess
 import sys
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -10,69 +12,53 @@ import torch
 from cases import cases
 from hypothesis import given
 from hypothesis import strategies as st
+from kernel_cases import (  # noqa: F401  the fixtures apply here too
+    DEVICE,
+    RUNS,
+    dirty,
+    dropped_attention,
+    far_and_near,
+    heads,
+    learning,
+    permutation,
+    poison,
+    poisoned,
+    quick_interpreter,
+    randn,
+    same,
+    some,
+)
 from sampling import examples
 
 pytest.importorskip("triton")
-from hilbert_attn.autograd import HilbertAttentionFunction, HybridAttentionFunction, triton_attention, triton_backward, triton_forward
+from hilbert_attn.autograd import (
+    HilbertAttentionFunction,
+    HybridAttentionFunction,
+    triton_attention,
+    triton_backward,
+    triton_forward,
+)
 from hilbert_attn.curves import curve_order
-from hilbert_attn.kernels import forward
+from hilbert_attn.kernels import forward, launch, steps, tuning
 from hilbert_attn.kernels.backward import attention_backward
-from hilbert_attn.kernels.forward import Tile, TileCache, Workload, attention_forward, default_tile, fit_tile, hilbert_attention_kernel, split_head_dim, standard_attention_kernel
+from hilbert_attn.kernels.forward import (
+    attention_forward,
+    fit_tile,
+    hilbert_attention_kernel,
+    standard_attention_kernel,
+)
+from hilbert_attn.kernels.tuning import Tile, TileCache, Workload, default_tile, split_head_dim
 from hilbert_attn.patterns import DILATION_MODES, SegmentPattern, attention_mask
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = pytest.mark.skipif(DEVICE == "cpu" and not forward.interpreted, reason="needs an NVIDIA GPU, or TRITON_INTERPRET=1 before Python starts")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_interpreter():
-    """Takes two thirds off the interpreter's time. It patches triton.language anew whenever a kernel calls a helper; once per kernel is enough, and once for Triton's own library.
-    And a kernel runs below a frame with 40,000 variables, because CPython otherwise maps and unmaps memory at each call whose frame happens to cross a 16 KB boundary of its stack."""
-    if not forward.interpreted: yield; return
-    from triton.runtime import interpreter
-    original, patched = interpreter.InterpretedFunction.__call__, set()
-
-    def call(self, *args, **kwargs):
-        module = self.fn.__module__
-        if not module.startswith("hilbert_attn") and module not in patched:
-            interpreter._patch_lang(self.fn)
-            patched.add(module)
-        return self.rewrite()(*args, **kwargs)
-
-    names = {}
-    exec(f"def roomy(run):\n    if run is None: {' = '.join(f'x{i}' for i in range(40_000))} = 0\n    return run()", names)
-    launch = interpreter.GridExecutor.__call__
-    interpreter.InterpretedFunction.__call__ = call
-    interpreter.GridExecutor.__call__ = lambda self, *args, **kwargs: names["roomy"](lambda: launch(self, *args, **kwargs))
-    yield
-    interpreter.InterpretedFunction.__call__, interpreter.GridExecutor.__call__ = original, launch
-
-
-def poison(run):
-    "Runs with memory in which nobody wrote filled with NaN."
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory and torch.empty(3).isnan().all()
-        return run()
-    finally: torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture
-def poisoned():
-    "The same for a whole test."
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def randn(*shape, dtype=torch.float32, seed=0): return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+pytestmark = RUNS
 
 
 def on_device(q, k, v, pattern, *, order, causal, key_mask, scale):
     "`triton_attention`, wherever the tensors come from."
-    move = lambda x: None if x is None else x.to(DEVICE)
-    out, lse = triton_attention(*map(move, (q, k, v)), pattern, order=move(order), causal=causal, key_mask=move(key_mask), scale=scale)
+    def move(x): return None if x is None else x.to(DEVICE)
+    options = dict(order=move(order), causal=causal, key_mask=move(key_mask), scale=scale)
+    out, lse = triton_attention(*map(move, (q, k, v)), pattern, **options)
     return out.to(q.device), lse.to(q.device)
 
 
@@ -80,16 +66,31 @@ class Kernels(torch.autograd.Function):
     "The kernels with given tiles, below the operators."
     @staticmethod
     def forward(ctx, q, k, v, pattern, options, tile):
-        ctx.rest = (pattern.segment_size, pattern.dilation_rate, pattern.mode, pattern.offsets), options, tile
-        out, lse = attention_forward(q, k, v, *ctx.rest[0], **options, tile=tile)
+        fields = pattern.segment_size, pattern.dilation_rate, pattern.mode, pattern.offsets
+        ctx.rest = fields, options, tile
+        out, lse = attention_forward(q, k, v, *fields, **options, tile=tile)
         ctx.save_for_backward(q, k, v, out, lse)
         return out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
         fields, options, tile = ctx.rest
-        tiles = tile and {"dq": Tile(tile.block_m, tile.block_n, tma=tile.tma), "dkv": Tile(tile.block_n, tile.block_m, tma=tile.tma)}
-        return *attention_backward(*ctx.saved_tensors, dout, dlse, *fields, **options, tiles=tiles), None, None, None
+        tiles = None
+        if tile:
+            m, n, tma = tile.block_m, tile.block_n, tile.tma
+            tiles = {"dq": Tile(m, n, tma=tma), "dkv": Tile(n, m, tma=tma)}
+        saved = ctx.saved_tensors
+        gradients = attention_backward(*saved, dout, dlse, *fields, **options, tiles=tiles)
+        return *gradients, None, None, None
+
+
+def check(pattern, x, tile=None, **options):
+    "The kernels against the oracle."
+    def run(*x): return Kernels.apply(*x, pattern, options, tile)
+    assert_matches_oracle(run, *x, attention_mask(pattern, **options, device=DEVICE))
+
+
+def offsets_of(mode): return (0,) if mode == "residue" else (1, 0)
 
 
 @examples(30, 100)
@@ -98,196 +99,271 @@ def test_equals_the_oracle(case): poison(lambda: case.check(on_device))
 
 
 @st.composite
-def tiles(draw):
-    "A small call that several tiles share, and how it is cut."
+def patterns(draw, heads):
     n = draw(st.integers(20, 64))
-    w = draw(st.integers(17, n))
-    r = draw(st.integers(1, 3))
-    heads, kv_heads = draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]))
+    w, r = draw(st.integers(17, n)), draw(st.integers(1, 3))
     mode = draw(st.sampled_from(DILATION_MODES))
-    pattern = SegmentPattern(n, w, r, mode, (0,) if mode == "residue" else draw(st.tuples(*[st.integers(0, r - 1)] * heads)))
-    d, ordered = draw(st.sampled_from([16, 32, 48])), draw(st.booleans())
-    tile = Tile(*draw(st.sampled_from([(16, 16), (32, 16), (16, 32)])), overlap=draw(st.booleans()), tma=draw(st.booleans()))  # tma where descriptors are possible
-    return pattern, tile, (heads, kv_heads, d), ordered, draw(st.booleans()), draw(st.booleans()), draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16])), draw(st.integers(0, 999))
+    offsets = draw(st.tuples(*[st.integers(0, r - 1)] * heads))
+    return SegmentPattern(n, w, r, mode, (0,) if mode == "residue" else offsets)
+
+
+@st.composite
+def tiles(draw):
+    "tma where descriptors are possible."
+    size = draw(st.sampled_from([(16, 16), (32, 16), (16, 32)]))
+    return Tile(*size, overlap=draw(st.booleans()), tma=draw(st.booleans()))
 
 
 @examples(20, 60)
-@given(tiles())
-def test_every_tile_equals_the_oracle(case):
-    pattern, tile, (heads, kv_heads, d), ordered, causal, masked, dtype, seed = case
-    generator, n = torch.Generator().manual_seed(seed), pattern.seq_len
-    q, k, v = (randn(1, h, n, d, dtype=dtype, seed=seed + i) for i, h in enumerate((heads, kv_heads, kv_heads)))
-    options = dict(order=torch.randperm(n, generator=generator).to(DEVICE) if ordered else None, causal=causal,
-                   key_mask=(torch.rand(1, n, generator=generator) < 0.7).to(DEVICE) if masked else None)
-    poison(lambda: assert_matches_oracle(lambda *x: Kernels.apply(*x, pattern, options, tile), q, k, v, attention_mask(pattern, **options, device=DEVICE)))
+@given(st.data())
+def test_every_tile_equals_the_oracle(data):
+    "A small call that several tiles share."
+    h, kv = data.draw(st.sampled_from([(1, 1), (2, 1), (2, 2)]), "heads")
+    pattern, tile = data.draw(patterns(h)), data.draw(tiles())
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16]))
+    d, seed = data.draw(st.sampled_from([16, 32, 48])), data.draw(st.integers(0, 999))
+    ordered, causal, masked = data.draw(st.tuples(*[st.booleans()] * 3), "order, causal, mask")
+    n = pattern.seq_len
+    x = [randn(1, count, n, d, dtype=dtype, seed=seed + i) for i, count in enumerate((h, kv, kv))]
+    options = dict(order=permutation(n, seed) if ordered else None, causal=causal,
+                   key_mask=some(1, n, share=0.7, seed=seed) if masked else None)
+    poison(lambda: check(pattern, x, tile, **options))
 
 
-@pytest.mark.parametrize("n, w, r, mode", [(1, 1, 1, "residue"), (63, 63, 2, "residue"), (65, 30, 7, "keys"), (65, 64, 3, "longnet"), (1000, 700, 7, "residue"), (1000, 1000, 3, "keys"), (1000, 333, 2, "longnet")])
-def test_odd_sizes(poisoned, n, w, r, mode):
-    pattern = SegmentPattern.for_heads(n, 2, w, r, mode)
-    q, k, v = (randn(1, h, n, 16, seed=h) for h in (2, 1, 1))
-    options = dict(order=torch.randperm(n, generator=torch.Generator().manual_seed(n)).to(DEVICE))
+ODD = [(1, 1, 1, "residue"), (63, 63, 2, "residue"), (65, 30, 7, "keys"), (65, 64, 3, "longnet"),
+       (1000, 700, 7, "residue"), (1000, 1000, 3, "keys"), (1000, 333, 2, "longnet")]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("n, w, r, mode", ODD)
+def test_odd_sizes(n, w, r, mode):
     tile = Tile(128, 64) if n == 1000 else None
-    assert_matches_oracle(lambda *x: Kernels.apply(*x, pattern, options, tile), q, k, v, attention_mask(pattern, **options, device=DEVICE))
+    pattern = SegmentPattern.for_heads(n, 2, w, r, mode)
+    check(pattern, heads([(2, n), (1, n), (1, n)]), tile, order=permutation(n, n))
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("causal", [False, True])
-def test_odd_sizes_without_an_order(poisoned, causal):
-    pattern = SegmentPattern(1000, 700, 3)
-    q, k, v = (randn(1, 1, 1000, 16, seed=h) for h in range(3))
-    assert_matches_oracle(lambda *x: Kernels.apply(*x, pattern, dict(causal=causal), Tile(128, 64, overlap=True)), q, k, v, attention_mask(pattern, causal=causal, device=DEVICE))
+def test_odd_sizes_without_an_order(causal):
+    tile = Tile(128, 64, overlap=True)
+    check(SegmentPattern(1000, 700, 3), heads([(1, 1000)] * 3), tile, causal=causal)
 
 
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [16, 17, 48, 72, 80, 96, 100, 128, 160, 192, 256])
-def test_head_dims(poisoned, d, dtype):
-    pattern = SegmentPattern(40, 36, 2)
-    q, k, v = (randn(1, h, 40, d, dtype=dtype, seed=h) for h in (2, 1, 1))
-    options = dict(order=torch.randperm(40, generator=torch.Generator().manual_seed(d)).to(DEVICE))
+def test_head_dims(d, dtype):
+    x = heads([(2, 40), (1, 40), (1, 40)], d, dtype=dtype)
     for tile in (None, Tile(16, 16)):
-        assert_matches_oracle(lambda *x: Kernels.apply(*x, pattern, options, tile), q, k, v, attention_mask(pattern, **options, device=DEVICE))
+        check(SegmentPattern(40, 36, 2), x, tile, order=permutation(40, d))
 
 
 def test_columns_are_split_into_powers_of_two():
-    assert {d: split_head_dim(d) for d in (16, 20, 48, 64, 80, 96, 112, 160, 192, 256)} == {
-        16: (16, 0), 20: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32), 112: (128, 0), 160: (128, 32), 192: (128, 64), 256: (256, 0)}
+    expected = {16: (16, 0), 20: (32, 0), 48: (32, 16), 64: (64, 0), 80: (64, 16), 96: (64, 32),
+                112: (128, 0), 160: (128, 32), 192: (128, 64), 256: (256, 0)}
+    assert {d: split_head_dim(d) for d in expected} == expected
     for d in range(16, 257):
         a, b = split_head_dim(d)
-        assert a + b >= d and math.log2(a).is_integer() and (b == 0 or math.log2(b).is_integer())
+        assert a + b >= d and math.log2(a).is_integer()
+        assert b == 0 or math.log2(b).is_integer()
 
 
 @pytest.mark.parametrize("mode", DILATION_MODES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(mode, causal):
-    pattern = SegmentPattern(9, 7, 2, mode, (0,) if mode == "residue" else (1, 0))
-    q, k, v = (randn(1, h, 9, 2, dtype=torch.float64, seed=h).requires_grad_() for h in (2, 1, 1))
-    order, key_mask = torch.randperm(9, generator=torch.Generator().manual_seed(0)).to(DEVICE), torch.tensor([[True] * 6 + [False] + [True] * 2], device=DEVICE)
+    pattern = SegmentPattern(9, 7, 2, mode, offsets_of(mode))
+    x = [t.requires_grad_() for t in heads([(2, 9), (1, 9), (1, 9)], 2, dtype=torch.float64)]
+    key_mask = torch.tensor([[True] * 6 + [False] + [True] * 2], device=DEVICE)
+    options = dict(order=permutation(9), causal=causal, key_mask=key_mask)
 
     def attend(q, k, v):
-        out, lse = triton_attention(q, k, v, pattern, order=order, causal=causal, key_mask=key_mask)
-        return out, lse.masked_fill(lse == -torch.inf, 0)  # numerical differences of infinities are NaN
+        out, lse = triton_attention(q, k, v, pattern, **options)
+        return out, lse.masked_fill(lse == -torch.inf, 0)  # differences of infinities are NaN
 
-    assert torch.autograd.gradcheck(attend, (q, k, v), fast_mode=mode != "residue" or causal)
+    assert torch.autograd.gradcheck(attend, x, fast_mode=mode != "residue" or causal)
 
 
-def test_scales_of_any_sign():
-    q, k, v = (randn(1, 1, 20, 16, seed=i) for i in range(3))
+@pytest.mark.parametrize("scale", [-0.5, 0.0, 2.0])
+def test_scales_of_any_sign(scale):
     pattern = SegmentPattern(20, 20)
-    for scale in (-0.5, 0.0, 2.0): assert_matches_oracle(lambda *x: triton_attention(*x, pattern, scale=scale), q, k, v, attention_mask(pattern, device=DEVICE), scale=scale)
+    def run(*x): return triton_attention(*x, pattern, scale=scale)
+    mask = attention_mask(pattern, device=DEVICE)
+    assert_matches_oracle(run, *heads([(1, 20)] * 3), mask, scale=scale)
 
 
 @pytest.mark.parametrize("mode", DILATION_MODES)
 def test_what_lies_in_masked_tokens_does_not_matter(mode):
-    pattern = SegmentPattern.for_heads(40, 2, 40, 2, mode)
-    q, k, v = (randn(1, 2, 40, 16, seed=i) for i in range(3))
-    key_mask = torch.rand(1, 40, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.6
-    dirty = [x.masked_fill(~key_mask[:, None, :, None], bad) for x, bad in ((k, torch.nan), (v, torch.inf))]
+    pattern, key_mask = SegmentPattern.for_heads(40, 2, 40, 2, mode), some(1, 40, share=0.6)
+    q, k, v = heads([(2, 40)] * 3)
     runs = []
-    for kv in ((k, v), dirty):
+    for kv in ((k, v), (dirty(k, key_mask, torch.nan), dirty(v, key_mask, torch.inf))):
         x = [q.clone().requires_grad_(), *(t.clone().requires_grad_() for t in kv)]
         out, lse = triton_attention(*x, pattern, key_mask=key_mask)
         runs.append([out, lse, *torch.autograd.grad(out, x, q)])
-    assert all(torch.equal(a, b) for a, b in zip(*runs)) and runs[1][0].isfinite().all()
+    assert same(*runs) and runs[1][0].isfinite().all()
 
 
-def test_a_key_mask_with_any_strides(poisoned):
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 2, 40, 16, generator=generator).to(DEVICE) for _ in range(3))
-    key_mask = (torch.rand(40, 2, generator=generator) < 0.5).to(DEVICE).T
-    pattern = SegmentPattern(40, 20, 2)
-    assert_matches_oracle(lambda q, k, v: triton_attention(q, k, v, pattern, key_mask=key_mask), q, k, v, attention_mask(pattern, key_mask=key_mask, device=q.device))
+@pytest.mark.usefixtures("poisoned")
+def test_a_key_mask_with_any_strides():
+    pattern, key_mask = SegmentPattern(40, 20, 2), some(40, 2, share=0.5).T
+    def run(*x): return triton_attention(*x, pattern, key_mask=key_mask)
+    mask = attention_mask(pattern, key_mask=key_mask, device=DEVICE)
+    assert_matches_oracle(run, *heads([(2, 40)] * 3, batch=2), mask)
 
 
-def test_rows_without_keys_are_zero_and_pass_no_gradient(poisoned):
-    pattern = SegmentPattern(9, 4, 3, "keys", (2,))  # the last segment has one position: no key of residue 2
-    q, k, v = (randn(1, 1, 9, 16, seed=i).requires_grad_() for i in range(3))
-    out, lse = triton_attention(q, k, v, pattern)
-    assert (out[:, :, 8] == 0).all() and (lse[:, :, 8] == -torch.inf).all() and out.isfinite().all()
-    grads = torch.autograd.grad((out, lse), (q, k, v), (torch.ones_like(out), torch.full_like(lse, torch.nan).where(lse == -torch.inf, 1.0)))
+@pytest.mark.usefixtures("poisoned")
+def test_rows_without_keys_are_zero_and_pass_no_gradient():
+    pattern = SegmentPattern(9, 4, 3, "keys", (2,))  # the last segment has no key of residue 2
+    x = [t.requires_grad_() for t in heads([(1, 9)] * 3)]
+    out, lse = triton_attention(*x, pattern)
+    assert (out[:, :, 8] == 0).all() and (lse[:, :, 8] == -torch.inf).all()
+    assert out.isfinite().all()
+    dlse = torch.full_like(lse, torch.nan).where(lse == -torch.inf, 1.0)
+    grads = torch.autograd.grad((out, lse), x, (torch.ones_like(out), dlse))
     assert all(g.isfinite().all() for g in grads) and (grads[0][:, :, 8] == 0).all()
 
 
 def test_offsets_beyond_int32(monkeypatch):
-    "Three tokens, each 2^30 elements after the one before, in memory that is never touched."
-    if forward.interpreted:  # it would copy the storage onto itself
-        from triton.runtime.interpreter import GridExecutor
-        monkeypatch.setattr(GridExecutor, "_restore_args_dev", lambda *args: None)
-    step = 2 ** 30
-    storage = torch.empty(2 * step + 256, dtype=torch.float16, device=DEVICE)
-    q, k, v, do = (storage.as_strided((1, 1, 3, 32), (step, step, step, 1), 32 * i) for i in range(4))
-    small = [randn(1, 1, 3, 32, dtype=torch.float16, seed=i) for i in range(4)]
-    for x, y in zip((q, k, v, do), small): x.copy_(y)
+    tiles = dict(dq=Tile(16, 16), dkv=Tile(16, 16))
     for order in (None, torch.tensor([2, 0, 1], device=DEVICE)):
-        far, near = ([*attention_forward(*x[:3], 3, order=order)] for x in ((q, k, v), small))
-        far += attention_backward(q, k, v, *far, do, None, 3, order=order)
-        near += attention_backward(*small[:3], *near, small[3], None, 3, order=order)
-        assert all(torch.equal(a, b) for a, b in zip(far, near))
-        for tiles in (dict(dq=Tile(16, 16), dkv=Tile(16, 16)),):
-            assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(attention_backward(q, k, v, *near[:2], do, None, 3, mode="keys", order=order, tiles=tiles), near[2:]))
+        runs, others = [], []
+        for q, k, v, do in far_and_near(monkeypatch):
+            saved = attention_forward(q, k, v, 3, order=order)
+            run = [q, k, v, *saved, do, None, 3]
+            runs.append([*saved, *attention_backward(*run, order=order)])
+            others.append(attention_backward(*run, mode="keys", order=order, tiles=tiles))
+        assert same(*runs)
+        for other in others:  # by the two kernels of large groups
+            for a, b in zip(other, runs[0][2:]): torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("mode", DILATION_MODES)
 def test_bit_identical_repeats(mode):
     pattern = SegmentPattern.for_heads(70, 4, 50, 2, mode)
-    x = [randn(2, h, 70, 16, dtype=torch.bfloat16, seed=h).requires_grad_() for h in (4, 2, 2)]
+    order = curve_order((7, 10), device=DEVICE)
+    x = heads([(4, 70), (2, 70), (2, 70)], batch=2, dtype=torch.bfloat16)
+    x = [t.requires_grad_() for t in x]
     runs = []
     for _ in range(2):
-        out, lse = triton_attention(*x, pattern, order=curve_order((7, 10), device=DEVICE))
-        runs.append([out, lse, *torch.autograd.grad((out, lse), x, (out, lse.nan_to_num(neginf=0)))])
-    assert all(torch.equal(a, b) for a, b in zip(*runs))
+        out, lse = triton_attention(*x, pattern, order=order)
+        upstream = out, lse.nan_to_num(neginf=0)
+        runs.append([out, lse, *torch.autograd.grad((out, lse), x, upstream)])
+    assert same(*runs)
 
 
 def test_layouts_are_kept():
-    q, k, v = (randn(2, 30, 3, 16, seed=i).transpose(1, 2).requires_grad_() for i in range(3))
-    out, _ = triton_attention(q, k, v, SegmentPattern(30, 10))
-    assert out.stride() == q.stride()
-    assert all(g.stride() == q.stride() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+    x = [randn(2, 30, 3, 16, seed=i).transpose(1, 2).requires_grad_() for i in range(3)]
+    out, _ = triton_attention(*x, SegmentPattern(30, 10))
+    for t in (out, *torch.autograd.grad(out.sum(), x)): assert t.stride() == x[0].stride()
 
 
 def test_historic_names():
-    q, k, v = (randn(1, 2, 24, 16, seed=i) for i in range(3))
-    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    for ours, theirs in ((hilbert_attention_kernel(q, k, v, order, 12, 2), triton_attention(q, k, v, SegmentPattern(24, 12, 2), order=order)),
-                         (standard_attention_kernel(q, k, v), triton_attention(q, k, v, SegmentPattern(24, 24)))):
-        assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    x, order = heads([(2, 24)] * 3), permutation(24)
+    ours = hilbert_attention_kernel(*x, order, 12, 2)
+    assert same(ours, triton_attention(*x, SegmentPattern(24, 12, 2), order=order))
+    assert same(standard_attention_kernel(*x), triton_attention(*x, SegmentPattern(24, 24)))
 
 
-# operators
+@pytest.fixture
+def products(monkeypatch):
+    "How often two tiles were multiplied for scores, or for their gradient."
+    if not steps.interpreted: pytest.skip("counts in Triton's interpreter")
+    counted, scores = [], steps.scores
+
+    def count(*arguments):
+        counted.append(1)
+        return scores(*arguments)
+
+    monkeypatch.setattr(steps, "scores", count)
+    return counted
+
+
+@pytest.mark.parametrize("mode, r", [("residue", 1), ("residue", 2), ("longnet", 2), ("keys", 1)])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_causal_visits_half_of_the_tiles(products, mode, r, ordered):
+    "With an order too, where queries and keys are the same rows."
+    n, tile = 64 * r, Tile(16, 16)
+    pattern, options = SegmentPattern(n, n, r, mode), dict(causal=True)
+    if ordered: options["order"] = permutation(n)
+    x = learning(heads([(1, n)] * 3))
+    out, _ = Kernels.apply(*x, pattern, options, tile)
+    groups = 1 if mode == "longnet" else r  # the others attend nothing
+    all_masked = ordered and mode == "keys"
+    tiles = groups * (16 if all_masked else 1 + 2 + 3 + 4)
+    assert len(products) == tiles
+    out.sum().backward()
+    assert len(products) == tiles + 2 * tiles + 2 * tiles  # s and dp, twice
+
+
+def test_sorted_groups_are_the_same_groups():
+    for n, w, r in ((64, 64, 1), (61, 20, 3), (50, 50, 7)):
+        order, groups = permutation(n), SegmentPattern(n, w, r)
+        sorted_order = forward.ascending(order, w, r)
+        assert forward.ascending(order, w, r) is sorted_order
+        for index in (range(s + c, min(s + w, n), r) for s in range(0, n, w) for c in range(r)):
+            assert sorted_order[[*index]].tolist() == sorted(order[[*index]].tolist())
+        masks = [groups.mask(o.cpu()) for o in (order, sorted_order)]
+        assert torch.equal(*masks)
+
+
+def test_a_captured_graph_keeps_no_sorted_order(monkeypatch):
+    known, fresh = permutation(40), permutation(40, 1)
+    before = forward.ascending(known, 20, 2)
+    monkeypatch.setattr(forward, "capturing", lambda device: True)
+    assert forward.ascending(known, 20, 2) is before
+    assert forward.ascending(fresh, 20, 2) is not forward.ascending(fresh, 20, 2)
+
+
+# ---- operators
+
+SETTINGS = dict(order=permutation(20), key_mask=None, seed=None, segment_size=10, dilation_rate=2,
+                mode="longnet", offsets=[0, 1], causal=True, scale=0.25, dropout_p=0.0)
+PLAIN = dict(order=None, causal=False, mode="residue", offsets=[0])
+CHANGES = dict(order={}, plain=PLAIN,
+               dropout=dict(seed=torch.tensor([3], device=DEVICE), dropout_p=0.5),
+               mask=dict(key_mask=torch.ones(1, 20, dtype=torch.bool, device=DEVICE)))
+
 
 def operator_arguments(requires_grad=True, **changes):
-    x = [randn(1, h, 20, 16, dtype=torch.float64, seed=h).requires_grad_(requires_grad) for h in (2, 1, 1)]
-    settings = dict(order=torch.randperm(20, generator=torch.Generator().manual_seed(0)).to(DEVICE), key_mask=None, seed=None, segment_size=10, dilation_rate=2, mode="longnet", offsets=[0, 1], causal=True, scale=0.25, dropout_p=0.0)
-    return (*x, *(settings | changes).values())
+    x = heads([(2, 20), (1, 20), (1, 20)], dtype=torch.float64)
+    return *(t.requires_grad_(requires_grad) for t in x), *(SETTINGS | changes).values()
 
 
-@pytest.mark.parametrize("changes", [{}, dict(order=None, causal=False, mode="residue", offsets=[0]), dict(seed=torch.tensor([3], device=DEVICE), dropout_p=0.5), dict(key_mask=torch.ones(1, 20, dtype=torch.bool, device=DEVICE))], ids=["order", "plain", "dropout", "mask"])
-def test_opcheck_forward(changes): torch.library.opcheck(triton_forward, operator_arguments(**changes))
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES)
+def test_opcheck_forward(changes):
+    torch.library.opcheck(triton_forward, operator_arguments(**changes))
 
 
-def test_opcheck_backward():
-    q, k, v, *settings = operator_arguments(False)
-    out, lse = triton_forward(q, k, v, *settings)
-    for dlse in (None, randn(1, 2, 20, dtype=torch.float64)):
-        torch.library.opcheck(triton_backward, (q, k, v, out, lse, randn(1, 2, 20, 16, dtype=torch.float64), dlse, *settings))
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_opcheck_backward(with_lse):
+    q, k, v, *rest = operator_arguments(False)
+    out, lse = triton_forward(q, k, v, *rest)
+    dout = randn(1, 2, 20, 16, dtype=torch.float64)
+    dlse = randn(1, 2, 20, dtype=torch.float64) if with_lse else None
+    torch.library.opcheck(triton_backward, (q, k, v, out, lse, dout, dlse, *rest))
 
 
 def test_the_function_and_the_operator_are_one():
     arguments = operator_arguments()
-    ours, theirs = (torch.autograd.grad(f(*arguments)[0].square().sum(), arguments[:3]) for f in (HilbertAttentionFunction.apply, triton_forward))
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs))
+    results = []
+    for function in (HilbertAttentionFunction.apply, triton_forward):
+        out = function(*arguments)[0]
+        results.append(torch.autograd.grad(out.square().sum(), arguments[:3]))
+    assert same(*results)
 
 
 def test_only_the_lse():
-    q, k, v, *settings = operator_arguments(order=None, causal=False, mode="residue", offsets=[0])
-    _, lse = triton_forward(q, k, v, *settings)
+    q, k, v, *rest = operator_arguments(**PLAIN)
     mask = SegmentPattern(20, 10, 2).mask().to(DEVICE)
-    expected = torch.autograd.grad(masked_attention(q, k, v, mask, 0.25)[1].sum(), (q, k))
-    torch.testing.assert_close(torch.autograd.grad(lse.sum(), (q, k)), expected)
+    ours, theirs = triton_forward(q, k, v, *rest)[1], masked_attention(q, k, v, mask, 0.25)[1]
+    grads = [torch.autograd.grad(lse.sum(), (q, k)) for lse in (ours, theirs)]
+    torch.testing.assert_close(*grads)
 
 
 class Attend(torch.nn.Module):
     def forward(self, q, k, v, order=None):
-        out, lse = triton_attention(q, k, v, SegmentPattern(q.shape[2], 8, 2), order=order, causal=True)
+        pattern = SegmentPattern(q.shape[2], 8, 2)
+        out, lse = triton_attention(q, k, v, pattern, order=order, causal=True)
         return out * 2 + lse[..., None].to(out.dtype)
 
 
@@ -297,127 +373,158 @@ def test_compiles_to_one_graph(backend, dynamic):
     torch._dynamo.reset()
     compiled = torch.compile(Attend(), fullgraph=True, dynamic=dynamic, backend=backend)
     for n in (16, 27) if dynamic else (16,):
-        x = [randn(1, h, n, 16, seed=h).requires_grad_() for h in (2, 1, 1)]
-        for order in (None, torch.randperm(n, generator=torch.Generator().manual_seed(0)).to(DEVICE)):
-            ours, theirs = ((out := f(*x, order), *torch.autograd.grad(out.square().sum(), x)) for f in (compiled, Attend()))
-            torch.testing.assert_close(ours, theirs)
+        x = [t.requires_grad_() for t in heads([(2, n), (1, n), (1, n)])]
+        for order in (None, permutation(n)):
+            results = []
+            for f in (compiled, Attend()):
+                out = f(*x, order)
+                results.append([out, *torch.autograd.grad(out.square().sum(), x)])
+            torch.testing.assert_close(*results)
 
 
 def test_a_dense_segment_follows_a_symbolic_length():
+    def dense(q): return triton_attention(q, q, q, SegmentPattern.for_heads(q.shape[2], 1))[0]
     torch._dynamo.reset()
-    dense = lambda q: triton_attention(q, q, q, SegmentPattern.for_heads(q.shape[2], 1))[0]
     compiled = torch.compile(dense, fullgraph=True, dynamic=True, backend="aot_eager")
-    for n in (20, 33): assert torch.equal(compiled(q := randn(1, 1, n, 16)), dense(q))
+    for n in (20, 33):
+        q = randn(1, 1, n, 16)
+        assert torch.equal(compiled(q), dense(q))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_exports(dynamic):
-    x = [randn(1, h, 24, 16, seed=h) for h in (2, 1, 1)]
-    shapes = {**{name: {2: torch.export.Dim("tokens", min=8, max=1 << 20)} for name in "qkv"}, "order": None} if dynamic else None
+    shapes = None
+    if dynamic:
+        tokens = torch.export.Dim("tokens", min=8, max=1 << 20)
+        shapes = {name: {2: tokens} for name in "qkv"} | {"order": None}
+    x, y = (heads([(2, n), (1, n), (1, n)]) for n in (24, 33 if dynamic else 24))
     program = torch.export.export(Attend(), (*x, None), dynamic_shapes=shapes)
-    y = [randn(1, h, 33 if dynamic else 24, 16, seed=h) for h in (2, 1, 1)]
     torch.testing.assert_close(program.module()(*y, None), Attend()(*y))
 
 
-# dropout
+# ---- dropout
 
-def dropped(p, seed, n=32, order=None, **options):
-    "The mask of kept weights, made visible by values that are the unit matrix."
-    q, k = (randn(1, 2, n, n, dtype=torch.float64, seed=i) for i in range(2))
-    eye = torch.eye(n, dtype=torch.float64, device=DEVICE).expand(1, 2, n, n)
-    return attention_forward(q, k, eye, n, order=order, dropout_p=p, seed=torch.tensor([seed], device=DEVICE), **options)[0] != 0
+def unit_values(n):
+    "Values that make the weights visible."
+    return torch.eye(n, dtype=torch.float64, device=DEVICE).expand(1, 2, n, n)
+
+
+def kept_weights(p, seed, n=32, **options):
+    q, k = heads([(2, n)] * 2, n, dtype=torch.float64)
+    options |= dict(dropout_p=p, seed=torch.tensor([seed], device=DEVICE))
+    return attention_forward(q, k, unit_values(n), n, **options)[0] != 0
 
 
 def test_dropout_depends_on_seed_head_and_tokens_only():
-    kept = dropped(0.4, 1)
-    assert torch.equal(kept, dropped(0.4, 1, tile=Tile(16, 16))) and torch.equal(kept, dropped(0.4, 1, order=torch.randperm(32, generator=torch.Generator().manual_seed(0)).to(DEVICE)))
-    assert not torch.equal(kept, dropped(0.4, 2)) and not torch.equal(kept[:, 0], kept[:, 1])
-    assert torch.equal(dropped(0.4, 1, n=64)[:, 0, :32, :32], kept[:, 0])
-    shares = [dropped(p, 3, n=64).double().mean().item() for p in (0.1, 0.5, 0.9)]
-    assert all(abs(share - (1 - p)) < 4 * math.sqrt(p * (1 - p) / 2 / 64 ** 2) for share, p in zip(shares, (0.1, 0.5, 0.9)))
+    kept = kept_weights(0.4, 1)
+    assert torch.equal(kept, kept_weights(0.4, 1, tile=Tile(16, 16)))
+    assert torch.equal(kept, kept_weights(0.4, 1, order=permutation(32)))
+    assert not torch.equal(kept, kept_weights(0.4, 2))
+    assert not torch.equal(kept[:, 0], kept[:, 1])
+    assert torch.equal(kept_weights(0.4, 1, n=64)[:, 0, :32, :32], kept[:, 0])
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_keeps_its_share(p):
+    share = kept_weights(p, 3, n=64).double().mean().item()
+    assert abs(share - (1 - p)) < 4 * math.sqrt(p * (1 - p) / 2 / 64 ** 2)
 
 
 @pytest.mark.parametrize("tile", [None, Tile(16, 16)])
 @pytest.mark.parametrize("mode", ["residue", "keys"])
 def test_dropout_backward_has_the_same_mask(mode, tile):
     n, p = 32, 0.3
-    q, k, v = (randn(1, 2, n, n, dtype=torch.float64, seed=i).requires_grad_() for i in range(3))
-    options = dict(order=torch.randperm(n, generator=torch.Generator().manual_seed(1)).to(DEVICE), causal=True, dropout_p=p, seed=torch.tensor([5], device=DEVICE))
-    pattern = SegmentPattern(n, n, 2 if mode == "keys" else 1, mode, (1,) if mode == "keys" else (0,))
-    eye = torch.eye(n, dtype=torch.float64, device=DEVICE).expand(1, 2, n, n)
-    kept = Kernels.apply(q.detach(), k.detach(), eye, pattern, options, tile)[0] != 0
-    mask = attention_mask(pattern, order=options["order"], causal=True, device=DEVICE)
-
-    def plain(q, k, v):
-        scores = (q @ k.mT * n ** -0.5).masked_fill(~mask, -torch.inf)
-        lse = scores.masked_fill(~mask.any(-1, keepdim=True), 0).logsumexp(-1)
-        return ((scores - lse[..., None]).exp() * kept / (1 - p)) @ v, lse.masked_fill(~mask.any(-1), 0)
-
-    upstream = randn(1, 2, n, n, dtype=torch.float64, seed=9), randn(1, 2, n, dtype=torch.float64, seed=8)
-    ours = Kernels.apply(q, k, v, pattern, options, tile)
-    theirs = plain(q, k, v)
+    pattern = SegmentPattern(n, n, 2, "keys", (1,)) if mode == "keys" else SegmentPattern(n, n)
+    options = dict(order=permutation(n, 1), causal=True)
+    mask = attention_mask(pattern, **options, device=DEVICE)
+    options |= dict(dropout_p=p, seed=torch.tensor([5], device=DEVICE))
+    q, k, v = heads([(2, n)] * 3, n, dtype=torch.float64)
+    kept = Kernels.apply(q, k, unit_values(n), pattern, options, tile)[0] != 0
+    x = [t.requires_grad_() for t in (q, k, v)]
+    ours = Kernels.apply(*x, pattern, options, tile)
+    theirs = dropped_attention(*x, mask, kept, p)
     torch.testing.assert_close(ours[0], theirs[0])
-    torch.testing.assert_close(torch.autograd.grad(ours, (q, k, v), upstream), torch.autograd.grad(theirs, (q, k, v), (upstream[0], upstream[1] * mask.any(-1))))
+    dout = randn(1, 2, n, n, dtype=torch.float64, seed=9)
+    dlse = randn(1, 2, n, dtype=torch.float64, seed=8) * mask.any(-1)
+    torch.testing.assert_close(*(torch.autograd.grad(f, x, (dout, dlse)) for f in (ours, theirs)))
 
 
 def test_dropout_keeps_the_mean_and_follows_torchs_generator():
-    q, k, v = (randn(1, 1, 16, 16, seed=i) for i in range(3))
-    pattern = SegmentPattern(16, 16)
-    exact, _ = triton_attention(q, k, v, pattern)
-    runs = torch.stack([triton_attention(q, k, v, pattern, dropout_p=0.2)[0] for _ in range(150)])
+    x, pattern = heads([(1, 16)] * 3), SegmentPattern(16, 16)
+    def run(p): return triton_attention(*x, pattern, dropout_p=p)[0]
+    runs, exact = torch.stack([run(0.2) for _ in range(150)]), run(0.0)
     assert (runs.mean(0) - exact).abs().max() < 5 * (runs.std(0) / math.sqrt(150)).max()
-    torch.manual_seed(3); first = triton_attention(q, k, v, pattern, dropout_p=0.2)[0]
-    torch.manual_seed(3); assert torch.equal(first, triton_attention(q, k, v, pattern, dropout_p=0.2)[0])
-    assert (triton_attention(q, k, v, pattern, dropout_p=1.0)[0] == 0).all()
+    torch.manual_seed(3)
+    first = run(0.2)
+    torch.manual_seed(3)
+    assert torch.equal(first, run(0.2)) and (run(1.0) == 0).all()
 
 
-# the hybrid, tiles, and where it can't run
+# ---- the hybrid, tiles, and where it can't run
 
 @pytest.mark.parametrize("ordered", [False, True])
 def test_hybrid(ordered):
     order = curve_order((6, 8), device=DEVICE) if ordered else None
-    q, k, v = (randn(1, 2, 48, 16, seed=i) for i in range(3))
-    pattern = SegmentPattern(48, 24, 3)
-    assert_matches_oracle(lambda *x: HybridAttentionFunction.apply(*x, order, 24, 3, 0.25), q, k, v, attention_mask(pattern, order=order, device=DEVICE), scale=0.25, lse_grad=False)
-    with pytest.raises(ValueError, match="r to divide w"): HybridAttentionFunction.apply(q, k, v, order, 20, 3, 0.25)
+    x = heads([(2, 48)] * 3)
+    def run(*x): return HybridAttentionFunction.apply(*x, order, 24, 3, 0.25)
+    mask = attention_mask(SegmentPattern(48, 24, 3), order=order, device=DEVICE)
+    assert_matches_oracle(run, *x, mask, scale=0.25, lse_grad=False)
+    with pytest.raises(ValueError, match="r to divide w"):
+        HybridAttentionFunction.apply(*x, order, 20, 3, 0.25)
 
 
-def test_tiles_fit_their_groups():
-    for capability in ((0, 0), (8, 0), (9, 0), (10, 0)):
-        for dtype in (torch.bfloat16, torch.float32, torch.float64):
-            for d in (16, 64, 80, 128, 256):
-                for q_rows, k_rows in ((1, 1), (5, 5), (16, 16), (33, 33), (64, 64), (100, 100), (128, 128), (1000, 1000), (64, 16), (4096, 20), (7, 3)):
-                    fit = fit_tile(default_tile("forward", d, dtype, capability), q_rows, k_rows, d, dtype, capability)
-                    m, n = fit.tile.block_m, fit.tile.block_n
-                    assert m >= 16 and n >= 16 and m % fit.pack == 0 and n % fit.pack == 0
-                    if fit.pack > 1: assert fit.single and m // fit.pack >= q_rows
-                    if fit.single: assert n // fit.pack >= k_rows
+ROWS = [(1, 1), (5, 5), (16, 16), (33, 33), (64, 64), (100, 100), (128, 128), (1000, 1000),
+        (64, 16), (4096, 20), (7, 3)]
+
+
+@pytest.mark.parametrize("capability", [(0, 0), (8, 0), (9, 0), (10, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_tiles_fit_their_groups(capability, dtype):
+    for d, (q_rows, k_rows) in product((16, 64, 80, 128, 256), ROWS):
+        wanted = default_tile("forward", d, dtype, capability)
+        fit = fit_tile(wanted, q_rows, k_rows, d, dtype, capability)
+        m, n = fit.tile.block_m, fit.tile.block_n
+        assert m >= 16 and n >= 16 and m % fit.pack == 0 and n % fit.pack == 0
+        if fit.pack > 1: assert fit.single and m // fit.pack >= q_rows
+        if fit.single: assert n // fit.pack >= k_rows
 
 
 def test_tuned_tiles_are_remembered(tmp_path, monkeypatch):
     monkeypatch.setenv("HILBERT_ATTN_CACHE", str(tmp_path / "cache"))
-    one, other = TileCache(), TileCache()
+    one, other = TileCache(), TileCache()  # of two processes that know nothing of each other
     assert one.get("a") is None and other.get("b") is None
-    one.put("a", Tile(64, 32, 4, 2, overlap=True)); other.put("b", Tile(128, 64))  # two processes that know nothing of each other
+    overlapped = Tile(64, 32, 4, 2, overlap=True)
+    one.put("a", overlapped)
+    other.put("b", Tile(128, 64))
     fresh = TileCache()
-    assert fresh.get("a") == Tile(64, 32, 4, 2, overlap=True) and fresh.get("b") == Tile(128, 64)
-    forward.tile_cache_path().write_text("{ not json")
+    assert fresh.get("a") == overlapped and fresh.get("b") == Tile(128, 64)
+    tuning.tile_cache_path().write_text("{ not json")
     assert TileCache().get("a") is None
+
+
+def test_tuned_tiles_stay_in_memory_where_the_disk_refuses(tmp_path, monkeypatch):
     blocked = tmp_path / "file"
     blocked.write_text("")
     monkeypatch.setenv("HILBERT_ATTN_CACHE", str(blocked))
-    (cache := TileCache()).put("a", Tile(16, 16))
-    assert cache.get("a") == Tile(16, 16)  # in memory, where the disk refuses
+    cache = TileCache()
+    cache.put("a", Tile(16, 16))
+    assert cache.get("a") == Tile(16, 16)
 
 
-def run_python(code, **environment):
-    "A fresh process, without the interpreter unless asked for."
+def run_python(code):
+    "A fresh process, without the interpreter."
     inherited = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=inherited | environment, timeout=120)
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                         env=inherited, timeout=120)
     assert ran.returncode == 0, ran.stderr[-2000:]
     return ran.stdout
 
 
+NO_TRITON = """
+import sys
+sys.modules["triton"] = None
+import hilbert_attn.kernels.backward, hilbert_attn.kernels.block_sparse
+"""
 ATTEMPT = """
 import torch
 from hilbert_attn.autograd import triton_attention
@@ -435,92 +542,120 @@ def test_says_why_it_cannot_run():
 
 
 def test_imports_where_triton_is_missing():
-    said = run_python("import torch, sys\nsys.modules['triton'] = None\nimport hilbert_attn, hilbert_attn.kernels.forward, hilbert_attn.kernels.backward\n" + ATTEMPT)
+    said = run_python(NO_TRITON + ATTEMPT)
     assert "package triton" in said and "backend='sdpa'" in said
 
 
 def test_tf32_only_where_torch_was_told_so():
-    assert forward._precision(torch.float32) == "ieee"
+    assert launch._precision(torch.float32) == "ieee"
     torch.backends.cuda.matmul.fp32_precision = "tf32"
-    try: assert forward._precision(torch.float32) == "tf32" and forward._precision(torch.float64) == "ieee"
-    finally: torch.backends.cuda.matmul.fp32_precision = "none"
+    try:
+        assert launch._precision(torch.float32) == "tf32"
+        assert launch._precision(torch.float64) == "ieee"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+USUAL = dict(kernel="dkv", head_dim=128, keys=1000, heads=(8, 2), dtype=torch.bfloat16)
+OTHER_WORK = [{}, dict(kernel="dq"), dict(head_dim=64), dict(keys=100), dict(heads=(8, 8)),
+              dict(dtype=torch.float16), dict(traits=("dropout",)), dict(traits=("mask",)),
+              dict(tma=True)]
 
 
 def test_the_tuner_knows_what_a_tile_may_depend_on(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
-    usual = dict(kernel="dkv", head_dim=128, keys=1000, heads=(8, 2), dtype=torch.bfloat16)
-    changes = [{}, dict(kernel="dq"), dict(head_dim=64), dict(keys=100), dict(heads=(8, 8)), dict(dtype=torch.float16),
-               dict(traits=("dropout",)), dict(traits=("mask",)), dict(tma=True)]
-    keys = {Workload(**usual | change).key(torch.device("cuda")) for change in changes}
-    assert len(keys) == len(changes) and all("NVIDIA X" in key for key in keys)
-    assert Workload(**usual | dict(keys=5000)).key(None) == Workload(**usual | dict(keys=2048)).key(None)
+    def key(**change): return Workload(**USUAL | change).key(torch.device("cuda"))
+    keys = {key(**change) for change in OTHER_WORK}
+    assert len(keys) == len(OTHER_WORK) and all("NVIDIA X" in key for key in keys)
+    assert key(keys=5000) == key(keys=2048)
 
 
 def test_the_tuner_takes_the_fastest_tile(tmp_path, monkeypatch):
     monkeypatch.setenv("HILBERT_ATTN_CACHE", str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA X")
-    monkeypatch.setattr(forward, "interpreted", False)
-    monkeypatch.setattr(forward, "tile_cache", TileCache())
-    monkeypatch.setattr(forward, "_may_time", lambda q: True)
+    fakes = dict(interpreted=False, tile_cache=TileCache(), _may_time=lambda q: True)
+    for name, fake in fakes.items(): monkeypatch.setattr(tuning, name, fake)
     default = default_tile("forward", 64, torch.bfloat16, (9, 0))
     work = Workload("forward", 64, 1024, (8, 8), torch.bfloat16)
     slow, *others = work.candidates(default)
     seconds = {tile: 3.0 - i for i, tile in enumerate([slow, *others[:2]])}
-    monkeypatch.setattr(forward, "_time", lambda launch: seconds.get(launch(), 9.0))
+    monkeypatch.setattr(tuning, "time_launch", lambda run: seconds.get(run(), 9.0))
     q = SimpleNamespace(is_cuda=True, device=torch.device("cuda"), dtype=torch.bfloat16)
-    assert forward.tuned_tile(work, default, q, lambda tile: tile) == others[1]
+    assert tuning.tuned_tile(work, default, q, lambda tile: tile) == others[1]
 
 
 def test_candidates_are_those_that_nothing_spoils():
     default = default_tile("forward", 64, torch.bfloat16, (9, 0))
 
     def candidates(*traits, tma=False, kernel="forward"):
-        return Workload(kernel, 64, 1024, (8, 8), torch.bfloat16, traits, tma).candidates(default)
+        work = Workload(kernel, 64, 1024, (8, 8), torch.bfloat16, traits, tma)
+        return work.candidates(default)
 
-    assert candidates()[0] == default and len(candidates()) == len(set(candidates())) > 2
-    assert not any(tile.tma for tile in candidates()) and any(tile.tma for tile in candidates(tma=True))
+    plain, described = candidates(), candidates(tma=True)
+    assert plain[0] == default and len(plain) == len(set(plain)) > 2
+    assert not any(tile.tma for tile in plain) and any(tile.tma for tile in described)
     assert not any(tile.overlap for tile in candidates("order", tma=True))
-    for trait in ("dropout", "mask", "causal", "blocks"): assert len(candidates(trait, tma=True)) < len(candidates(tma=True))
+    for trait in ("dropout", "mask", "causal", "blocks"):
+        assert len(candidates(trait, tma=True)) < len(described)
     assert candidates("causal", kernel="dkv", tma=True) == [default]
 
 
+class PretendCUDA:
+    "A stand-in whose clock counts replayed launches."
+    def __init__(self): self.launched, self.clock, self.graphs = [], 0.0, []
+
+    def Event(self, enable_timing): return Mark(self)
+    def CUDAGraph(self): return Graph(self)
+    def graph(self, graph, capture_error_mode): return Capture(graph)
+    def Stream(self): return Stream()
+    def stream(self, stream): return stream
+    def current_stream(self): return Stream()
+
+
+class Mark:
+    def __init__(self, cuda): self.cuda = cuda
+    def record(self): self.at = self.cuda.clock
+    def synchronize(self): pass
+    def elapsed_time(self, other): return other.at - self.at
+
+
+class Graph:
+    def __init__(self, cuda): self.cuda = cuda
+    def replay(self): self.cuda.clock += 3.0 * len(self.runs)
+
+
+class Capture:
+    def __init__(self, graph): self.graph = graph
+    def __enter__(self): self.before = len(self.graph.cuda.launched)
+
+    def __exit__(self, *_):
+        self.graph.runs = self.graph.cuda.launched[self.before:]
+        self.graph.cuda.graphs.append(self.graph)
+
+
+class Stream:
+    def wait_stream(self, other): pass
+    def __enter__(self): pass
+    def __exit__(self, *_): pass
+
+
 def test_a_tile_is_timed_as_a_graph_of_ten(monkeypatch):
-    "With a stand-in for CUDA, whose clock counts replayed launches."
-    launched, clock, graphs = [], [0.0], []
-
-    class Event:
-        def __init__(self, enable_timing): pass
-        def record(self): self.at = clock[0]
-        def synchronize(self): pass
-        def elapsed_time(self, other): return other.at - self.at
-
-    class Graph:
-        def replay(self): clock[0] += 3.0 * len(self.runs)
-
-    class Capture:
-        def __init__(self, graph, capture_error_mode): self.graph = graph
-        def __enter__(self): self.before = len(launched)
-        def __exit__(self, *_): self.graph.runs = launched[self.before:]; graphs.append(self.graph)
-
-    class Stream:
-        def wait_stream(self, other): pass
-        def __enter__(self): pass
-        def __exit__(self, *_): pass
-
-    fakes = dict(Event=Event, CUDAGraph=Graph, graph=Capture, Stream=Stream, stream=lambda s: s, current_stream=Stream)
-    for name, fake in fakes.items(): monkeypatch.setattr(torch.cuda, name, fake)
-    assert forward._time(lambda: launched.append(1)) == 3.0
-    assert len(graphs) == 1 and len(graphs[0].runs) == 10 and len(launched) == 11
+    cuda = PretendCUDA()
+    for name in ("Event", "CUDAGraph", "graph", "Stream", "stream", "current_stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(cuda, name))
+    assert tuning.time_launch(lambda: cuda.launched.append(1)) == 3.0
+    assert len(cuda.graphs) == 1 and len(cuda.graphs[0].runs) == 10 and len(cuda.launched) == 11
 
 
 def test_offsets_are_not_copied_from_the_host(monkeypatch):
     monkeypatch.setattr(forward, "_offset_tables", {})
     monkeypatch.setattr(torch, "tensor", None)
-    device = torch.device("cpu")
-    table = forward._offset_table((2, 0, 1), 5, device)
-    assert table.tolist() == [2, 0, 1, 2, 0] and table.dtype == torch.int32
-    assert forward._offset_table((2, 0, 1), 5, device) is table
-    monkeypatch.setattr(forward, "_capturing", lambda device: True)
-    assert forward._offset_table((2, 0, 1), 5, device) is table  # read while a graph is captured
-    captured = forward._offset_table((1,), 2, device)
-    assert forward._offset_table((1,), 2, device) is not captured  # and not kept
+
+    def table(*offsets): return forward._offset_table(offsets, 5, torch.device("cpu"))
+
+    known = table(2, 0, 1)
+    assert known.tolist() == [2, 0, 1, 2, 0] and known.dtype == torch.int32
+    assert table(2, 0, 1) is known
+    monkeypatch.setattr(forward, "capturing", lambda device: True)
+    assert table(2, 0, 1) is known  # read while a graph is captured
+    assert table(1) is not table(1)  # and nothing new is kept

@@ -9,7 +9,6 @@ import torch.nn as nn
 from torch import Tensor
 
 import hilbert_attn as h
-from hilbert_attn.backends import SegmentOptions
 
 Pair = tuple[Tensor, Tensor]
 
@@ -33,8 +32,8 @@ def functions(q: Tensor, k: Tensor, v: Tensor, with_lse: bool) -> Tensor:
         q, k, v, grid=(8, 8), segment_size=16, dilation_rate=2, return_lse=True)
     assert_type(lse, Tensor)
     assert_type(h.hilbert_attention(q, k, v, return_lse=with_lse), Tensor | Pair)
-    options: SegmentOptions = {"segment_size": 16, "causal": True, "scale": 0.5}
-    assert_type(h.hilbert_attention(q, k, v, backend="sdpa", **options), Tensor)
+    near = h.hilbert_attention(q, k, v, segment_size=16, causal=True, scale=0.5, backend="sdpa")
+    assert_type(near, Tensor)
     far, far_lse = h.dilated_attention(
         q, k, v, [16, 64], [1, 2], combine="lse", offsets=[0, 1, 0, 1], return_lse=True)
     assert_type(h.dilated_attention(q, k, v, 64, 2, key_mask=None), Tensor)

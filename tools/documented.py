@@ -23,9 +23,8 @@ class DocTable(showdoc.BasicMarkdownRenderer):
     "Heading, link to the source, signature, docstring, and the docments as a table."
 
     def _repr_markdown_(self):
-        made_from = getattr(
-            self.sym, "_init_fn", None
-        )  # the function behind a torch operator
+        # the function behind a torch operator, or behind a jitted one
+        made_from = getattr(self.sym, "_init_fn", None) or getattr(self.sym, "fn", None)
         if made_from:
             self.sym, self.docs = made_from, made_from.__doc__ or ""
         parts = [

@@ -113,7 +113,7 @@ def is_long(cell: Source) -> bool:
     length = sum(bool(line.strip()) for line in cell.text.splitlines())
     made = [x for x in cell.tree.body if isinstance(x, (ast.FunctionDef, ast.ClassDef))]
     kernel = any(isinstance(x, ast.FunctionDef) and is_kernel(x) for x in made)
-    if not re.search(r"^#\|\s*exports?\b", cell.text, re.M):
+    if not re.search(r"^#\|\s*export[si]?\b", cell.text, re.M):
         return length > (40 if kernel else 25)
     one_large_thing = len(made) == 1 and (kernel or isinstance(made[0], ast.ClassDef))
     return length > (80 if one_large_thing else 50)

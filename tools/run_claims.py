@@ -19,12 +19,9 @@ from hilbert_attn.backends import hilbert_attention
 from hilbert_attn.bench.machine import environment, peak_memory
 from hilbert_attn.bench.measuring import measure
 from hilbert_attn.bench.results import save_run
-from hilbert_attn.block_sparse import (
-    PostPatternHilbertOptimizer,
-    SparsePatternConfig,
-    block_lists,
-    block_sparse_attention,
-)
+from hilbert_attn.block_sparse import block_sparse_attention
+from hilbert_attn.blocks.planner import block_lists
+from hilbert_attn.blocks.schedule import PostPatternHilbertOptimizer, SparsePatternConfig
 from hilbert_attn.curves import curve_order, locality, segment_map
 from hilbert_attn.modules import HilbertAttentionCore
 from hilbert_attn.patterns import NeighborhoodPattern, SegmentPattern, WindowPattern

@@ -193,7 +193,7 @@ def label(
 
     return ", ".join(word(key, value) for key, value in settings.items())
 
-
+# %% ../../nbs/15c_contenders.ipynb #f6dc70af
 def labelled(name: str, settings: dict) -> str:
     "A name and the settings behind it."
     return ", ".join(filter(None, (name, label(settings))))
@@ -280,7 +280,7 @@ def time_cases(
             rows += _time_case(case, direction, repeats, tell, max_seconds)
     return rows
 
-
+# %% ../../nbs/15c_contenders.ipynb #23dff3db
 def steps_of(cases: Sequence[Case], repeats: int) -> int:
     "How long a progress bar of `check_cases` and `time_cases` is."
     return len(cases) + sum(len(case.directions) for case in cases) * (repeats + 1)

@@ -25,8 +25,9 @@ from hilbert_attn.bench.results import (
     BLUE, GREY, RED, SPREAD, SPREAD_TITLES,
     Table, target, target_tables,
 )
-from ..curves import curve_order, inverse_order, new_figure
+from ..curves import curve_order, inverse_order
 from ..patterns import SegmentPattern, attention_mask
+from ..plots import new_figure
 
 # %% ../../nbs/15e_cpu.ipynb #34ef3405
 CPU_CONFIG: dict[str, Any] = dict(
@@ -41,13 +42,13 @@ CPU_QUICK = CPU_CONFIG | dict(
 def _pattern_of(config: dict) -> SegmentPattern:
     return SegmentPattern(prod(config["grid"]), config["segment_size"], config["dilation_rate"])
 
-
+# %% ../../nbs/15e_cpu.ipynb #b6c020d3
 def _shape_of(config: dict, tokens: int | None = None) -> tuple[int, int, int, int]:
     "Of q, k and v; None: as many tokens as the grid has cells."
     tokens = prod(config["grid"]) if tokens is None else tokens
     return config["batch"], config["heads"], tokens, config["head_dim"]
 
-
+# %% ../../nbs/15e_cpu.ipynb #49be0edc
 def _all_pairs(config: dict) -> int:
     "Over batches and heads."
     return _pattern_of(config).pairs(config["batch"] * config["heads"])
@@ -128,7 +129,7 @@ def _memory_call(config: dict, ordered: bool, backward: bool, small: bool = Fals
     candidate = Candidate("", attention, None, 0)
     return candidate.backward(*qkv, dout, dlse) if backward else candidate.forward(*qkv)
 
-
+# %% ../../nbs/15e_cpu.ipynb #2e3a5d8f
 def _memory_row(config: dict, ordered: bool, backward: bool) -> dict:
     "Peak memory of that call, beside that of its inputs."
     options, n = dict(ordered=ordered, backward=backward), config["memory_tokens"]
@@ -276,7 +277,7 @@ def _plot_times_of(ax, rows: list[dict]):
     ax.set(xscale="log", xlabel="time (ms, logarithmic)", xlim=(left / 1.6, 3 * right))
     ax.set_yticks(range(len(rows)), [row["name"] for row in rows[::-1]], fontsize=8)
 
-
+# %% ../../nbs/15e_cpu.ipynb #f85fb166
 def plot_cpu(run: dict):
     "Forward and forward+backward."
     fig, axes = new_figure(2, 1, panel=(5.6, 2.6), titles=list(FLOPS_PER_PAIR))

@@ -21,8 +21,9 @@ from hilbert_attn.bench.contenders import (
 from .machine import FLOPS_PER_PAIR, environment, quick_limits
 from .measuring import telling
 from .results import BLUE, GREEN, GREY, RED, Table
-from ..curves import curve_order, new_figure
+from ..curves import curve_order
 from ..patterns import SegmentPattern, attention_mask
+from ..plots import new_figure
 
 # %% ../../nbs/15g_crossover.ipynb #479478c7
 CROSSOVER_CONFIG: dict[str, Any] = dict(
@@ -64,7 +65,7 @@ def _case(config: dict, n: int, d: int, segments: int, r: int, order: str) -> Ca
     about = dict(tokens=n, head_dim=d, segment_size=w, dilation_rate=r, order=order)
     return Case(about, shape, candidates, device=device)
 
-
+# %% ../../nbs/15g_crossover.ipynb #b11c4ab5
 def _cases(config: dict) -> list[Case]:
     "Every combination."
     lists = (config[key] for key in ("tokens", "head_dims", "patterns", "orders"))
@@ -80,7 +81,7 @@ def _backends_here(device: str) -> list[str]:
     wanted = ("sdpa_mask", "sdpa", "triton") if device == "cuda" else ("sdpa_mask", "sdpa")
     return [name for name in wanted if name in known]
 
-
+# %% ../../nbs/15g_crossover.ipynb #4d853429
 def bench_crossover(
     quick: bool = False, # a toy size
     progress: bool | None = None, # show a progress bar; None: on a terminal
@@ -143,7 +144,7 @@ def _parts(rows: list[dict], orders: Sequence[str]) -> dict[str, float]:
         parts[f"{order}, {direction}"] = mean_ratio(mine, "sdpa_mask", "sdpa")[0]
     return parts
 
-
+# %% ../../nbs/15g_crossover.ipynb #ac3bb640
 def _at_length(run: dict, n: int) -> dict:
     "A line of `crossover_table`."
     config, rows = run["config"], [row for row in run["rows"] if row["tokens"] == n]
@@ -161,7 +162,7 @@ def _at_length(run: dict, n: int) -> dict:
         policy=choice, agrees=not beaten(choice),
     )
 
-
+# %% ../../nbs/15g_crossover.ipynb #355b1a79
 def crossover_table(
     run: dict, # of the suite `crossover`
 ) -> list[dict]: # tokens, ratio, low, high, parts, winner, policy, agrees
@@ -192,7 +193,7 @@ def policy_verdict(
 def _part_names(run: dict) -> list[str]:
     return [", ".join(part) for part in product(run["config"]["orders"], FLOPS_PER_PAIR)]
 
-
+# %% ../../nbs/15g_crossover.ipynb #e1cd86ce
 def crossover_tables(run: dict) -> list[Table]:
     "By length, and the verdict."
     parts = _part_names(run)
@@ -216,7 +217,7 @@ def _plot_parts(ax, run: dict, table: list[dict]):
         look = dict(marker="o", ms=3, lw=1.2, color=color, label=name)
         ax.plot(run["config"]["tokens"], ratios, style, **look)
 
-
+# %% ../../nbs/15g_crossover.ipynb #60f620f9
 def plot_crossover(run: dict):
     "The ratio of the times of `sdpa_mask` and `sdpa` by length, with its spread."
     tokens, table = run["config"]["tokens"], crossover_table(run)

@@ -50,7 +50,7 @@ def matmul_call(
     b = torch.randn(k, n, generator=g).to(device)
     return lambda: a @ b
 
-
+# %% ../../nbs/15b_machine.ipynb #5ff647b0
 def synchronize_of(device: str) -> Callable | None:
     "What waits until a device has finished."
     return torch.cuda.synchronize if device == "cuda" else None
@@ -75,7 +75,7 @@ def machine_limits(
         copy_bytes=source.nbytes,
     )
 
-
+# %% ../../nbs/15b_machine.ipynb #e87c06a1
 def quick_limits(quick: bool, device: str = "cpu") -> dict:
     "The limits for a suite whose sizes vary: a small product, and at a toy size a small copy."
     return machine_limits(1e8, 1 << (20 if quick else 28), 2 if quick else 10, device)
@@ -120,13 +120,13 @@ def _version(package: str) -> str | None:
     try: return version(package)
     except PackageNotFoundError: return None
 
-
+# %% ../../nbs/15b_machine.ipynb #90082144
 def _cores() -> int | None:
     "CPU cores that this process may use."
     try: return len(os.sched_getaffinity(0))
     except AttributeError: return os.cpu_count()
 
-
+# %% ../../nbs/15b_machine.ipynb #920b0a1c
 def _memory_gib() -> float | None:
     "Memory of the machine, where the system says."
     try: return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 ** 30, 1)

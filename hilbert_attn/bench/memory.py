@@ -21,9 +21,10 @@ from hilbert_attn.bench.contenders import (
 from .machine import environment, peak_memory, quick_limits
 from .measuring import telling
 from .results import Table, pivot, plot_lines
-from ..curves import curve_order, new_figure
+from ..curves import curve_order
 from ..modules import HilbertAttentionCore
 from ..patterns import SegmentPattern, attention_mask
+from ..plots import new_figure
 
 # %% ../../nbs/15f_memory.ipynb #023053e9
 STORED, CHECKPOINTED = "layers, stored", "layers, checkpointed"
@@ -74,7 +75,7 @@ def _shape_of(config: dict, n: int) -> tuple[int, int, int, int]:
     "Of q, k and v."
     return config["batch"], config["heads"], n, config["head_dim"]
 
-
+# %% ../../nbs/15f_memory.ipynb #cfdbc43b
 def _memory_call(
     config: dict, name: str, tokens: int, backward: bool, small: bool = False,
 ) -> Callable:
@@ -142,13 +143,13 @@ def _peak_row(where: str, config: dict, name: str, tokens: int, **options) -> di
     spread = dict(median=median, p20=p20, p80=p80, repeats=len(peaks))
     return dict(name=name, tokens=tokens, unit="bytes", **spread)
 
-
+# %% ../../nbs/15f_memory.ipynb #7903a4cc
 def _attention_row(config: dict, name: str, direction: str, n: int) -> dict:
     "Peak memory of one call, beside that of its inputs."
     row = _peak_row("_memory_call", config, name, n, backward=direction != "forward")
     return row | dict(direction=direction, qkv_bytes=12 * prod(_shape_of(config, n)))
 
-
+# %% ../../nbs/15f_memory.ipynb #300c3711
 def _layers_row(config: dict, name: str, n: int) -> dict:
     "Peak memory of a stack, beside what is expected."
     layers, heads = config["layers"], config["heads"]
@@ -198,7 +199,7 @@ def _attention_table(run: dict, direction: str) -> Table:
     formats = {"tokens": ",", "q+k+v": ".1f"} | dict.fromkeys(names, ".1f")
     return Table(f"{direction}: peak MiB beyond q, k, v, by tokens", rows, formats, {})
 
-
+# %% ../../nbs/15f_memory.ipynb #d2c22631
 def _layers_table(run: dict) -> Table:
     "Peaks of the stacks beside what was expected."
     rows = [
@@ -221,7 +222,7 @@ def memory_tables(run: dict) -> list[Table]:
     directions = run["config"]["directions"]
     return [_attention_table(run, direction) for direction in directions] + [_layers_table(run)]
 
-
+# %% ../../nbs/15f_memory.ipynb #9a48ddb9
 def plot_memory(run: dict):
     "Peaks by length: attention in each direction, then the stacks."
     directions = run["config"]["directions"]

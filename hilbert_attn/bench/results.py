@@ -19,7 +19,7 @@ from pathlib import Path
 import hilbert_attn
 from .contenders import MATMUL, OURS, OURS_HILBERT, label, labelled
 from .machine import environment, machine_slug
-from ..curves import new_figure
+from ..plots import new_figure
 
 # %% ../../nbs/15d_results.ipynb #3d94782a
 def results_folder() -> Path:
@@ -33,7 +33,7 @@ def _is_nested(value) -> bool:
     parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return any(isinstance(part, (list, dict)) for part in parts)
 
-
+# %% ../../nbs/15d_results.ipynb #d83b0008
 def dump_rows(
     value, # JSON-ready
     depth: int = 0, # lists and dicts that it stands in
@@ -71,7 +71,7 @@ def gpu_environment(
     date = datetime.fromisoformat(found["date"]).strftime("%Y-%m-%d %H:%M UTC")
     return env | dict(commit=found["commit"][:10], date=date)
 
-
+# %% ../../nbs/15d_results.ipynb #4e888ee2
 def _gpu_row(row: dict) -> dict:
     "One line of its table: seconds instead of milliseconds."
     seconds = dict(median="ms", p20="p20", p80="p80")
@@ -172,7 +172,7 @@ def _by_world(entries: Iterable[dict], key: str) -> list[dict]:
         else: rows += [row | {"ranks": entry["world"]} for row in entry.get(key, ())]
     return rows
 
-
+# %% ../../nbs/15d_results.ipynb #89224f83
 def _bytes_row(row: dict) -> dict:
     "A peak of memory, measured once."
     peak = row["peak_extra_bytes"]
@@ -208,7 +208,7 @@ def _change(now: dict, then: dict) -> str:
     if now["p80"] < then["p20"]: return less
     return more if now["p20"] > then["p80"] else "within the spread"
 
-
+# %% ../../nbs/15d_results.ipynb #42d566c6
 def _keyed(run: dict) -> dict[tuple, dict]:
     "Measurements by what they are of."
     def key(m): return m["name"], json.dumps(m["settings"], sort_keys=True), m["unit"]
@@ -264,7 +264,7 @@ def _cell(value, spec: str) -> str:
     if isinstance(value, bool): return "yes" if value else "no"
     return format(value, spec)
 
-
+# %% ../../nbs/15d_results.ipynb #b9e41e0d
 def table_cells(
     rows: Sequence[dict], # all with the same keys
     formats: dict[str, str], # column -> format of its values
@@ -353,7 +353,7 @@ def race_tables(
 def _geometric_mean(ratios: Sequence[float]) -> float:
     return exp(sum(map(log, ratios)) / len(ratios))
 
-
+# %% ../../nbs/15d_results.ipynb #01434a8d
 def _summary(changes: list[dict], unit: str) -> dict:
     "How many figures of one unit went down and up, and their mean ratio."
     rows = [row for row in changes if row["unit"] == unit]
@@ -421,7 +421,7 @@ def _race_name(ax, rows: list[dict], places: list, base: dict, look: dict):
         spread = row["p20_ms"] / base[place], row["p80_ms"] / base[place]
         ax.plot(spread, (y, y), color=look["color"], lw=4, alpha=0.3, solid_capstyle="round")
 
-
+# %% ../../nbs/15d_results.ipynb #9b2e7d82
 def plot_race(
     run: dict, # of a suite in `BASELINES`
 ):

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 import hilbert_attn
-from ..backends import CurveOptions, hilbert_attention
+from ..backends import hilbert_attention
 from hilbert_attn.bench.contenders import (
     Candidate, Case, check_cases, label, steps_of, time_cases, timing_rows, worst_errors,
 )
@@ -38,9 +38,10 @@ from hilbert_attn.bench.results import (
     BASELINES, Table, change_tables, colors_of, compare_runs, from_gpu_run, load_runs, pivot,
     plot_lines, plot_race, race_tables, target,
 )
-from ..curves import CURVES, _compute_order, curve_order, locality, new_figure
+from ..curves import CURVES, _compute_order, curve_order, locality
 from ..dilated import dilated_attention
 from ..patterns import DilatedPattern, attention_mask
+from ..plots import new_figure
 
 # %% ../../nbs/15h_suites.ipynb #d83c04a5
 SORT, COPY = "sorting random keys", "copying the indices"
@@ -62,7 +63,7 @@ CURVES_QUICK = CURVES_CONFIG | dict(
 def _by(grid: Sequence[int]) -> str:
     return "x".join(map(str, grid))
 
-
+# %% ../../nbs/15h_suites.ipynb #7d00a85d
 def _check_order(grid: Sequence[int], curve: str):
     "A `RuntimeError` where the order is no permutation, or steps further than the curve promises."
     order = np.asarray(_compute_order(tuple(grid), curve))
@@ -90,7 +91,7 @@ def _order_rows(config: dict, grid: Sequence[int]) -> list[dict]:
     calls |= {SORT: keys.argsort, COPY: lambda: np.copyto(copied, indices)}
     return timing_rows(measure(calls, config["repeats"]), grid=_by(grid), tokens=prod(grid))
 
-
+# %% ../../nbs/15h_suites.ipynb #818c7eb1
 def _locality_rows(config: dict, grid: Sequence[int]) -> list[dict]:
     "What each order keeps together."
     rows = []
@@ -195,9 +196,9 @@ def _together(calls: dict[str, Callable]) -> dict[str, Callable]:
 
     return {ONE_CALL: calls[ONE_CALL], BRANCH_CALLS: all_branches}
 
-
+# %% ../../nbs/15h_suites.ipynb #a22f7ae5
 def _dilated_candidates(
-    config: dict, pattern: DilatedPattern, options: CurveOptions,
+    config: dict, pattern: DilatedPattern, options: Any,
 ) -> Iterator[Candidate]:
     "The mixture, then each branch alone."
     heads, curve = config["heads"], options.get("curve")
@@ -223,7 +224,7 @@ def _dilated_case(config: dict, mode: str, order: str) -> Case:
     lengths, rates = config["segment_lengths"], config["dilation_rates"]
     pattern = DilatedPattern.for_heads(n, heads, lengths, rates, "lse", mode)
     curve = None if order == "none" else order
-    options: CurveOptions = dict(grid=grid, curve=curve, dilation_mode=mode)
+    options: Any = dict(grid=grid, curve=curve, dilation_mode=mode)
     return Case(
         about=dict(mode=mode, order=order),
         shape=(config["batch"], heads, n, config["head_dim"]),
@@ -266,7 +267,7 @@ def dilated_targets(
         found.append(target(what, ratio, run["config"]["target"], at_least=False))
     return found
 
-
+# %% ../../nbs/15h_suites.ipynb #45afd795
 def _dilated_tables(run: dict) -> list[Table]:
     "Times, and the targets."
     return race_tables(run | dict(targets=dilated_targets(run)))
@@ -305,12 +306,12 @@ def _bench_tool(suite: str, quick: bool, progress: bool | None) -> dict:
     if not runs: raise RuntimeError(f"tools/{tool} stored no run:\n{printed[-1500:].strip()}")
     return runs[-1]
 
-
+# %% ../../nbs/15h_suites.ipynb #810b9e40
 def bench_ring(quick: bool = False, progress: bool | None = None) -> dict:
     "The suite `ring`: attention across processes, beside PyTorch's own ring and the obvious way."
     return _bench_tool("ring", quick, progress)
 
-
+# %% ../../nbs/15h_suites.ipynb #56582722
 def bench_local(quick: bool = False, progress: bool | None = None) -> dict:
     "The suite `local`: windows and tiles, beside SDPA with a mask and compiled FlexAttention."
     return _bench_tool("local", quick, progress)
@@ -404,7 +405,7 @@ def run_tables(
     "What is printed of a run: the suite's own tables, and what changed."
     return SUITES[run["suite"]].tables(run) + ([] if old is None else change_tables(run, old))
 
-
+# %% ../../nbs/15h_suites.ipynb #c17e35fe
 def plot_run(
     run: dict, # of any suite
 ):

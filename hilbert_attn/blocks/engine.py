@@ -6,7 +6,7 @@
 __all__ = ['block_sdpa_attention', 'BlockStats', 'block_stats']
 
 # %% ../../nbs/10c_block_engine.ipynb #f4a2c706
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -22,9 +22,10 @@ from hilbert_attn.blocks.lists import (
     lists_from_operands,
     lists_to_operands,
 )
-from ..operators import AttentionOperator
+from ..operators import AttentionOperator, lse_dtype
 from ..reference import default_scale, masked_attention
-from ..tiles import dense_backward as _dense_backward, flash as _flash, like as _like
+from ..tiles import (
+    Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
 
 # %% ../../nbs/10c_block_engine.ipynb #c8cedb81
 @dataclass
@@ -301,8 +302,15 @@ class _Work:
     "One piece, ready to compute: readers of its keys and queries, and the bias of its pairs."
     keys: _Reader
     queries: list[_Reader] # of each member of a group
+    batches: list[Tensor] | None = None # keys and values, once they are read
     bias: Tensor | None = None # 0 or -inf, (outer, inner, M, J)
     dead: Tensor | None = None # bool, broadcastable to (outer, inner, M): queries without keys
+
+    def read_keys(self, keys: Sequence[Tensor], scratch: _Scratch) -> list[Tensor]:
+        "Keys and values, read once for all members of a group."
+        if self.batches is None:
+            self.batches = [self.keys.read(x, scratch, name) for x, name in zip(keys, "kv")]
+        return self.batches
 
     def forbid(self, attended: Tensor, scratch: _Scratch, like: Tensor):
         "Sets the bias from the pairs that are attended (outer, 1, M, J)."
@@ -350,49 +358,63 @@ def _results(q: Tensor, lists: BlockLists) -> Tensor:
     covered = entries and (tokens is None or int((tokens >= 0).sum()) == lists.num_queries)
     return torch.empty_like(q) if covered else torch.zeros_like(q)
 
+# %% ../../nbs/10c_block_engine.ipynb #af6febe2
+class _BlockTile(Tile):
+    "The queries of one member of a group in a piece, and the keys of the piece."
+
+    def __init__(self, work: _Work, queries: _Reader, scratch: _Scratch):
+        self.work, self.queries, self.scratch = work, queries, scratch
+
+    def read(self, queries, keys):
+        rows = [None if x is None else self.queries.read(x, self.scratch, name)
+                for name, x in enumerate(queries)]
+        return rows, self.work.read_keys(keys, self.scratch)
+
+    def bias(self) -> Tensor | None: return self.work.bias
+    def empty(self) -> Tensor | None: return self.work.dead
+
+    def write(self, x, batch, model, add=False):
+        self.queries.write(x, batch)
+        return x
+
+    def add(self, x, batch, model, add=False):
+        self.work.keys.add(x, batch)
+        return x
+
+# %% ../../nbs/10c_block_engine.ipynb #57c93f76
+def _tiles(
+    q: Tensor, k: Tensor, lists: BlockLists, key_mask: Tensor | None,
+) -> Iterator[_BlockTile]:
+    "The tiles of a call."
+    scratch = _Scratch()
+    for work in _work(q, k, lists, key_mask, scratch):
+        for queries in work.queries: yield _BlockTile(work, queries, scratch)
+
 # %% ../../nbs/10c_block_engine.ipynb #b3706776
 def _block_forward(
     q, k, v, lists: BlockLists, key_mask, scale: float,
 ) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE, by gathered blocks."
-    wide, like = torch.promote_types(q.dtype, torch.float32), q
+    model, wide = q, lse_dtype(q.dtype)
     q, k, v = (x.to(wide).contiguous() for x in (q, k, v))
-    out, lse, scratch = _results(q, lists), q.new_full(q.shape[:3], -torch.inf), _Scratch()
-    for work in _work(q, k, lists, key_mask, scratch):
-        keys, values = work.keys.read(k, scratch, "k"), work.keys.read(v, scratch, "v")
-        for reader in work.queries:
-            queries = reader.read(q, scratch, "q")
-            part_out, part_lse = _flash(
-                queries, keys, values, 0.0, False, attn_mask=work.bias, scale=scale)
-            if work.dead is not None: part_lse = part_lse.masked_fill(work.dead, -torch.inf)
-            reader.write(out, part_out)
-            reader.write(lse, part_lse)
-    return _like(out, like), lse
+    tiles = _tiles(q, k, lists, key_mask)
+    out, lse = attend_tiles(tiles, q, k, v, _results(q, lists), new_lse(q), scale)
+    assert out is not None  # `_results` made it
+    return like(out, model), lse
 
 # %% ../../nbs/10c_block_engine.ipynb #38d7220a
 def _block_backward(
     dout, dlse, q, k, v, out, lse, lists: BlockLists, key_mask, scale: float,
 ) -> tuple[Tensor, ...]:
-    """dq, dk and dv, by the same blocks; dK and dV are summed over the query blocks in the order of
-    the pieces."""
-    wide, like = torch.promote_types(q.dtype, torch.float32), (q, k, v)
-    empty = lse == -torch.inf
-    q, k, v, dout, out = (x.to(wide).contiguous() for x in (q, k, v, dout, out))
-    norms = [x.masked_fill(empty, 0).contiguous() for x in (lse, dlse) if x is not None]
-    rows, scratch = [q, dout, out, *norms], _Scratch()
-    dq, dk, dv = _results(q, lists), torch.zeros_like(k), torch.zeros_like(v)
-    for work in _work(q, k, lists, key_mask, scratch):
-        keys, values = work.keys.read(k, scratch, "k"), work.keys.read(v, scratch, "v")
-        for reader in work.queries:
-            parts = [reader.read(x, scratch, i) for i, x in enumerate(rows)]
-            query, upstream, output, *norm = parts
-            of_norm = norm[1] if dlse is not None else None
-            part_dq, part_dk, part_dv = _dense_backward(
-                upstream, of_norm, query, keys, values, output, norm[0], False, work.bias, scale)
-            reader.write(dq, part_dq)
-            work.keys.add(dk, part_dk)
-            work.keys.add(dv, part_dv)
-    return tuple(_like(x, model) for x, model in zip((dq, dk, dv), like))
+    "dq, dk and dv, by the same blocks; dK and dV are summed in the order of the pieces."
+    models, wide = (q, k, v), lse_dtype(q.dtype)
+    dout, q, k, v, out = (x.to(wide).contiguous() for x in (dout, q, k, v, out))
+    lse, dlse = without_empty_rows(lse, dlse)
+    if dlse is not None: dlse = dlse.contiguous()
+    room = [_results(q, lists), torch.zeros_like(k), torch.zeros_like(v)]
+    tiles = _tiles(q, k, lists, key_mask)
+    grads = attend_tiles_backward(tiles, dout, dlse, q, k, v, out, lse, room, scale)
+    return tuple(map(like, grads, models))
 
 # %% ../../nbs/10c_block_engine.ipynb #18351164
 def _forward_engine(q, k, v, key_mask, *rest) -> tuple[Tensor, Tensor]: # out, lse

@@ -39,7 +39,7 @@ def _mask_mod(lists: BlockLists):
         if lists.causal: attended = attended & (late[k] <= q_tokens[q])
         return (kind == 2) | ((kind == 1) & attended)
 
-    setattr(mask_mod, "block_lists", lists)  # for the way back
+    vars(mask_mod)["block_lists"] = lists  # for the way back
     return mask_mod
 
 # %% ../../nbs/10d_block_flex.ipynb #e63570c8
@@ -172,5 +172,5 @@ def from_flex(
         groups=groups, **bounds)
 
 # %% ../../nbs/10d_block_flex.ipynb #fbd5496e
-setattr(BlockLists, "to_flex", to_flex)
-setattr(BlockLists, "from_flex", staticmethod(from_flex))
+type.__setattr__(BlockLists, "to_flex", to_flex)
+type.__setattr__(BlockLists, "from_flex", staticmethod(from_flex))

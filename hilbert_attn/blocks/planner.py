@@ -10,33 +10,47 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from math import prod
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..backends import _check_order
+from ..calls import check_order
 from .lists import ALWAYS, NEVER, BlockLists, as_block_size, rows_and_columns
 from ..common import Cache, is_plain, true_or_false, whole_number
 from ..curves import curve_order
 from hilbert_attn.patterns import (
-    NeighborhoodPattern,
+    AxisPattern,
     SegmentPattern,
-    SlidePattern,
-    TilesSharedPattern,
-    WindowPattern,
+    attends_boxes,
 )
 
 # %% ../../nbs/10a_block_planner.ipynb #5ec316d5
-def _axis_keys(pattern: NeighborhoodPattern, axis: int) -> np.ndarray: # (n, keys)
+def _axis_keys(pattern: AxisPattern, axis: int) -> np.ndarray: # (n, keys)
     "The coordinates that each coordinate of an axis attends; n where there are no more."
     place, first, last = pattern.axis_bounds(axis)
     n = len(place)
     coordinate = np.append(np.argsort(place), n)
     keys = first[:, None] + np.arange((last - first).max() + 1)
     return coordinate[np.where(keys <= last[:, None], keys, n)]
+
+# %% ../../nbs/10a_block_planner.ipynb #90610385
+def _cells(pattern: AxisPattern, order: np.ndarray) -> np.ndarray: # int64, along the order
+    "The cell of each token that is not shared."
+    return np.arange(len(order)) if pattern.along_curve else order - pattern.shared
+
+# %% ../../nbs/10a_block_planner.ipynb #da744269
+def _coordinates(pattern: AxisPattern, order: np.ndarray) -> tuple[np.ndarray, ...]:
+    return np.unravel_index(_cells(pattern, order), pattern.grid)
+
+# %% ../../nbs/10a_block_planner.ipynb #edd764db
+def _table(pattern: AxisPattern, cells: np.ndarray, values: np.ndarray) -> np.ndarray:
+    "The value of each cell of the grid; -1 past the last coordinate of an axis."
+    table = np.empty(pattern.grid, np.int64)
+    table.ravel()[cells] = values
+    return np.pad(table, (0, 1), constant_values=-1)
 
 # %% ../../nbs/10a_block_planner.ipynb #6eeb6c64
 _WORK = 1 << 17  # pairs at a time
@@ -51,30 +65,25 @@ def _chunks(row: np.ndarray, work: np.ndarray) -> Iterator[slice]:
     first = begin[np.flatnonzero(np.diff(chunk, prepend=-1))]
     return map(slice, first, np.append(first[1:], len(row)))
 
-# %% ../../nbs/10a_block_planner.ipynb #890967d6
-def _block_table(pattern: NeighborhoodPattern, k_tokens: np.ndarray, size: int) -> np.ndarray:
-    "The key block of each cell of the grid; -1 past the last coordinate of an axis."
-    slot = np.flatnonzero(k_tokens >= 0)
-    block = np.empty(pattern.seq_len, np.int64)
-    block[k_tokens[slot]] = slot // size
-    return np.pad(block.reshape(pattern.grid), (0, 1), constant_values=-1)
-
 # %% ../../nbs/10a_block_planner.ipynb #474b3f65
-def _neighborhood_pairs(pattern, q_tokens, k_tokens, block_size, causal) -> Iterator[tuple]:
+def _interval_pairs(pattern, order, q_tokens, k_tokens, block_size, causal) -> Iterator[tuple]:
     "Yields rows (queries, 1) and key blocks (queries, keys): one for each pair."
-    table = _block_table(pattern, k_tokens, block_size[1])
-    slot = np.flatnonzero(q_tokens >= 0)
-    x, row = np.unravel_index(q_tokens[slot], pattern.grid), slot // block_size[0]
-    own = np.ravel_multi_index(x, table.shape)  # grows with the token
-    steps = [stride // table.itemsize for stride in table.strides]
+    cell = np.empty(pattern.seq_len, np.int64)  # of each token
+    cell[order] = _cells(pattern, order)
+    q_slot, k_slot = (np.flatnonzero(tokens >= 0) for tokens in (q_tokens, k_tokens))
+    query, keys = q_tokens[q_slot], cell[k_tokens[k_slot]]
+    block = _table(pattern, keys, k_slot // block_size[1])
+    token = _table(pattern, keys, k_tokens[k_slot]) if causal else block
+    x, row = np.unravel_index(cell[query], pattern.grid), q_slot // block_size[0]
+    steps = [stride // block.itemsize for stride in block.strides]
     axes = [step * _axis_keys(pattern, axis) for axis, step in enumerate(steps)]
-    work = np.full(len(slot), prod(keys.shape[1] for keys in axes))
+    work = np.full(len(query), prod(keys.shape[1] for keys in axes))
     for part in _chunks(row, work):
-        cell = np.zeros((part.stop - part.start, 1), np.int64)
+        cells = np.zeros((part.stop - part.start, 1), np.int64)
         for keys, at in zip(axes, x):
-            cell = (cell[:, :, None] + keys[at[part], None]).reshape(len(cell), -1)
-        column = table.ravel()[cell]
-        if causal: column = np.where(cell <= own[part, None], column, -1)
+            cells = (cells[:, :, None] + keys[at[part], None]).reshape(len(cells), -1)
+        column = block.ravel()[cells]
+        if causal: column = np.where(token.ravel()[cells] <= query[part, None], column, -1)
         yield row[part, None], column, None
 
 # %% ../../nbs/10a_block_planner.ipynb #047fd1b2
@@ -138,21 +147,28 @@ def _running_minima(tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarr
     return from_start.ravel(), to_end.ravel(), blocks.max(1)
 
 # %% ../../nbs/10a_block_planner.ipynb #4fe9929a
-def _slide_pairs(reach: int, tokens: np.ndarray, block_size, causal) -> Iterator[tuple]:
-    "Yields rows, columns and pairs: one for each query and block of its keys."
-    n, (BM, BN) = len(tokens), block_size
-    position = np.arange(n)
-    first, last = (position - reach).clip(0), (position + reach).clip(max=n - 1)
+def _slide_pairs(first, last, tokens: np.ndarray, block_size, causal) -> Iterator[tuple]:
+    "Yields rows, columns and pairs: one for each query and block of its keys, first ... last."
+    position, (BM, BN) = np.arange(len(tokens)), block_size
     from_start, to_end, most = _running_minima(tokens, BN)
     for part in _chunks(position // BM, last // BN - first // BN + 1):
         i, column = _ranges(first[part] // BN, last[part] // BN)
         i += part.start
-        begin, end = np.maximum(first[i], column * BN), np.minimum(last[i], column * BN + BN - 1)
+        begin = np.maximum(first[i], column * BN)
+        end = np.minimum(last[i], column * BN + BN - 1)
         pairs = end - begin + 1
         if causal:
             least = np.where(end == last[i], from_start[end], to_end[begin])
             pairs = np.where(most[column] <= tokens[i], pairs, least <= tokens[i])
         yield i // BM, column, pairs
+
+# %% ../../nbs/10a_block_planner.ipynb #d63de568
+def _slides(pattern: AxisPattern) -> bool:
+    "Are places positions, and does each query attend itself?"
+    if not pattern.along_curve: return False
+    place, first, last = pattern.axis_bounds(0)
+    own = np.arange(len(place))
+    return bool((place == own).all() and (first <= own).all() and (own <= last).all())
 
 # %% ../../nbs/10a_block_planner.ipynb #dca60609
 def _packed(sizes: np.ndarray, block: int) -> np.ndarray:
@@ -214,33 +230,37 @@ class _Plan:
     pairs: Iterator[tuple] # what `_tally` adds up
 
 # %% ../../nbs/10a_block_planner.ipynb #a4589f93
-def _plan_neighborhood(pattern, order, block_size, causal) -> _Plan:
-    "Residue classes one behind the other, each along the order."
-    x = np.unravel_index(order, pattern.grid)
-    residues = [c % d for c, d in zip(x, pattern.dilation)]
-    residue = np.ravel_multi_index(residues, pattern.dilation)
-    tokens = _by_section(order, (residue, residue), block_size)
-    x = np.unravel_index(np.arange(pattern.seq_len), pattern.grid)
-    bounds = [[table[c] for table in pattern.axis_bounds(axis)] for axis, c in enumerate(x)]
-    at, lo, hi = map(np.stack, zip(*bounds))
-    return _Plan(*tokens, lo, hi, at, _neighborhood_pairs(pattern, *tokens, block_size, causal))
+def _bounds_of(pattern: AxisPattern, order: np.ndarray) -> np.ndarray: # int64 (3, A, N)
+    "By token: the place of a key, and the least and the greatest that a query attends."
+    bounds = np.zeros((3, len(pattern.grid), pattern.seq_len), np.int64)
+    for axis, x in enumerate(_coordinates(pattern, order)):
+        for table, of in zip(pattern.axis_bounds(axis), bounds[:, axis]): of[order] = table[x]
+    return bounds
 
 # %% ../../nbs/10a_block_planner.ipynb #88f61c18
-def _plan_slide(pattern, order, block_size, causal) -> _Plan:
-    "Positions are slots."
-    at, reach = np.argsort(order)[None], pattern.window // 2
-    q_tokens, k_tokens = (_padded(order, block) for block in block_size)
-    pairs = _slide_pairs(reach, order, block_size, causal)
-    return _Plan(q_tokens, k_tokens, at - reach, at + reach, at, pairs)
+def _plan_intervals(pattern, order, block_size, causal) -> _Plan:
+    "Positions are slots; or residue classes one behind the other, each along the order."
+    if pattern.shared: raise ValueError(f"{pattern}: shared tokens stand beside boxes only")
+    at, lo, hi = _bounds_of(pattern, order)
+    if _slides(pattern):
+        q_tokens, k_tokens = (_padded(order, block) for block in block_size)
+        pairs = _slide_pairs(lo[0, order], hi[0, order], order, block_size, causal)
+    else:
+        dilation = pattern.dilation or (1,) * len(pattern.grid)
+        residues = [x % d for x, d in zip(_coordinates(pattern, order), dilation)]
+        residue = np.ravel_multi_index(residues, dilation)
+        q_tokens, k_tokens = _by_section(order, (residue, residue), block_size)
+        pairs = _interval_pairs(pattern, order, q_tokens, k_tokens, block_size, causal)
+    return _Plan(q_tokens, k_tokens, lo, hi, at, pairs)
 
 # %% ../../nbs/10a_block_planner.ipynb #eb70e937
-def _windows(pattern, tokens: np.ndarray) -> np.ndarray:
-    "The window of each token: numbers in the order in which windows are met."
+def _boxes(pattern: AxisPattern, order: np.ndarray) -> np.ndarray:
+    "The box of each token: along the curve in its order, in a grid as boxes are met."
     corner = 0
-    for axis, x in enumerate(np.unravel_index(tokens, pattern.grid)):
+    for axis, x in enumerate(_coordinates(pattern, order)):
         corner = corner * pattern.grid[axis] + pattern.axis_bounds(axis)[1][x]
-    _, met, window = np.unique(corner, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(met))[window]
+    _, met, box = np.unique(corner, return_index=True, return_inverse=True)
+    return box if pattern.along_curve else np.argsort(np.argsort(met))[box]
 
 # %% ../../nbs/10a_block_planner.ipynb #f3395b41
 def _check_one_offset(pattern):
@@ -252,13 +272,9 @@ def _check_one_offset(pattern):
 # %% ../../nbs/10a_block_planner.ipynb #b6be1881
 def _sections(pattern, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Sections by position, as a query and as a key: queries attend all keys of their section."
-    if isinstance(pattern, WindowPattern): return (_windows(pattern, order),) * 2
-    position = np.arange(len(order))
-    if isinstance(pattern, TilesSharedPattern):
-        tile = np.repeat(np.arange(pattern.tiles), pattern.tile_sizes())
-        return (tile[(position - pattern.offset) % len(order)],) * 2
+    if not isinstance(pattern, SegmentPattern): return (_boxes(pattern, order),) * 2
     _check_one_offset(pattern)
-    segment, inside = np.divmod(position, pattern.segment_size)
+    segment, inside = np.divmod(np.arange(len(order)), pattern.segment_size)
     residue = inside % pattern.dilation_rate
     if pattern.mode == "residue": return (segment * pattern.dilation_rate + residue,) * 2
     chosen, nobody = residue == pattern.offsets[0], segment[-1] + 1
@@ -273,9 +289,10 @@ def _mixed(tokens, section, size: int) -> bool:
 
 # %% ../../nbs/10a_block_planner.ipynb #1e6be33d
 def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
-    "Sections side by side, windows only if asked to; shared tokens first, in blocks of their own."
+    "Sections side by side, in a grid only if asked to; shared tokens first, in their own blocks."
     sections = _sections(pattern, order)
-    as_they_come = isinstance(pattern, WindowPattern) and not grouped
+    boxes = not isinstance(pattern, SegmentPattern) and not pattern.along_curve
+    as_they_come = boxes and not grouped and max(pattern.dilation, default=1) == 1
     if as_they_come: tokens = tuple(_padded(order, block) for block in block_size)
     else: tokens = _by_section(order, sections, block_size)
     shared = np.arange(pattern.seq_len - len(order))
@@ -317,10 +334,9 @@ def _bounds(plan: _Plan, always: np.ndarray, shared: int) -> dict[str, Any]: # i
 # %% ../../nbs/10a_block_planner.ipynb #6f456603
 def _plan(pattern, order, block_size, causal, grouped) -> _Plan:
     "The plan of any pattern; `order`: of the tokens that are not shared."
-    if isinstance(pattern, NeighborhoodPattern):
-        return _plan_neighborhood(pattern, order, block_size, causal)
-    if isinstance(pattern, SlidePattern): return _plan_slide(pattern, order, block_size, causal)
-    return _plan_sections(pattern, order, block_size, causal, grouped)
+    if isinstance(pattern, SegmentPattern) or attends_boxes(pattern):
+        return _plan_sections(pattern, order, block_size, causal, grouped)
+    return _plan_intervals(pattern, order, block_size, causal)
 
 # %% ../../nbs/10a_block_planner.ipynb #6b87445e
 def _everybodys(plan: _Plan, always: np.ndarray, shared: int, *options) -> Iterator[tuple]:
@@ -366,9 +382,7 @@ def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slo
     return torch.from_numpy(tokens.astype(np.int32))
 
 # %% ../../nbs/10a_block_planner.ipynb #7109f369
-BlockPattern: TypeAlias = (
-    WindowPattern | NeighborhoodPattern | SlidePattern | TilesSharedPattern | SegmentPattern)
-_PATTERNS = (WindowPattern, NeighborhoodPattern, SlidePattern, TilesSharedPattern, SegmentPattern)
+BlockPattern: TypeAlias = AxisPattern | SegmentPattern
 _list_cache = Cache(max_entries=64, max_bytes=1 << 28, tensors=BlockLists.tensors)
 
 # %% ../../nbs/10a_block_planner.ipynb #ea8af2c9
@@ -385,18 +399,18 @@ def _lists(
         return _list_cache.get((pattern, *options), build, order)
 
 # %% ../../nbs/10a_block_planner.ipynb #0e739056
-def _constant_lists(pattern: int, arguments: tuple, curve: str | None, *options) -> BlockLists:
+def _constant_lists(pattern: str, arguments: tuple, curve: str | None, *options) -> BlockLists:
     "Block lists as a constant of a compiled or exported graph."
-    return _lists(_PATTERNS[pattern](*arguments), None, curve, options)
+    kinds = AxisPattern.kinds | {"SegmentPattern": SegmentPattern}
+    return _lists(kinds[pattern](*arguments), None, curve, options)
 
 
 # what torch.compiler.assume_constant_result does, after importing the compiler, which takes seconds
-setattr(_constant_lists, "_dynamo_marked_constant", True)
+vars(_constant_lists)["_dynamo_marked_constant"] = True
 
 # %% ../../nbs/10a_block_planner.ipynb #28e2a99b
 def block_lists(
-    # WindowPattern, NeighborhoodPattern, SlidePattern, TilesSharedPattern or SegmentPattern
-    pattern: BlockPattern,
+    pattern: BlockPattern, # any of `hilbert_attn.patterns` that heads share
     *,
     # int64 (N,): token at each position; for TilesSharedPattern (N - shared,). On a grid it lays
     # the tokens out, elsewhere it is part of the pattern
@@ -414,7 +428,7 @@ def block_lists(
 ) -> BlockLists: # cached: do not write into it
     """The blocks that a pattern needs, counted without an N x N mask. Raises `ValueError` for what
     does not fit."""
-    if not isinstance(pattern, _PATTERNS):
+    if not isinstance(pattern, (AxisPattern, SegmentPattern)):
         raise ValueError(f"pattern={pattern!r}: expected a pattern of hilbert_attn.patterns")
     if order is not None and curve is not None:
         raise ValueError(f"order and curve={curve!r} are both given: expected one of them")
@@ -423,9 +437,9 @@ def block_lists(
         as_block_size(block_size), true_or_false("causal", causal),
         whole_number("registers", registers, 0), true_or_false("grouped", grouped), device)
     if torch.compiler.is_compiling() and order is None:
-        arguments = tuple(getattr(pattern, f.name) for f in fields(pattern))
-        return _constant_lists(_PATTERNS.index(type(pattern)), arguments, curve, *options)
+        arguments = tuple(getattr(pattern, f.name) for f in fields(cast(Any, pattern)))
+        return _constant_lists(type(pattern).__name__, arguments, curve, *options)
     if order is not None:
         n = pattern.seq_len - getattr(pattern, "shared", 0)
-        order = _check_order(order, n, order.device if isinstance(order, Tensor) else device)
+        order = check_order(order, n, order.device if isinstance(order, Tensor) else device)
     return _lists(pattern, order, curve, options)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..backends import _check_order
+from ..calls import check_order
 from hilbert_attn.blocks.lists import (
     BlockLists,
     as_block_size,
@@ -23,7 +23,7 @@ from hilbert_attn.blocks.lists import (
 from .planner import BlockPattern, block_lists
 from ..common import whole_number, whole_numbers
 from ..curves import curve_order, inverse_order
-from ..patterns import NeighborhoodPattern, WindowPattern
+from ..patterns import AxisPattern
 
 # %% ../../nbs/10e_block_schedule.ipynb #436ab680
 PATTERN_TYPES = ("local_window", "dilated_sparse", "global_local", "mask")
@@ -121,7 +121,7 @@ def permute_blocks(
     """Lays out blocks in another order: tokens, bounds, rows and columns move along; what is
     attended stays."""
     orders, (BM, BN) = (q_order, k_order), lists.block_size
-    for order, n in zip(orders, lists.num_blocks): _check_order(order, n, order.device)
+    for order, n in zip(orders, lists.num_blocks): check_order(order, n, order.device)
     q_rank, k_rank = (inverse_order(order.cpu()).numpy() for order in orders)
     group, q, k, full = _entries(lists)
     rows, columns = rows_and_columns(
@@ -161,7 +161,7 @@ class PostPatternHilbertOptimizer:
                     "are")
             return self(pattern.lists(seq_len, causal=causal, device=device))
         options: dict[str, Any] = dict(block_size=block_size, causal=causal, device=device)
-        if isinstance(pattern, (WindowPattern, NeighborhoodPattern)):
+        if isinstance(pattern, AxisPattern) and not pattern.along_curve:
             return block_lists(pattern, curve=self.curve if self.enabled else None, **options)
         return self(block_lists(pattern, **options))
 

@@ -64,7 +64,7 @@ def _keeps(grid: tuple[int, int], qkv, segment_size: int) -> dict[str, dict]: # 
         found[curve] = dict(kept=neighbors, reach=weight)
     return found
 
-
+# %% ../../nbs/16c_comparison.ipynb #1fbe8a21
 def _takes(name: str, forward: dict[str, Timing], both: dict[str, Timing]) -> dict:
     "Milliseconds, and how many times as fast as the baselines."
     row = {}
@@ -75,7 +75,7 @@ def _takes(name: str, forward: dict[str, Timing], both: dict[str, Timing]) -> di
         row[f"{column}_over_naive"] = timings[NAIVE].median / mine
     return row
 
-
+# %% ../../nbs/16c_comparison.ipynb #d12bab98
 def _closest_call(report, heads: int) -> dict:
     "The error that came closest to what is allowed; nothing for what was not checked."
     if report is None: return dict(error=None, allowed=None, checked_heads=0)

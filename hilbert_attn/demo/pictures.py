@@ -12,8 +12,9 @@ from math import ceil
 import numpy as np
 from torch import Tensor
 
-from ..curves import CURVES, new_figure, plot_curve, segment_map
+from ..curves import CURVES, segment_map
 from .photo import CHEEK, PATCH, Photo, patch_weights
+from ..plots import new_figure, plot_curve
 
 # %% ../../nbs/16b_pictures.ipynb #bc875f43
 def _dimmed(photo: Photo) -> np.ndarray: # float (height, width, 3), 0 to 1
@@ -21,7 +22,7 @@ def _dimmed(photo: Photo) -> np.ndarray: # float (height, width, 3), 0 to 1
     x = photo.pixels / 255
     return (0.6 * x.mean(-1, keepdims=True) + 0.4 * x) * 0.62
 
-
+# %% ../../nbs/16b_pictures.ipynb #96ac2afb
 def draw_curve(
     photo: Photo,
     curve: str = "hilbert", # a name in `CURVES`, or "tile:S"
@@ -44,7 +45,7 @@ def _per_pixel(values: np.ndarray) -> np.ndarray:
     "One value per patch to one per pixel."
     return values.repeat(PATCH, 0).repeat(PATCH, 1)
 
-
+# %% ../../nbs/16b_pictures.ipynb #98438a3b
 def _with_borders(picture: np.ndarray, regions: np.ndarray, color=(1.0, 1.0, 1.0)) -> np.ndarray:
     "Lines, two pixels wide, where neighbouring patches belong to different regions."
     region, border = _per_pixel(regions), np.zeros(picture.shape[:2], bool)
@@ -77,7 +78,7 @@ def _region_colors(n: int) -> np.ndarray: # (n, 3)
     hues = ((0.381966 * i + 0.58) % 1 for i in range(n))
     return np.array([hls_to_rgb(hue, 0.55, 0.75) for hue in hues])
 
-
+# %% ../../nbs/16b_pictures.ipynb #dcbd51ef
 def _segments_picture(photo: Photo, segment_size: int, curve: str) -> np.ndarray:
     "The photo, tinted by segment."
     regions = segment_map(photo.grid, segment_size, curve).numpy()
@@ -86,7 +87,7 @@ def _segments_picture(photo: Photo, segment_size: int, curve: str) -> np.ndarray
     picture = 0.85 * tint * (0.35 + 0.75 * gray) + 0.15 * photo.pixels / 255
     return _with_borders(np.clip(picture, 0, 1), regions)
 
-
+# %% ../../nbs/16b_pictures.ipynb #2591d869
 def draw_segments(
     photo: Photo,
     segment_size: int = 256, # patches per segment
@@ -106,7 +107,7 @@ def _heat(photo: Photo, weights: np.ndarray, seen: np.ndarray) -> np.ndarray:
     ground = photo.pixels / 255 * light
     return ground * (1 - _per_pixel(alpha)[..., None]) + _per_pixel(color * alpha[..., None])
 
-
+# %% ../../nbs/16b_pictures.ipynb #29b8899a
 def _attention_picture(
     photo: Photo, q: Tensor, k: Tensor, segments: Tensor | None, query: int,
 ) -> np.ndarray:

@@ -39,12 +39,12 @@ def _text(array: np.ndarray) -> str:
     "Bytes as text."
     return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
 
-
+# %% ../../nbs/16d_report.ipynb #34d4df9b
 def _fits(q: Tensor, limit: int = _LARGEST_KEYS) -> bool:
     "Are the keys small enough, as text?"
     return q.numel() * 4 / 3 <= limit
 
-
+# %% ../../nbs/16d_report.ipynb #5b8870fe
 def _page_data(
     photo: Photo,
     q: Tensor, # queries (1, H, N, D), equal to the keys
@@ -105,7 +105,7 @@ def _canvas(view: str, order: str, caption: str) -> str:
     label = _LABELS[view].format(order)
     return _CANVAS.format(view=view, order=order, label=label, focus=focus, caption=caption)
 
-
+# %% ../../nbs/16d_report.ipynb #b532bc80
 def _panels(
     view: str, # "walk", "cut" or "look"
     captions: dict[str, str], # by order
@@ -176,7 +176,7 @@ def _bar(row: dict, longest: float) -> str:
     bar = f'<i style="width:{100 * ms / longest:.2f}%"></i>'
     return f"<span>{row['name']}</span><span{ours}>{bar}{ms:,.{0 if ms >= 10 else 1}f} ms</span>"
 
-
+# %% ../../nbs/16d_report.ipynb #6f9f8b86
 def _bars_html(rows: list[dict]) -> str:
     "Forward and backward of all."
     longest = max(row["both_ms"] for row in rows)
@@ -189,7 +189,7 @@ def _power(x: float) -> str:
     power = f"<sup>{int(exponent)}</sup>".replace("<sup>-", "<sup>&minus;")
     return f"{mantissa} &times; 10{power}"
 
-
+# %% ../../nbs/16d_report.ipynb #c06c6d66
 def _paragraphs(lines: Iterable[str]) -> str:
     "Text as HTML."
     return "\n".join(f"<p>{html.escape(line)}</p>" for line in lines)
@@ -211,7 +211,7 @@ def _neighbours(photo: Photo, segment_size: int, kept: dict[str, float]) -> str:
                      "segments stay in one piece at any size.")
     return " ".join(words)
 
-
+# %% ../../nbs/16d_report.ipynb #31daecba
 def _facts(rows: list[dict], heads: int) -> dict[str, str]:
     "Figures of the comparison, as they stand in the text."
     of = {row["name"]: row for row in rows}
@@ -253,7 +253,7 @@ def _about_photo(photo: Photo, q: Tensor, segment_size: int, patch: tuple[int, i
         from_keys=" from the keys in 8 bits" if _fits(q) else only,
     )
 
-
+# %% ../../nbs/16d_report.ipynb #ab584226
 def _photos(photo: Photo, segment_size: int, pictures: dict[str, str]) -> dict[str, str]:
     "The walk, the cut and the look."
     found = {curve: locality(photo.grid, segment_size, curve) for curve in CURVES}
@@ -275,7 +275,7 @@ def _part(name: str) -> str:
     "A file beside this module."
     return files(hilbert_attn).joinpath("demo", name).read_text(encoding="utf-8")
 
-
+# %% ../../nbs/16d_report.ipynb #86eed03c
 def write_report(
     path: str | Path, # of the HTML file
     photo: Photo,
@@ -375,7 +375,7 @@ def _draw_all(
         written[path.name] = path
     return written
 
-
+# %% ../../nbs/16d_report.ipynb #301ec731
 def _needs_matplotlib():
     "A `RuntimeError` where there is none."
     try:

@@ -10,19 +10,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from math import prod
-from typing import Any, Literal, TypedDict, Unpack, overload
+from typing import Any, TypedDict, Unpack
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..backends import _autocast, _check_backend_name, _check_tensors
+from ..backends import check_backend_name
+from ..calls import autocast_inputs, check_curve, check_tensors
 from ..common import hide_masked, whole_number, whole_numbers
-from ..curves import _parse_curve, as_grid, curve_order, inverse_order
-from ..dilated import BranchOptions, dilated_attention
-from ..modules import _one_of
+from ..curves import as_grid, curve_order, inverse_order
+from ..dilated import dilated_attention
+from ..modules import one_of
 from ..patterns import Branch, DilatedPattern, SegmentPattern
-from ..reference import CallOptions, masked_attention, merge_attention
+from ..reference import masked_attention, merge_attention
 
 # %% ../../nbs/14_integrations.ipynb #f66b6a88
 class HilbertOptions(TypedDict, total=False):
@@ -64,18 +65,18 @@ def _plain_fields(
     plain["prefix_tokens"] = prefix
     if segment_size is not None:
         size, lengths = _plain("segment_size", segment_size), plain["segment_lengths"]
-        plain["segment_lengths"] = _one_of("segment_lengths", lengths, segment_size=size)
+        plain["segment_lengths"] = one_of("segment_lengths", lengths, segment_size=size)
     if dilation_rate is not None:
         rate, rates = _plain("dilation_rate", dilation_rate), plain["dilation_rates"]
         rates = None if rates == 1 else rates  # the default: not given
-        plain["dilation_rates"] = _one_of("dilation_rates", rates, dilation_rate=rate)
+        plain["dilation_rates"] = one_of("dilation_rates", rates, dilation_rate=rate)
     return plain
 
 # %% ../../nbs/14_integrations.ipynb #b805548d
 def _check_fields(settings: "HilbertSettings"):
     "Raises `ValueError` for a field that does not fit."
-    if settings.curve not in (None, "auto"): _parse_curve(settings.curve)
-    _check_backend_name(settings.backend)
+    if settings.curve not in (None, "auto"): check_curve(settings.curve)
+    check_backend_name(settings.backend)
     heads = len(settings.branches[0])
     if isinstance(settings.offsets, tuple): heads = len(settings.offsets)
     settings.pattern(1, heads)  # names the value that does not fit
@@ -346,7 +347,7 @@ def _cells_attention(
 ) -> Any: # out (B, H, N, D), or (out, lse (B, H, N))
     "Attention of tokens that have a place."
     lengths, rates = settings.branches
-    options: BranchOptions = dict(
+    options: Any = dict(
         combine=settings.combine, dilation_mode=settings.dilation_mode, offsets=settings.offsets,
         grid=settings.grid, curve=settings.order_name, causal=causal, key_mask=key_mask,
         dropout_p=dropout_p, scale=scale)
@@ -390,28 +391,6 @@ def _shapes_only(
     lse = out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     return (out, lse) if return_lse else out
 
-# %% ../../nbs/14_integrations.ipynb #4ad31d01
-class PrefixOptions(CallOptions, total=False):
-    "Of `prefix_attention`."
-    causal: bool
-
-
-@overload
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, settings: HilbertSettings, *,
-    return_lse: Literal[False] = False, **options: Unpack[PrefixOptions],
-) -> Tensor: ...
-@overload
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, settings: HilbertSettings, *,
-    return_lse: Literal[True], **options: Unpack[PrefixOptions],
-) -> tuple[Tensor, Tensor]: ...
-@overload
-def prefix_attention(
-    q: Tensor, k: Tensor, v: Tensor, settings: HilbertSettings, *,
-    return_lse: bool, **options: Unpack[PrefixOptions],
-) -> Tensor | tuple[Tensor, Tensor]: ...
-
 # %% ../../nbs/14_integrations.ipynb #54afa2c5
 def prefix_attention(
     q: Tensor, # queries (B, H, N, D), prefix first
@@ -424,13 +403,13 @@ def prefix_attention(
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     return_lse: bool = False, # return the log-sum-exp too
-) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or (out, lse (B, H, N))
+) -> Any: # out (B, H, N, D), or (out, lse (B, H, N))
     """Exact attention along a curve, with tokens in front that attend all and are attended by all.
 
     Raises `ValueError` where tokens and settings do not fit."""
     on_meta = q.device.type == "meta"
-    if not on_meta: q, k, v = _autocast(q, k, v)
-    _check_tensors(q, k, v)
+    if not on_meta: q, k, v = autocast_inputs(q, k, v)
+    check_tensors(q, k, v)
     batch, _, n, _ = q.shape
     settings.check_length(n)
     if on_meta: return _shapes_only(q, k, v, return_lse)

@@ -23,7 +23,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..backends import _autocast
+from ..calls import autocast_inputs
 from ..common import hide_masked
 from .settings import (
     HilbertOptions, HilbertSettings, few_attention, key_counts, prefix_attention, settings_from)
@@ -318,7 +318,7 @@ def cached_attention(
 ) -> Tensor: # (B, H, M, D)
     "Causal attention of the last queries of a sequence; only the keys they need are read."
     m, n = q.shape[2], k.shape[2]
-    q, k, v = _autocast(q, k, v)
+    q, k, v = autocast_inputs(q, k, v)
     keys, counts = _keys_of_last(settings, m, n, q.shape[1])
     counts, index = counts.to(q.device)[None], keys.to(k.device)
     k, v = k.index_select(2, index), v.index_select(2, index)

@@ -18,7 +18,7 @@ from .settings import (
     HilbertOptions, HilbertSettings, PrefixAttention, settings_from)
 from .switch import (
     Geometry, Switch, check_stated, listed, patch_layer, prefix_length, refuse_layers)
-from ..modules import MultiheadDilatedAttention
+from ..multihead import MultiheadDilatedAttention
 
 # %% ../../nbs/14d_vision.ipynb #a993f03f
 class FusedQKVAttention(nn.Module):

@@ -6,102 +6,85 @@
 __all__ = ['fit_small', 'attention_backward']
 
 # %% ../../nbs/04_triton_backward.ipynb #70722f42
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .forward import (
-    _SIZES, Fit, Group, Places, Tile, _Call, _describe_both, _key_range, _keys_at, _launch,
-    _locate, _pow2, _progression, _rows_contiguous, _seen, _slots, _tokens,
-    _turn, attention_forward, check_triton, tuned_tile)
-from .steps import (
-    Columns, Keys, Queries, Sums, _add_product, _box_of, _dkv_step, _dq_step, _dropout_of, _dropped,
-    _head_of, _load_columns, _load_rows, _load_statistic, _no_rows, _row_statistics, _scaled,
-    _scales, _scores, _store_rows, _store_sums, _weights, operand, tl, triton)
+from . import forward, launch, steps
+from .forward import Fit, SegmentCall
+from .launch import Backward
+from .steps import tl, triton
+from .tuning import Tile, is_half, pow2
 
 # %% ../../nbs/04_triton_backward.ipynb #2bce10cd
 @triton.jit
-def _dq_tiles(dq, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, lo, hi, qk_scale,
+def _dq_tiles(dq, own, queries, keys, k, v, at, drop, lo, hi, qk_scale,
               S: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
     "dq of a query tile: the sum of dS K over the key tiles lo, lo + BLOCK_N, ... below hi."
     for j in tl.range(lo, hi, S.BLOCK_N):
-        k_token, valid = _keys_at(j, keys, at, S)
-        k_tile = _load_columns(k, k_desc, k_token, valid, box, j, S.BLOCK_N, S, MASKED, TMA)
-        v_tile = _load_columns(v, v_desc, k_token, valid, box, j, S.BLOCK_N, S, MASKED, TMA)
-        p, dp = _weights(own, k_tile, v_tile, qk_scale, S)  # [BM, BN]
-        if MASKED: p = tl.where(_seen(own.token, queries, k_token, keys, valid, S), p, 0.)
-        dq = _dq_step(dq, p, dp, own, k_tile, k_token, drop, S)
+        token, valid = forward.keys_at(j, keys, at, S)
+        k_tile = steps.next_tile(k, token, valid, j, S.BLOCK_N, S, MASKED, TMA)
+        v_tile = steps.next_tile(v, token, valid, j, S.BLOCK_N, S, MASKED, TMA)
+        p, dp = steps.weights_of(own, k_tile, v_tile, qk_scale, S)  # [BM, BN]
+        if MASKED: p = forward.keep_seen(p, own.token, queries, token, keys, valid, 0., S)
+        dq = steps.dq_step(dq, p, dp, own, k_tile, token, drop, S)
     return dq
 
-@triton.jit
-def _load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid,
-                  ACC: tl.constexpr, S: tl.constexpr):
-    "All that the backward needs to know of a tile of queries."
-    q_tile = _load_rows(_head_of(q, batch, head, S), token, valid, S, True)  # [BM, BD], [BM, BE]
-    do_tile = _load_rows(_head_of(do, batch, head, S), token, valid, S, True)
-    out_tile = _load_rows(_head_of(out, batch, head, S), token, valid, S, True)
-    lse2, delta = _row_statistics(do_tile, out_tile, lse_ptr, dlse_ptr, stat, valid, ACC, S)
-    return Queries(q_tile, do_tile, lse2, delta, token)
-
 # %% ../../nbs/04_triton_backward.ipynb #b2f7f710
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=forward.SIZES)
 def _dq_kernel(
-    q, k, v, out, do, dq, lse_ptr, dlse_ptr, lse2_ptr, delta_ptr, at, k_desc, v_desc, stride_mask,
-    n_heads, n_tokens, segment_size, rate, tiles, bundles, scale: "fp64", keep_scale: "fp64",
-    threshold, S: tl.constexpr,
+    q, k, v, out, do, dq, lse_ptr, dlse_ptr, statistics, at, k_desc, v_desc, stride_mask,
+    n_heads, n_tokens, segment_size, rate, tiles, bundles, scale: tl.float64,
+    keep_scale: tl.float64, threshold, S: tl.constexpr,
 ):
     "dq of one tile of queries, and for the next kernel their delta and base-2 LSE."
     ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
-    tile, bundle, batch, head, batch_head = _turn(tiles, bundles, n_heads, S.CAUSAL)
+    tile, bundle, batch, head, batch_head = forward.turn(tiles, bundles, n_heads, S.CAUSAL)
     mask = at.mask
     if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
-    at = Places(at.order, mask, at.offset, at.seed)
-    k = _head_of(k, batch, head // S.HEAD_GROUP, S)
-    v = _head_of(v, batch, head // S.HEAD_GROUP, S)
-    qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
-    drop = _dropout_of(at.seed, batch_head, threshold, keep_scale, S)
+    at = forward.Places(at.order, mask, at.offset, at.seed)
+    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, ACC)
+    drop = steps.dropout_of(at.seed, batch_head, threshold, keep_scale, S)
 
-    queries, keys = _locate(bundle, head, at.offset, n_tokens, segment_size, rate, S)
-    box = _box_of(batch, head // S.HEAD_GROUP, keys.first, segment_size, rate)
-    row = tile * S.BLOCK_M + queries.slot
-    valid = row < queries.count
-    token = _tokens(queries.first + queries.step * row, valid, at.order, S.HAS_ORDER)  # [BM]
+    queries, keys = forward.locate(bundle, head, at.offset, n_tokens, segment_size, rate, S)
+    box = steps.box_of(batch, head // S.HEAD_GROUP, keys.first, segment_size, rate)
+    k = steps.Stream(steps.head_of(k, batch, head // S.HEAD_GROUP, S), k_desc, box)
+    v = steps.Stream(steps.head_of(v, batch, head // S.HEAD_GROUP, S), v_desc, box)
+    token, valid = forward.tokens_of(queries, tile * S.BLOCK_M + queries.slot, at, S)  # [BM]
     stat = batch_head.to(tl.int64) * n_tokens + token
-    own = _load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid, ACC, S)
-    tl.store(lse2_ptr + stat, own.lse2, mask=valid)
-    tl.store(delta_ptr + stat, own.delta, mask=valid)
-    total = _no_rows(S.BLOCK_M, ACC, S)
+    own = steps.load_queries(
+        q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid, ACC, S)
+    steps.store_statistics(statistics, own, stat, valid)
+    total = steps.no_rows(S.BLOCK_M, ACC, S)
 
     full = 0
     end = 1
-    if not S.SINGLE: full, end = _key_range(tile, queries, keys, S)
+    if not S.SINGLE: full, end = forward.key_range(tile, queries, keys, S)
     if S.ALL_MASKED: full = 0
     else:
-        total = _dq_tiles(total, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, 0, full,
-                          qk_scale, S, False, S.TMA)
+        total = _dq_tiles(total, own, queries, keys, k, v, at, drop, 0, full, qk_scale, S, False,
+                          S.TMA)
     if S.ALL_MASKED or S.CAUSAL or not S.EVEN:
-        total = _dq_tiles(total, own, queries, keys, k, v, k_desc, v_desc, box, at, drop, full, end,
-                          qk_scale, S, True, False)
-    dq = _head_of(dq, batch, head, S)
-    _store_rows(dq, token, valid, _scaled(total, scale, S), S)
+        total = _dq_tiles(total, own, queries, keys, k, v, at, drop, full, end, qk_scale, S, True,
+                          False)
+    dq = steps.head_of(dq, batch, head, S)
+    steps.store_rows(dq, token, valid, steps.scaled(total, scale, S), S)
 
 # %% ../../nbs/04_triton_backward.ipynb #18743ebb
 @triton.jit
-def _dkv_tiles(sums, own, queries, q, do, q_desc, do_desc, box, lse2_ptr, delta_ptr, at, drop, lo,
-               hi, qk_scale, S: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
+def _dkv_tiles(sums, own, queries, q, do, statistics, at, drop, lo, hi, qk_scale,
+               S: tl.constexpr, MASKED: tl.constexpr, TMA: tl.constexpr):
     """dk and dv of a key tile: the sums of dS^T Q and P^T dO over the query tiles that start at
     lo, lo + BLOCK_M, ... below hi."""
     for i in tl.range(lo, hi, S.BLOCK_M):
-        valid = i + queries.slot < queries.count  # [BM]
-        position = queries.first + queries.step * (i + queries.slot)
-        token = _tokens(position, valid, at.order, S.HAS_ORDER)
-        q_tile = _load_columns(q, q_desc, token, valid, box, i, S.BLOCK_M, S, MASKED, TMA)
-        do_tile = _load_columns(do, do_desc, token, valid, box, i, S.BLOCK_M, S, MASKED, TMA)
-        lse2 = _load_statistic(lse2_ptr, token, valid, float("inf"), MASKED)  # exp2(s - inf) = 0
-        p = tl.exp2(_scores(own.k, q_tile, S) * qk_scale - lse2[None, :])  # [BN, BM]
+        token, valid = forward.tokens_of(queries, i + queries.slot, at, S)  # [BM]
+        q_tile = steps.next_tile(q, token, valid, i, S.BLOCK_M, S, MASKED, TMA)
+        do_tile = steps.next_tile(do, token, valid, i, S.BLOCK_M, S, MASKED, TMA)
+        p = steps.weights_on(own, q_tile, statistics, token, valid, qk_scale, S, MASKED)  # [BN, BM]
         if MASKED and S.CAUSAL: p = tl.where(token[None, :] >= own.token[:, None], p, 0.)
-        sums = _dkv_step(sums, p, own, q_tile, do_tile, token, delta_ptr, valid, drop, S, MASKED)
+        sums = steps.dkv_step(
+            sums, p, own, q_tile, do_tile, token, statistics, valid, drop, S, MASKED)
     return sums
 
 # %% ../../nbs/04_triton_backward.ipynb #2879946a
@@ -115,80 +98,68 @@ def _diagonal(tile, keys, queries, S: tl.constexpr):
     below = tl.maximum(far - queries.first + queries.step - 1, 0) // queries.step
     return crossing // S.BLOCK_M * S.BLOCK_M, tl.cdiv(below, S.BLOCK_M) * S.BLOCK_M
 
+# %% ../../nbs/04_triton_backward.ipynb #88ace334
 @triton.jit
-def _dkv_of_head(sums, own, tile, keys, queries, q, do, q_desc, do_desc, box, lse2_ptr, delta_ptr,
-                 at, drop, qk_scale, S: tl.constexpr):
+def _dkv_of_head(sums, own, tile, keys, queries, q, do, statistics, at, drop, qk_scale,
+                 S: tl.constexpr):
     "dk and dv of a key tile from all queries of one head."
     start = 0
     full = 0
     end = queries.count
-    if not (S.CAUSAL and S.HAS_ORDER):
+    if S.TRIANGLE or not S.CAUSAL:
         full = end // S.BLOCK_M * S.BLOCK_M
         if S.CAUSAL:  # query tiles that cross the diagonal, then those below it
             first, start = _diagonal(tile, keys, queries, S)
-            sums = _dkv_tiles(sums, own, queries, q, do, q_desc, do_desc, box, lse2_ptr, delta_ptr,
-                              at, drop, first, tl.minimum(start, end), qk_scale, S, True, False)
-        sums = _dkv_tiles(sums, own, queries, q, do, q_desc, do_desc, box, lse2_ptr, delta_ptr, at,
-                          drop, start, full, qk_scale, S, False, S.TMA)
+            sums = _dkv_tiles(sums, own, queries, q, do, statistics, at, drop, first,
+                              tl.minimum(start, end), qk_scale, S, True, False)
+        sums = _dkv_tiles(sums, own, queries, q, do, statistics, at, drop, start, full, qk_scale,
+                          S, False, S.TMA)
         full = tl.maximum(start, full)
-    if (S.CAUSAL and S.HAS_ORDER) or not S.EVEN:
-        sums = _dkv_tiles(sums, own, queries, q, do, q_desc, do_desc, box, lse2_ptr, delta_ptr, at,
-                          drop, full, end, qk_scale, S, True, False)
+    if (S.CAUSAL and not S.TRIANGLE) or not S.EVEN:
+        sums = _dkv_tiles(sums, own, queries, q, do, statistics, at, drop, full, end, qk_scale,
+                          S, True, False)
     return sums
 
 # %% ../../nbs/04_triton_backward.ipynb #de1f8b75
-@triton.jit
-def _load_keys(k, v, batch, head, token, stored, mask_ptr, stride_mask, S: tl.constexpr):
-    "A tile of keys that a program owns, and which of them may be attended."
-    valid = stored
-    if S.HAS_KEY_MASK:
-        mask_ptr += batch.to(tl.int64) * stride_mask
-        valid &= tl.load(mask_ptr + token, mask=valid, other=0) != 0
-    k_tile = _load_rows(_head_of(k, batch, head, S), token, valid, S, True)  # [BN, BD], [BN, BE]
-    v_tile = _load_rows(_head_of(v, batch, head, S), token, valid, S, True)
-    return Keys(k_tile, v_tile, token), valid
-
-@triton.jit(do_not_specialize=_SIZES)
+@triton.jit(do_not_specialize=forward.SIZES)
 def _dkv_kernel(
-    q, k, v, do, dk, dv, lse2_ptr, delta_ptr, at, q_desc, do_desc, stride_mask, n_heads, n_tokens,
-    segment_size, rate, tiles, bundles, scale: "fp64", keep_scale: "fp64", threshold,
+    q, k, v, do, dk, dv, statistics, at, q_desc, do_desc, stride_mask, n_heads, n_tokens,
+    segment_size, rate, tiles, bundles, scale: tl.float64, keep_scale: tl.float64, threshold,
     S: tl.constexpr,
 ):
     "dk and dv of one tile of keys, summed over the query heads that share it."
     ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
-    tile, group, batch, kv_head, _ = _turn(tiles, bundles, n_heads // S.HEAD_GROUP, False)
-    qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
+    tile, group, batch, kv_head, _ = forward.turn(tiles, bundles, n_heads // S.HEAD_GROUP, False)
+    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, ACC)
     segment, residue = group // rate, group % rate  # a bundle is one group here
 
-    k_first, n_keys = _progression(segment, residue, rate, n_tokens, segment_size)
-    keys = Group(tl.arange(0, S.BLOCK_N), group, k_first, rate, n_keys)
-    row = tile * S.BLOCK_N + keys.slot
-    stored = row < n_keys
-    token = _tokens(k_first + rate * row, stored, at.order, S.HAS_ORDER)  # [BN]
-    own, valid = _load_keys(k, v, batch, kv_head, token, stored, at.mask, stride_mask, S)
-    sums = Sums(_no_rows(S.BLOCK_N, ACC, S), _no_rows(S.BLOCK_N, ACC, S))
+    k_first, n_keys = forward.progression(segment, residue, rate, n_tokens, segment_size)
+    keys = forward.Group(tl.arange(0, S.BLOCK_N), group, k_first, rate, n_keys)
+    token, stored = forward.tokens_of(keys, tile * S.BLOCK_N + keys.slot, at, S)  # [BN]
+    own, valid = steps.load_keys(k, v, batch, kv_head, token, stored, at.mask, stride_mask, S)
+    sums = steps.no_sums(S.BLOCK_N, ACC, S)
 
     q_step = rate
     q_first = k_first
     n_queries = n_keys
     if S.MODE == "keys":
         q_step = 1
-        q_first, n_queries = _progression(segment, 0, 1, n_tokens, segment_size)
+        q_first, n_queries = forward.progression(segment, 0, 1, n_tokens, segment_size)
     for g in range(S.HEAD_GROUP):
         head = kv_head * S.HEAD_GROUP + g
         batch_head = batch * n_heads + head
-        first_stat = batch_head.to(tl.int64) * n_tokens
         end = n_queries
         if S.MODE != "residue":  # heads that attend this residue
             end = tl.where(residue == tl.load(at.offset + head), n_queries, 0)
-        queries = Group(tl.arange(0, S.BLOCK_M), group, q_first, q_step, end)
+        queries = forward.Group(tl.arange(0, S.BLOCK_M), group, q_first, q_step, end)
+        box = steps.box_of(batch, head, q_first, segment_size, rate)
+        q_head = steps.Stream(steps.head_of(q, batch, head, S), q_desc, box)
+        do_head = steps.Stream(steps.head_of(do, batch, head, S), do_desc, box)
         sums = _dkv_of_head(
-            sums, own, tile, keys, queries, _head_of(q, batch, head, S),
-            _head_of(do, batch, head, S), q_desc, do_desc,
-            _box_of(batch, head, q_first, segment_size, rate),
-            lse2_ptr + first_stat, delta_ptr + first_stat, at,
-            _dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, S)
-    _store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
+            sums, own, tile, keys, queries, q_head, do_head,
+            steps.statistics_of(statistics, batch_head.to(tl.int64) * n_tokens), at,
+            steps.dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, S)
+    steps.store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
 
 # %% ../../nbs/04_triton_backward.ipynb #9a164ddb
 @triton.jit
@@ -196,50 +167,54 @@ def _small_head(sums, own, seen, q, do, out, dq, lse_ptr, dlse_ptr, batch, head,
                 stored, drop, qk_scale, scale, ACC: tl.constexpr, S: tl.constexpr):
     "The five products of one query head: writes its dq, adds to dk and dv."
     token = own.token
-    rows = _load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, active, ACC, S)
-    s = _scores(own.k, rows.q, S)  # [BN, BM]
-    dp = _scores(own.v, rows.do, S)  # [BN, BM]
+    rows = steps.load_queries(
+        q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, active, ACC, S)
+    s = steps.scores(own.k, rows.q, S)  # [BN, BM]
+    dp = steps.scores(own.v, rows.do, S)  # [BN, BM]
     p = tl.where(seen, tl.exp2(s * qk_scale - rows.lse2[None, :]), 0.)
-    z, dp = _dropped(p, dp, own, own.token, drop, S)
+    z, dp = steps.apply_dropout(p, dp, own, token, drop, S)
     ds = p * (dp - rows.delta[None, :])
-    dv = _add_product(sums.dv, z, rows.do, S)
-    dk = _add_product(sums.dk, ds, rows.q, S)
-    dq_rows = _add_product(_no_rows(S.BLOCK_N, ACC, S), tl.trans(ds.to(own.k.main.dtype)), own.k, S)
-    dq = _head_of(dq, batch, head, S)
-    _store_rows(dq, token, stored, _scaled(dq_rows, scale, S), S)
-    return Sums(dk, dv)
+    dv = steps.add_product(sums.dv, z, rows.do, S)
+    dk = steps.add_product(sums.dk, ds, rows.q, S)
+    total = steps.no_rows(S.BLOCK_N, ACC, S)
+    total = steps.add_product(total, tl.trans(ds.to(own.k.main.dtype)), own.k, S)
+    dq = steps.head_of(dq, batch, head, S)
+    steps.store_rows(dq, token, stored, steps.scaled(total, scale, S), S)
+    return steps.Sums(dk, dv)
 
 # %% ../../nbs/04_triton_backward.ipynb #595d51fc
-@triton.jit(do_not_specialize=[n for n in _SIZES if n != "tiles"])
+@triton.jit(do_not_specialize=[n for n in forward.SIZES if n != "tiles"])
 def _small_kernel(
     q, k, v, out, do, dq, dk, dv, lse_ptr, dlse_ptr, at, stride_mask, n_heads, n_tokens,
-    segment_size, rate, bundles, scale: "fp64", keep_scale: "fp64", threshold, S: tl.constexpr,
+    segment_size, rate, bundles, scale: tl.float64, keep_scale: tl.float64, threshold,
+    S: tl.constexpr,
 ):
     "dq, dk and dv of PACK whole groups; residue and longnet mode."
     ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
-    _, bundle, batch, kv_head, _ = _turn(1, bundles, n_heads // S.HEAD_GROUP, False)
-    qk_scale, scale, keep_scale = _scales(scale, keep_scale, ACC)
+    _, bundle, batch, kv_head, _ = forward.turn(1, bundles, n_heads // S.HEAD_GROUP, False)
+    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, ACC)
 
-    slot, group = _slots(bundle, S.BLOCK_N, S.PACK)  # queries and keys are the same rows
+    slot, group = forward.slots(bundle, S.BLOCK_N, S.PACK)  # queries and keys are the same rows
     residue = group % rate
-    first, count = _progression(group // rate, residue, rate, n_tokens, segment_size)
-    stored = slot < count
-    token = _tokens(first + rate * slot, stored, at.order, S.HAS_ORDER)  # [BN]
-    own, valid = _load_keys(k, v, batch, kv_head, token, stored, at.mask, stride_mask, S)
-    sums = Sums(_no_rows(S.BLOCK_N, ACC, S), _no_rows(S.BLOCK_N, ACC, S))
+    first, count = forward.progression(group // rate, residue, rate, n_tokens, segment_size)
+    rows = forward.Group(slot, group, first, rate, count)
+    token, stored = forward.tokens_of(rows, slot, at, S)  # [BN]
+    own, valid = steps.load_keys(k, v, batch, kv_head, token, stored, at.mask, stride_mask, S)
+    sums = steps.no_sums(S.BLOCK_N, ACC, S)
     seen = valid[:, None] & stored[None, :]  # [BN, BM]
     if S.PACK > 1: seen &= group[:, None] == group[None, :]
     if S.CAUSAL: seen &= token[None, :] >= token[:, None]
     for g in range(S.HEAD_GROUP):
         head = kv_head * S.HEAD_GROUP + g
         batch_head = batch * n_heads + head
-        rows = count
-        if S.MODE == "longnet": rows = tl.where(residue == tl.load(at.offset + head), count, 0)
+        active = count
+        if S.MODE == "longnet": active = tl.where(residue == tl.load(at.offset + head), count, 0)
         sums = _small_head(
             sums, own, seen, q, do, out, dq, lse_ptr, dlse_ptr, batch, head,
-            batch_head.to(tl.int64) * n_tokens + token, slot < rows, stored,
-            _dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, scale, ACC, S)
-    _store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
+            batch_head.to(tl.int64) * n_tokens + token, slot < active, stored,
+            steps.dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, scale,
+            ACC, S)
+    steps.store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
 
 # %% ../../nbs/04_triton_backward.ipynb #c566217e
 def fit_small(
@@ -250,75 +225,53 @@ def fit_small(
     capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
 ) -> Fit | None: # None where groups are too large to be done in one program
     "The tile of `_small_kernel`: square, with whole groups in it."
-    simulated, half = capability < (8, 0), dtype in (torch.float16, torch.bfloat16)
+    simulated = capability < (8, 0)
     if simulated: limit = 32
-    elif half: limit = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 0
+    elif is_half(dtype): limit = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 0
     else: limit = 32 if head_dim <= 64 else 0
     if rows > limit: return None
-    block = max(16 if simulated else min(64, limit), _pow2(rows))
+    block = max(16 if simulated else min(64, limit), pow2(rows))
     warps = 8 if block * max(head_dim, 64) > 64 * 64 else 4
     fitted = replace(tile, block_m=block, block_n=block, num_warps=warps, num_stages=1)
-    return Fit(fitted, block // _pow2(rows), True)
-
-# %% ../../nbs/04_triton_backward.ipynb #984e81ea
-@dataclass
-class _Tensors:
-    "What the backward kernels read and write."
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    dout: Tensor
-    lse: Tensor
-    dlse: Tensor | None
-    dq: Tensor
-    dk: Tensor
-    dv: Tensor
-
-    @classmethod
-    def of(cls, q, k, v, out, lse, dout, dlse) -> "_Tensors":
-        q, k, v, out, dout = map(_rows_contiguous, (q, k, v, out, dout))
-        dlse = None if dlse is None else dlse.contiguous()
-        return cls(q, k, v, out, dout, lse.contiguous(), dlse, *map(torch.empty_like, (q, k, v)))
-
-    def strided(self) -> list[Tensor]:
-        return [self.q, self.k, self.v, self.out, self.dout, self.dq, self.dk, self.dv]
-
-    def operands(self, names: str) -> list:
-        return [operand(getattr(self, name)) for name in names.split()]
+    return Fit(fitted, block // pow2(rows), True)
 
 # %% ../../nbs/04_triton_backward.ipynb #6a3e86b0
-def _run_small(call: _Call, fit: Fit, x: _Tensors):
+def _launch_small(call: SegmentCall, fit: Fit, x: Backward):
     "Everything at once."
     bundles = -(-call.groups.q_groups // fit.pack)
     S = call.static(fit.tile, x.strided(), HAS_DLSE=x.dlse is not None, PACK=fit.pack)
     stride_mask, H, N, w, r, _, *rest = call.sizes(1, bundles)
-    _launch(_small_kernel, bundles * call.B * call.kv_heads, fit.tile,
-            *x.operands("q k v out dout dq dk dv"), x.lse, x.dlse, call.places, stride_mask, H, N,
-            w, r, *rest, S=S)
+    tensors = launch.operands(x.q, x.k, x.v, x.out, x.dout, *x.gradients)
+    launch.start(
+        _small_kernel, bundles * call.B * call.kv_heads, fit.tile, *tensors, x.lse, x.dlse,
+        call.places, stride_mask, H, N, w, r, *rest, S=S)
 
-
-def _run_dq(call: _Call, tile: Tile, x: _Tensors, lse2: Tensor, delta: Tensor, tma: bool):
+# %% ../../nbs/04_triton_backward.ipynb #b1694389
+def _launch_dq(call: SegmentCall, tile: Tile, x: Backward, tma: bool):
     "dq, and the two numbers of each row."
     fit, tiles, bundles = call.fit(tile)
     t, tma = fit.tile, fit.tile.tma and tma
     S = call.static(t, x.strided(), HAS_DLSE=x.dlse is not None, TMA=tma, SINGLE=fit.single,
                     PACK=fit.pack, EVEN=call.even(call.groups.k_rows, t.block_n))
-    _launch(_dq_kernel, tiles * bundles * call.B * call.H, t, *x.operands("q k v out dout dq"),
-            x.lse, x.dlse, lse2, delta, call.places,
-            *_describe_both(x.k, x.v, call.r, t.block_n, tma), *call.sizes(tiles, bundles), S=S)
+    tensors = launch.operands(x.q, x.k, x.v, x.out, x.dout, x.dq)
+    launch.start(
+        _dq_kernel, tiles * bundles * call.B * call.H, t, *tensors, x.lse, x.dlse, x.statistics,
+        call.places, *launch.descriptors(x.k, x.v, t.block_n, tma, call.r),
+        *call.sizes(tiles, bundles), S=S)
 
-
-def _run_dkv(call: _Call, tile: Tile, x: _Tensors, lse2: Tensor, delta: Tensor, tma: bool):
+# %% ../../nbs/04_triton_backward.ipynb #774944f2
+def _launch_dkv(call: SegmentCall, tile: Tile, x: Backward, tma: bool):
     "dk and dv."
     groups, smallest = call.groups, 16 if call.capability == (0, 0) else min(64, tile.block_n)
-    t = replace(tile, block_n=min(tile.block_n, max(smallest, _pow2(groups.k_rows))))
+    t = replace(tile, block_n=min(tile.block_n, max(smallest, pow2(groups.k_rows))))
     tiles, tma = -(-groups.k_rows // t.block_n), t.tma and tma
-    S = call.static(t, x.strided(), TMA=tma, EVEN=call.even(groups.q_rows, t.block_m))
-    _launch(_dkv_kernel, tiles * groups.k_groups * call.B * call.kv_heads, t,
-            *x.operands("q k v dout dk dv"), lse2, delta, call.places,
-            *_describe_both(x.q, x.dout, call.r, t.block_m, tma),
-            *call.sizes(tiles, groups.k_groups), S=S)
+    even = call.even(groups.q_rows, t.block_m)
+    S = call.static(t, x.strided(), call.tail_of_keys, TMA=tma, EVEN=even)
+    tensors = launch.operands(x.q, x.k, x.v, x.dout, x.dk, x.dv)
+    launch.start(
+        _dkv_kernel, tiles * groups.k_groups * call.B * call.kv_heads, t, *tensors, x.statistics,
+        call.places, *launch.descriptors(x.q, x.dout, t.block_m, tma, call.r),
+        *call.sizes(tiles, groups.k_groups), S=S)
 
 # %% ../../nbs/04_triton_backward.ipynb #074faf21
 def attention_backward(
@@ -343,25 +296,22 @@ def attention_backward(
     tiles: dict[str, Tile] | None = None, # "dq" and "dkv"; None: tuned or default
 ) -> tuple[Tensor, Tensor, Tensor]: # dq (B, H, N, D), dk and dv (B, H_kv, N, D)
     "Launches the backward kernels; arguments are those of the forward, and the gradients."
-    check_triton(q.device)
-    x = _Tensors.of(q, k, v, out, lse, dout, dlse)
-    if not q.numel(): return x.dq, x.dk, x.dv
-    call = _Call(x.q, x.k, segment_size, dilation_rate, mode, offsets, order, key_mask, causal,
-                 scale, dropout_p, seed)
-    wanted = {name: (tiles or {}).get(name) or call.default(name) for name in ("dq", "dkv")}
+    launch.check_triton(q.device)
+    x = Backward.of(q, k, v, out, lse, dout, dlse)
+    if not q.numel(): return x.gradients
+    call = SegmentCall(
+        x.q, x.k, segment_size, dilation_rate, mode, offsets, order=order, key_mask=key_mask,
+        causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
     same_groups = mode != "keys" or call.r == 1
-    tma = dict(dq=call.describable(x.k, x.v),
-               dkv=same_groups and call.describable(x.q, x.dout))
+    tma = dict(dq=call.describes(x.k, x.v), dkv=same_groups and call.describes(x.q, x.dout))
 
+    def dq(tile): _launch_dq(call, tile, x, tma["dq"])
+    def dkv(tile): _launch_dkv(call, tile, x, tma["dkv"])
+
+    small = None if mode == "keys" else fit_small(
+        (tiles or {}).get("dq") or call.default("dq"), call.groups.k_rows, call.D, q.dtype,
+        call.capability)
     with torch.cuda.device_of(q):
-        fit = fit_small(wanted["dq"], call.groups.k_rows, call.D, q.dtype, call.capability)
-        if fit is not None and mode != "keys":
-            _run_small(call, fit, x)
-            return x.dq, x.dk, x.dv
-        statistics = torch.empty_like(x.lse), torch.empty_like(x.lse)
-        for name, launch in (("dq", _run_dq), ("dkv", _run_dkv)):
-            def run(tile, name=name, launch=launch): launch(call, tile, x, *statistics, tma[name])
-            tile = wanted[name]
-            if tiles is None: tile = tuned_tile(call.workload(name, tma[name]), tile, q, run)
-            run(tile)
-    return x.dq, x.dk, x.dv
+        if small is not None: _launch_small(call, small, x)
+        else: x.run(call, dq, dkv, tiles, call.groups.k_rows, tma)
+    return x.gradients

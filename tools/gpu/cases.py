@@ -1,4 +1,5 @@
 """What is checked and what is timed, as plain data."""
+from dataclasses import astuple
 from itertools import product
 
 HALF, DTYPES = "bfloat16", ("bfloat16", "float16", "float32", "float64")
@@ -57,14 +58,16 @@ def block_cases() -> list[dict]:
 
 def tile_cases(kinds=("segments", "blocks")) -> list[dict]:
     "Every tile that the tuner may choose, forced on one kernel."
-    from hilbert_attn.kernels.forward import CANDIDATES
+    from hilbert_attn.kernels.tuning import CANDIDATES, GATHERED
+    plain = [(*key, tile, False) for key, tiles in CANDIDATES.items() for tile in tiles]
+    gathered = [(*key, tile, True) for key, tiles in GATHERED.items() for tile in tiles]
     found = []
-    for (kernel, d), tiles in CANDIDATES.items():
-        for index, tile in enumerate(tiles):
-            forced = dict(kernel=kernel, d=d, tile=index, heads=1, kv_heads=1)
-            found.append(SEGMENTS | forced | dict(n=1024, w=512, r=2))
-            curve = None if tile.tma else "hilbert"
-            found.append(BLOCKS | forced | dict(pattern=["slide", 1000, 400], curve=curve))
+    for kernel, d, tile, order in plain + gathered:
+        forced = dict(kernel=kernel, d=d, tile=list(astuple(tile)), heads=1, kv_heads=1)
+        found.append(SEGMENTS | forced | dict(n=1024, w=512, r=2, order=order))
+        curve = None if tile.tma else "hilbert"
+        case = BLOCKS | forced | dict(pattern=["slide", 1000, 400], curve=curve)
+        if case not in found: found.append(case)
     return [case for case in found if ("blocks" if "pattern" in case else "segments") in kinds]
 
 

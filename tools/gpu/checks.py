@@ -4,9 +4,9 @@ import math
 import torch
 from torch import Tensor
 
-from hilbert_attn.block_sparse import block_lists
-from hilbert_attn.kernels import forward
+from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.kernels import block_sparse as blocks
+from hilbert_attn.kernels import forward
 from hilbert_attn.patterns import SegmentPattern
 from hilbert_attn.reference import compare_to_oracle
 

@@ -8,7 +8,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib import import_module
@@ -17,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-MODULES = ("forward", "backward", "block_sparse")
+from hilbert_attn.kernels import launch, tuning
+
 FUSION_UNSET = "TRITON_DEFAULT_FP_FUSION"  # every launch says it itself
 
 
@@ -42,7 +43,9 @@ def inner_loops(sass: str) -> list[tuple[int, int]]:
         target = re.search(r"\bBRA\b.*0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < int(address, 16):
             loops.append((place[int(target[1], 16)], i))
-    innermost = [a for a in loops if not any(a[0] <= b[0] and b[1] <= a[1] for b in loops if b != a)]
+    def holds(a, b): return a != b and a[0] <= b[0] and b[1] <= a[1]
+
+    innermost = [a for a in loops if not any(holds(a, b) for b in loops)]
     counts = []
     for first, last in innermost:
         body = [text for _, text in lines[first:last + 1]]
@@ -130,7 +133,7 @@ def _seen_by_compiler(x):
 
 
 def describe_launch(kernel, tile, arguments, constants) -> Launch:
-    "What `_launch` was given, without the sizes that are not specialised for."
+    "What `launch.start` was given, without the sizes that are not specialised for."
     free = {p.name for p in kernel.params if p.do_not_specialize}
     pairs = zip(kernel.arg_names, arguments)
     seen = tuple(3 if name in free else _seen_by_compiler(x) for name, x in pairs)
@@ -139,11 +142,21 @@ def describe_launch(kernel, tile, arguments, constants) -> Launch:
 
 
 @contextmanager
+def replaced(module, **fakes) -> Iterator[None]:
+    "Attributes of a module, for a while."
+    kept = {name: getattr(module, name) for name in fakes}
+    for name, fake in fakes.items(): setattr(module, name, fake)
+    try: yield
+    finally:
+        for name, value in kept.items(): setattr(module, name, value)
+
+
+@contextmanager
 def recording(capability: tuple[int, int], all_tiles: bool) -> Iterator[dict[str, Launch]]:
     "Launches of the package's kernels are written down, key -> launch, and nothing runs."
     found: dict[str, Launch] = {}
 
-    def launch(kernel, programs, tile, *arguments, **constants):
+    def start(kernel, programs, tile, *arguments, **constants):
         entry = describe_launch(kernel, tile, arguments, constants)
         found[entry.key] = entry
 
@@ -152,15 +165,11 @@ def recording(capability: tuple[int, int], all_tiles: bool) -> Iterator[dict[str
             for tile in work.candidates(fallback): run(tile)
         return fallback
 
-    fakes = dict(_launch=launch, tuned_tile=tuned, check_triton=lambda device: None,
-                 _capability=lambda device: capability)
-    modules = [import_module(f"hilbert_attn.kernels.{name}") for name in MODULES]
-    kept = [(m, name, getattr(m, name)) for m in modules for name in fakes if hasattr(m, name)]
-    for module, name, _ in kept: setattr(module, name, fakes[name])
-    try:
+    with ExitStack() as stack:
+        stack.enter_context(replaced(tuning, tuned_tile=tuned))
+        stack.enter_context(replaced(launch, start=start, check_triton=lambda device: None,
+                                     capability=lambda device: capability))
         yield found
-    finally:
-        for module, name, value in kept: setattr(module, name, value)
 
 
 # ---- compiling them
@@ -180,29 +189,30 @@ def _as_argument(x):
     "The inverse of `_seen_by_compiler`, without memory behind it."
     if isinstance(x, Pointer): return torch.empty(0, dtype=x.dtype, device="meta")
     if isinstance(x, tuple):
-        return type(x)(*map(_as_argument, x)) if hasattr(x, "_fields") else tuple(map(_as_argument, x))
+        parts = map(_as_argument, x)
+        return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
     if not isinstance(x, Box): return x
     from triton.tools.tensor_descriptor import TensorDescriptor
     base = torch.empty(0, dtype=x.dtype, device="meta")
     return TensorDescriptor(base, [16] * x.rank, [16] * (x.rank - 1) + [1], list(x.block))
 
 
-def warm(launch: Launch, arch: int):
+def warm(entry: Launch, arch: int):
     "Compiles into Triton's cache, for a GPU that this process need not see."
     from triton.runtime.driver import driver
     driver.set_active(AbsentGPU(arch))
-    kernel = getattr(import_module(launch.module), launch.kernel)
-    options = dict(num_warps=launch.warps, num_stages=launch.stages, enable_fp_fusion=True)
-    arguments = map(_as_argument, launch.arguments)
-    return kernel.warmup(*arguments, grid=(1,), **dict(launch.constants), **options)
+    kernel = getattr(import_module(entry.module), entry.kernel)
+    options = dict(num_warps=entry.warps, num_stages=entry.stages, enable_fp_fusion=True)
+    arguments = map(_as_argument, entry.arguments)
+    return kernel.warmup(*arguments, grid=(1,), **dict(entry.constants), **options)
 
 
-def compile_launch(launch: Launch, arch: int) -> dict:
+def compile_launch(entry: Launch, arch: int) -> dict:
     "What came out of it; never raises."
-    row = dict(key=launch.key, kernel=launch.kernel, warps=launch.warps, stages=launch.stages,
-               static=str(dict(launch.constants).get("S")))
+    row = dict(key=entry.key, kernel=entry.kernel, warps=entry.warps, stages=entry.stages,
+               static=str(dict(entry.constants).get("S")))
     try:
-        return row | examine(*compile_listening(lambda: warm(launch, arch)))
+        return row | examine(*compile_listening(lambda: warm(entry, arch)))
     except Exception as error:
         return row | dict(failed=f"{type(error).__name__}: {error}"[:600],
                           where=traceback.format_exc(limit=-2)[:1200])
@@ -223,8 +233,8 @@ class Compilers:
         "Rows as they come."
         waiting = {self.pool.submit(compile_launch, x, arch): x for x in launches}
         for done in as_completed(waiting):
-            launch, error = waiting[done], done.exception()
-            row = dict(key=launch.key, kernel=launch.kernel)
+            entry, error = waiting[done], done.exception()
+            row = dict(key=entry.key, kernel=entry.kernel)
             yield row | dict(failed=str(error)) if error else done.result()
 
     def stop(self):

@@ -120,13 +120,19 @@ def front_door(case: dict, problem: Problem, x: list) -> Contender:
 
 # ---- of block lists
 
-def flat_lists(case: dict, x: list):
-    "The lists without a layout, and the tokens of their slots, where those are a permutation."
+def lists_in_order(case: dict, x: list):
+    """The lists over tokens that lie in the order of their slots, and that order.
+
+    Where slots are empty a layout stays, which counts the others.
+    """
     lists = lists_of(case, str(x[0].device.type))
-    if lists.q_tokens is None: return lists, None
-    same = torch.equal(lists.q_tokens, lists.k_tokens) and bool((lists.q_tokens >= 0).all())
-    if not same: raise ValueError("slots are no permutation of the tokens")
-    return replace(lists, q_tokens=None, k_tokens=None), lists.q_tokens.long()
+    tokens = lists.q_tokens
+    if tokens is None: return lists, None
+    if not torch.equal(tokens, lists.k_tokens):
+        raise ValueError("queries and keys lie in slots of their own")
+    filled, layout = tokens >= 0, None
+    if not filled.all(): layout = (filled.cumsum(0) - 1).where(filled, -1).to(tokens.dtype)
+    return replace(lists, q_tokens=layout, k_tokens=layout), tokens[filled].long()
 
 
 def on_lists(lists) -> Callable:
@@ -142,13 +148,13 @@ def on_lists(lists) -> Callable:
 
 def permuted(case: dict, problem: Problem, x: list) -> Contender:
     "Tokens are moved into slots before, and back after."
-    lists, tokens = flat_lists(case, x)
+    lists, tokens = lists_in_order(case, x)
     return through(on_lists(lists), tokens), x
 
 
 def laid_out(case: dict, problem: Problem, x: list) -> Contender:
     "Tokens lie in their slots already."
-    lists, tokens = flat_lists(case, x)
+    lists, tokens = lists_in_order(case, x)
     if tokens is None: return on_lists(lists), x
     return on_lists(lists), [t.detach()[:, :, tokens].requires_grad_() for t in x]
 
@@ -162,6 +168,7 @@ def flex_mask(case: dict, lists, order: Tensor | None) -> Callable:
         position = torch.arange(n, device="cuda") if order is None else order.argsort()
         segment, residue = position // w, position % w % r
         return lambda b, h, i, j: (segment[i] == segment[j]) & (residue[i] == residue[j])
+    if lists.q_tokens is not None: raise ValueError("some slots are empty")
     lo, hi, at = lists.lo, lists.hi, lists.at
     if at is None: raise ValueError("no bounds: every listed block is full")
 
@@ -175,7 +182,7 @@ def flex_mask(case: dict, lists, order: Tensor | None) -> Callable:
 
 def flex(case: dict, problem: Problem, x: list) -> Contender:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    lists, tokens = flat_lists(case, x) if "pattern" in case else (None, None)
+    lists, tokens = lists_in_order(case, x) if "pattern" in case else (None, None)
     order = None if lists is not None else order_of(case)
     rule = flex_mask(case, lists, None if order is None else order.to("cuda"))
     n = case["n"]

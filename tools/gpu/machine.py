@@ -7,11 +7,13 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime, timezone
-from importlib import import_module
+from functools import partial
 from pathlib import Path
 
 import torch
 import triton
+
+from hilbert_attn.kernels import tuning
 
 from . import cases, checks, compiling, contenders, timing
 from .problems import DRY, device, large_problem, small_problem
@@ -79,8 +81,8 @@ class Machine:
         found = {}
         for n in (64,) if DRY else (4096, 8192, 16384):
             a, b = (torch.randn(n, n, device=where, dtype=dtype) for _ in range(2))
-            out = torch.empty_like(a)
-            spent = timing.milliseconds(lambda: torch.mm(a, b, out=out), 1.0)
+            multiply = partial(torch.mm, a, b, out=torch.empty_like(a))
+            spent = timing.milliseconds(multiply, 1.0)
             found[f"{n}"] = 2 * n ** 3 / spent["ms"] / 1e9
         source = torch.ones((1 << 16) if DRY else (1 << 30), dtype=torch.int8, device=where)
         target = torch.empty_like(source)
@@ -98,7 +100,7 @@ class Machine:
         found = {}
         for size, build in (("small", small_problem), ("large", large_problem)):
             with compiling.recording((p.major, p.minor), all_tiles=size == "large") as launches:
-                for one in case.get(size, ()): self.record(lambda: build(one, "meta"), emit)
+                for one in case.get(size, ()): self.record(partial(build, one, "meta"), emit)
             found |= launches
         missing = [launch for key, launch in found.items() if key not in known]
         self.compilers = self.compilers or compiling.Compilers(self.workers)
@@ -169,7 +171,8 @@ class Machine:
         self.time(case, "front door", problem, emit, function, x)
         for name in ("front door", "triton"):
             (function, x), _ = contenders.contender(name, case)
-            with torch.no_grad(): spent = timing.call_us(lambda: function(*x), 5 if DRY else 100)
+            call = partial(function, *x)
+            with torch.no_grad(): spent = timing.call_us(call, 5 if DRY else 100)
             emit(dict(case=cases.speed_name(case), name=name, call_us=spent))
 
     # ---- other programs
@@ -193,8 +196,6 @@ class Machine:
 @contextmanager
 def sweeping(emit: Emit, wrong: set[str]):
     "Instead of being tuned in silence, every tile is timed into a row."
-    from hilbert_attn.kernels import forward
-
     def sweep(work, fallback, q, run):
         times = {}
         for tile in work.candidates(fallback):
@@ -203,16 +204,10 @@ def sweeping(emit: Emit, wrong: set[str]):
             else: times[tile] = time_tile(row, tile, run, emit)
         known = {tile: ms for tile, ms in times.items() if ms is not None}
         best = min(known, key=known.__getitem__, default=fallback)
-        if q.is_cuda and known: forward.tile_cache.put(work.key(q.device), best)
+        if q.is_cuda and known: tuning.tile_cache.put(work.key(q.device), best)
         return best
 
-    modules = [import_module(f"hilbert_attn.kernels.{name}") for name in compiling.MODULES]
-    kept = [module.tuned_tile for module in modules]
-    for module in modules: module.tuned_tile = sweep
-    try:
-        yield
-    finally:
-        for module, function in zip(modules, kept): module.tuned_tile = function
+    with compiling.replaced(tuning, tuned_tile=sweep): yield
 
 
 def time_tile(row: dict, tile, run: Callable, emit: Emit) -> float | None:

@@ -10,17 +10,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hilbert_attn.block_sparse import block_lists, lists_from_block_mask
+from hilbert_attn.blocks.lists import lists_from_block_mask
+from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
-from hilbert_attn.kernels import backward, forward
+from hilbert_attn.kernels import backward, forward, steps, tuning
 from hilbert_attn.kernels import block_sparse as blocks
 from hilbert_attn.patterns import (
-    NeighborhoodPattern, SegmentPattern, SlidePattern, TilesSharedPattern, WindowPattern,
-    attention_mask)
+    NeighborhoodPattern,
+    SegmentPattern,
+    SlidePattern,
+    TilesSharedPattern,
+    WindowPattern,
+    attention_mask,
+)
 
 PATTERNS = dict(window=WindowPattern, neighborhood=NeighborhoodPattern, slide=SlidePattern,
                 tiles_shared=TilesSharedPattern, segment=SegmentPattern)
-DRY = forward.interpreted
+DRY = steps.interpreted
 
 
 def device() -> str: return "cuda" if torch.cuda.is_available() and not DRY else "cpu"
@@ -65,7 +71,7 @@ class Attend(torch.autograd.Function):
 def forced_tile(case: dict):
     "The tile that a case asks for: of the forward, and of the backward kernels."
     if "tile" not in case: return None, None
-    tile = forward.CANDIDATES[case["kernel"], case["d"]][case["tile"]]
+    tile = tuning.Tile(*case["tile"])
     return (tile, None) if case["kernel"] == "forward" else (None, {case["kernel"]: tile})
 
 
@@ -74,7 +80,7 @@ def is_small(case: dict) -> bool:
     if case.get("mode") == "keys": return False
     d, rows = case["d"], -(-case["w"] // case["r"])
     dtype = getattr(torch, case.get("dtype", "bfloat16"))
-    tile = forward.default_tile("dq", d, dtype, (9, 0))
+    tile = tuning.default_tile("dq", d, dtype, (9, 0))
     return backward.fit_small(tile, rows, d, dtype, (9, 0)) is not None
 
 

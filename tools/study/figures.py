@@ -3,7 +3,7 @@ from math import exp
 
 import numpy as np
 
-from hilbert_attn.curves import new_figure
+from hilbert_attn.plots import new_figure
 
 from .analysis import MARGIN, OTHERS, Contrast, log_ratios
 from .arms import ARMS, Arm
