@@ -233,7 +233,7 @@ class RingBlockSparseAttention(RingLayer, BlockSparseAttention):
         **options: "Unpack[BlockLayerOptions]", # of `BlockSparseAttention`
     ):
         super().__init__(pattern, dropout, **options)
-        self.join(dropout, group, ring_size)
+        self._join(dropout, group, ring_size)
 
     def order(
         self,
@@ -243,7 +243,7 @@ class RingBlockSparseAttention(RingLayer, BlockSparseAttention):
         "That of the pattern's blocks."
         return lists_order(self.block_lists(seq_len, device or "cpu"))
 
-    def order_back(self, rows: int, seq_len: int | None, device: torch.device) -> Tensor:
+    def _order_back(self, rows: int, seq_len: int | None, device: torch.device) -> Tensor:
         return self.order(_whole(self, rows, seq_len), device)
 
     def forward(

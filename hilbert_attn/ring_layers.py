@@ -39,7 +39,7 @@ class RingLayer:
     layout: Layout = "contiguous" # of the positions over the processes
     ring_size: int | None # processes that are expected
 
-    def join(
+    def _join(
         self,
         dropout: float, # must be 0
         group: "dist.ProcessGroup | DeviceMesh | None", # or None: the default group
@@ -68,7 +68,7 @@ class RingLayer:
         "The order in which the sequence is sharded."
         raise NotImplementedError
 
-    def order_back(self, rows: int, seq_len: int | None, device: torch.device) -> Tensor | None:
+    def _order_back(self, rows: int, seq_len: int | None, device: torch.device) -> Tensor | None:
         "The order to undo, for a shard of so many rows."
         raise NotImplementedError
 
@@ -88,7 +88,7 @@ class RingLayer:
         seq_len: int | None = None, # N; needed where the layer has no grid to tell it
     ) -> Tensor: # the whole sequence, in token order, on every rank
         "Puts the shards of all ranks together, in token order."
-        order = self.order_back(x.shape[dim], seq_len, x.device)
+        order = self._order_back(x.shape[dim], seq_len, x.device)
         return unshard_sequence(x, self.group, dim, order, self.layout)
 
 # %% ../nbs/12d_ring_layers.ipynb #c21d21b2
@@ -126,7 +126,7 @@ class RingDilatedAttention(RingLayer, DilatedAttention):
     ):
         "Raises `ValueError` for settings that a ring does not have."
         super().__init__(segment_lengths, dilation_rates, dropout, **options)
-        self.join(dropout, group, ring_size)
+        self._join(dropout, group, ring_size)
         if not self.use_custom_backward:
             rule = "attention over a ring has its own backward, since gradients travel too"
             raise ValueError(f"use_custom_backward=False: {rule}")
@@ -141,7 +141,7 @@ class RingDilatedAttention(RingLayer, DilatedAttention):
         if self.curve in (None, "row_major"): return None
         return curve_order(seq_len if self.grid is None else self.grid, self.curve, device)
 
-    def order_back(self, rows: int, seq_len: int | None, device: torch.device) -> Tensor | None:
+    def _order_back(self, rows: int, seq_len: int | None, device: torch.device) -> Tensor | None:
         "The length comes from the grid where there is one."
         if seq_len is None and self.grid is not None: seq_len = prod(self.grid)
         if seq_len is not None: return self.order(seq_len, device)

@@ -1,4 +1,4 @@
-"The reference study: its tasks, arms, runs on disk, statistics and pages, on toys."
+"""The reference study: its tasks, arms, runs on disk, statistics and pages, on toys."""
 import json
 import subprocess
 import sys
