@@ -578,3 +578,10 @@ def test_warps_follow_the_side_that_they_share():
     tile = Tile(128, 64, 8, 3)
     assert fit_block_tile(tile, (64, 64)) == Tile(64, 64, 4, 3)
     assert fit_block_tile(tile, (128, 32)) == Tile(128, 32, 8, 3)
+
+
+def test_fewer_rows_where_half_the_warps_would_spill():
+    tile = Tile(32, 128, 8, 3)
+    assert fit_block_tile(tile, (128, 64), 1) == Tile(32, 64, 4, 3)
+    assert fit_block_tile(tile, (128, 64), 1, crowded=True) == Tile(16, 64, 4, 3)
+    assert fit_block_tile(tile, (128, 128), 1, crowded=True) == tile

@@ -437,12 +437,15 @@ def fit_block_tile(
     tile: Tile, # wanted
     block_size: tuple[int, int], # BM, BN of the lists
     own: int = 0, # the side that a program owns: 0 queries, 1 keys
+    crowded: bool = False, # would half the warps, with half the registers, spill?
 ) -> Tile: # whose sides divide those of a block
     "Shrinks a tile to blocks, and its warps with the side that they share."
     rows, keys = gcd(tile.block_m, block_size[0]), gcd(tile.block_n, block_size[1])
     fitted = replace(tile, block_m=rows, block_n=keys)
     share = (tile.block_m // fitted.block_m, tile.block_n // fitted.block_n)[own]
-    return replace(fitted, num_warps=min(tile.num_warps, max(4, tile.num_warps // share)))
+    warps = min(tile.num_warps, max(4, tile.num_warps // share))
+    if crowded and warps < tile.num_warps: rows = 16
+    return replace(fitted, block_m=rows, num_warps=warps)
 
 # %% ../../nbs/10b_block_kernels.ipynb #ef5b94a1
 def _keys_per_row(lists: BlockLists) -> int:
@@ -556,7 +559,8 @@ def _launch_dq(call: BlockCall, tile: Tile, x: Backward, tma: bool):
 # %% ../../nbs/10b_block_kernels.ipynb #0a14d645
 def _launch_dkv(call: BlockCall, tile: Tile, x: Backward, tma: bool):
     "dk and dv."
-    t = fit_block_tile(tile, call.lists.block_size, 1)
+    crowded = call.axes > 1 and call.D > 64  # bounds of two axes beside wide rows
+    t = fit_block_tile(tile, call.lists.block_size, 1, crowded)
     tma = t.tma and tma
     even = call.n_rows * call.lists.block_size[0] == call.N
     S = call.static(t, x.strided(), "q", call.tail_of_keys, EVEN=even, TMA=tma)
