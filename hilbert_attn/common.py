@@ -66,10 +66,14 @@ _Rows = TypeVar("_Rows", Tensor, Tensor | None)  # None stays None
 
 def unit_stride(
     x: _Rows, # any strides
-) -> _Rows: # the same values; itself if its last stride is 1
-    "A tensor whose rows lie in one piece; dense kernels on the CPU take that for granted."
-    if x is None or x.shape[-1] == 1 or x.stride(-1) == 1: return x
-    return x.contiguous()
+) -> _Rows: # the same values; itself if both last strides are 1
+    """A tensor whose rows lie in one piece, and those of `torch.empty_like` of it.
+
+    Dense kernels on the CPU take the first for granted, ours the second for what they write."""
+    if x is None or x.shape[-1] == 1: return x
+    alike = x  # with the strides of `empty_like`: others only where dims are expanded
+    if 0 in x.stride(): alike = torch.empty_like(x, device="meta")
+    return x if x.stride(-1) == alike.stride(-1) == 1 else x.contiguous()
 
 # %% ../nbs/00_common.ipynb #042878a4
 def hide_masked(

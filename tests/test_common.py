@@ -142,8 +142,11 @@ def test_unit_stride_copies_only_what_needs_it():
     expanded = x[..., :1].expand(2, 3, 4, 1), x[:, :1].expand(2, 7, 4, 5)
     for y in (x, x[:, :, ::2], x.transpose(0, 2), *expanded):
         assert unit_stride(y) is y
-    for y in (x.transpose(-1, -2), x[..., ::2], x[..., :1].expand(2, 3, 4, 6)):
+    hidden = torch.randn(3, 5).as_strided((1, 3, 4, 5), (1, 5, 0, 1))  # as a permuted, expanded one
+    assert torch.empty_like(hidden).stride(-1) != 1
+    for y in (x.transpose(-1, -2), x[..., ::2], x[..., :1].expand(2, 3, 4, 6), hidden):
         assert unit_stride(y).stride(-1) == 1 and torch.equal(unit_stride(y), y)
+        assert torch.empty_like(unit_stride(y)).stride(-1) == 1
     assert unit_stride(None) is None
 
 
