@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'REGISTRY', 'BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'Backend',
-           'computes', 'PolicyRow', 'MemoryRow', 'check_backend_name', 'set_backend', 'choose_backend',
+           'computes', 'PolicyRow', 'MemoryRow', 'check_backend_name', 'set_backend', 'known_length', 'choose_backend',
            'rejected_backends', 'attend', 'hilbert_attention', 'training_memory', 'BackendChoice', 'ExplainOptions',
-           'explain_backend']
+           'family_of', 'explain_backend']
 
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
@@ -22,8 +22,11 @@ from typing import Any, Unpack, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .calls import Call, check_call, check_tensors, on_segments
+from .common import is_plain
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import PatternOptions, reference_attention
 from .sdpa import sdpa_attention, sdpa_mask_attention
@@ -162,8 +165,8 @@ def _needs_a_gpu(device: torch.device, capability: tuple[int, int] | None) -> st
 
 # %% ../nbs/07_backends.ipynb #badcb0ef
 FAMILIES = {  # of patterns: what a call is
-    "segments": "segments", "branches": "several branches", "blocks": "lists of blocks",
-    "local": "local patterns",
+    "segments": "segments", "branches": "several branches", "heads": "branches on heads apart",
+    "blocks": "lists of blocks", "local": "local patterns",
 }
 REGISTRY = {backend.name: backend for backend in (
     Backend(
@@ -200,12 +203,24 @@ class PolicyRow:
     device: str # "cpu", "cuda" or "any"
     backend: str
     reason: str # for `explain_backend`
-    max_tokens: int | None = None # N; None: any length
+    max_tokens: Mapping[str, int] | None = None # N, by family; None: any length
+
+    def fits(
+        self,
+        device: str, # "cpu" or "cuda"
+        family: str, # one of `FAMILIES`
+        tokens: int | None, # N; None: not known
+    ) -> bool:
+        "Is it a line for such a call?"
+        if self.device not in (device, "any"): return False
+        if self.max_tokens is None: return True
+        return tokens is not None and tokens <= self.max_tokens.get(family, 0)
 
 
+_SHORT = dict(segments=128, heads=200, branches=256, local=160, blocks=256)
 POLICY = (
     PolicyRow("cpu", "sdpa_mask", "so few tokens that one call with a mask costs less "
-              "than cutting them into groups", max_tokens=64),
+              "than cutting them into groups", MappingProxyType(_SHORT)),
     PolicyRow("cpu", "sdpa", "dense kernels on the groups do only the pairs that remain"),
     PolicyRow("cuda", "triton", "fused kernels gather through the order themselves: "
               "no permuted copy of q, k, v"),
@@ -340,7 +355,8 @@ class _Task:
 
     def blocks(self, backend: Backend) -> str | None:
         "Why a backend cannot do it, or None."
-        if self.family not in backend.functions:
+        needed = "segments" if self.family in ("branches", "heads") else self.family
+        if needed not in backend.functions:
             return f"it does not compute {FAMILIES[self.family]}"
         why = backend.why_not(self.device, _capability(self.device))
         if why or self.custom_backward or backend.has_expression: return why
@@ -366,13 +382,20 @@ def _warn_once(name: str, device: torch.device, why: str):
     text = f"hilbert_attn: backend {name!r} is preferred on {device} but {why}"
     warnings.warn(f"{text}; using the next one that can run", stacklevel=5)
 
+# %% ../nbs/07_backends.ipynb #0c520a04
+def known_length(
+    x: Tensor, # of a call
+    dim: int, # of its tokens
+) -> int | None: # N; None in a graph, a trace or a transform: there the policy has no say
+    "The number of tokens, where a choice may depend on it."
+    if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None: return None
+    return x.shape[dim] if isinstance(x, Parameter) or is_plain(x) else None
+
 # %% ../nbs/07_backends.ipynb #0c520a05
 def _by_policy(task: _Task) -> tuple[str, str]: # name and reason
     "The first row that fits and can run; rows with a length count only where there is one."
-    tokens = None if torch.compiler.is_compiling() else task.tokens  # not a graph's business
     for row in POLICY:
-        if row.device not in (task.device.type, "any"): continue
-        if row.max_tokens is not None and (tokens is None or tokens > row.max_tokens): continue
+        if not row.fits(task.device.type, task.family, task.tokens): continue
         why = task.blocks(REGISTRY[row.backend])
         if why is None: return row.backend, row.reason
         _warn_once(row.backend, task.device, why)
@@ -416,17 +439,14 @@ def rejected_backends(
     return MappingProxyType({b: why for b, why in others.items() if b != name})
 
 # %% ../nbs/07_backends.ipynb #e28e77a1
-_BY_LENGTH = ("segments", "branches")  # families for which the policy was measured
-
-
 def attend(
     call: Call, # with the pattern
     backend: str, # one of `BACKENDS`
     family: str = "segments", # one of `FAMILIES`
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
     "Computes a checked call. Raises `RuntimeError` where a forced backend cannot run."
-    tokens = call.q.shape[2] if family in _BY_LENGTH else None
-    name, _ = choose_backend(backend, call.q.device, tokens, call.custom_backward, family)
+    fused = call.custom_backward
+    name, _ = choose_backend(backend, call.q.device, known_length(call.q, 2), fused, family)
     return REGISTRY[name].run(call.hidden(), family)
 
 # %% ../nbs/07_backends.ipynb #9533bb07
@@ -574,6 +594,14 @@ def _pattern(options: Mapping[str, Any], n: int, heads: int) -> SegmentPattern |
     lists = options["segment_lengths"], options.get("dilation_rates", 1)
     return DilatedPattern.for_heads(n, heads, *lists, options.get("combine", "lse"), *how)
 
+# %% ../nbs/07_backends.ipynb #652f1c8b
+def family_of(
+    pattern: SegmentPattern | DilatedPattern,
+) -> str: # one of `FAMILIES`
+    "What a policy measures such a call by."
+    if isinstance(pattern, SegmentPattern) or len(pattern.branches) == 1: return "segments"
+    return "heads" if pattern.combine == "heads" else "branches"
+
 # %% ../nbs/07_backends.ipynb #9da75183
 def _training(
     q: Tensor, kv_heads: int, device: torch.device, layers: int, memory: int | None,
@@ -613,8 +641,9 @@ def explain_backend(
     check_tensors(q, k, k)
     batch, heads, n, d = q.shape
     pattern = _pattern(options, n, heads)
-    name, reason = choose_backend(backend, device, n)
-    rejected = rejected_backends(name, reason, backend, device, n)
+    task = dict(backend=backend, device=device, tokens=n, family=family_of(pattern))
+    name, reason = choose_backend(**task)
+    rejected = rejected_backends(name, reason, **task)
     pairs = batch * pattern.pairs(heads)
     moved = q.element_size() * 2 * (q.numel() + k.numel()) + 4 * batch * heads * n
     training: dict[str, Any] = {}

@@ -145,7 +145,7 @@ def _check_placement(placement: str, pattern: Any):
 # %% ../nbs/12e_block_layers.ipynb #e7b6aa62
 class BlockSparseAttention(KeepsLists):
     "Block-sparse attention, without projections: q, k, v (B, N, H, D) to (B, N, H, D)."
-    family, by_length = "blocks", False # the policy was not measured on blocks
+    family = "blocks"
 
     def __init__(
         self,

@@ -18,9 +18,10 @@ from .blocks.flex import from_flex, is_flex
 from .blocks.lists import BlockLists, as_block_size, lists_from_block_mask
 from .blocks.planner import block_lists
 from .calls import Call, check_call, check_order
+from .common import Cache
 from .operators import lse_dtype
 from .reference import masked_attention
-from .sdpa import masked_sdpa
+from .sdpa import KeptMask, attend_kept
 
 if TYPE_CHECKING: from torch.nn.attention.flex_attention import BlockMask
 else:
@@ -61,11 +62,10 @@ def block_sdpa_mask_attention(
     need_lse: bool = True, # False: None in its place
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N)
     "SDPA with a dense mask: O(N^2), for comparison."
-    mask = _mask(lists, key_mask)
-    out = masked_sdpa(q, k, v, mask, scale, dropout_p)
-    if not need_lse: return out, None
-    wide = lse_dtype(q.dtype)
-    return out, masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
+    def make(): return _mask(lists, None)
+    kept = KeptMask(make, lists, (lists.rows.index,))
+    return attend_kept(
+        q, k, v, kept, key_mask=key_mask, dropout_p=dropout_p, scale=scale, need_lse=need_lse)
 
 # %% ../nbs/10f_block_sparse.ipynb #b4a4a323
 @computes("reference", "blocks")
@@ -135,6 +135,21 @@ def _check_block_mask(block_mask: Tensor, size: tuple[int, int], q: Tensor, k: T
         f"block_mask is {block_mask.dtype} {shape} on {block_mask.device}: "
         f"expected bool on {q.device} of shape {kinds}, here {shapes}")
 
+# %% ../nbs/10f_block_sparse.ipynb #62b3a614
+_lists = Cache(64, tensors=BlockLists.tensors)
+
+
+def _lists_of_mask(
+    block_mask: Tensor, N: int, M: int, size: tuple[int, int], order: Tensor | None, causal: bool,
+) -> BlockLists:
+    "Block lists of a bool mask, made once; one block for all is not much longer than the sequence."
+    rows, columns = (min(most, -(-n // 16) * 16) for n, most in zip((N, M), size))
+    size = rows, columns
+    return _lists.get(
+        (N, M, size, causal),
+        lambda: lists_from_block_mask(block_mask, N, M, size, order=order, causal=causal),
+        block_mask, order)
+
 # %% ../nbs/10f_block_sparse.ipynb #62b3a615
 def _resolve_lists(
     block_mask, block_size, order: Tensor | None, causal: bool, q: Tensor, k: Tensor,
@@ -152,9 +167,8 @@ def _resolve_lists(
     if block_size is None: raise ValueError("block_size is missing: a bool block_mask needs it")
     size = as_block_size(block_size)
     _check_block_mask(block_mask, size, q, k)
-    N, M = q.shape[2], k.shape[2]
-    if order is not None: order = check_order(order, N, q.device)
-    return lists_from_block_mask(block_mask, N, M, size, order=order, causal=causal)
+    if order is not None: order = check_order(order, q.shape[2], q.device)
+    return _lists_of_mask(block_mask, q.shape[2], k.shape[2], size, order, causal)
 
 # %% ../nbs/10f_block_sparse.ipynb #2f44a9f3
 def block_sparse_attention(

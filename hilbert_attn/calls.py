@@ -134,7 +134,7 @@ def check_order(
             f"order is on {order.device} and q on {device}: they must be on one device")
     traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
     if traced or not is_plain(order): return torch.ops.hilbert_attn.checked_order(order)
-    return _permutations.get("order", lambda: _permutation(order), source=order)
+    return _permutations.get("order", lambda: _permutation(order), order)
 
 # %% ../nbs/06b_calls.ipynb #5bde3ea3
 def _check_key_mask(key_mask: Any, shape: tuple[int, int], sizes: str, device: torch.device):

@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, cat
 
-from .backends import REGISTRY, attend, choose_backend, computes
+from .backends import (
+    REGISTRY, attend, choose_backend, computes, family_of, known_length)
 from .calls import Call, check_call, on_branches
 from .operators import AttentionOperator, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
@@ -180,9 +181,10 @@ def attend_branches(
 ) -> tuple[Tensor, Any]: # out (B, H, N, D), lse (B, H, N) or None
     "Computes a checked call with several branches."
     pattern: DilatedPattern = call.pattern
-    name = choose_backend(backend, call.q.device, call.q.shape[2], call.custom_backward)[0]
-    if pattern.combine == "heads": return _by_heads(call.hidden(), name)
-    if len(pattern.branches) > 1:
+    family, tokens = family_of(pattern), known_length(call.q, 2)
+    name = choose_backend(backend, call.q.device, tokens, call.custom_backward, family)[0]
+    if family == "heads" and name != "sdpa_mask": return _by_heads(call.hidden(), name)
+    if family != "segments":
         if "branches" in REGISTRY[name].functions: return attend(call, name, "branches")
         return _one_by_one(call.hidden(), name)
     (only,) = pattern.branches

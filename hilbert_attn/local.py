@@ -574,7 +574,7 @@ def _local_expression(
 class LocalPattern:
     "A pattern, how its cells are laid out, and keys behind the tokens that everybody attends."
     pattern: AxisPattern
-    grid: int | Sequence[int] # of the curve, over the cells
+    grid: tuple[int, ...] # of the curve, over the cells
     curve: str | None
     registers: int # R
 
@@ -646,7 +646,7 @@ _blocks_attention = AttentionOperator(
 def triton_local(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "The block-sparse kernels."
     laid = call.pattern
-    layout = list(as_grid(laid.grid)), laid.curve or "row_major"
+    layout = list(laid.grid), laid.curve or "row_major"
     return _blocks_attention(
         call.q, call.k, call.v, call.key_mask, call.seeds(),
         *encode_pattern(laid.pattern), *layout, call.number, call.dropout_p)
@@ -689,7 +689,7 @@ def _attend(call: Call, pattern: AxisPattern, grid, curve: str | None, backend: 
     "Lays the pattern along the curve, where that matters, and runs the call."
     check_cells(grid, call.q.shape[2] - pattern.shared)
     check_curve(curve)
-    laid = LocalPattern(pattern, grid, curve, call.k.shape[2] - call.q.shape[2])
+    laid = LocalPattern(pattern, as_grid(grid), curve, call.k.shape[2] - call.q.shape[2])
     order = None
     if pattern.along_curve and curve not in (None, "row_major"):
         order = curve_order(grid, curve, call.q.device)

@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
-from .backends import attend, check_backend_name, choose_backend
+from .backends import attend, check_backend_name, choose_backend, known_length
 from .calls import check_call, check_curve, on_segments
 from .common import true_or_false, whole_number, whole_numbers
 from .curves import as_grid, curve_order
@@ -131,7 +131,7 @@ class AttentionLayer(nn.Module):
     def task(
         self,
         device: torch.device, # of the tokens
-        seq_len: int, # N
+        seq_len: int | None, # N; None: not known
     ) -> dict[str, Any]: # arguments of `choose_backend`
         "What a backend is chosen for."
         tokens = seq_len if self.by_length else None
@@ -143,7 +143,7 @@ class AttentionLayer(nn.Module):
         x: Tensor, # tokens (B, N, ...)
     ) -> str:
         "The backend of a call; to be asked outside of what checkpointing repeats."
-        return choose_backend(**self.task(x.device, x.shape[1]))[0]
+        return choose_backend(**self.task(x.device, known_length(x, 1)))[0]
 
     def run(
         self,

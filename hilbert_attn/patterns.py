@@ -9,7 +9,7 @@ __all__ = ['DILATION_MODES', 'COMBINES', 'AxisBounds', 'Lattice', 'default_mode'
            'axis_classes', 'find_boxes', 'attends_boxes', 'encode_pattern', 'decode_pattern']
 
 # %% ../nbs/01_patterns.ipynb #506d16f9
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate, islice
 from math import prod
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common import true_or_false, whole_number, whole_numbers
+from .common import remembered, true_or_false, whole_number, whole_numbers
 from .curves import as_grid, inverse_order
 
 # %% ../nbs/01_patterns.ipynb #1a77ce01
@@ -114,6 +114,10 @@ def _head_offsets(
     raise ValueError(
         f"offsets has {len(offsets)} entries: expected one per head ({num_heads}), or a single one")
 
+# %% ../nbs/01_patterns.ipynb #7329bc86
+def _one_or_all(offsets: tuple[int, ...]) -> tuple[int, ...]: # one where all are equal
+    return offsets[:1] if len(set(offsets)) == 1 else offsets
+
 # %% ../nbs/01_patterns.ipynb #29fb531f
 def _check_segments(pattern: "SegmentPattern"):
     "Raises `ValueError` for what does not fit together."
@@ -199,13 +203,11 @@ class SegmentPattern:
         offsets: int | Sequence[int] | None = None, # None: the mode's default
     ) -> "SegmentPattern":
         "The pattern with the mode's default offsets: 0 for `keys`, `h mod r` for `longnet`."
-        mode = default_mode() if mode is None else mode
-        rate = whole_number("dilation_rate", dilation_rate, 1)
-        chosen = _head_offsets(offsets, num_heads, mode)
-        if offsets is None: chosen = tuple(o % rate for o in chosen)
-        if len(set(chosen)) == 1: chosen = chosen[:1]
         size = seq_len if segment_size is None else segment_size
-        return cls(seq_len, size, rate, mode, chosen)
+        mode = default_mode() if mode is None else mode
+        if offsets is None: return _with_default_offsets(seq_len, num_heads, size, dilation_rate, mode)
+        rate = whole_number("dilation_rate", dilation_rate, 1)
+        return cls(seq_len, size, rate, mode, _one_or_all(_head_offsets(offsets, num_heads, mode)))
 
     def lattices(
         self,
@@ -245,6 +247,15 @@ class SegmentPattern:
     ) -> Tensor: # bool (heads, N, N) in token order, heads = len(offsets); True = attended
         "The dense mask, straight from the definition; for tests and pictures."
         return _segment_mask(self, order)
+
+# %% ../nbs/01_patterns.ipynb #7329bc85
+@remembered
+def _with_default_offsets(
+    seq_len: int, num_heads: int, segment_size: int, dilation_rate: int, mode: str,
+) -> SegmentPattern:
+    rate = whole_number("dilation_rate", dilation_rate, 1)
+    offsets = tuple(o % rate for o in _head_offsets(None, num_heads, mode))
+    return SegmentPattern(seq_len, segment_size, rate, mode, _one_or_all(offsets))
 
 # %% ../nbs/01_patterns.ipynb #7329bc87
 class Pattern(Protocol):
@@ -329,11 +340,12 @@ def _heads_of_branches(
     return list(zip(ends, ends[1:]))
 
 # %% ../nbs/01_patterns.ipynb #0b945738
+@remembered
 def _distinct_branches(
     seq_len: int, # N
     mode: str, # one of `DILATION_MODES`
-    offsets: Sequence[int], # of every head, not yet taken modulo a rate
-    asked: Iterable[tuple[int, int, tuple[int, int]]], # w, r and heads of each branch
+    offsets: tuple[int, ...], # of every head, not yet taken modulo a rate
+    asked: tuple[tuple[int, int, tuple[int, int]], ...], # w, r and heads of each branch
 ) -> tuple[Branch, ...]:
     "Branches that are alike become one that counts several times."
     found: dict[tuple[SegmentPattern, tuple[int, int]], int] = {}
@@ -374,7 +386,8 @@ class DilatedPattern:
         asked = _head_offsets(offsets, num_heads, mode)
         if min(asked) < 0: raise ValueError(f"offsets={asked}: each must be at least 0")
         if len(asked) == 1: asked *= num_heads
-        branches = _distinct_branches(seq_len, mode, asked, zip(lengths, rates, shares))
+        wanted = tuple(zip(lengths, rates, shares))
+        branches = _distinct_branches(seq_len, mode, asked, wanted)
         return cls(seq_len, num_heads, branches, combine)
 
     @property

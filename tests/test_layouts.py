@@ -23,6 +23,7 @@ try:
     from test_triton import quick_interpreter  # noqa: F401
 except pytest.skip.Exception: pass
 
+REAL_POLICY = True  # "auto" is what users get
 BACKENDS = ("auto", "sdpa", "sdpa_mask", "reference")
 LOCAL = ("window", "neighborhood", "hilbert_window", "hilbert_slide", "tiles_shared")
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

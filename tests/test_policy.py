@@ -20,7 +20,8 @@ from hilbert_attn.bench import (
 
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 CPU_MASK = next(row for row in POLICY if (row.device, row.backend) == ("cpu", "sdpa_mask"))
-LIMIT = CPU_MASK.max_tokens
+LIMIT = CPU_MASK.max_tokens["segments"]
+REAL_POLICY = True
 
 
 def slug(run: dict) -> str: return bench.machine_slug(run["environment"])

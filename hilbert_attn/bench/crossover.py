@@ -131,8 +131,7 @@ def policy_choice(
 ) -> str: # the backend
     "What the table `POLICY` says, without looking at this machine."
     for row in POLICY:
-        if row.device not in (device, "any") or row.backend not in backends: continue
-        if row.max_tokens is None or tokens <= row.max_tokens: return row.backend
+        if row.backend in backends and row.fits(device, "segments", tokens): return row.backend
     raise ValueError(f"device={device!r}: the policy has no row for it and {list(backends)}")
 
 # %% ../../nbs/15g_crossover.ipynb #c6c03757
@@ -178,7 +177,8 @@ def policy_verdict(
     `max_tokens` of `sdpa_mask` should be at least the longest sequence at which that clearly
     wins over `sdpa`, and below the shortest at which `sdpa` does."""
     table, device = crossover_table(run), run["config"]["device"]
-    limits = [r.max_tokens for r in POLICY if (r.device, r.backend) == (device, "sdpa_mask")]
+    rows = [r for r in POLICY if (r.device, r.backend) == (device, "sdpa_mask")]
+    limits = [r.max_tokens["segments"] for r in rows if r.max_tokens]
     mask_wins = [row["tokens"] for row in table if row["high"] < 1]
     sdpa_wins = [row["tokens"] for row in table if row["low"] > 1]
     return dict(

@@ -1,0 +1,181 @@
+"""Short sequences on a CPU: one SDPA call with a mask that was made once, for every function."""
+import pytest
+import torch
+
+import hilbert_attn.block_sparse as block_sparse
+import hilbert_attn.sdpa as sdpa
+from hilbert_attn import (
+    DilatedAttention,
+    block_sparse_attention,
+    dilated_attention,
+    hilbert_attention,
+    hilbert_slide_attention,
+    hilbert_window_attention,
+    neighborhood_attention,
+    tiles_shared_attention,
+    window_attention,
+)
+from hilbert_attn.backends import POLICY
+
+REAL_POLICY = True
+LIMITS = next(row for row in POLICY if row.backend == "sdpa_mask").max_tokens
+BLOCKS = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0]]).bool()  # the last one sees nothing
+GRID = (6, 8)
+
+
+def blocks(*x, **options):
+    return block_sparse_attention(*x, BLOCKS, block_size=16, **options)
+
+
+FUNCTIONS = {
+    "segments": lambda *x, **o: hilbert_attention(*x, segment_size=10, **o),
+    "causal": lambda *x, **o: hilbert_attention(*x, segment_size=20, causal=True, **o),
+    "longnet": lambda *x, **o: hilbert_attention(
+        *x, grid=GRID, segment_size=12, dilation_rate=3, dilation_mode="longnet", **o),
+    "branches": lambda *x, **o: dilated_attention(*x, [8, 16, 64], [1, 2, 4], **o),
+    "heads": lambda *x, **o: dilated_attention(*x, [8, 16], [1, 2], combine="heads", **o),
+    "window": lambda *x, **o: window_attention(*x, GRID, 4, shift=1, **o),
+    "neighborhood": lambda *x, **o: neighborhood_attention(*x, GRID, 3, **o),
+    "hilbert_window": lambda *x, **o: hilbert_window_attention(*x, GRID, 10, **o),
+    "hilbert_slide": lambda *x, **o: hilbert_slide_attention(*x, GRID, 3, **o),
+    "tiles_shared": lambda *x, **o: tiles_shared_attention(*x, tiles=4, shared=3, **o),
+    "blocks": blocks,
+}
+
+
+def inputs(n=48, dtype=torch.float32, kv_heads=2):
+    torch.manual_seed(n)
+    shapes = (2, 4, n, 16), *[(2, kv_heads, n, 16)] * 2
+    return [torch.randn(shape, dtype=dtype).requires_grad_() for shape in shapes]
+
+
+def results(function, x, **options):
+    "Output, gradients with a random upstream one, and where asked for the LSE."
+    found = function(*x, **options)
+    out, *lse = found if isinstance(found, tuple) else (found,)
+    g = torch.Generator().manual_seed(5)
+    total = (out * torch.randn(out.shape, generator=g).to(out.dtype)).sum()
+    for part in lse: total = total + (part.clamp(min=-9) * torch.randn(part.shape, generator=g)).sum()
+    return [out, *lse, *torch.autograd.grad(total, x)]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    "What is called, by name."
+    found = []
+
+    def count(module, name):
+        function = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, **o: found.append(name) or function(*a, **o))
+    count(torch.nn.functional, "scaled_dot_product_attention")
+    count(sdpa, "attention_mask")
+    count(block_sparse, "lists_from_block_mask")
+    return found
+
+
+@pytest.mark.parametrize("return_lse", (False, True))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_one_call_with_a_kept_mask_is_right(name, return_lse, calls):
+    x, function = inputs(), FUNCTIONS[name]
+    options = dict(return_lse=return_lse)
+    expected = results(function, [y.detach().double().requires_grad_() for y in x],
+                       **options, backend="reference")
+    sdpa._biases.clear()
+    first = results(function, x, **options)
+    del calls[:]
+    again = results(function, x, **options)
+    assert calls == ["scaled_dot_product_attention"]
+    for a, b, e in zip(first, again, expected):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a.double(), e.double(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_key_mask_is_of_its_call(name):
+    x, function = inputs(), FUNCTIONS[name]
+    function(*x)
+    key_mask = torch.rand(2, 48, generator=torch.Generator().manual_seed(1)) < 0.7
+    expected = function(*(y.double() for y in x), key_mask=key_mask, backend="reference")
+    torch.testing.assert_close(
+        function(*x, key_mask=key_mask).double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("name", ("branches", "blocks", "longnet"))
+def test_half_precision(name, dtype):
+    x = inputs(dtype=dtype)
+    out = FUNCTIONS[name](*x)
+    assert out.dtype == dtype
+    exact = FUNCTIONS[name](*(y.double() for y in x), backend="reference")
+    assert (out.double() - exact).abs().max() < 2 * torch.finfo(dtype).eps * exact.abs().max()
+
+
+def test_how_often_a_key_counts_is_not_rounded():
+    "ln 3 in bfloat16 would make a weight of 3 one of 3.009."
+    n = 24
+    q, k = torch.zeros(2, 1, 1, n, 16, dtype=torch.bfloat16)
+    v = torch.zeros(1, 1, n, 16, dtype=torch.bfloat16)
+    v[:, :, :8] = 1
+    out = dilated_attention(q, k, v, [8, 8, 8, 24], [1, 1, 1, 1], curve=None)
+    assert out[0, 0, 0, 0] == torch.tensor(32 / 48).bfloat16()  # 4 times 8 keys, and 16
+
+
+def test_a_mask_is_made_anew_for_what_changes_it(calls):
+    x = inputs()
+    order = torch.randperm(48, generator=torch.Generator().manual_seed(2))
+
+    def run(q=x, **options): return hilbert_attention(*q, order=order, segment_size=10, **options)
+    sdpa._biases.clear()
+    for made, options in ((1, {}), (0, {}), (1, dict(causal=True)), (0, dict(scale=2.0))):
+        del calls[:]
+        run(**options)
+        assert calls.count("attention_mask") == made, options
+    before = run()
+    order.copy_(order.flip(0).roll(3))
+    assert not torch.allclose(run(), before)
+    torch.testing.assert_close(run(), run(backend="reference"), rtol=1e-4, atol=1e-5)
+
+
+def test_block_lists_of_a_mask_are_made_once(calls):
+    x, mask = inputs(), BLOCKS.clone()
+
+    def run(): return block_sparse_attention(*x, mask, block_size=16)
+    first = run()
+    run()
+    assert calls.count("lists_from_block_mask") == 1
+    mask[2, 2] = True
+    assert not torch.equal(run(), first)
+    assert calls.count("lists_from_block_mask") == 2
+
+
+def test_a_block_is_not_longer_than_the_sequence():
+    x, whole = inputs(100), torch.ones(1, 1).bool()
+    lists = block_sparse._resolve_lists(whole, 10 ** 6, None, False, *x[:2])
+    assert lists.block_size == (112, 112)
+    for backend in ("auto", "sdpa", "triton"):
+        out = block_sparse_attention(*x, whole, block_size=10 ** 6, backend=backend)
+        expected = torch.nn.functional.scaled_dot_product_attention(*x, enable_gqa=True)
+        torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name, n", (
+    ("segments", LIMITS["segments"]), ("branches", LIMITS["branches"]), ("heads", LIMITS["heads"]),
+))
+def test_beyond_the_limit_the_engine_computes(name, n, calls):
+    for length, masked in ((n, True), (n + 1, False)):
+        x = inputs(length)
+        FUNCTIONS[name](*x)
+        assert ("attention_mask" in calls) == masked
+        del calls[:]
+
+
+def test_a_layer_goes_by_its_family(calls):
+    n, x = LIMITS["segments"] + 8, []
+    for combine in ("lse", "heads"):
+        layer = DilatedAttention([8, 16], [1, 2], combine=combine)
+        x = [torch.randn(1, n, 2, 16) for _ in "qkv"]
+        layer(*x)
+        assert calls.count("scaled_dot_product_attention") == 1
+        del calls[:]
+    DilatedAttention([8], [1])(*x)
+    assert not calls
