@@ -91,19 +91,6 @@ class SparsePatternConfig:
         mask, size = self.blocks(seq_len, device), as_block_size(self.block_size)
         return lists_from_block_mask(mask, seq_len, seq_len, size, causal=causal)
 
-# %% ../../nbs/10e_block_schedule.ipynb #a0cb951a
-def _entries(
-    lists: BlockLists,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]: # group, query block, key block, full
-    "Lists taken apart: one entry for each block that is visited."
-    rows = lists.rows.to("cpu")
-    start, full, index = (x.numpy() for x in (rows.start, rows.full, rows.index))
-    count = np.diff(start, axis=1).ravel()
-    row = np.repeat(np.arange(len(count)), count)
-    inside = np.arange(len(row)) - np.repeat(np.cumsum(count) - count, count)
-    key_block = index[np.repeat(start[:, :-1].ravel(), count) + inside]
-    return *np.divmod(row, lists.num_blocks[0]), key_block, inside < full.ravel()[row]
-
 # %% ../../nbs/10e_block_schedule.ipynb #44b0a854
 def _move_blocks(
     x: Tensor | None, order: Tensor, block: int,
@@ -123,7 +110,7 @@ def permute_blocks(
     orders, (BM, BN) = (q_order, k_order), lists.block_size
     for order, n in zip(orders, lists.num_blocks): check_order(order, n, order.device)
     q_rank, k_rank = (inverse_order(order.cpu()).numpy() for order in orders)
-    group, q, k, full = _entries(lists)
+    group, q, k, full = (x.cpu().numpy() for x in lists.rows.entries())
     rows, columns = rows_and_columns(
         group, q_rank[q], k_rank[k], full, lists.num_groups, lists.num_blocks)
     q_tokens = _move_blocks(lists.query_tokens().flatten(), q_order, BM)
