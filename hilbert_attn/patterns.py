@@ -70,6 +70,9 @@ class Progression:
     step: int
     count: int
 
+    @property
+    def last(self) -> int: return self.start + (self.count - 1) * self.step
+
     def positions(self) -> Tensor: # int64 (count,)
         return self.start + self.step * torch.arange(self.count)
 

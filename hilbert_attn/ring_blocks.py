@@ -10,12 +10,14 @@ __all__ = ['MASK_ELEMENTS', 'HEAD_ELEMENTS', 'block_forward', 'block_backward', 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .common import unit_stride
+from .operators import lse_dtype
 from .patterns import Progression
 from .ring_plan import Parcel, Part, RingPlan, Turn
 from .sdpa import as_slice
@@ -23,9 +25,6 @@ from .tiles import dense_backward as _dense_backward, flash as _flash
 
 # %% ../nbs/09c_ring_blocks.ipynb #aa7303d1
 def _unit_strides(*xs: Tensor) -> list[Any]: return [unit_stride(x) for x in xs]
-
-# %% ../nbs/09c_ring_blocks.ipynb #70d08615
-def _wide(x: Tensor) -> torch.dtype: return torch.promote_types(x.dtype, torch.float32)
 
 # %% ../nbs/09c_ring_blocks.ipynb #9fa93738
 def block_forward(
@@ -37,7 +36,7 @@ def block_forward(
     scale: float, # of the scores
 ) -> tuple[Tensor, Tensor]: # out (B, H, M, D), lse (B, H, M), at least float32
     "Dense attention with LSE; rows without keys give 0 and -inf."
-    wide = _wide(q)
+    wide = lse_dtype(q.dtype)
     q, k, v = _unit_strides(q, k, v)
     if _has_flash(q, bias):
         flash = torch.ops.aten._scaled_dot_product_flash_attention
@@ -64,7 +63,7 @@ def block_backward(
     scale: float, # of the scores
 ) -> list[Tensor]: # dq, dk, dv
     "Gradients of one block."
-    wide = _wide(q)
+    wide = lse_dtype(q.dtype)
     dout, q, k, v, out = _unit_strides(dout, q, k, v, out)
     if _has_flash(q, bias):
         return _cuda_flash_backward(dout, dlse, q, k, v, out, lse, triangle, scale)
@@ -156,7 +155,7 @@ class Task:
     queries: Progression # rows of the part
     source: int # of keys
     keys: Progression # rows of the source
-    heads: tuple # ((query heads, key/value heads of the source), ...), aligned
+    heads: Sequence # ((query heads, key/value heads of the source), ...), aligned
     visible: str # "all", "triangle", or "tokens": key token <= query token
     query_positions: Progression
     key_positions: Progression
@@ -166,7 +165,7 @@ def rows_of(
     p: Progression, # ascending, at least one
 ) -> slice:
     "The same rows as a slice."
-    return slice(p.start, p.start + (p.count - 1) * p.step + 1, p.step)
+    return slice(p.start, p.last + 1, p.step)
 
 # %% ../nbs/09c_ring_blocks.ipynb #06d5d8be
 def visibility(
@@ -179,8 +178,8 @@ def visibility(
     if not queries.count or not keys.count: return None
     if not causal: return "all"
     if ordered: return "tokens"
-    if keys.start + (keys.count - 1) * keys.step <= queries.start: return "all"
-    if keys.start > queries.start + (queries.count - 1) * queries.step: return None
+    if keys.last <= queries.start: return "all"
+    if keys.start > queries.last: return None
     return "triangle" if queries == keys else "tokens"
 
 # %% ../nbs/09c_ring_blocks.ipynb #c3656ebb
@@ -188,17 +187,11 @@ def aligned_heads(
     kv_of: Sequence[int], # key/value head of each query head
     heads: Sequence[int], # query heads
     kv_heads: Sequence[int], # those that are there
-) -> tuple:
+) -> list[tuple[list[int], list[int]]]:
     "Pairs of query heads and key/value heads; the latter as indices into `kv_heads`."
-    pairs: list[tuple[list[int], list[int]]] = []
-    uses = dict.fromkeys(kv_heads, 0)
-    for h in heads:
-        turn = uses[kv_of[h]]
-        uses[kv_of[h]] += 1
-        if turn == len(pairs): pairs.append(([], []))
-        pairs[turn][0].append(h)
-        pairs[turn][1].append(kv_heads.index(kv_of[h]))
-    return tuple((as_slice(q), as_slice(kv)) for q, kv in pairs)
+    rounds = zip_longest(*([h for h in heads if kv_of[h] == kv] for kv in kv_heads))
+    pairs = ([(h, i) for i, h in enumerate(some) if h is not None] for some in rounds)
+    return [tuple(map(list, zip(*some))) for some in pairs]
 
 # %% ../nbs/09c_ring_blocks.ipynb #a1ce2612
 def ring_tasks(
@@ -223,7 +216,7 @@ def ring_tasks(
     return _joined_tasks(found)
 
 # %% ../nbs/09c_ring_blocks.ipynb #1f47d893
-def _whole_task(heads: tuple, queries: int, keys: int, row: int = 0) -> Task:
+def _whole_task(heads: Sequence, queries: int, keys: int, row: int = 0) -> Task:
     "Queries from a row on, against the first so many keys."
     rows, columns = Progression(row, 1, queries), Progression(0, 1, keys)
     return Task(0, rows, 0, columns, heads, "all", rows, columns)
@@ -256,14 +249,6 @@ def _joined_tasks(tasks: Sequence[Task]) -> list[Task]:
         found.append(task)
     return found
 
-# %% ../nbs/09c_ring_blocks.ipynb #20eb2c97
-@dataclass(frozen=True)
-class _Source:
-    "Where keys lie: its place among the sources, its rows as positions, and its heads."
-    index: int
-    rows: Progression
-    kv_heads: Sequence[int]
-
 # %% ../nbs/09c_ring_blocks.ipynb #98d2ee7b
 @dataclass(frozen=True)
 class SharedWork:
@@ -279,38 +264,36 @@ def shared_work(
     rank: int, # whose work
 ) -> SharedWork:
     "Parts, parcels and tasks of a rank; sources are its parts, then the parcels that arrive."
-    exchanging = [b for b in range(len(plan.branches)) if plan.kind(b) == "exchange"]
-    parts = tuple((b, part) for b in exchanging for part in plan.parts(b, rank) if part.shared)
+    parts = plan.shared_parts(rank)
     arriving = tuple(p for peer in plan.peers(rank) for p in plan.parcels(peer, rank))
-    sources: dict[tuple, _Source] = {}
-    for i, (b, part) in enumerate(parts):
-        rows = Progression(part.start, 1, part.size)
-        sources[b, part.start, None] = _Source(i, rows, range(plan.branches[b].num_kv_heads))
-    for i, parcel in enumerate(arriving, len(parts)):
-        key = parcel.branch, parcel.part, parcel.residue
-        sources[key] = _Source(i, parcel.rows, parcel.kv_heads)
+    own = [_own_parcel(plan, b, part, rank) for b, part in parts]
+    sources = {(p.branch, p.part, p.residue): (i, p) for i, p in enumerate([*own, *arriving])}
     tasks = [task for i, at in enumerate(parts) for task in _part_tasks(plan, i, *at, sources)]
-    return SharedWork(parts, arriving, tuple(tasks))
+    return SharedWork(tuple(parts), arriving, tuple(tasks))
+
+
+def _own_parcel(plan: RingPlan, b: int, part: Part, rank: int) -> Parcel:
+    "A part of a rank's own, as if it had arrived."
+    kv_heads = tuple(range(plan.branches[b].num_kv_heads))
+    return Parcel(b, rank, rank, part.start, None, kv_heads, part.rows)
 
 # %% ../nbs/09c_ring_blocks.ipynb #2792cfa1
 def _part_tasks(plan: RingPlan, i: int, b: int, mine: Part, sources: dict) -> Iterator[Task]:
     "What a part of this rank meets in its segment."
     branch = plan.branches[b]
     for _, theirs in plan.sharing(b, mine.start):
+        every = sources.get((b, theirs.start, None))
         for residue in branch.residues():
-            every = sources.get((b, theirs.start, None))
             source = sources.get((b, theirs.start, residue), every)
             if source is None: continue
+            j, parcel = source
             queries = branch.queries(mine, residue)
-            first, count, step = source.rows.start, source.rows.count, source.rows.step
-            held = Part(first, first + (count - 1) * step + 1, True)
-            keys = branch.keys(held, residue, held.stop)
+            keys = branch.keys(Part(parcel.rows.start, parcel.rows.last + 1, True), residue)
             visible = visibility(queries, keys, plan.causal, plan.ordered)
             if visible is None: continue
-            heads = aligned_heads(branch.kv_of, branch.heads_of(residue), source.kv_heads)
-            rows = _within(queries, Progression(mine.start, 1, mine.size))
-            columns = _within(keys, source.rows)
-            yield Task(i, rows, source.index, columns, heads, visible, queries, keys)
+            heads = aligned_heads(branch.kv_of, branch.heads_of(residue), parcel.kv_heads)
+            rows, columns = _within(queries, mine.rows), _within(keys, parcel.rows)
+            yield Task(i, rows, j, columns, heads, visible, queries, keys)
 
 # %% ../nbs/09c_ring_blocks.ipynb #1a444b1b
 def _within(inner: Progression, outer: Progression) -> Progression:
@@ -323,19 +306,13 @@ MASK_ELEMENTS = 1 << 20 # of a causal mask that is no triangle, at a time
 HEAD_ELEMENTS = dict(cpu=1 << 17, cuda=1 << 22) # of q, at a time
 
 
-def _few_heads(pairs: tuple, q: Tensor, rows: Progression) -> Iterator[tuple]:
-    "The pairs of heads, some at a time."
+def _few_heads(pairs: Sequence, q: Tensor, rows: Progression) -> Iterator[tuple]:
+    "The pairs of heads, some at a time; where they can be, as slices."
     most = HEAD_ELEMENTS.get(q.device.type, 1 << 20)
     step = max(1, most // (q.shape[0] * rows.count * q.shape[3]))
-    for pair in pairs:
-        heads, kv_heads = (_as_list(x) for x in pair)
+    for heads, kv_heads in pairs:
         for i in range(0, len(heads), step):
             yield as_slice(heads[i:i + step]), as_slice(kv_heads[i:i + step])
-
-# %% ../nbs/09c_ring_blocks.ipynb #4a366878
-def _as_list(heads: slice | list[int]) -> list[int]:
-    if isinstance(heads, list): return heads
-    return list(range(heads.start, heads.stop, heads.step))
 
 # %% ../nbs/09c_ring_blocks.ipynb #17d18e77
 @dataclass
@@ -351,7 +328,7 @@ class Queries:
     @classmethod
     def before(cls, q: Tensor) -> "Queries":
         "Nothing is attended yet: 0 and -inf, in at least float32."
-        out = q.new_zeros(q.shape, dtype=_wide(q))
+        out = q.new_zeros(q.shape, dtype=lse_dtype(q.dtype))
         return cls(q, out, out.new_full(q.shape[:3], -torch.inf))
 
     @classmethod
@@ -360,7 +337,7 @@ class Queries:
         empty = lse == -torch.inf
         dout = torch.zeros_like(out) if dout is None else dout
         dlse = None if dlse is None else dlse.masked_fill(empty, 0)
-        dq = q.new_zeros(q.shape, dtype=_wide(q))
+        dq = q.new_zeros(q.shape, dtype=lse_dtype(q.dtype))
         return cls(q, out, lse.masked_fill(empty, 0), dout, dlse, dq)
 
     def of(self, turn: Turn) -> "Queries": # views
@@ -404,56 +381,49 @@ class Blocks:
         if self.order is None: return positions.positions().to(device)
         return self.order[rows_of(positions)]
 
-    def _pieces(self, task: Task, device) -> Iterator[tuple[slice, bool, Tensor]]:
-        "Cuts a task where its mask would be too large: rows of q, and the mask."
-        queries = self._tokens(task.query_positions, device)
-        keys = self._tokens(task.key_positions, device)
+    def _masks(self, task: Task, like: Tensor) -> Iterator[tuple[slice, bool, Tensor | None]]:
+        "Rows of q, whether they see a triangle, and a bias; some at a time where it is large."
+        if task.visible != "tokens":
+            yield rows_of(task.queries), task.visible == "triangle", None
+            return
+        queries = self._tokens(task.query_positions, like.device)
+        keys = self._tokens(task.key_positions, like.device)
         rows, step = task.queries, max(1, MASK_ELEMENTS // keys.numel())
         for first in range(0, queries.numel(), step):
             seen = keys <= queries[first:first + step, None]
             if not seen.any(): continue
+            bias = None if seen.all() else like.new_zeros(()).masked_fill(~seen, -torch.inf)
             start = rows.start + first * rows.step
-            yield rows_of(Progression(start, rows.step, len(seen))), bool(seen.all()), seen
+            yield rows_of(Progression(start, rows.step, len(seen))), False, bias
 
-    def _masks(self, task: Task, like: Tensor) -> Iterator[tuple[slice, bool, Tensor | None]]:
-        "Rows of q, whether they see a triangle, and a bias."
-        if task.visible != "tokens":
-            yield rows_of(task.queries), task.visible == "triangle", None
-            return
-        for rows, whole, seen in self._pieces(task, like.device):
-            bias = None if whole else like.new_zeros(()).masked_fill(~seen, -torch.inf)
-            yield rows, False, bias
-
-    def _blocks(self, queries: Sequence[Queries]):
-        "Task, rows of q, heads of q, of K and V, triangle, bias."
+    def _blocks(self, queries: Sequence[Queries], sources: Sequence[Sequence[Tensor]]):
+        "Task, indices of its queries and of its keys, (K, V), (triangle, bias)."
         for task in self.tasks:
-            part = queries[task.part]
-            for rows, triangle, bias in self._masks(task, part.lse):
+            part, columns = queries[task.part], rows_of(task.keys)
+            for rows, *mask in self._masks(task, part.lse):
                 for heads, kv_heads in _few_heads(task.heads, part.q, task.queries):
-                    yield task, (slice(None), heads, rows), kv_heads, triangle, bias
+                    keys = slice(None), kv_heads, columns
+                    kv = [x[keys] for x in sources[task.source]]
+                    yield task, (slice(None), heads, rows), keys, kv, mask
 
-    def forward(self, queries: Sequence[Queries], sources: Sequence[tuple[Tensor, Tensor]]):
+    def forward(self, queries: Sequence[Queries], sources: Sequence[Sequence[Tensor]]):
         "Merges into `out` and `lse` of the queries."
-        for task, at, kv_heads, triangle, bias in self._blocks(queries):
-            part, keys = queries[task.part], (slice(None), kv_heads, rows_of(task.keys))
-            k, v = (x[keys] for x in sources[task.source])
-            found = block_forward(part.q[at], k, v, triangle, bias, self.scale)
-            _merge_into(part, at, *found)
+        for task, at, _, kv, mask in self._blocks(queries, sources):
+            part = queries[task.part]
+            _merge_into(part, at, *block_forward(part.q[at], *kv, *mask, self.scale))
 
     def backward(
         self,
         queries: Sequence[Queries],
-        sources: Sequence[tuple[Tensor, Tensor]],
+        sources: Sequence[Sequence[Tensor]], # K and V
         gradients: Sequence[Sequence[Tensor]], # of the sources
         ready: Callable | None = None, # called before anything is added
     ):
         "Adds to `dq` of the queries and to the gradients of the sources."
-        for task, at, kv_heads, triangle, bias in self._blocks(queries):
-            part, keys = queries[task.part], (slice(None), kv_heads, rows_of(task.keys))
-            k, v = (x[keys] for x in sources[task.source])
+        for task, at, keys, kv, mask in self._blocks(queries, sources):
+            part, (dk, dv) = queries[task.part], gradients[task.source]
             dout, dlse, q, out, lse = part.at(at)
-            grads = block_backward(dout, dlse, q, k, v, out, lse, triangle, bias, self.scale)
+            grads = block_backward(dout, dlse, q, *kv, out, lse, *mask, self.scale)
             if ready: ready = ready()
-            dk, dv = gradients[task.source]
             for target, index, grad in zip((part.dq, dk, dv), (at, keys, keys), grads):
                 add_to(target, index, grad)

@@ -9,7 +9,6 @@ __all__ = ['PATTERN_TYPES', 'SparsePatternConfig', 'permute_blocks', 'PostPatter
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
