@@ -121,6 +121,11 @@ class OracleReport:
     @property
     def ok(self) -> bool: return all(map(self.keeps, self.errors))
 
+    @property
+    def share(self) -> float:
+        "The largest error, as a share of what is allowed."
+        return max(self.errors[name] / self.allowed[name] for name in self.errors)
+
     def __str__(self) -> str:
         lines = ["       error      sdpa   allowed"]
         for name in self.errors:

@@ -160,7 +160,7 @@ def test_rows_of_the_others(toys):
             assert 0 < check["worst_share_of_allowed"] <= 1
 
 
-PLACES = {"memory": memory, "crossover": crossover, "dilated": suites}
+PLACES = {"memory": cpu, "crossover": crossover, "dilated": suites}
 
 
 @pytest.mark.parametrize("name", PLACES)

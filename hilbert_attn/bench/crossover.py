@@ -8,6 +8,7 @@ __all__ = ['CROSSOVER_CONFIG', 'CROSSOVER_QUICK', 'bench_crossover', 'mean_ratio
 
 # %% ../../nbs/15g_crossover.ipynb #f59e8953
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from math import exp, log
 from typing import Any
@@ -15,11 +16,8 @@ from typing import Any
 import torch
 
 from ..backends import POLICY, detect_gpu_architecture, hilbert_attention
-from hilbert_attn.bench.contenders import (
-    Candidate, Case, check_cases, steps_of, time_cases, worst_errors,
-)
-from .machine import FLOPS_PER_PAIR, environment, quick_limits
-from .measuring import telling
+from .contenders import Candidate, Case, run_cases
+from .machine import FLOPS_PER_PAIR
 from .results import BLUE, GREEN, GREY, RED, Table
 from ..curves import curve_order
 from ..patterns import SegmentPattern, attention_mask
@@ -46,33 +44,27 @@ CROSSOVER_QUICK = CROSSOVER_CONFIG | dict(
 )
 
 # %% ../../nbs/15g_crossover.ipynb #5766676c
-def _case(config: dict, n: int, d: int, segments: int, r: int, order: str) -> Case:
+def _case(config: dict, n: int, d: int, sizes: tuple[int, int], order: str) -> Case:
     "One setting, on all backends that run here."
-    w, curve, device = n // segments, None if order == "none" else order, config["device"]
-    shape = config["batch"], config["heads"], n, d
-
-    def on(backend):
-        options = dict(curve=curve, segment_size=w, dilation_rate=r, backend=backend)
-        return lambda q, k, v: hilbert_attention(q, k, v, **options)
+    segments, r = sizes
+    w, device, heads = n // segments, config["device"], config["batch"] * config["heads"]
+    curve = "row_major" if order == "none" else order
+    options: dict[str, Any] = dict(curve=curve, segment_size=w, dilation_rate=r)
 
     def candidates():
         pattern = SegmentPattern(n, w, r)
-        along = None if curve is None else curve_order(n, curve)
-        mask = attention_mask(pattern, order=along, device=device)
-        pairs = pattern.pairs(config["batch"] * config["heads"])
-        return [Candidate(name, on(name), mask, pairs) for name in config["backends"]]
+        mask = attention_mask(pattern, order=curve_order(n, curve), device=device)
+        return [
+            Candidate(
+                name, partial(hilbert_attention, **options, backend=name), mask,
+                pattern.pairs(heads),
+            )
+            for name in config["backends"]
+        ]
 
     about = dict(tokens=n, head_dim=d, segment_size=w, dilation_rate=r, order=order)
+    shape = config["batch"], config["heads"], n, d
     return Case(about, shape, candidates, device=device)
-
-# %% ../../nbs/15g_crossover.ipynb #b11c4ab5
-def _cases(config: dict) -> list[Case]:
-    "Every combination."
-    lists = (config[key] for key in ("tokens", "head_dims", "patterns", "orders"))
-    return [
-        _case(config, n, d, segments, r, order)
-        for n, d, (segments, r), order in product(*lists)
-    ]
 
 # %% ../../nbs/15g_crossover.ipynb #fb2bc575
 def _backends_here(device: str) -> list[str]:
@@ -92,13 +84,9 @@ def bench_crossover(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     here = dict(device=device, backends=_backends_here(device))
     config = (CROSSOVER_QUICK if quick else CROSSOVER_CONFIG) | here
-    cases, repeats = _cases(config), config["repeats"]
-    with telling(steps_of(cases, repeats), progress) as tell:
-        checks = worst_errors(check_cases(cases, tell))
-        limits = quick_limits(quick, device)
-        rows = time_cases(cases, repeats, tell, config["max_seconds"])
-    about = dict(suite="crossover", quick=quick, config=config, environment=environment())
-    return about | dict(limits=limits, checks=checks, rows=rows)
+    settings = product(*(config[key] for key in ("tokens", "head_dims", "patterns", "orders")))
+    cases = [_case(config, *setting) for setting in settings]
+    return run_cases("crossover", quick, config, cases, progress)
 
 # %% ../../nbs/15g_crossover.ipynb #72913db3
 _SETTING = ("tokens", "head_dim", "segment_size", "dilation_rate", "order", "direction")
