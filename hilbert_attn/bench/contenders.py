@@ -25,7 +25,8 @@ from .measuring import Timing, measure, telling
 from ..reference import OracleReport, compare_to_oracle, default_scale, masked_attention
 
 # %% ../../nbs/15c_contenders.ipynb #8cfbce72
-Inputs = tuple[Sequence[Tensor], Tensor, Tensor | None] # (q, k, v), gradients of output and LSE
+# q, k, v; upstream gradients of output and LSE
+Inputs = tuple[tuple[Tensor, Tensor, Tensor], Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,6 @@ def run_cases(
     quick: bool, # of a toy size
     config: dict, # repeats, and max_seconds of each case and direction where there is a limit
     cases: Sequence[Case],
-    progress: bool | None, # show a progress bar; None: on a terminal
     flops: float = 1e8, # of the matrix product that is timed as a limit of the machine
 ) -> dict: # JSON-ready; rows in seconds
     """A run: checks all cases, then times one after the other, the calls of each in turn.
@@ -264,7 +264,7 @@ def run_cases(
     repeats, max_seconds = config["repeats"], config.get("max_seconds", inf)
     rounds = [(case, direction) for case in cases for direction in case.directions]
     rows = []
-    with telling(len(cases) + len(rounds) * (repeats + 1), progress) as tell:
+    with telling(len(cases) + len(rounds) * (repeats + 1)) as tell:
         checks = check_cases(cases, tell)
         limits = suite_limits(quick, flops, cases[0].device)
         for case, direction in rounds:

@@ -60,7 +60,7 @@ def cpu_candidates(
         how: Any = dict(grid=grid, curve=curve, return_lse=return_lse, backend="sdpa")
         return hilbert_attention(q, k, v, segment_size=w, dilation_rate=r, **how)
 
-    attentions = {
+    attentions: dict[str, Callable] = {
         NAIVE: lambda q, k, v: naive_attention(q, k, v, hidden),
         MASKED: lambda q, k, v: sdpa(q, k, v, plain),
         MASKED_HILBERT: lambda q, k, v: sdpa(q, k, v, hilbert),
@@ -140,7 +140,6 @@ def _memory_row(config: dict, ordered: bool, backward: bool) -> dict:
 # %% ../../nbs/15e_cpu.ipynb #d48cff69
 def bench_cpu(
     quick: bool = False, # a toy size, in seconds: to see that everything runs, not to quote
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows and sweep in seconds, memory in bytes
     """Runs the suite.
 
@@ -151,12 +150,12 @@ def bench_cpu(
     main = Case({}, shape, lambda: cpu_candidates(config), pairs)
     sweep = [_smaller_grid(config, side) for side in config["sweep_sides"]]
     flops = float(FLOPS_PER_PAIR["forward"] * config["head_dim"] * pairs)
-    run = run_cases("cpu", quick, config, [main, *sweep], progress, flops)
+    run = run_cases("cpu", quick, config, [main, *sweep], flops)
     run["sweep"] = [row for row in run["rows"] if "tokens" in row]
     run["rows"] = [row for row in run["rows"] if "tokens" not in row]
     cases = list(product((False, True), repeat=2))  # ordered, backward
     run["memory"] = []
-    with telling(len(cases), progress) as tell:
+    with telling(len(cases)) as tell:
         for case in cases[-1:] if quick else cases:
             tell(f"memory at {config['memory_tokens']:,} tokens")
             run["memory"].append(_memory_row(config, *case))

@@ -76,7 +76,6 @@ def _backends_here(device: str) -> list[str]:
 # %% ../../nbs/15g_crossover.ipynb #4d853429
 def bench_crossover(
     quick: bool = False, # a toy size
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in seconds
     """Runs the suite, on the GPU if there is one.
 
@@ -86,7 +85,7 @@ def bench_crossover(
     config = (CROSSOVER_QUICK if quick else CROSSOVER_CONFIG) | here
     settings = product(*(config[key] for key in ("tokens", "head_dims", "patterns", "orders")))
     cases = [_case(config, *setting) for setting in settings]
-    return run_cases("crossover", quick, config, cases, progress)
+    return run_cases("crossover", quick, config, cases)
 
 # %% ../../nbs/15g_crossover.ipynb #72913db3
 _SETTING = ("tokens", "head_dim", "segment_size", "dilation_rate", "order", "direction")
@@ -98,12 +97,11 @@ def mean_ratio(
     below: str, # by those of this one
 ) -> tuple[float, float, float]: # the ratio, and its ends with each setting at its worst
     "Geometric mean over the settings that both have."
-    of = {(row["name"], *(row[key] for key in _SETTING)): row for row in rows}
-    both = [
-        (row, of[below, *setting])
-        for (name, *setting), row in of.items()
-        if name == above and (below, *setting) in of
-    ]
+    def of(name):
+        return {tuple(row[key] for key in _SETTING): row for row in rows if row["name"] == name}
+
+    others = of(below)
+    both = [(row, others[setting]) for setting, row in of(above).items() if setting in others]
     if not both: raise ValueError(f"no setting was measured with both {above!r} and {below!r}")
 
     def mean(x, y):
@@ -124,28 +122,27 @@ def policy_choice(
     raise ValueError(f"device={device!r}: the policy has no row for it and {list(backends)}")
 
 # %% ../../nbs/15g_crossover.ipynb #c6c03757
-def _parts(rows: list[dict], orders: Sequence[str]) -> dict[str, float]:
-    "The ratio of `sdpa_mask` and `sdpa` by order and direction."
-    parts = {}
-    for order, direction in product(orders, FLOPS_PER_PAIR):
-        mine = [r for r in rows if r["order"] == order and r["direction"] == direction]
-        parts[f"{order}, {direction}"] = mean_ratio(mine, "sdpa_mask", "sdpa")[0]
-    return parts
+def _parts(run: dict) -> list[tuple[str, str]]:
+    "Order and direction of each part."
+    return list(product(run["config"]["orders"], FLOPS_PER_PAIR))
 
 # %% ../../nbs/15g_crossover.ipynb #ac3bb640
 def _at_length(run: dict, n: int) -> dict:
     "A line of `crossover_table`."
     config, rows = run["config"], [row for row in run["rows"] if row["tokens"] == n]
-    backends = config["backends"]
+    backends, parts = config["backends"], {}
 
     def beaten(a): # backends that are clearly faster
         return [b for b in backends if b != a and mean_ratio(rows, a, b)[1] > 1]
 
+    for part in _parts(run):
+        mine = [row for row in rows if (row["order"], row["direction"]) == part]
+        parts[", ".join(part)] = mean_ratio(mine, "sdpa_mask", "sdpa")[0]
     ratio, low, high = mean_ratio(rows, "sdpa_mask", "sdpa")
     choice = policy_choice(config["device"], n, backends)
     winners = [a for a in backends if all(a in beaten(b) for b in backends if b != a)]
     return dict(
-        tokens=n, ratio=ratio, low=low, high=high, **_parts(rows, config["orders"]),
+        tokens=n, ratio=ratio, low=low, high=high, **parts,
         winner=winners[0] if winners else "no clear one",
         policy=choice, agrees=not beaten(choice),
     )
@@ -177,18 +174,13 @@ def policy_verdict(
         agrees=all(row["agrees"] for row in table),
     )
 
-# %% ../../nbs/15g_crossover.ipynb #7c9bb6ac
-def _part_names(run: dict) -> list[str]:
-    return [", ".join(part) for part in product(run["config"]["orders"], FLOPS_PER_PAIR)]
-
 # %% ../../nbs/15g_crossover.ipynb #e1cd86ce
 def crossover_tables(run: dict) -> list[Table]:
     "By length, and the verdict."
-    parts = _part_names(run)
     words = {"none": "plain", "forward+backward": "both"}
-    titles = {part: ", ".join(words.get(x, x) for x in part.split(", ")) for part in parts}
+    titles = {", ".join(part): ", ".join(words.get(x, x) for x in part) for part in _parts(run)}
     formats = dict(tokens=",", ratio=".2f", low=".2f", high=".2f")
-    formats |= dict.fromkeys(parts, ".2f") | dict(winner="", policy="", agrees="")
+    formats |= dict.fromkeys(titles, ".2f") | dict(winner="", policy="", agrees="")
     lengths = Table("tokens", crossover_table(run), formats, dict(ratio="mask / sdpa") | titles)
     verdict = policy_verdict(run)
     titles = dict(mask_wins_up_to="mask wins up to", sdpa_wins_from="sdpa wins from")
@@ -197,7 +189,7 @@ def crossover_tables(run: dict) -> list[Table]:
 # %% ../../nbs/15g_crossover.ipynb #cff1c8c6
 def _plot_parts(ax, run: dict, table: list[dict]):
     "A thin line for each order and direction."
-    for order, direction in product(run["config"]["orders"], FLOPS_PER_PAIR):
+    for order, direction in _parts(run):
         name = f"{'no' if order == 'none' else order} order, {direction}"
         ratios = [row[f"{order}, {direction}"] for row in table]
         style = "--" if direction == "forward" else "-"

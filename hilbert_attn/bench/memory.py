@@ -121,7 +121,6 @@ def _row(config: dict, name: str, direction: str, n: int) -> dict:
 # %% ../../nbs/15f_memory.ipynb #ab8cb46e
 def bench_memory(
     quick: bool = False, # a toy size
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in bytes
     """Runs the suite: peak resident memory beyond the inputs, by length.
 
@@ -136,7 +135,7 @@ def bench_memory(
     lengths = config["training_tokens"]
     jobs += [(name, "forward+backward", n) for name in _STRATEGIES for n in lengths]
     rows = []
-    with telling(1 + len(jobs), progress) as tell:
+    with telling(1 + len(jobs)) as tell:
         checks = check_cases([_smallest_case(config)], tell)
         _check_layers(config)
         for name, direction, n in jobs:

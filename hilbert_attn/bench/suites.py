@@ -105,13 +105,12 @@ def _locality_rows(config: dict, grid: Sequence[int]) -> list[dict]:
 # %% ../../nbs/15h_suites.ipynb #f3239309
 def bench_curves(
     quick: bool = False, # a toy size
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in seconds
     "Runs the suite `curves`. A `RuntimeError` where an order is wrong."
     config = CURVES_QUICK if quick else CURVES_CONFIG
     grids, others = config["grids"], config["locality_grids"]
     rows, found = [], []
-    with telling(2 * len(grids) + len(others), progress) as tell:
+    with telling(2 * len(grids) + len(others)) as tell:
         for grid in grids:
             tell(f"checking {_by(grid)}")
             for curve in config["curves"]: _check_order(grid, curve)
@@ -145,10 +144,9 @@ def _plot_curves(run: dict):
     fig, axes = new_figure(2, 1, panel=(5.6, 2.9), titles=titles)
     flat = [row for row in run["rows"] if row["grid"].count("x") == 1]
     plot_lines(axes[0], flat, 1e3, "time (ms)")
-    kept = {(r["name"], r["grid"], r["segment_size"]): r["neighbors_kept"] for r in run["locality"]}
     for i, (name, color) in enumerate(colors_of(row["name"] for row in run["rows"]).items()):
-        if (name, *sizes[0]) not in kept: continue
-        shares = [kept[name, *size] for size in sizes]
+        shares = [row["neighbors_kept"] for row in run["locality"] if row["name"] == name]
+        if not shares: continue
         heights = [y + 0.3 - 0.15 * i for y in range(len(sizes))]
         axes[1].plot(shares, heights, "o", ms=5, label=name, color=color)
     words = [f"{grid}, segments of {w}" for grid, w in sizes]
@@ -229,7 +227,6 @@ def _dilated_case(config: dict, mode: str, order: str) -> Case:
 # %% ../../nbs/15h_suites.ipynb #8bcb7ce4
 def bench_dilated(
     quick: bool = False, # a toy size
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in seconds
     """Runs the suite `dilated`.
 
@@ -238,7 +235,7 @@ def bench_dilated(
     settings = [(mode, order) for mode in config["modes"] for order in config["orders"]]
     cases = [_dilated_case(config, *setting) for setting in settings]
     flops = float(FLOPS_PER_PAIR["forward"] * config["head_dim"] * cases[0].pairs)
-    return run_cases("dilated", quick, config, cases, progress, flops)
+    return run_cases("dilated", quick, config, cases, flops)
 
 # %% ../../nbs/15h_suites.ipynb #e345fe4d
 def dilated_targets(
@@ -261,7 +258,7 @@ def _dilated_tables(run: dict) -> list[Table]:
     return race_tables(run | dict(targets=dilated_targets(run)))
 
 # %% ../../nbs/15h_suites.ipynb #8d7b6286
-def _run_tool(name: str, options: Sequence[str], folder: str, progress: bool | None) -> str:
+def _run_tool(name: str, options: Sequence[str], folder: str) -> str:
     "Runs a program of `tools/` with OUT set to a folder, and returns what it printed."
     tool = Path(hilbert_attn.__file__).resolve().parent.parent / "tools" / name
     if not tool.is_file():
@@ -269,7 +266,7 @@ def _run_tool(name: str, options: Sequence[str], folder: str, progress: bool | N
         raise RuntimeError(f"this suite runs tools/{name}, {where}: run it in a checkout")
     command, env, lines = [sys.executable, str(tool), *options], os.environ | dict(OUT=folder), []
     pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    with subprocess.Popen(command, env=env, **pipes) as process, telling(1, progress) as tell:
+    with subprocess.Popen(command, env=env, **pipes) as process, telling(1) as tell:
         for line in process.stdout or ():
             lines.append(line)
             tell(line.strip(), 0)
@@ -279,12 +276,12 @@ def _run_tool(name: str, options: Sequence[str], folder: str, progress: bool | N
     return "".join(lines)
 
 # %% ../../nbs/15h_suites.ipynb #c1b491e3
-def _bench_tool(suite: str, quick: bool, progress: bool | None) -> dict:
+def _bench_tool(suite: str, quick: bool) -> dict:
     "A suite that `tools/bench_<suite>.py` measures."
     tool = f"bench_{suite}.py"
     with TemporaryDirectory() as folder:
         options = ["--out", folder, *(["--quick"] if quick else [])]
-        printed = _run_tool(tool, options, folder, progress)
+        printed = _run_tool(tool, options, folder)
         runs = load_runs(suite, folder)
     if not runs: raise RuntimeError(f"tools/{tool} stored no run:\n{printed[-1500:].strip()}")
     return runs[-1]
@@ -292,7 +289,6 @@ def _bench_tool(suite: str, quick: bool, progress: bool | None) -> dict:
 # %% ../../nbs/15h_suites.ipynb #fd777e1b
 def bench_gpu(
     quick: bool = False, # the first three minutes
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in seconds, targets
     """The measurement of `tools/gpu_run.py`, on an NVIDIA GPU.
 
@@ -303,7 +299,7 @@ def bench_gpu(
         raise RuntimeError(f"{missing}; {instead}")
     options = ["--again", *(["--minutes", "3"] if quick else [])]
     with TemporaryDirectory() as folder:
-        printed = _run_tool("gpu_run.py", options, folder, progress)
+        printed = _run_tool("gpu_run.py", options, folder)
         found = json.loads(next(Path(folder).glob("gpu_run*.json")).read_text())
     if not found["rows"]:
         raise RuntimeError(f"tools/gpu_run.py timed nothing:\n{printed[-1500:].strip()}")
@@ -315,7 +311,7 @@ class Suite:
     "A measurement: how to run it, to print it and to draw it."
     name: str
     about: str # in a few words
-    run: Callable # run(quick, progress) -> dict
+    run: Callable[[bool], dict] # quick: a toy size
     tables: Callable[[dict], list[Table]]
     plot: Callable[[dict], None]
 
@@ -364,11 +360,10 @@ SUITES = {suite.name: suite for suite in _ALL}
 def run_suite(
     name: str, # one of `SUITES`
     quick: bool = False, # a toy size, in seconds: to see that everything runs, not to quote
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready
     "Runs a suite. A `RuntimeError` where it cannot run here, or where something is not exact."
     if name not in SUITES: raise ValueError(f"suite={name!r}: known suites are {', '.join(SUITES)}")
-    return SUITES[name].run(quick, progress)
+    return SUITES[name].run(quick)
 
 # %% ../../nbs/15h_suites.ipynb #b633f465
 def describe_run(

@@ -371,11 +371,8 @@ def run_demo(
     segment_size: int | None = None, # patches; None: 256, or a quarter of them if that is less
     patch: tuple[int, int] | None = None, # (row, column) to look at; None: the middle, or a cheek
     *,
-    heads: int = 2, # H
-    head_dim: int = 64, # D
     seed: int = 0, # of the random projections
     max_patches: int = 9216, # larger photos are scaled down
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> DemoResult: # print it
     """Attention along five curves on a photo: checked, timed, drawn, and written up.
 
@@ -386,13 +383,13 @@ def run_demo(
     w, place = _checked_sizes(picture, segment_size, patch, photo is None)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    q, k, v = project_tokens(photo_tokens(picture), heads, head_dim, seed)
+    q, k, v = project_tokens(photo_tokens(picture), seed=seed)
     drawings = {
         "curve": lambda: draw_curve(picture),
         "segments": lambda: draw_segments(picture, w),
         "attention": lambda: draw_attention(picture, q, k, w, place),
     }
-    with telling(6 + 2 * 8 * (repeats + 1) + 4, progress) as tell:
+    with telling(6 + 2 * 8 * (repeats + 1) + 4) as tell:
         rows = compare_orders(picture.grid, (q, k, v), w, repeats=repeats, tell=tell)
         written = _draw_all(drawings, folder, tell)
         tell("writing report.html")
