@@ -26,7 +26,8 @@ from hilbert_attn.multihead import MultiheadDilatedAttention
 
 # Patterns.
 from hilbert_attn.patterns import DilatedPattern, NeighborhoodPattern, SegmentPattern, SlidePattern
-from hilbert_attn.patterns import TilesSharedPattern, WindowPattern, attention_mask, create_dilated_mask
+from hilbert_attn.patterns import TilesSharedPattern, WindowPattern
+from hilbert_attn.patterns import attention_mask, create_dilated_mask
 from hilbert_attn.reference import merge_attention
 from hilbert_attn.ring_exchange import shard_sequence, unshard_sequence
 
@@ -108,17 +109,26 @@ if TYPE_CHECKING:
     from hilbert_attn.block_layers import RingBlockSparseAttention as RingBlockSparseAttention
     from hilbert_attn.blocks.lists import BlockLists as BlockLists
     from hilbert_attn.blocks.engine import block_stats as block_stats
-    from hilbert_attn.compat import BlockSparseRingDilatedAttentionHilbertPostPattern as BlockSparseRingDilatedAttentionHilbertPostPattern
+    from hilbert_attn.compat import (
+        BlockSparseRingDilatedAttentionHilbertPostPattern
+        as BlockSparseRingDilatedAttentionHilbertPostPattern,
+    )
     from hilbert_attn.compat import HilbertAttentionCoreWithSDPA as HilbertAttentionCoreWithSDPA
     from hilbert_attn.compat import HilbertAttentionFunction as HilbertAttentionFunction
     from hilbert_attn.compat import HilbertAttentionTritonFixed as HilbertAttentionTritonFixed
     from hilbert_attn.compat import HilbertAttentionTritonWrapper as HilbertAttentionTritonWrapper
     from hilbert_attn.compat import PostPatternHilbertOptimizer as PostPatternHilbertOptimizer
-    from hilbert_attn.compat import RingDilatedAttentionHilbertCore as RingDilatedAttentionHilbertCore
-    from hilbert_attn.compat import RingDilatedAttentionHilbertOptimizedFixed as RingDilatedAttentionHilbertOptimizedFixed
+    from hilbert_attn.compat import (
+        RingDilatedAttentionHilbertCore as RingDilatedAttentionHilbertCore,
+    )
+    from hilbert_attn.compat import (
+        RingDilatedAttentionHilbertOptimizedFixed as RingDilatedAttentionHilbertOptimizedFixed,
+    )
     from hilbert_attn.compat import StandardizedRingConfig as StandardizedRingConfig
     from hilbert_attn.compat import create_hilbert_mapping as create_hilbert_mapping
-    from hilbert_attn.compat import create_standardized_ring_attention as create_standardized_ring_attention
+    from hilbert_attn.compat import (
+        create_standardized_ring_attention as create_standardized_ring_attention,
+    )
     from hilbert_attn.compat import hilbert_attention_kernel as hilbert_attention_kernel
     from hilbert_attn.compat import standard_attention_kernel as standard_attention_kernel
     from hilbert_attn.curves import CURVES as CURVES

@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import attend, check_backend_name
 from .blocks.lists import BlockLists, rows_and_columns
-from .calls import Call, check_call
+from .calls import check_call
 from .ring import _outside_graphs
-from .ring_exchange import Ring, Together, agree, begin, digest, ring_of, swap
+from .ring_exchange import Ring, begin, begin_call, digest, swap
 from .ring_plan import shard_sizes
 
 # %% ../nbs/10g_block_ring.ipynb #40464e3b
@@ -32,28 +32,6 @@ def lists_order(
     "The order in which query slots hold tokens: the one to shard a sequence by."
     tokens = lists.query_tokens().flatten()
     return tokens[tokens >= 0]
-
-# %% ../nbs/10g_block_ring.ipynb #fd425f60
-@dataclass(frozen=True)
-class _Entries:
-    "The blocks that are not empty."
-    group: np.ndarray
-    query: np.ndarray # block of queries
-    key: np.ndarray # block of keys
-    full: np.ndarray # bool: nothing in it is masked
-
-    def __getitem__(self, index: np.ndarray) -> "_Entries":
-        return _Entries(*(x[index] for x in vars(self).values()))
-
-# %% ../nbs/10g_block_ring.ipynb #ae963567
-def _entries_of(lists: BlockLists) -> _Entries:
-    rows = lists.rows
-    start, full = rows.start.cpu().numpy().astype(np.int64), rows.full.cpu().numpy()
-    (groups, n), count = full.shape, np.diff(start, axis=1).ravel()
-    line = np.repeat(np.arange(groups * n), count)  # group and query block of each entry
-    place = np.arange(len(line)) - np.repeat(np.cumsum(count) - count, count)
-    index = rows.index.cpu().numpy()[np.repeat(start[:, :-1].ravel(), count) + place]
-    return _Entries(line // n, line % n, index.astype(np.int64), place < full.ravel()[line])
 
 # %% ../nbs/10g_block_ring.ipynb #65d42527
 def _slot_positions(lists: BlockLists) -> tuple[np.ndarray, np.ndarray]:
@@ -74,7 +52,8 @@ class BlockRingPlan:
     def world_size(self) -> int: return len(self.sizes)
 
     @cached_property
-    def entries(self) -> _Entries: return _entries_of(self.lists)
+    def entries(self) -> list[np.ndarray]: # group, query block, key block, full
+        return [x.cpu().numpy() for x in self.lists.rows.entries()]
 
     @cached_property
     def slots(self) -> tuple[np.ndarray, np.ndarray]: return _slot_positions(self.lists)
@@ -85,9 +64,9 @@ class BlockRingPlan:
     def blocks(self, rank: int) -> tuple[np.ndarray, np.ndarray]:
         "Query blocks with a position of the rank, and the key blocks that they meet."
         first, last = self.edges[rank:rank + 2]
-        queries = self.slots[0]
+        queries, (_, q, k, _) = self.slots[0], self.entries
         own = ((queries >= first) & (queries < last)).any(1)
-        return np.flatnonzero(own), np.unique(self.entries.key[own[self.entries.query]])
+        return np.flatnonzero(own), np.unique(k[own[q]])
 
     @cached_property
     def needed(self) -> tuple[np.ndarray, ...]:
@@ -138,11 +117,11 @@ def _local_lists(plan: BlockRingPlan, rank: int) -> BlockLists:
     places = np.where(inside, q_slots - first, -1)
     rows = np.where(k_slots >= 0, np.searchsorted(reads, k_slots), -1)
     q_tokens, k_tokens = (torch.from_numpy(x.ravel().astype(np.int32)) for x in (places, rows))
-    entries = plan.entries[np.isin(plan.entries.query, blocks[0])]
-    q, k = np.searchsorted(blocks[0], entries.query), np.searchsorted(blocks[1], entries.key)
-    shape = len(blocks[0]), len(blocks[1])
-    by_query, by_key = rows_and_columns(entries.group, q, k, entries.full, lists.num_groups, shape)
-    lo, hi, at = _local_bounds(lists, *(torch.from_numpy(x) for x in blocks))
+    own = np.isin(plan.entries[1], blocks[0])
+    group, q, k, full = (x[own] for x in plan.entries)
+    q, k = map(np.searchsorted, blocks, (q, k))
+    by_query, by_key = rows_and_columns(group, q, k, full, lists.num_groups, [*map(len, blocks)])
+    lo, hi, at = _local_bounds(lists, *map(torch.from_numpy, blocks))
     local = BlockLists(lists.block_size, int(last - first), len(reads), q_tokens, k_tokens,
                        by_query, by_key, lists.groups, lo, hi, at)
     return local.to(lists.device)
@@ -186,45 +165,38 @@ class _Fetching:
     number: int # of the call
 
     @cached_property
-    def wanted(self) -> dict[int, int]: # rows of each rank that this one reads
-        sizes = {src: len(self.plan.parcel(src, self.ring.rank)) for src in range(self.ring.size)}
-        return {src: size for src, size in sizes.items() if size}
+    def wanted(self) -> list[int]: # rows of each rank that this one reads
+        return [len(self.plan.parcel(src, self.ring.rank)) for src in range(self.ring.size)]
 
     @cached_property
-    def given(self) -> dict[int, Tensor]: # rows of this shard that each rank reads
-        first = self.plan.edges[self.ring.rank]
-        parcels = {dst: self.plan.parcel(self.ring.rank, dst) for dst in range(self.ring.size)}
-        return {dst: torch.from_numpy(x - first) for dst, x in parcels.items() if len(x)}
+    def given(self) -> list[Tensor]: # rows of this shard that each rank reads
+        rank, first = self.ring.rank, self.plan.edges[self.ring.rank]
+        parcels = (self.plan.parcel(rank, dst) for dst in range(self.ring.size))
+        return [torch.from_numpy(positions - first) for positions in parcels]
 
-    def exchange(self, what: str, kv: Tensor, pack: dict[int, Tensor], sizes: dict[int, int]):
-        "Sends a tensor (2, B, H_kv, rows, D) to each rank and receives one: all but the own."
-        rank = self.ring.rank
-        received = {src: kv.new_empty(*kv.shape[:3], size, kv.shape[4])
-                    for src, size in sizes.items() if src != rank}
-        sends = {dst: x for dst, x in pack.items() if dst != rank}
-        if self.ring.size > 1: swap(self.ring, what, self.number, sends, received)
-        if rank in pack: received[rank] = pack[rank]
-        return [received[src] for src in sorted(received)]
+    def exchange(self, what: str, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        "Sends a tensor (2, B, H_kv, rows, D) to each rank and receives one of so many rows."
+        own = parts[self.ring.rank]
+        received = [own.new_empty(*own.shape[:3], size, own.shape[4]) for size in sizes]
+        received[self.ring.rank] = own
+        swap(self.ring, what, self.number, parts, received)
+        return received
 
     def fetch(self, kv: Tensor) -> Tensor:
         "What this rank reads, in the order of positions."
         with self.ring.round(_NAME):
-            pack = {dst: kv.index_select(3, x.to(kv.device)) for dst, x in self.given.items()}
-            parts = self.exchange(_NAME, kv, pack, self.wanted)
-            return torch.cat(parts, 3) if parts else kv[:, :, :, :0]
+            parts = [kv.index_select(3, rows.to(kv.device)) for rows in self.given]
+            return torch.cat(self.exchange(_NAME, parts, self.wanted), 3)
 
     def send_back(self, gradients: Tensor, rows: int) -> Tensor: # (2, B, H_kv, rows, D)
         "The gradients of this rank's rows, added up in the order of the ranks."
         what = f"{_NAME}, backward"
         with begin(self.ring, what, self.number), self.ring.round(what):
-            counts = [self.wanted[src] for src in sorted(self.wanted)]
-            pieces = gradients.split(counts, 3) if counts else ()
-            parts = dict(zip(sorted(self.wanted), pieces))
-            sizes = {dst: len(x) for dst, x in self.given.items()}
-            arrived = self.exchange(what, gradients, parts, sizes)
+            parts, sizes = gradients.split(self.wanted, 3), [len(x) for x in self.given]
+            arrived = self.exchange(what, parts, sizes)
             total = gradients.new_zeros(*gradients.shape[:3], rows, gradients.shape[4])
-            for dst, part in zip(sorted(sizes), arrived):
-                total.index_add_(3, self.given[dst].to(total.device), part)
+            for places, part in zip(self.given, arrived):
+                total.index_add_(3, places.to(total.device), part)
             return total
 
 # %% ../nbs/10g_block_ring.ipynb #87608b5f
@@ -302,19 +274,17 @@ def block_sparse_ring_attention(
 
     Differentiable in q, k, v through output and LSE; only needed blocks travel. Rules and errors as
     in `ring_attention`."""
-    ring = ring_of(group)
-    number, common, local, error = ring.next_call(), {}, {}, None
-    try:
+    def check(ring):
         call = check_call(q, k, v, scale=scale, return_lse=return_lse)
-        q, k, v = call.q, call.k, call.v
-        _check_lists(q, lists)
+        _check_lists(call.q, lists)
         check_backend_name(backend)
         plan, own = _planned(lists, ring.size, ring.rank)
-        _check_shard(q, lists, plan.sizes, ring.rank)
-        common, local = _common(q, k, v, lists, scale), dict(rows=q.shape[2])
-    except Exception as found: error = found
-    agree(ring, _NAME, dict(call=number, stage="begin", **common), local, error)
-    with Together(ring, _NAME, number):
-        k, v = _Fetch.apply(k, v, _Fetching(plan, ring, number))
+        _check_shard(call.q, lists, plan.sizes, ring.rank)
+        common = _common(call.q, call.k, call.v, lists, scale)
+        return common, call.q.shape[2], (call, plan, own)
+
+    work, _, (call, plan, own) = begin_call(group, _NAME, check)
+    with work:
+        k, v = _Fetch.apply(call.k, call.v, _Fetching(plan, work.ring, work.number))
         out, lse = attend(replace(call, k=k, v=v, pattern=own), backend, "blocks")
     return call.result(out, lse)

@@ -10,9 +10,9 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 # %% ../nbs/17_cli.ipynb #ea6a8786
 def _demo(args):
@@ -39,38 +39,32 @@ def _bench(args):
     print(json.dumps(report_run(run, old), indent=1) if args.json else format_run(run, old))
 
 # %% ../nbs/17_cli.ipynb #e0fb2b08
-def _option(name: str) -> str:
-    "As it is spelled on the command line."
-    return f"--{name.replace('_', '-')}"
+_ONE, _SEVERAL = ("segment_size", "dilation_rate"), ("dilation_rates", "combine") # branches
 
-# %% ../nbs/17_cli.ipynb #1f7ace97
-def _one_branch(args) -> dict[str, Any]:
-    "The arguments of one branch."
-    for name in ("dilation_rates", "combine"):
-        if getattr(args, name) is None: continue
-        raise ValueError(f"{_option(name)} is for several branches: give --segment-lengths too")
-    rate = 1 if args.dilation_rate is None else args.dilation_rate
-    return dict(segment_size=args.segment_size, dilation_rate=rate)
 
-# %% ../nbs/17_cli.ipynb #fa5edd31
-def _several_branches(args) -> dict[str, Any]:
-    "The arguments of several branches."
-    for name in ("segment_size", "dilation_rate"):
+def _branches(args) -> dict[str, Any]:
+    "What was said of one branch, or of several; a `ValueError` where it is of both."
+    several = args.segment_lengths is not None
+    for name in _ONE if several else _SEVERAL:
         if getattr(args, name) is None: continue
+        option = f"--{name.replace('_', '-')}"
+        if not several:
+            raise ValueError(f"{option} is for several branches: give --segment-lengths too")
         other = "--segment-lengths for several: give one of them"
-        raise ValueError(f"{_option(name)} is for one branch, and {other}")
-    lengths, rates = args.segment_lengths, args.dilation_rates
-    if rates is None: rates = [1] * len(lengths)
-    return dict(segment_lengths=lengths, dilation_rates=rates, combine=args.combine or "lse")
+        raise ValueError(f"{option} is for one branch, and {other}")
+    names = (*_ONE, *_SEVERAL, "segment_lengths", "dilation_mode")
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if not several: return given
+    return dict(dilation_rates=[1] * len(args.segment_lengths)) | given
 
 # %% ../nbs/17_cli.ipynb #5da7522f
 def _check_explain(args):
     "A `ValueError` for what `explain_backend` would not notice."
+    from hilbert_attn.common import whole_number
     if min(args.shape) < 1:
         raise ValueError(f"shape={tuple(args.shape)}: B, H, N and D must be at least 1")
-    for name in ("layers", "ranks"):
-        value = getattr(args, name)
-        if value is not None and value < 1: raise ValueError(f"{name}={value}: must be at least 1")
+    whole_number("layers", args.layers, 1)
+    if args.ranks is not None: whole_number("ranks", args.ranks, 1)
     if args.memory is not None and not 0 < args.memory < float("inf"):
         raise ValueError(f"memory={args.memory}: must be positive, in GB")
 
@@ -85,21 +79,17 @@ def _explain(args):
     if args.device == "cuda" and not found:
         raise ValueError("device='cuda': there is no CUDA GPU here")
     batch, heads, *rest = args.shape
-    kv_heads = heads if args.kv_heads is None else args.kv_heads
-    options = _one_branch(args) if args.segment_lengths is None else _several_branches(args)
-    if args.dilation_mode is not None: options["dilation_mode"] = args.dilation_mode
-    choice = explain_backend(
+    print(explain_backend(
         args.shape,
-        (batch, kv_heads, *rest),
+        (batch, heads if args.kv_heads is None else args.kv_heads, *rest),
         dtype=getattr(torch, args.dtype),
         device=args.device or ("cuda" if found else "cpu"),
         backend=args.backend,
         layers=args.layers,
         memory=None if args.memory is None else int(1e9 * args.memory),
         ranks=args.ranks,
-        **options,
-    )
-    print(choice)
+        **_branches(args),
+    ))
 
 # %% ../nbs/17_cli.ipynb #1e24607f
 def _env(args):
@@ -114,38 +104,14 @@ def _env(args):
     for name, value in found.items():
         print(f"{name:16} {', '.join(value) if isinstance(value, list) else value}")
 
-# %% ../nbs/17_cli.ipynb #4fe1720a
-_ABOUT = {
-    "demo": "Attention along five curves on a photo: checked against float64, timed, drawn, and "
-            "written up in DIR/report.html.",
-    "bench": "Measures this machine, suite by suite. Nothing is timed that does not match float64. "
-             "Some minutes; best when nothing else runs. cpu: the backends, beside groups made by "
-             "hand, masked SDPA, naive PyTorch and what the machine can do. memory: peak memory by "
-             "length. curves: making an order. crossover: from which length on one backend is "
-             "faster than another. dilated: several branches in one call. local: windows and "
-             "neighbourhoods. ring: several processes. gpu: the Triton kernels.",
-    "explain": "Which backend a call would take on this machine, why, why not another, how much "
-               "work it is, and how to train with the memory at hand.",
-    "env": "What machine this is, which versions are installed, and which backends run.",
-}
-_SHORT = {
-    "demo": "attention along five curves on a photo, with a report",
-    "bench": "measure this machine",
-    "explain": "which backend a call would take, and why",
-    "env": "machine, versions and backends",
-}
-_RUN = {"demo": _demo, "bench": _bench, "explain": _explain, "env": _env}
-
 # %% ../nbs/17_cli.ipynb #f7afc82b
+class _Layout(argparse.HelpFormatter):
+    "Help for a terminal of 100 columns."
+    def __init__(self, prog): super().__init__(prog, max_help_position=26, width=100)
+
+# %% ../nbs/17_cli.ipynb #691cabbf
 class _Parser(argparse.ArgumentParser):
     "Answers a mistake with one line that says where to read on."
-    def __init__(self, **options):
-        super().__init__(**options | dict(formatter_class=self._layout))
-
-    @staticmethod
-    def _layout(prog: str) -> argparse.HelpFormatter:
-        return argparse.HelpFormatter(prog, max_help_position=26, width=100)
-
     def error(self, message):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
@@ -217,32 +183,60 @@ def _explain_options(add):
     add("--backend", default="auto", metavar="NAME", help="force one, by name (default: auto)")
 
 # %% ../nbs/17_cli.ipynb #8d9aedb3
-def _env_options(add):
-    "Of `hilbert-attn env`."
-    add("--json", action="store_true", help="print JSON")
+class _Command(NamedTuple):
+    "One of the program's."
+    run: Callable[[argparse.Namespace], None]
+    options: Callable[[Callable], None] # adds them
+    short: str # what it is, in the list of commands
+    about: str # the same, in its own help
 
 # %% ../nbs/17_cli.ipynb #5e8f6710
-_OPTIONS = {
-    "demo": _demo_options,
-    "bench": _bench_options,
-    "explain": _explain_options,
-    "env": _env_options,
+_COMMANDS = {
+    "demo": _Command(
+        _demo, _demo_options,
+        "attention along five curves on a photo, with a report",
+        "Attention along five curves on a photo: checked against float64, timed, drawn, and "
+        "written up in DIR/report.html.",
+    ),
+    "bench": _Command(
+        _bench, _bench_options,
+        "measure this machine",
+        "Measures this machine, suite by suite. Nothing is timed that does not match float64. "
+        "Some minutes; best when nothing else runs. cpu: the backends, beside groups made by "
+        "hand, masked SDPA, naive PyTorch and what the machine can do. memory: peak memory by "
+        "length. curves: making an order. crossover: from which length on one backend is "
+        "faster than another. dilated: several branches in one call. local: windows and "
+        "neighbourhoods. ring: several processes. gpu: the Triton kernels.",
+    ),
+    "explain": _Command(
+        _explain, _explain_options,
+        "which backend a call would take, and why",
+        "Which backend a call would take on this machine, why, why not another, how much "
+        "work it is, and how to train with the memory at hand.",
+    ),
+    "env": _Command(
+        _env, lambda add: add("--json", action="store_true", help="print JSON"),
+        "machine, versions and backends",
+        "What machine this is, which versions are installed, and which backends run.",
+    ),
 }
 
-
+# %% ../nbs/17_cli.ipynb #4ccff4bd
 def _parser() -> argparse.ArgumentParser:
     "The program, and a parser for each command."
     parser = _Parser(
         prog="hilbert-attn",
         description="Exact sparse attention along space-filling curves.",
         epilog="`hilbert-attn COMMAND --help` tells more about a command.",
+        formatter_class=_Layout,
     )
-    about: dict[str, Any] = dict(dest="command", metavar="COMMAND", required=True)
-    commands = parser.add_subparsers(**about, title="commands")
-    for name, run in _RUN.items():
-        command = commands.add_parser(name, help=_SHORT[name], description=_ABOUT[name])
-        command.set_defaults(run=run)
-        _OPTIONS[name](command.add_argument)
+    named: Any = dict(title="commands", dest="command", metavar="COMMAND", required=True)
+    commands = parser.add_subparsers(**named)
+    for name, (run, options, short, about) in _COMMANDS.items():
+        command: Any = dict(help=short, description=about, formatter_class=_Layout)
+        own = commands.add_parser(name, **command)
+        own.set_defaults(run=run)
+        options(own.add_argument)
     return parser
 
 # %% ../nbs/17_cli.ipynb #204caf0c

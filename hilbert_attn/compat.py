@@ -23,11 +23,12 @@ from .api import create_self_attention
 from .block_layers import RingBlockSparseAttention, SharedBlockOptions
 from .blocks.schedule import SparsePatternConfig
 from .branched import BranchLayerOptions, CurveLayerOptions, ForwardOptions
-from .branched import HilbertDilatedAttention, LayerOptions, branches
+from .branched import HilbertDilatedAttention, LayerOptions
 from .config import AttentionConfig
 from .modules import HilbertAttentionCore, one_of
 from .multihead import DilatedSelfAttention
 from .options import Curve, Layout, Mode
+from .patterns import branch_lists
 from .ring_layers import RingDilatedAttention
 
 # %% ../nbs/13b_compat.ipynb #13b0a007
@@ -205,7 +206,7 @@ class BlockSparseRingDilatedAttentionHilbertPostPattern(RingBlockSparseAttention
         block_size: int = 128, # tokens per block, without `sparse_config`
         **options: "Unpack[RingBlockOptions]", # of `RingBlockSparseAttention`
     ):
-        lengths, rates = branches(segment_lengths, dilation_rates)
+        lengths, rates = branch_lists(segment_lengths, dilation_rates)
         pattern = sparse_config or SparsePatternConfig(
             "dilated_sparse", block_size, window=min(lengths), dilation_rates=rates)
         curve = "hilbert" if use_post_pattern else None

@@ -18,12 +18,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import check_backend_name, detect_gpu_architecture
-from .branched import branches
 from .calls import check_curve
 from .common import true_or_false, whole_number
 from .modules import grid_or_none, one_of, share
 from .options import Backend, Combine, Curve, Layout, Mode
-from .patterns import COMBINES, DILATION_MODES, SegmentPattern
+from .patterns import COMBINES, DILATION_MODES, SegmentPattern, branch_lists
 
 # %% ../nbs/12f_config.ipynb #12f0a006
 _ALIASES = {
@@ -77,7 +76,7 @@ def _checked_sizes(values: dict[str, Any]) -> dict[str, Any]:
         if values[name] is not None: found[name] = whole_number(name, values[name], 1)
     dim, heads = found.get("dim"), found.get("heads")
     if dim and heads and dim % heads: raise ValueError(f"dim={dim} is no multiple of heads={heads}")
-    lengths, rates = branches(values["segment_lengths"], values["dilation_rates"])
+    lengths, rates = branch_lists(values["segment_lengths"], values["dilation_rates"])
     for w, r in zip(lengths, rates): SegmentPattern(w, w, r)  # names the value that does not fit
     grid = grid_or_none(values["grid"])
     return found | dict(segment_lengths=lengths, dilation_rates=rates, grid=grid)

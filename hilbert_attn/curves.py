@@ -17,8 +17,6 @@ from torch import Tensor
 
 from .common import Cache, define_operator, is_plain, whole_number, whole_numbers
 
-_define_operator = define_operator  # until every module takes it from `common`
-
 # %% ../nbs/00_curves.ipynb #6b76e754
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 

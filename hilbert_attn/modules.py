@@ -178,30 +178,24 @@ def _head_sizes(
         raise ValueError(f"{sizes}: change one, or give head_dim")
     return kv_heads, hidden_dim // num_heads
 
-# %% ../nbs/12_modules.ipynb #5b1d0c17
-def _size_or_none(name: str, value: Any) -> int | None:
-    return None if value is None else whole_number(name, value, 1)
-
-# %% ../nbs/12_modules.ipynb #019225d4
-def _check_segments(layer: "HilbertAttentionCore"):
-    "Names what does not fit, before there are tokens."
-    size, rate = layer.segment_size, layer.dilation_rate
-    settings = size, rate, layer.dilation_mode, layer.offsets
-    SegmentPattern.for_heads(size or rate, layer.num_heads, *settings)
-
 # %% ../nbs/12_modules.ipynb #81abc290
-def _attend_segments(
+def _attend(
     layer: "HilbertAttentionCore",
-    q: Tensor, k: Tensor, v: Tensor, # (B, H or H_kv, N, D)
+    x: Tensor, # tokens (B, N, E)
     backend: str, # that was chosen
     key_mask: Tensor | None, # bool (B, N)
     place: dict[str, Any], # curve, grid
-) -> Tensor: # (B, H, N, D)
-    "What `hilbert_attention` does, on a backend that was chosen before."
+    rope: tuple[Tensor, Tensor] | None,
+) -> Tensor: # tokens (B, N, E)
+    "Projections around what `hilbert_attention` does, on a backend that was chosen before."
+    qkv = layer.qkv_proj(x).unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)
+    q, k, v = qkv.split([layer.num_heads, layer.num_kv_heads, layer.num_kv_heads], 1)
+    if rope is not None: q, k = apply_rotary(q, rope), apply_rotary(k, rope)
     call = check_call(
         q, k, v, causal=layer.causal, key_mask=key_mask, dropout_p=layer.dropout_p,
         custom_backward=layer.use_custom_backward)
-    return attend(on_segments(call, **layer.settings(), **place), backend)[0]
+    out = attend(on_segments(call, **layer.settings(), **place), backend)[0]
+    return layer.out_proj(out.transpose(1, 2).flatten(2))
 
 # %% ../nbs/12_modules.ipynb #75ab74f8
 class HilbertAttentionCore(AttentionLayer):
@@ -242,10 +236,12 @@ class HilbertAttentionCore(AttentionLayer):
         self.num_heads = whole_number("num_heads", one_of("num_heads", num_heads, heads=heads), 1)
         sizes = _head_sizes(self.hidden_dim, self.num_heads, num_kv_heads, head_dim)
         self.num_kv_heads, self.head_dim = sizes
-        self.segment_size = _size_or_none("segment_size", segment_size)
+        if segment_size is not None: segment_size = whole_number("segment_size", segment_size, 1)
+        self.segment_size = segment_size
         self.dilation_rate = whole_number("dilation_rate", dilation_rate, 1)
         self.dilation_mode, self.offsets = dilation_mode, offsets_or_none(offsets)
-        _check_segments(self)
+        length = segment_size or self.dilation_rate  # any that is long enough
+        SegmentPattern.for_heads(length, self.num_heads, *self.settings().values())  # names misfits
         made: Any = dict(bias=true_or_false("bias", bias), device=device, dtype=dtype)
         heads_of_all = self.num_heads + 2 * self.num_kv_heads
         self.qkv_proj = nn.Linear(self.hidden_dim, heads_of_all * self.head_dim, **made)
@@ -265,14 +261,7 @@ class HilbertAttentionCore(AttentionLayer):
             raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, N, {self.hidden_dim})")
         curve = self.curve if true_or_false("use_hilbert", use_hilbert) else None
         place = dict(curve=curve, grid=self.grid if grid is None else grid)
-        return self.run(self._attend, x, self.backend_for(x), key_mask, place, rope)
-
-    def _attend(self, x: Tensor, backend: str, key_mask, place: dict[str, Any], rope) -> Tensor:
-        qkv = self.qkv_proj(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        q, k, v = qkv.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], 1)
-        if rope is not None: q, k = apply_rotary(q, rope), apply_rotary(k, rope)
-        out = _attend_segments(self, q, k, v, backend, key_mask, place)
-        return self.out_proj(out.transpose(1, 2).flatten(2))
+        return self.run(_attend, self, x, self.backend_for(x), key_mask, place, rope)
 
     def settings(self) -> dict[str, Any]:
         names = ("segment_size", "dilation_rate", "dilation_mode", "offsets")

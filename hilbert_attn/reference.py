@@ -121,6 +121,11 @@ class OracleReport:
     @property
     def ok(self) -> bool: return all(map(self.keeps, self.errors))
 
+    @property
+    def share(self) -> float:
+        "The largest error, as a share of what is allowed."
+        return max(self.errors[name] / self.allowed[name] for name in self.errors)
+
     def __str__(self) -> str:
         lines = ["       error      sdpa   allowed"]
         for name in self.errors:
@@ -149,17 +154,13 @@ def _same_layout(x: Tensor) -> Tensor:
 def _with_grads(
     attention: Callable, # attention(q, k, v) -> (out, lse)
     leaves: Sequence[Tensor], # q, k, v
-    dout: Tensor, # upstream gradient of out
-    dlse: Tensor | None, # of lse; a row without keys has to ignore it
+    upstream: Sequence[Tensor], # gradient of out, and of lse, which a row without keys ignores
 ) -> dict[str, Tensor]: # out, lse, dq, dk, dv
     "Runs a path on fresh leaves."
     leaves = [x.requires_grad_() for x in leaves]
     out, lse = attention(*leaves)
-    roots, upstream = [out], [dout.to(out.dtype)]
-    if dlse is not None:
-        roots.append(lse)
-        upstream.append(dlse.to(lse.dtype))
-    grads = torch.autograd.grad(roots, leaves, upstream)
+    roots = (out, lse)[:len(upstream)]
+    grads = torch.autograd.grad(roots, leaves, [g.to(x.dtype) for g, x in zip(upstream, roots)])
     return dict(out=out.detach(), lse=lse.detach(), dq=grads[0], dk=grads[1], dv=grads[2])
 
 # %% ../nbs/02_reference.ipynb #17929af0
@@ -213,13 +214,13 @@ def _error(x: Tensor, exact: Tensor) -> float:
     return (x.double() - exact).masked_fill(exact == -torch.inf, 0).abs().max().item()
 
 # %% ../nbs/02_reference.ipynb #6ca23c9c
-def _upstream(q: Tensor, seed: int, lse_grad: bool) -> tuple[Tensor, Tensor | None]:
-    "Random gradients of out and LSE."
+def _upstream(q: Tensor, seed: int, lse_grad: bool) -> list[Tensor]:
+    "Random gradients of out, and of the LSE where there is to be one."
     generator = torch.Generator(q.device).manual_seed(seed)
     options: dict[str, Any] = dict(dtype=torch.float64, device=q.device, generator=generator)
     dout = torch.randn(q.shape, **options).to(q.dtype)
-    if not lse_grad: return dout, None
-    return dout, torch.randn(q.shape[:-1], **options).to(_accumulator(q.dtype))
+    if not lse_grad: return [dout]
+    return [dout, torch.randn(q.shape[:-1], **options).to(_accumulator(q.dtype))]
 
 # %% ../nbs/02_reference.ipynb #8cc875fc
 def _floor(exact: Tensor, dtype: torch.dtype, term: float) -> float:
@@ -262,14 +263,14 @@ def compare_to_oracle(
     hidden: Sequence[Tensor] | None = None, # k, v for `attention`; others where the mask hides
 ) -> OracleReport: # errors, baseline and bounds of out, lse, dq, dk, dv
     "Measures a path against the float64 oracle and against same-precision SDPA."
-    upstream: Sequence[Any] = _upstream(q, seed, lse_grad)  # None: no gradient of the LSE
-    if layout is not None: upstream = [x if x is None else layout(x) for x in upstream]
-    tidy: list[Any] = [x if x is None else x.contiguous() for x in upstream]
+    upstream = _upstream(q, seed, lse_grad)
+    if layout is not None: upstream = [layout(x) for x in upstream]
+    tidy = [x.contiguous() for x in upstream]
     def precise(q, k, v): return masked_attention(q, k, v, mask, scale)
     def yardstick(q, k, v): return _sdpa_yardstick(q, k, v, mask, scale)
-    oracle = _with_grads(precise, [_tidy(x).double() for x in (q, k, v)], *tidy)
-    sdpa = _with_grads(yardstick, [_tidy(x) for x in (q, k, v)], *tidy)
-    ours = _with_grads(attention, [_same_layout(x) for x in (q, *(hidden or (k, v)))], *upstream)
+    oracle = _with_grads(precise, [_tidy(x).double() for x in (q, k, v)], tidy)
+    sdpa = _with_grads(yardstick, [_tidy(x) for x in (q, k, v)], tidy)
+    ours = _with_grads(attention, [_same_layout(x) for x in (q, *(hidden or (k, v)))], upstream)
     factor = default_scale(q) if scale is None else abs(scale)
     terms = _largest_terms(q, k, v, tidy[0], mask, factor)
     return _judged(ours, oracle, sdpa, terms, q.dtype)

@@ -60,12 +60,8 @@ class RingLayer:
         "How many processes share a sequence."
         return ring_of(self.group).size
 
-    def order(
-        self,
-        seq_len: int, # N, of the whole sequence
-        device: torch.device | str | None = None,
-    ) -> Tensor | None: # int64 (N,): token at each position; None: tokens are in order already
-        "The order in which the sequence is sharded."
+    def order(self, seq_len: int, device: torch.device | str | None = None) -> Tensor | None:
+        "The order in which a sequence is sharded; None: tokens are in order already."
         raise NotImplementedError
 
     def _order_back(self, rows: int, seq_len: int | None, device: torch.device) -> Tensor | None:

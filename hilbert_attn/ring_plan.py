@@ -10,9 +10,10 @@ __all__ = ['LAYOUTS', 'TURN_BYTES', 'check_layout', 'shard_sizes', 'shard_runs',
 # %% ../nbs/09_ring_plan.ipynb #0224826e
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, groupby, pairwise
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -97,6 +98,9 @@ class Part:
     @property
     def size(self) -> int: return self.stop - self.start
 
+    @property
+    def rows(self) -> Progression: return Progression(self.start, 1, self.size)
+
 # %% ../nbs/09_ring_plan.ipynb #f6643b30
 @dataclass(frozen=True)
 class Parcel:
@@ -172,15 +176,14 @@ class RingBranch:
             kv_heads = {self.kv_of[h] for h in self.heads_of(residue)}
             if kv_heads: yield residue, tuple(sorted(kv_heads))
 
-    def keys(self, part: Part, residue: int | None, stop: int) -> Progression:
-        "The rows of a part that belong to a class, before a position."
+    def keys(self, part: Part, residue: int | None) -> Progression:
+        "The rows of a part that belong to a class."
         rate, segment = self.pattern.dilation_rate, self.segment(part.start)
-        return class_rows(segment, residue, rate, part.start, min(stop, part.stop))
+        return class_rows(segment, residue, rate, part.start, part.stop)
 
     def queries(self, part: Part, residue: int | None) -> Progression:
         "The rows of a part that attend to a class."
-        if self.pattern.mode == "keys": residue = None
-        return self.keys(part, residue, part.stop)
+        return self.keys(part, None if self.pattern.mode == "keys" else residue)
 
 # %% ../nbs/09_ring_plan.ipynb #30adf3a6
 @dataclass(frozen=True)
@@ -233,6 +236,11 @@ class RingPlan:
         found: list[Part] = []
         for start, stop in self.runs[rank]: found += _cut_run(start, stop, w, self.seq_len)
         return tuple(found)
+
+    def shared_parts(self, rank: int) -> list[tuple[int, Part]]: # (branch, part)
+        "The parts of a rank whose rows are exchanged."
+        exchanging = [b for b in range(len(self.branches)) if self.kind(b) == "exchange"]
+        return [(b, part) for b in exchanging for part in self.parts(b, rank) if part.shared]
 
     def kind(self, branch: int) -> str:
         "`local`: nothing is sent; `ring`: one dense segment; `exchange`: some rows are sent."
@@ -287,14 +295,13 @@ def _all_runs(plan: RingPlan) -> list[tuple[int, int, int]]:
 @lru_cache(maxsize=4096)
 def _sharing(plan: RingPlan, branch: int, start: int) -> tuple[tuple[int, Part], ...]:
     "Who holds the segment that begins at `start`."
-    runs, found = _all_runs(plan), []
     stop = min(start + plan.branches[branch].pattern.segment_size, plan.seq_len)
-    first = max(0, bisect_right(runs, (start, plan.seq_len, 0)) - 1)
-    for run_start, run_stop, rank in runs[first:]:
-        if run_start >= stop: break
-        if run_stop <= start: continue
-        found.append((rank, Part(max(run_start, start), min(run_stop, stop), True)))
-    return tuple(found)
+    runs = _all_runs(plan)
+    first = bisect_right(runs, start, key=itemgetter(1))
+    last = bisect_left(runs, stop, key=itemgetter(0))
+    return tuple(
+        (rank, Part(max(begin, start), min(end, stop), True))
+        for begin, end, rank in runs[first:last])
 
 # %% ../nbs/09_ring_plan.ipynb #d3aa9c91
 @lru_cache(maxsize=256)
@@ -306,10 +313,10 @@ def _kind(plan: RingPlan, branch: int) -> str:
     return "ring" if dense else "exchange"
 
 # %% ../nbs/09_ring_plan.ipynb #4a4a9605
-def _last_query(branch: RingBranch, parts: Sequence[Part], residue: int | None) -> int | None:
-    "The last position in some parts that attends to a class, if there is one."
+def _last_query(branch: RingBranch, parts: Sequence[Part], residue: int | None) -> int:
+    "The last position in some parts that attends to a class; -1: there is none."
     classes = [branch.queries(part, residue) for part in parts]
-    return max((c.start + (c.count - 1) * c.step for c in classes if c.count), default=None)
+    return max((rows.last for rows in classes if rows.count), default=-1)
 
 # %% ../nbs/09_ring_plan.ipynb #f466e821
 def _parcels_of(plan: RingPlan, b: int, part: Part, src: int, dst: int) -> Iterator[Parcel]:
@@ -317,32 +324,24 @@ def _parcels_of(plan: RingPlan, b: int, part: Part, src: int, dst: int) -> Itera
     branch = plan.branches[b]
     theirs = [other for rank, other in plan.sharing(b, part.start) if rank == dst]
     for residue, kv_heads in branch.key_classes():
-        last = _last_query(branch, theirs, residue)
-        if last is None: continue
+        end = _last_query(branch, theirs, residue) + 1
         by_position = plan.causal and not plan.ordered
-        rows = branch.keys(part, residue, last + 1 if by_position else part.stop)
-        if rows.count: yield Parcel(b, src, dst, part.start, residue, kv_heads, rows)
+        seen = replace(part, stop=min(part.stop, end)) if by_position else part
+        rows = branch.keys(seen, residue)
+        if end and rows.count: yield Parcel(b, src, dst, part.start, residue, kv_heads, rows)
 
 # %% ../nbs/09_ring_plan.ipynb #0a61e44d
 @lru_cache(maxsize=1 << 15)
 def _parcels(plan: RingPlan, src: int, dst: int) -> tuple[Parcel, ...]:
     if src == dst: return ()
-    found: list[Parcel] = []
-    for b in range(len(plan.branches)):
-        if plan.kind(b) != "exchange": continue
-        for part in plan.parts(b, src):
-            if part.shared: found += _parcels_of(plan, b, part, src, dst)
-    return tuple(found)
+    found = (_parcels_of(plan, b, part, src, dst) for b, part in plan.shared_parts(src))
+    return tuple(chain.from_iterable(found))
 
 # %% ../nbs/09_ring_plan.ipynb #1c508a16
 @lru_cache(maxsize=1024)
 def _peers(plan: RingPlan, rank: int) -> tuple[int, ...]:
-    found = set()
-    for b in range(len(plan.branches)):
-        if plan.kind(b) != "exchange": continue
-        for part in plan.parts(b, rank):
-            if part.shared: found |= {other for other, _ in plan.sharing(b, part.start)}
-    return tuple(sorted(found - {rank}))
+    sharing = (plan.sharing(b, part.start) for b, part in plan.shared_parts(rank))
+    return tuple(sorted({other for some in sharing for other, _ in some} - {rank}))
 
 # %% ../nbs/09_ring_plan.ipynb #cdf86d7f
 # Of K and V of a shard in one turn, at most, unless one head is more:
@@ -368,24 +367,22 @@ def _turns(plan: RingPlan, branch: int) -> tuple[Turn, ...]:
 
 # %% ../nbs/09_ring_plan.ipynb #965395da
 def _exchange_traffic(plan: RingPlan, rank: int, branches: Sequence[int]) -> Traffic:
-    def elements(src, dst):
-        return plan.elements(p for p in plan.parcels(src, dst) if p.branch in branches)
-    there = [elements(peer, rank) for peer in plan.peers(rank)]
-    back = [elements(rank, peer) for peer in plan.peers(rank)]
-    size, wide = plan.dtype.itemsize, plan.wide.itemsize
-    forward = len(list(filter(None, there))), sum(there), sum(there) * size
-    return Traffic(*forward, len(list(filter(None, back))), sum(back), sum(back) * wide)
+    def received(parcels_of, size):
+        sums = [plan.elements(p for p in parcels_of(peer) if p.branch in branches)
+                for peer in plan.peers(rank)]
+        return sum(map(bool, sums)), sum(sums), sum(sums) * size
+
+    there = received(lambda peer: plan.parcels(peer, rank), plan.dtype.itemsize)
+    back = received(lambda peer: plan.parcels(rank, peer), plan.wide.itemsize)
+    return Traffic(*there, *back)
 
 # %% ../nbs/09_ring_plan.ipynb #52593ac1
 def _ring_traffic(plan: RingPlan, rank: int, branch: int) -> Traffic:
     row = 2 * plan.batch * plan.head_dim * plan.branches[branch].num_kv_heads # of K and V
-    full = row * plan.seq_len
-    others = full - row * plan.sizes[rank]
-    tensors = 2 * len(plan.turns(branch))
-    blocks = [rank for rank, size in enumerate(plan.sizes) if size] # empty shards send nothing
-    hops = tensors * len([block for block in blocks if block != rank])
-    home = tensors * len(blocks)
-    size, wide = plan.dtype.itemsize, plan.wide.itemsize
+    full, own = row * plan.seq_len, row * plan.sizes[rank]
+    others, size, wide = full - own, plan.dtype.itemsize, plan.wide.itemsize
+    home = 2 * len(plan.turns(branch)) * sum(map(bool, plan.sizes)) # empty shards send nothing
+    hops = home - 2 * len(plan.turns(branch)) * bool(own)
     return Traffic(hops, others, others * size,
                    hops + home, others + full, others * size + full * wide)
 
@@ -394,14 +391,10 @@ def list_ranks(
     ranks: Sequence[int], # ascending
 ) -> str:
     "In words, stretches of more than three as such: `ranks 0, 2, 4 to 9`."
-    stretches: list[list[int]] = []
-    for rank in ranks:
-        if stretches and stretches[-1][-1] == rank - 1: stretches[-1].append(rank)
-        else: stretches.append([rank])
     words = []
-    for stretch in stretches:
-        if len(stretch) > 3: words.append(f"{stretch[0]} to {stretch[-1]}")
-        else: words += map(str, stretch)
+    for _, stretch in groupby(enumerate(ranks), lambda entry: entry[1] - entry[0]):
+        some = [rank for _, rank in stretch]
+        words += [f"{some[0]} to {some[-1]}"] if len(some) > 3 else map(str, some)
     return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(words)
 
 # %% ../nbs/09_ring_plan.ipynb #0b6a0d06
@@ -421,11 +414,10 @@ def _describe_branch(plan: RingPlan, b: int) -> str:
 # %% ../nbs/09_ring_plan.ipynb #5a4bba56
 def _describe_rank(plan: RingPlan, b: int, rank: int) -> str:
     "What a rank receives for a branch."
-    t, source = plan.traffic(rank, b), ""
-    if plan.kind(b) == "exchange":
-        parcels = {peer: plan.parcels(peer, rank) for peer in plan.peers(rank)}
-        senders = [peer for peer, ps in parcels.items() if any(p.branch == b for p in ps)]
-        if senders: source = f"from {list_ranks(senders)}: "
+    t = plan.traffic(rank, b)
+    senders = [
+        peer for peer in plan.peers(rank) if any(p.branch == b for p in plan.parcels(peer, rank))]
+    source = f"from {list_ranks(senders)}: " if senders else ""
     return (f"  rank {rank} receives {source}{t.elements:,} elements, {t.bytes:,} bytes"
             f" in {t.messages:,} messages forward;"
             f" {t.backward_bytes:,} bytes in {t.backward_messages:,} backward")

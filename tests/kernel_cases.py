@@ -23,6 +23,12 @@ def heads(sizes, d=16, batch=1, **options):
     return [randn(batch, h, n, d, seed=i, **options) for i, (h, n) in enumerate(sizes)]
 
 
+def upstream(with_lse: bool):
+    "Gradients of two heads of 20 queries: of the output, and of the LSE or None."
+    dlse = randn(1, 2, 20, dtype=torch.float64) if with_lse else None
+    return randn(1, 2, 20, 16, dtype=torch.float64), dlse
+
+
 def permutation(n: int, seed: int = 0):
     return torch.randperm(n, generator=generator(seed)).to(DEVICE)
 

@@ -19,6 +19,7 @@ from hilbert_attn.bench.contenders import (
     Candidate,
     Case,
     check_exact,
+    random_inputs,
 )
 from hilbert_attn.bench.cpu import CPU_QUICK, cpu_candidates
 from hilbert_attn.bench.machine import (
@@ -169,11 +170,11 @@ def test_masks_may_differ_from_head_to_head():
 
 def test_groups_made_by_hand_give_the_same_bits():
     of = {candidate.name: candidate for candidate in cpu_candidates(CPU_QUICK)}
-    q, k, v, upstream = (torch.randn(1, 2, 256, 64) for _ in range(4))
+    inputs = random_inputs((1, 2, 256, 64))
     for names in ((RESHAPED, OURS), (GATHERED, OURS_HILBERT)):
-        outs = [of[name].forward(q, k, v)() for name in names]
+        outs = [of[name].call("forward", inputs)() for name in names]
         assert torch.equal(*outs)
-        gradients = [of[name].backward(q, k, v, upstream, None)() for name in names]
+        gradients = [of[name].call("forward+backward", inputs)() for name in names]
         assert all(map(torch.equal, *gradients))
 
 

@@ -49,11 +49,11 @@ def peak_here(where, **options):
 @pytest.fixture(scope="module")
 def toys() -> dict:
     "Every suite that needs no other program, at its toy size."
-    found = {"cpu": run_suite("cpu", quick=True, progress=False)}
+    found = {"cpu": run_suite("cpu", quick=True)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "peak_memory", peak_here)
         for name in LOCAL[1:]:
-            found[name] = run_suite(name, quick=True, progress=False)
+            found[name] = run_suite(name, quick=True)
     return found
 
 
@@ -160,7 +160,7 @@ def test_rows_of_the_others(toys):
             assert 0 < check["worst_share_of_allowed"] <= 1
 
 
-PLACES = {"memory": memory, "crossover": crossover, "dilated": suites}
+PLACES = {"memory": cpu, "crossover": crossover, "dilated": suites}
 
 
 @pytest.mark.parametrize("name", PLACES)
@@ -174,7 +174,7 @@ def test_no_suite_measures_what_is_wrong(monkeypatch, name):
     monkeypatch.setattr(contenders, "measure", fail)
     monkeypatch.setattr(memory, "peak_memory", fail)
     with pytest.raises(RuntimeError, match="refusing to time"):
-        run_suite(name, quick=True, progress=False)
+        run_suite(name, quick=True)
 
 
 def test_no_layers_are_measured_whose_gradients_differ(monkeypatch):
@@ -188,7 +188,7 @@ def test_no_layers_are_measured_whose_gradients_differ(monkeypatch):
     monkeypatch.setattr(memory, "_layers_call", spoiled)
     monkeypatch.setattr(memory, "peak_memory", fail)
     with pytest.raises(RuntimeError, match="refusing to measure 'layers, checkpointed'"):
-        run_suite("memory", quick=True, progress=False)
+        run_suite("memory", quick=True)
 
 
 WRONG_ORDERS = {
@@ -208,7 +208,7 @@ def test_no_order_is_timed_that_is_wrong(monkeypatch, curve):
     monkeypatch.setattr(suites, "_compute_order", spoiled)
     monkeypatch.setattr(suites, "measure", fail)
     with pytest.raises(RuntimeError, match=f"refusing to time '{curve}' on 16x16"):
-        run_suite("curves", quick=True, progress=False)
+        run_suite("curves", quick=True)
 
 
 RING = """

@@ -25,6 +25,7 @@ from kernel_cases import (  # noqa: F401  the fixtures apply here too
     randn,
     same,
     some,
+    upstream,
 )
 from sampling import examples
 
@@ -397,8 +398,7 @@ def test_opcheck_forward(changes):
 def test_opcheck_backward(with_lse):
     q, k, v, *rest = operator_arguments(False)
     out, lse = forward_op(q, k, v, *rest)
-    dout = randn(1, 2, 20, 16, dtype=torch.float64)
-    dlse = randn(1, 2, 20, dtype=torch.float64) if with_lse else None
+    dout, dlse = upstream(with_lse)
     torch.library.opcheck(backward_op, (dout, dlse, q, k, v, out, lse, *rest))
 
 

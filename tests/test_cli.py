@@ -162,7 +162,7 @@ NAMES = [
 ]
 
 
-def made_up(quick=False, progress=None) -> dict:
+def made_up(quick=False) -> dict:
     "A run of the suite `cpu`; the suite itself is run in test_bench_suites."
     spread = dict(median=0.5, p20=0.25, p80=1.0, repeats=3, pairs=8)
     return dict(

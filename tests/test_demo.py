@@ -41,7 +41,7 @@ def result(tmp_path_factory):
     path = folder / "odd <size> & co.png"
     picture(77, 123).save(path)  # 15 x 9 patches and a few pixels more
     sizes = dict(segment_size=32, patch=(3, 7))
-    return run_demo(path, folder / "out", **sizes, progress=False)
+    return run_demo(path, folder / "out", **sizes)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +196,7 @@ def test_what_is_no_photo(tmp_path, name):
 
 def test_the_smallest_photo(tmp_path):
     picture(16, 16, "L").save(tmp_path / "tiny.png")
-    result = run_demo(tmp_path / "tiny.png", tmp_path, progress=False)
+    result = run_demo(tmp_path / "tiny.png", tmp_path)
     assert result.photo.grid == (2, 2) and result.segment_size == 1
     assert result.rows[0]["pairs"] == 4
 

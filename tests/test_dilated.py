@@ -263,9 +263,9 @@ def test_dropout_keeps_its_expectation_and_its_mask(backend, rounds):
     [
         (dict(segment_lengths=[8], dilation_rates=[1, 2]), "as many of each"),
         (dict(segment_lengths=[], dilation_rates=[]), "at least one"),
-        (dict(segment_lengths=[8, 0], dilation_rates=[1, 1]), "segment_size=0"),
+        (dict(segment_lengths=[8, 0], dilation_rates=[1, 1]), "segment_lengths=0"),
         (dict(segment_lengths=[8, 4], dilation_rates=[1, 5]), "dilation_rate=5"),
-        (dict(segment_lengths=[8], dilation_rates=[0]), "dilation_rate=0"),
+        (dict(segment_lengths=[8], dilation_rates=[0]), "dilation_rates=0"),
         (dict(combine="sum"), "'lse', 'heads'"),
         (
             dict(segment_lengths=[8] * 3, dilation_rates=[1] * 3, combine="heads"),

@@ -27,6 +27,7 @@ from kernel_cases import (  # noqa: F401  the fixtures apply here too
     randn,
     same,
     some,
+    upstream,
 )
 from sampling import examples
 
@@ -338,8 +339,7 @@ def test_opcheck_forward(changes):
 def test_opcheck_backward(with_lse):
     q, k, v, *rest = operator_arguments(False)
     out, lse = triton_forward(q, k, v, *rest)
-    dout = randn(1, 2, 20, 16, dtype=torch.float64)
-    dlse = randn(1, 2, 20, dtype=torch.float64) if with_lse else None
+    dout, dlse = upstream(with_lse)
     torch.library.opcheck(triton_backward, (q, k, v, out, lse, dout, dlse, *rest))
 
 

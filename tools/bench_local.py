@@ -22,7 +22,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from hilbert_attn.bench.contenders import DENSE, MASKED, MATMUL, OURS, Candidate, check_exact
+from hilbert_attn.bench.contenders import (
+    DENSE,
+    MASKED,
+    MATMUL,
+    OURS,
+    Candidate,
+    check_exact,
+    random_inputs,
+)
 from hilbert_attn.bench.machine import (
     FLOPS_PER_PAIR,
     environment,
@@ -245,15 +253,14 @@ def flex_candidates(case: Case, first: bool, masked: Candidate, qkv) -> dict:
 
 def groups_of(case: Case, contenders: list[Candidate], blocks: dict, inputs: tuple) -> list[Group]:
     "Both directions; FlexAttention has no backward on a CPU."
-    q, k, v, dout = inputs
-    pairs, groups = contenders[0].pairs, []
+    pairs, head_dim, groups = contenders[0].pairs, inputs[0][0].shape[3], []
     for direction, factor in FLOPS_PER_PAIR.items():
-        calls = {MATMUL: matmul_call(factor * q.shape[3] * pairs)}
+        calls = {MATMUL: matmul_call(factor * head_dim * pairs)}
         for c in contenders:
             if direction == "forward":
-                calls[c.name] = torch.no_grad()(c.forward(q, k, v))
+                calls[c.name] = torch.no_grad()(c.call(direction, inputs))
             elif c.name not in (FLEX, FLEX_HILBERT):
-                calls[c.name] = c.backward(q, k, v, dout, None)
+                calls[c.name] = c.call(direction, inputs)
         about = dict(case=case.name, direction=direction, pairs=pairs)
         groups.append(Group(about | dict(density=case.pattern.density), calls, blocks))
     return groups
@@ -263,7 +270,7 @@ def smaller_grid(config: dict, side: int, inputs: tuple) -> Group:
     "A neighbourhood where everything is cheap."
     grid, kernel = (side, side), config["sweep_kernel"]
     pattern = NeighborhoodPattern(grid, kernel)
-    x, mask = [t[:, :, :side * side].clone() for t in inputs[:3]], pattern.mask()[None]
+    x, mask = [t[:, :, :side * side].clone() for t in inputs[0]], pattern.mask()[None]
     calls = {
         MASKED: lambda: F.scaled_dot_product_attention(*x, mask),
         DENSE: lambda: F.scaled_dot_product_attention(*x),
@@ -283,17 +290,17 @@ def prepare(config: dict) -> tuple[list[Group], dict, str | None]:
     torch._dynamo.config.cache_size_limit = 64
     grid, heads = tuple(config["grid"]), config["heads"]
     shape = config["batch"], heads, prod(grid), config["head_dim"]
-    inputs = tuple(torch.randn(shape) for _ in range(4))
+    inputs = random_inputs(shape)
     groups, checks, without_flex = [], {}, None
     for i, case in enumerate(cases(grid)):
         mask = case.pattern.mask(case.order)[None]
         pairs = config["batch"] * case.pattern.pairs(heads)
         ours = Candidate(OURS, case.attention, mask, pairs)
         masked = Candidate(MASKED, masked_sdpa(mask), mask, pairs)
-        checks[case.name] = check_exact(ours, *inputs[:3], heads=[0]).errors
+        checks[case.name] = check_exact(ours, *inputs[0], heads=[0]).errors
         compiled: dict = {}
         try:
-            compiled = flex_candidates(case, i == 0, masked, inputs[:3])
+            compiled = flex_candidates(case, i == 0, masked, inputs[0])
         except RuntimeError as e:
             without_flex = str(e).splitlines()[0]
         contenders = [masked, ours, *(candidate for candidate, _ in compiled.values())]

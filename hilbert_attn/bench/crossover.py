@@ -8,6 +8,7 @@ __all__ = ['CROSSOVER_CONFIG', 'CROSSOVER_QUICK', 'bench_crossover', 'mean_ratio
 
 # %% ../../nbs/15g_crossover.ipynb #f59e8953
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from math import exp, log
 from typing import Any
@@ -15,11 +16,8 @@ from typing import Any
 import torch
 
 from ..backends import POLICY, detect_gpu_architecture, hilbert_attention
-from hilbert_attn.bench.contenders import (
-    Candidate, Case, check_cases, steps_of, time_cases, worst_errors,
-)
-from .machine import FLOPS_PER_PAIR, environment, quick_limits
-from .measuring import telling
+from .contenders import Candidate, Case, run_cases
+from .machine import FLOPS_PER_PAIR
 from .results import BLUE, GREEN, GREY, RED, Table
 from ..curves import curve_order
 from ..patterns import SegmentPattern, attention_mask
@@ -46,33 +44,27 @@ CROSSOVER_QUICK = CROSSOVER_CONFIG | dict(
 )
 
 # %% ../../nbs/15g_crossover.ipynb #5766676c
-def _case(config: dict, n: int, d: int, segments: int, r: int, order: str) -> Case:
+def _case(config: dict, n: int, d: int, sizes: tuple[int, int], order: str) -> Case:
     "One setting, on all backends that run here."
-    w, curve, device = n // segments, None if order == "none" else order, config["device"]
-    shape = config["batch"], config["heads"], n, d
-
-    def on(backend):
-        options = dict(curve=curve, segment_size=w, dilation_rate=r, backend=backend)
-        return lambda q, k, v: hilbert_attention(q, k, v, **options)
+    segments, r = sizes
+    w, device, heads = n // segments, config["device"], config["batch"] * config["heads"]
+    curve = "row_major" if order == "none" else order
+    options: dict[str, Any] = dict(curve=curve, segment_size=w, dilation_rate=r)
 
     def candidates():
         pattern = SegmentPattern(n, w, r)
-        along = None if curve is None else curve_order(n, curve)
-        mask = attention_mask(pattern, order=along, device=device)
-        pairs = pattern.pairs(config["batch"] * config["heads"])
-        return [Candidate(name, on(name), mask, pairs) for name in config["backends"]]
+        mask = attention_mask(pattern, order=curve_order(n, curve), device=device)
+        return [
+            Candidate(
+                name, partial(hilbert_attention, **options, backend=name), mask,
+                pattern.pairs(heads),
+            )
+            for name in config["backends"]
+        ]
 
     about = dict(tokens=n, head_dim=d, segment_size=w, dilation_rate=r, order=order)
+    shape = config["batch"], config["heads"], n, d
     return Case(about, shape, candidates, device=device)
-
-# %% ../../nbs/15g_crossover.ipynb #b11c4ab5
-def _cases(config: dict) -> list[Case]:
-    "Every combination."
-    lists = (config[key] for key in ("tokens", "head_dims", "patterns", "orders"))
-    return [
-        _case(config, n, d, segments, r, order)
-        for n, d, (segments, r), order in product(*lists)
-    ]
 
 # %% ../../nbs/15g_crossover.ipynb #fb2bc575
 def _backends_here(device: str) -> list[str]:
@@ -84,7 +76,6 @@ def _backends_here(device: str) -> list[str]:
 # %% ../../nbs/15g_crossover.ipynb #4d853429
 def bench_crossover(
     quick: bool = False, # a toy size
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in seconds
     """Runs the suite, on the GPU if there is one.
 
@@ -92,13 +83,9 @@ def bench_crossover(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     here = dict(device=device, backends=_backends_here(device))
     config = (CROSSOVER_QUICK if quick else CROSSOVER_CONFIG) | here
-    cases, repeats = _cases(config), config["repeats"]
-    with telling(steps_of(cases, repeats), progress) as tell:
-        checks = worst_errors(check_cases(cases, tell))
-        limits = quick_limits(quick, device)
-        rows = time_cases(cases, repeats, tell, config["max_seconds"])
-    about = dict(suite="crossover", quick=quick, config=config, environment=environment())
-    return about | dict(limits=limits, checks=checks, rows=rows)
+    settings = product(*(config[key] for key in ("tokens", "head_dims", "patterns", "orders")))
+    cases = [_case(config, *setting) for setting in settings]
+    return run_cases("crossover", quick, config, cases)
 
 # %% ../../nbs/15g_crossover.ipynb #72913db3
 _SETTING = ("tokens", "head_dim", "segment_size", "dilation_rate", "order", "direction")
@@ -110,12 +97,11 @@ def mean_ratio(
     below: str, # by those of this one
 ) -> tuple[float, float, float]: # the ratio, and its ends with each setting at its worst
     "Geometric mean over the settings that both have."
-    of = {(row["name"], *(row[key] for key in _SETTING)): row for row in rows}
-    both = [
-        (row, of[below, *setting])
-        for (name, *setting), row in of.items()
-        if name == above and (below, *setting) in of
-    ]
+    def of(name):
+        return {tuple(row[key] for key in _SETTING): row for row in rows if row["name"] == name}
+
+    others = of(below)
+    both = [(row, others[setting]) for setting, row in of(above).items() if setting in others]
     if not both: raise ValueError(f"no setting was measured with both {above!r} and {below!r}")
 
     def mean(x, y):
@@ -135,28 +121,27 @@ def policy_choice(
     raise ValueError(f"device={device!r}: the policy has no row for it and {list(backends)}")
 
 # %% ../../nbs/15g_crossover.ipynb #c6c03757
-def _parts(rows: list[dict], orders: Sequence[str]) -> dict[str, float]:
-    "The ratio of `sdpa_mask` and `sdpa` by order and direction."
-    parts = {}
-    for order, direction in product(orders, FLOPS_PER_PAIR):
-        mine = [r for r in rows if r["order"] == order and r["direction"] == direction]
-        parts[f"{order}, {direction}"] = mean_ratio(mine, "sdpa_mask", "sdpa")[0]
-    return parts
+def _parts(run: dict) -> list[tuple[str, str]]:
+    "Order and direction of each part."
+    return list(product(run["config"]["orders"], FLOPS_PER_PAIR))
 
 # %% ../../nbs/15g_crossover.ipynb #ac3bb640
 def _at_length(run: dict, n: int) -> dict:
     "A line of `crossover_table`."
     config, rows = run["config"], [row for row in run["rows"] if row["tokens"] == n]
-    backends = config["backends"]
+    backends, parts = config["backends"], {}
 
     def beaten(a): # backends that are clearly faster
         return [b for b in backends if b != a and mean_ratio(rows, a, b)[1] > 1]
 
+    for part in _parts(run):
+        mine = [row for row in rows if (row["order"], row["direction"]) == part]
+        parts[", ".join(part)] = mean_ratio(mine, "sdpa_mask", "sdpa")[0]
     ratio, low, high = mean_ratio(rows, "sdpa_mask", "sdpa")
     choice = policy_choice(config["device"], n, backends)
     winners = [a for a in backends if all(a in beaten(b) for b in backends if b != a)]
     return dict(
-        tokens=n, ratio=ratio, low=low, high=high, **_parts(rows, config["orders"]),
+        tokens=n, ratio=ratio, low=low, high=high, **parts,
         winner=winners[0] if winners else "no clear one",
         policy=choice, agrees=not beaten(choice),
     )
@@ -189,18 +174,13 @@ def policy_verdict(
         agrees=all(row["agrees"] for row in table),
     )
 
-# %% ../../nbs/15g_crossover.ipynb #7c9bb6ac
-def _part_names(run: dict) -> list[str]:
-    return [", ".join(part) for part in product(run["config"]["orders"], FLOPS_PER_PAIR)]
-
 # %% ../../nbs/15g_crossover.ipynb #e1cd86ce
 def crossover_tables(run: dict) -> list[Table]:
     "By length, and the verdict."
-    parts = _part_names(run)
     words = {"none": "plain", "forward+backward": "both"}
-    titles = {part: ", ".join(words.get(x, x) for x in part.split(", ")) for part in parts}
+    titles = {", ".join(part): ", ".join(words.get(x, x) for x in part) for part in _parts(run)}
     formats = dict(tokens=",", ratio=".2f", low=".2f", high=".2f")
-    formats |= dict.fromkeys(parts, ".2f") | dict(winner="", policy="", agrees="")
+    formats |= dict.fromkeys(titles, ".2f") | dict(winner="", policy="", agrees="")
     lengths = Table("tokens", crossover_table(run), formats, dict(ratio="mask / sdpa") | titles)
     verdict = policy_verdict(run)
     titles = dict(mask_wins_up_to="mask wins up to", sdpa_wins_from="sdpa wins from")
@@ -209,7 +189,7 @@ def crossover_tables(run: dict) -> list[Table]:
 # %% ../../nbs/15g_crossover.ipynb #cff1c8c6
 def _plot_parts(ax, run: dict, table: list[dict]):
     "A thin line for each order and direction."
-    for order, direction in product(run["config"]["orders"], FLOPS_PER_PAIR):
+    for order, direction in _parts(run):
         name = f"{'no' if order == 'none' else order} order, {direction}"
         ratios = [row[f"{order}, {direction}"] for row in table]
         style = "--" if direction == "forward" else "-"

@@ -123,10 +123,9 @@ def progress_bar(
 @contextmanager
 def telling(
     steps: float, # how many there will be
-    show: bool | None, # as in `progress_bar`
 ) -> Iterator[Callable]:
     "A progress bar as a function of what is going on and how many steps that was."
-    with progress_bar(steps, "", show) as bar:
+    with progress_bar(steps) as bar:
         def tell(what: str | None, step: float = 1):
             if what is not None: bar.set_description_str(f"{what[:60]:60}", refresh=False)
             bar.update(step)

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..backends import hilbert_attention, training_memory
+from ..backends import training_memory
 from hilbert_attn.bench.contenders import (
-    MASKED, NAIVE, OURS, OURS_HILBERT,
-    Candidate, Case, check_cases, naive_attention, random_inputs, worst_errors,
+    MASKED, NAIVE, OURS, OURS_HILBERT, Candidate, Case, check_cases, shape_of,
 )
-from .machine import environment, peak_memory, quick_limits
+from .cpu import attention_of, memory_call
+from .machine import peak_memory, run_of, suite_limits
 from .measuring import telling
 from .results import Table, pivot, plot_lines
 from ..curves import curve_order
@@ -28,6 +28,7 @@ from ..plots import new_figure
 
 # %% ../../nbs/15f_memory.ipynb #023053e9
 STORED, CHECKPOINTED = "layers, stored", "layers, checkpointed"
+_STRATEGIES = {STORED: "store", CHECKPOINTED: "checkpoint"}
 _SHORT, _LONG = [1024, 2048, 4096, 8192], [1024, 4096, 16384, 65536]
 MEMORY_CONFIG: dict[str, Any] = dict(
     batch=1,
@@ -52,39 +53,6 @@ MEMORY_QUICK = MEMORY_CONFIG | dict(
     training_tokens=[1024],
 )
 
-# %% ../../nbs/15f_memory.ipynb #5e76fcb1
-def _attention(config: dict, name: str, n: int) -> Callable:
-    "The function whose memory is measured; masks are made inside."
-    w, r = min(n, config["segment_size"]), config["dilation_rate"]
-    if name == NAIVE:
-        def naive(q, k, v):
-            return naive_attention(q, k, v, ~attention_mask(SegmentPattern(n, w, r)))
-
-        return naive
-    curve = "hilbert" if name == OURS_HILBERT else None
-    backend = "sdpa_mask" if name == MASKED else "sdpa"
-
-    def ours(q, k, v):
-        options: dict[str, Any] = dict(curve=curve, backend=backend)
-        return hilbert_attention(q, k, v, segment_size=w, dilation_rate=r, **options)
-
-    return ours
-
-# %% ../../nbs/15f_memory.ipynb #4b90905b
-def _shape_of(config: dict, n: int) -> tuple[int, int, int, int]:
-    "Of q, k and v."
-    return config["batch"], config["heads"], n, config["head_dim"]
-
-# %% ../../nbs/15f_memory.ipynb #cfdbc43b
-def _memory_call(
-    config: dict, name: str, tokens: int, backward: bool, small: bool = False,
-) -> Callable:
-    "Runs in a process of its own."
-    n = tokens // (64 if small else 1)
-    qkv, dout, dlse = random_inputs(_shape_of(config, n))
-    candidate = Candidate(name, _attention(config, name, n), None, 0)
-    return candidate.backward(*qkv, dout, dlse) if backward else candidate.forward(*qkv)
-
 # %% ../../nbs/15f_memory.ipynb #578c62a2
 def _smallest_case(config: dict) -> Case:
     "All that is measured, at its smallest length, to be checked."
@@ -94,12 +62,9 @@ def _smallest_case(config: dict) -> Case:
     def candidate(name):
         order = curve_order(n) if name == OURS_HILBERT else None
         mask = attention_mask(pattern, order=order)
-        return Candidate(name, _attention(config, name, n), mask, 0)
+        return Candidate(name, attention_of(config, name, n), mask, 0)
 
-    def candidates():
-        return [candidate(name) for name in config["tokens"]]
-
-    return Case(dict(tokens=n), _shape_of(config, n), candidates)
+    return Case(dict(tokens=n), shape_of(config, n), lambda: list(map(candidate, config["tokens"])))
 
 # %% ../../nbs/15f_memory.ipynb #873884cf
 def _layers_call(config: dict, name: str, tokens: int, small: bool = False) -> Callable:
@@ -134,60 +99,49 @@ def _check_layers(config: dict):
     raise RuntimeError(f"refusing to measure {CHECKPOINTED!r}: {differ}")
 
 # %% ../../nbs/15f_memory.ipynb #eb716ce5
-def _peak_row(where: str, config: dict, name: str, tokens: int, **options) -> dict:
-    "One row of bytes, measured some times, in a process of its own each."
-    options |= dict(config=config, name=name, tokens=tokens)
-    place = f"hilbert_attn.bench.memory:{where}"
-    peaks = [peak_memory(place, **options) for _ in range(config["repeats"])]
-    median, p20, p80 = (int(x) for x in np.quantile(peaks, (0.5, 0.2, 0.8)))
-    spread = dict(median=median, p20=p20, p80=p80, repeats=len(peaks))
-    return dict(name=name, tokens=tokens, unit="bytes", **spread)
+def _call(config: dict, name: str, tokens: int, direction: str, small: bool = False) -> Callable:
+    "What is measured, in a process of its own."
+    if name in _STRATEGIES: return _layers_call(config, name, tokens, small)
+    return memory_call(config, name, tokens, direction, small)
 
 # %% ../../nbs/15f_memory.ipynb #7903a4cc
-def _attention_row(config: dict, name: str, direction: str, n: int) -> dict:
-    "Peak memory of one call, beside that of its inputs."
-    row = _peak_row("_memory_call", config, name, n, backward=direction != "forward")
-    return row | dict(direction=direction, qkv_bytes=12 * prod(_shape_of(config, n)))
-
-# %% ../../nbs/15f_memory.ipynb #300c3711
-def _layers_row(config: dict, name: str, n: int) -> dict:
-    "Peak memory of a stack, beside what is expected."
-    layers, heads = config["layers"], config["heads"]
-    expected = training_memory(_shape_of(config, n), heads, 4, layers)
-    strategy = "checkpoint" if name == CHECKPOINTED else "store"
-    row = _peak_row("_layers_call", config, name, n)
-    about = dict(direction="forward+backward", layers=layers)
-    return row | about | dict(expected_bytes=expected[strategy])
+def _row(config: dict, name: str, direction: str, n: int) -> dict:
+    "Peaks of one call, beside its inputs; of a stack of layers, beside what is expected."
+    options = dict(config=config, name=name, tokens=n, direction=direction)
+    where = "hilbert_attn.bench.memory:_call"
+    peaks = [peak_memory(where, **options) for _ in range(config["repeats"])]
+    median, p20, p80 = (int(x) for x in np.quantile(peaks, (0.5, 0.2, 0.8)))
+    spread = dict(median=median, p20=p20, p80=p80, repeats=len(peaks))
+    row = dict(name=name, tokens=n, unit="bytes", **spread, direction=direction)
+    shape, layers = shape_of(config, n), config["layers"]
+    if name not in _STRATEGIES: return row | dict(qkv_bytes=12 * prod(shape))
+    expected = training_memory(shape, config["heads"], 4, layers)[_STRATEGIES[name]]
+    return row | dict(layers=layers, expected_bytes=expected)
 
 # %% ../../nbs/15f_memory.ipynb #ab8cb46e
 def bench_memory(
     quick: bool = False, # a toy size
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in bytes
     """Runs the suite: peak resident memory beyond the inputs, by length.
 
     A `RuntimeError` where something does not match the oracle."""
     config = MEMORY_QUICK if quick else MEMORY_CONFIG
-    calls = [
+    jobs = [
         (name, direction, n)
         for name, lengths in config["tokens"].items()
         for direction in config["directions"]
         for n in lengths
     ]
-    stacks = [(name, n) for name in (STORED, CHECKPOINTED) for n in config["training_tokens"]]
+    lengths = config["training_tokens"]
+    jobs += [(name, "forward+backward", n) for name in _STRATEGIES for n in lengths]
     rows = []
-    with telling(1 + len(calls) + len(stacks), progress) as tell:
-        checks = worst_errors(check_cases([_smallest_case(config)], tell))
+    with telling(1 + len(jobs)) as tell:
+        checks = check_cases([_smallest_case(config)], tell)
         _check_layers(config)
-        for name, direction, n in calls:
+        for name, direction, n in jobs:
             tell(f"memory of {name}, {n:,} tokens")
-            rows.append(_attention_row(config, name, direction, n))
-        for name, n in stacks:
-            tell(f"memory of {name}, {n:,} tokens")
-            rows.append(_layers_row(config, name, n))
-        limits = quick_limits(quick)
-    about = dict(suite="memory", quick=quick, config=config, environment=environment())
-    return about | dict(limits=limits, checks=checks, rows=rows)
+            rows.append(_row(config, name, direction, n))
+    return run_of("memory", quick, config, limits=suite_limits(quick), checks=checks, rows=rows)
 
 # %% ../../nbs/15f_memory.ipynb #b729b8ac
 def _attention_table(run: dict, direction: str) -> Table:

@@ -101,8 +101,8 @@ def from_gpu_run(
     "That file as a run of this harness: seconds, flat rows."
     rows = [_gpu_row(row) for row in found["rows"] if "ms" in row]
     if env is None:
-        more = {key: found["environment"].get(key) for key in ("driver", "cudnn")}
-        env = environment() | {key: value for key, value in more.items() if value is not None}
+        drivers = {key: found["environment"].get(key) for key in ("driver", "cudnn")}
+        env = environment() | {key: value for key, value in drivers.items() if value}
     rates = found["rates"]
     limits = dict(
         matmul_flops_per_s=1e12 * rates["matmul_tflops"],
@@ -150,8 +150,7 @@ def load_run(
     try: found = json.loads(Path(path).read_text())
     except json.JSONDecodeError: raise ValueError(f"{path}: this is no JSON file") from None
     if not isinstance(found, list): found = [found]
-    found = [run for run in found if isinstance(run, dict) and "environment" in run]
-    runs = [run for run in found if run.get("suite") == suite]
+    runs = [run for run in found if isinstance(run, dict) and run.get("suite") == suite]
     if not runs: raise ValueError(f"{path}: it holds no run of the suite {suite!r}")
     return max(runs, key=lambda run: run["environment"]["date"])
 
@@ -184,19 +183,19 @@ def measurements(
     run: dict, # of any suite
 ) -> list[dict]: # name, settings (dict), unit ("s" or "bytes"), median, p20, p80, repeats
     "Everything that a run measured, in one shape."
-    worlds = run.get("worlds", ())
-    rows = list(run.get("rows", ()))
-    rows += [{"direction": "forward"} | row for row in run.get("sweep", ())]
-    rows += _by_world(worlds, "rows")
-    memory = _by_world(run.get("memory", ()), "memory") + _by_world(worlds, "memory")
-    rows += map(_bytes_row, memory)
-
-    def flat(row):
-        settings = {key: value for key, value in row.items() if key not in _NO_SETTING}
-        figures = {key: row[key] for key in ("median", "p20", "p80", "repeats")}
-        return dict(name=row["name"], settings=settings, unit=row.get("unit", "s"), **figures)
-
-    return [flat(row) for row in rows]
+    worlds = run.get("worlds", [])
+    rows = run.get("rows", []) + _by_world(worlds, "rows")
+    rows += [{"direction": "forward"} | row for row in run.get("sweep", [])]
+    rows += map(_bytes_row, _by_world(run.get("memory", []) + worlds, "memory"))
+    return [
+        dict(
+            name=row["name"],
+            settings={key: value for key, value in row.items() if key not in _NO_SETTING},
+            unit=row.get("unit", "s"),
+            **{key: row[key] for key in ("median", "p20", "p80", "repeats")},
+        )
+        for row in rows
+    ]
 
 # %% ../../nbs/15d_results.ipynb #1a4982a4
 _UNITS = {"s": (1e3, "ms"), "bytes": (2 ** -20, "MiB")}
@@ -223,9 +222,10 @@ def compare_runs(
     if new["suite"] != old["suite"]:
         both = f"the earlier run is of the suite {old['suite']!r}, and this one of {new['suite']!r}"
         raise ValueError(f"{both}: they cannot be compared")
-    before, rows = _keyed(old), []
-    for key, now in _keyed(new).items():
-        if (then := before.get(key)) is None: continue
+    after, before, rows = _keyed(new), _keyed(old), []
+    for key in after:
+        if key not in before: continue
+        now, then = after[key], before[key]
         factor, unit = _UNITS[now["unit"]]
         medians = dict(before=factor * then["median"], now=factor * now["median"])
         ratio = now["median"] / then["median"] if then["median"] else inf
@@ -241,21 +241,18 @@ def race_rows(
     """Times by setting, each with its ratio to the baseline's time at that setting.
 
     The ratio is None where the baseline was not measured."""
-    found = []
+    rows, base = [], {}
     for m in measurements(run):
         if m["unit"] != "s": continue
-        settings = dict(m["settings"])
-        direction = settings.pop("direction", "")
-        found.append(m | dict(setting=label(settings), direction=direction))
-    base = {(m["setting"], m["direction"]): m["median"] for m in found if m["name"] == baseline}
-
-    def row(m):
-        divisor = base.get((m["setting"], m["direction"]))
-        about = {key: m[key] for key in ("setting", "direction", "name")}
+        direction = m["settings"].pop("direction", "")
+        about = dict(setting=label(m["settings"]), direction=direction, name=m["name"])
         times = dict(ms=1e3 * m["median"], p20_ms=1e3 * m["p20"], p80_ms=1e3 * m["p80"])
-        return about | times | dict(relative=m["median"] / divisor if divisor else None)
-
-    return [row(m) for m in found]
+        rows.append(about | times)
+        if m["name"] == baseline: base[about["setting"], direction] = times["ms"]
+    for row in rows:
+        divisor = base.get((row["setting"], row["direction"]))
+        row["relative"] = row["ms"] / divisor if divisor else None
+    return rows
 
 # %% ../../nbs/15d_results.ipynb #99bd408e
 def _cell(value, spec: str) -> str:
@@ -301,6 +298,10 @@ class Table:
     rows: list[dict] # JSON-ready
     formats: dict[str, str] # column -> format of its values
     titles: dict[str, str] # column -> heading, where it differs
+
+    def shown(self) -> list[dict]:
+        "The rows without what is not printed."
+        return [{key: row[key] for key in self.formats} for row in self.rows]
 
     def __str__(self) -> str:
         first = next(iter(self.formats))
@@ -349,31 +350,28 @@ def race_tables(
     if memory: tables.append(Table("memory", memory, dict(what="", mib=".1f"), dict(mib="MiB")))
     return tables + target_tables([] if run["quick"] else run.get("targets", []))
 
-# %% ../../nbs/15d_results.ipynb #ff477f1f
-def _geometric_mean(ratios: Sequence[float]) -> float:
-    return exp(sum(map(log, ratios)) / len(ratios))
-
 # %% ../../nbs/15d_results.ipynb #01434a8d
 def _summary(changes: list[dict], unit: str) -> dict:
     "How many figures of one unit went down and up, and their mean ratio."
     rows = [row for row in changes if row["unit"] == unit]
-    def count(*words): return sum(row["change"] in words for row in rows)
+    words = [row["change"] for row in rows]
     return dict(
         what=f"{'times' if unit == 'ms' else 'memory'} compared",
-        count=len(rows), lower=count("faster", "less"), higher=count("slower", "more"),
-        ratio=_geometric_mean([row["ratio"] for row in rows]),
+        count=len(rows),
+        lower=words.count("faster") + words.count("less"),
+        higher=words.count("slower") + words.count("more"),
+        ratio=exp(sum(log(row["ratio"]) for row in rows) / len(rows)),
     )
 
 # %% ../../nbs/15d_results.ipynb #1eec9803
 def _limit_rows(new: dict, old: dict) -> list[dict]:
     "How the machine's limits changed."
-    rows, before = [], old.get("limits", {})
-    for name, value in new.get("limits", {}).items():
-        if not name.endswith("_per_s") or name not in before: continue
-        what = name.removesuffix("_per_s").replace("_", " ")
-        nothing = dict.fromkeys(("count", "lower", "higher"))
-        ratio = value / before[name]
-        rows.append(dict(what=f"limit: {what} per second", ratio=ratio) | nothing)
+    rows, now, then = [], new.get("limits", {}), old.get("limits", {})
+    for name in now:
+        if not name.endswith("_per_s") or name not in then: continue
+        what = f"limit: {name.removesuffix('_per_s').replace('_', ' ')} per second"
+        unknown = dict.fromkeys(("count", "lower", "higher"))
+        rows.append(unknown | dict(what=what, ratio=now[name] / then[name]))
     return rows
 
 # %% ../../nbs/15d_results.ipynb #b27eec90
@@ -412,13 +410,13 @@ def colors_of(names: Iterable[str]) -> dict[str, str]:
     return {name: _FIXED.get(name) or turns[name] for name in names}
 
 # %% ../../nbs/15d_results.ipynb #2c45295e
-def _race_name(ax, rows: list[dict], places: list, base: dict, look: dict):
+def _race_name(ax, rows: list[dict], places: list, look: dict):
     "The dots of one contender, each with its spread."
-    of = [(row["setting"], row["direction"]) for row in rows]
-    heights = [places.index(place) for place in of]
+    heights = [places.index((row["setting"], row["direction"])) for row in rows]
     ax.plot([row["relative"] for row in rows], heights, linestyle="", ms=5, **look)
-    for row, place, y in zip(rows, of, heights):
-        spread = row["p20_ms"] / base[place], row["p80_ms"] / base[place]
+    for row, y in zip(rows, heights):
+        base = row["ms"] / row["relative"]
+        spread = row["p20_ms"] / base, row["p80_ms"] / base
         ax.plot(spread, (y, y), color=look["color"], lw=4, alpha=0.3, solid_capstyle="round")
 
 # %% ../../nbs/15d_results.ipynb #9b2e7d82
@@ -429,11 +427,10 @@ def plot_race(
     baseline = BASELINES[run["suite"]]
     rows = [row for row in race_rows(run, baseline) if row["relative"]]
     places = list(dict.fromkeys((row["setting"], row["direction"]) for row in rows))[::-1]
-    base = {(r["setting"], r["direction"]): r["ms"] for r in rows if r["name"] == baseline}
     fig, (ax,) = new_figure(panel=(5.6, 1.4 + 0.2 * len(places)))
     for i, (name, color) in enumerate(colors_of(row["name"] for row in rows).items()):
         look = dict(marker="os^"[i // 8 % 3], label=name, color=color)  # eight colours in turn
-        _race_name(ax, [row for row in rows if row["name"] == name], places, base, look)
+        _race_name(ax, [row for row in rows if row["name"] == name], places, look)
     relative = [row["relative"] for row in rows]
     if max(relative) > 4 or min(relative) < 0.25: ax.set(xscale="log")
     ax.axvline(1, color=GREY, lw=1, ls=":")
@@ -462,9 +459,8 @@ def plot_lines(
     for name, color in colors_of(row["name"] for row in rows).items():
         mine = sorted((r for r in rows if r["name"] == name), key=lambda row: row["tokens"])
         x = [row["tokens"] for row in mine]
-        median = [factor * row["median"] for row in mine]
-        low = [factor * row["p20"] for row in mine]
-        high = [factor * row["p80"] for row in mine]
+        spread = ([factor * row[key] for row in mine] for key in ("median", "p20", "p80"))
+        median, low, high = spread
         ax.plot(x, median, "o-", ms=4, lw=1.5, label=name, color=color)
         ax.fill_between(x, low, high, color=color, alpha=0.2, lw=0)
     ax.set(xscale="log", yscale="log", xlabel="tokens", ylabel=ylabel)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SORT', 'COPY', 'CURVES_CONFIG', 'CURVES_QUICK', 'ONE_CALL', 'BRANCH_CALLS', 'DILATED_CONFIG', 'DILATED_QUICK',
-           'SUITES', 'bench_curves', 'bench_dilated', 'dilated_targets', 'bench_ring', 'bench_local', 'bench_gpu',
-           'Suite', 'run_suite', 'describe_run', 'run_tables', 'plot_run', 'format_run', 'report_run']
+           'SUITES', 'bench_curves', 'bench_dilated', 'dilated_targets', 'bench_gpu', 'Suite', 'run_suite',
+           'describe_run', 'run_tables', 'plot_run', 'format_run', 'report_run']
 
 # %% ../../nbs/15h_suites.ipynb #87f83d35
 import json
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -25,12 +26,12 @@ import torch
 import hilbert_attn
 from ..backends import hilbert_attention
 from hilbert_attn.bench.contenders import (
-    Candidate, Case, check_cases, label, steps_of, time_cases, timing_rows, worst_errors,
+    Candidate, Case, label, run_cases, shape_of, timing_rows,
 )
 from .cpu import bench_cpu, cpu_tables, plot_cpu
 from .crossover import bench_crossover, crossover_tables, plot_crossover
 from hilbert_attn.bench.machine import (
-    FLOPS_PER_PAIR, describe_environment, environment, machine_limits, machine_slug, quick_limits,
+    FLOPS_PER_PAIR, describe_environment, machine_slug, run_of, suite_limits,
 )
 from .measuring import measure, telling
 from .memory import bench_memory, memory_tables, plot_memory
@@ -64,6 +65,9 @@ def _by(grid: Sequence[int]) -> str:
     return "x".join(map(str, grid))
 
 # %% ../../nbs/15h_suites.ipynb #7d00a85d
+_SIDEWAYS = {"snake": 0, "hilbert": 1} # steps to no neighbour; hilbert may have a diagonal one
+
+
 def _check_order(grid: Sequence[int], curve: str):
     "A `RuntimeError` where the order is no permutation, or steps further than the curve promises."
     order = np.asarray(_compute_order(tuple(grid), curve))
@@ -72,23 +76,19 @@ def _check_order(grid: Sequence[int], curve: str):
         raise RuntimeError(f"{refusal}: it is no permutation")
     cells = np.stack(np.unravel_index(order, tuple(grid)))
     step = np.abs(np.diff(cells, axis=1))
-    sideways = int((step.sum(0) > 1).sum())  # steps to no neighbour: hilbert may have one, diagonal
-    jumps = curve == "snake" and sideways > 0
-    jumps |= curve == "hilbert" and (sideways > 1 or bool((step > 1).any()))
-    if jumps: raise RuntimeError(f"{refusal}: it jumps")
+    sideways = (step.sum(0) > 1).sum()
+    if curve in _SIDEWAYS and (sideways > _SIDEWAYS[curve] or step.max() > 1):
+        raise RuntimeError(f"{refusal}: it jumps")
 
 # %% ../../nbs/15h_suites.ipynb #63864cb6
 def _order_rows(config: dict, grid: Sequence[int]) -> list[dict]:
     "Times to make the orders of one grid, and both yardsticks."
     indices = np.arange(prod(grid))
     keys = np.random.default_rng(0).random(len(indices))
-    copied = np.empty_like(indices)
-
-    def making(curve):
-        return lambda: _compute_order(tuple(grid), curve)
-
-    calls: dict[str, Callable] = {curve: making(curve) for curve in config["curves"]}
-    calls |= {SORT: keys.argsort, COPY: lambda: np.copyto(copied, indices)}
+    calls: dict[str, Callable] = {
+        curve: partial(_compute_order, tuple(grid), curve) for curve in config["curves"]
+    }
+    calls |= {SORT: keys.argsort, COPY: partial(np.copyto, np.empty_like(indices), indices)}
     return timing_rows(measure(calls, config["repeats"]), grid=_by(grid), tokens=prod(grid))
 
 # %% ../../nbs/15h_suites.ipynb #818c7eb1
@@ -105,13 +105,12 @@ def _locality_rows(config: dict, grid: Sequence[int]) -> list[dict]:
 # %% ../../nbs/15h_suites.ipynb #f3239309
 def bench_curves(
     quick: bool = False, # a toy size
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in seconds
     "Runs the suite `curves`. A `RuntimeError` where an order is wrong."
     config = CURVES_QUICK if quick else CURVES_CONFIG
     grids, others = config["grids"], config["locality_grids"]
     rows, found = [], []
-    with telling(2 * len(grids) + len(others), progress) as tell:
+    with telling(2 * len(grids) + len(others)) as tell:
         for grid in grids:
             tell(f"checking {_by(grid)}")
             for curve in config["curves"]: _check_order(grid, curve)
@@ -121,24 +120,20 @@ def bench_curves(
         for grid in others:
             tell(f"locality on {_by(grid)}")
             found += _locality_rows(config, grid)
-        limits = quick_limits(quick)
-    about = dict(suite="curves", quick=quick, config=config, environment=environment())
-    return about | dict(limits=limits, rows=rows, locality=found)
+    return run_of("curves", quick, config, limits=suite_limits(quick), rows=rows, locality=found)
 
 # %% ../../nbs/15h_suites.ipynb #2085a299
 def _curves_tables(run: dict) -> list[Table]:
     "Times by grid, and locality."
     times, names = pivot(run["rows"], "grid", lambda row: 1e3 * row["median"])
-    tokens = {row["grid"]: row["tokens"] for row in run["rows"]}
-    times = [row | {"tokens": tokens[row["grid"]]} for row in times]
+    times = [row | {"tokens": prod(map(int, row["grid"].split("x")))} for row in times]
     times = sorted(times, key=lambda row: row["tokens"])
     formats = {"grid": "", "tokens": ","} | dict.fromkeys(names, ".3f")
-    settings = dict.fromkeys(("name", "grid", "segment_size"), "")
-    measures = {key: ".3g" for key in run["locality"][0] if key not in settings}
-    titles = {"segment_size": "segment"}
+    about = dict(name="", grid="", segment_size="")
+    measures = dict.fromkeys(run["locality"][0], ".3g") | about
     return [
         Table("ms to make an order", times, formats, {}),
-        Table("locality", run["locality"], settings | measures, titles),
+        Table("locality", run["locality"], measures, {"segment_size": "segment"}),
     ]
 
 # %% ../../nbs/15h_suites.ipynb #6fb27fa4
@@ -149,10 +144,9 @@ def _plot_curves(run: dict):
     fig, axes = new_figure(2, 1, panel=(5.6, 2.9), titles=titles)
     flat = [row for row in run["rows"] if row["grid"].count("x") == 1]
     plot_lines(axes[0], flat, 1e3, "time (ms)")
-    kept = {(r["name"], r["grid"], r["segment_size"]): r["neighbors_kept"] for r in run["locality"]}
     for i, (name, color) in enumerate(colors_of(row["name"] for row in run["rows"]).items()):
-        if (name, *sizes[0]) not in kept: continue
-        shares = [kept[name, *size] for size in sizes]
+        shares = [row["neighbors_kept"] for row in run["locality"] if row["name"] == name]
+        if not shares: continue
         heights = [y + 0.3 - 0.15 * i for y in range(len(sizes))]
         axes[1].plot(shares, heights, "o", ms=5, label=name, color=color)
     words = [f"{grid}, segments of {w}" for grid, w in sizes]
@@ -201,21 +195,18 @@ def _dilated_candidates(
     config: dict, pattern: DilatedPattern, options: Any,
 ) -> Iterator[Candidate]:
     "The mixture, then each branch alone."
-    heads, curve = config["heads"], options.get("curve")
+    along = curve_order(options["grid"], options["curve"])
     lengths, rates = config["segment_lengths"], config["dilation_rates"]
-    along = None if curve is None else curve_order(tuple(config["grid"]), curve)
+    options = options | dict(backend="sdpa")
 
     def mixture(q, k, v):
-        return dilated_attention(q, k, v, lengths, rates, backend="sdpa", **options)
-
-    def branch(w, r):
-        sizes: dict[str, Any] = dict(segment_size=w, dilation_rate=r, backend="sdpa")
-        return lambda q, k, v: hilbert_attention(q, k, v, **sizes, **options)
+        return dilated_attention(q, k, v, lengths, rates, **options)
 
     yield Candidate(ONE_CALL, mixture, attention_mask(pattern, order=along), pattern.pairs())
     for w, r, b in zip(lengths, rates, pattern.branches):
-        mask = attention_mask(b.pattern, order=along)
-        yield Candidate(f"branch {w}/{r}", branch(w, r), mask, b.pattern.pairs(heads))
+        alone = partial(hilbert_attention, segment_size=w, dilation_rate=r, **options)
+        mask, pairs = attention_mask(b.pattern, order=along), b.pattern.pairs(config["heads"])
+        yield Candidate(f"branch {w}/{r}", alone, mask, pairs)
 
 # %% ../../nbs/15h_suites.ipynb #c90a7b97
 def _dilated_case(config: dict, mode: str, order: str) -> Case:
@@ -223,11 +214,11 @@ def _dilated_case(config: dict, mode: str, order: str) -> Case:
     grid, heads, n = tuple(config["grid"]), config["heads"], prod(config["grid"])
     lengths, rates = config["segment_lengths"], config["dilation_rates"]
     pattern = DilatedPattern.for_heads(n, heads, lengths, rates, "lse", mode)
-    curve = None if order == "none" else order
-    options: Any = dict(grid=grid, curve=curve, dilation_mode=mode)
+    curve = "row_major" if order == "none" else order
+    options = dict(grid=grid, curve=curve, dilation_mode=mode)
     return Case(
         about=dict(mode=mode, order=order),
-        shape=(config["batch"], heads, n, config["head_dim"]),
+        shape=shape_of(config, n),
         candidates=lambda: list(_dilated_candidates(config, pattern, options)),
         pairs=config["batch"] * pattern.pairs(),
         arrange=_together,
@@ -236,21 +227,15 @@ def _dilated_case(config: dict, mode: str, order: str) -> Case:
 # %% ../../nbs/15h_suites.ipynb #8bcb7ce4
 def bench_dilated(
     quick: bool = False, # a toy size
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in seconds
     """Runs the suite `dilated`.
 
     A `RuntimeError` where a candidate does not match the oracle: then nothing is timed."""
     config = DILATED_QUICK if quick else DILATED_CONFIG
     settings = [(mode, order) for mode in config["modes"] for order in config["orders"]]
-    cases, repeats = [_dilated_case(config, *setting) for setting in settings], config["repeats"]
+    cases = [_dilated_case(config, *setting) for setting in settings]
     flops = float(FLOPS_PER_PAIR["forward"] * config["head_dim"] * cases[0].pairs)
-    with telling(steps_of(cases, repeats), progress) as tell:
-        checks = worst_errors(check_cases(cases, tell))
-        limits = machine_limits(flops, 1 << (20 if quick else 28), 2 if quick else 10)
-        rows = time_cases(cases, repeats, tell)
-    about = dict(suite="dilated", quick=quick, config=config, environment=environment())
-    return about | dict(limits=limits, checks=checks, rows=rows)
+    return run_cases("dilated", quick, config, cases, flops)
 
 # %% ../../nbs/15h_suites.ipynb #e345fe4d
 def dilated_targets(
@@ -273,53 +258,37 @@ def _dilated_tables(run: dict) -> list[Table]:
     return race_tables(run | dict(targets=dilated_targets(run)))
 
 # %% ../../nbs/15h_suites.ipynb #8d7b6286
-def _run_tool(name: str, options: Sequence[str], folder: str, progress: bool | None) -> str:
+def _run_tool(name: str, options: Sequence[str], folder: str) -> str:
     "Runs a program of `tools/` with OUT set to a folder, and returns what it printed."
     tool = Path(hilbert_attn.__file__).resolve().parent.parent / "tools" / name
     if not tool.is_file():
         where = "which is part of the repository and not of the installed package"
         raise RuntimeError(f"this suite runs tools/{name}, {where}: run it in a checkout")
-    command, env = [sys.executable, str(tool), *options], {**os.environ, "OUT": folder}
-    pipes: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    process, lines = subprocess.Popen(command, env=env, **pipes), []
-    try:
-        with telling(1, progress) as tell:
-            for line in process.stdout or ():
-                lines.append(line)
-                tell(line.strip(), 0)
-        code = process.wait()
-    finally:
-        if process.poll() is None: process.kill()
-    if code and not any(Path(folder).rglob("*.json")):
+    command, env, lines = [sys.executable, str(tool), *options], os.environ | dict(OUT=folder), []
+    pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    with subprocess.Popen(command, env=env, **pipes) as process, telling(1) as tell:
+        for line in process.stdout or ():
+            lines.append(line)
+            tell(line.strip(), 0)
+    if process.returncode and not any(Path(folder).rglob("*.json")):
         said = "".join(lines[-12:]).strip()
-        raise RuntimeError(f"tools/{name} ended with exit code {code}:\n{said}")
+        raise RuntimeError(f"tools/{name} ended with exit code {process.returncode}:\n{said}")
     return "".join(lines)
 
 # %% ../../nbs/15h_suites.ipynb #c1b491e3
-def _bench_tool(suite: str, quick: bool, progress: bool | None) -> dict:
+def _bench_tool(suite: str, quick: bool) -> dict:
     "A suite that `tools/bench_<suite>.py` measures."
     tool = f"bench_{suite}.py"
     with TemporaryDirectory() as folder:
         options = ["--out", folder, *(["--quick"] if quick else [])]
-        printed = _run_tool(tool, options, folder, progress)
+        printed = _run_tool(tool, options, folder)
         runs = load_runs(suite, folder)
     if not runs: raise RuntimeError(f"tools/{tool} stored no run:\n{printed[-1500:].strip()}")
     return runs[-1]
 
-# %% ../../nbs/15h_suites.ipynb #810b9e40
-def bench_ring(quick: bool = False, progress: bool | None = None) -> dict:
-    "The suite `ring`: attention across processes, beside PyTorch's own ring and the obvious way."
-    return _bench_tool("ring", quick, progress)
-
-# %% ../../nbs/15h_suites.ipynb #56582722
-def bench_local(quick: bool = False, progress: bool | None = None) -> dict:
-    "The suite `local`: windows and tiles, beside SDPA with a mask and compiled FlexAttention."
-    return _bench_tool("local", quick, progress)
-
 # %% ../../nbs/15h_suites.ipynb #fd777e1b
 def bench_gpu(
     quick: bool = False, # the first three minutes
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready; rows in seconds, targets
     """The measurement of `tools/gpu_run.py`, on an NVIDIA GPU.
 
@@ -330,7 +299,7 @@ def bench_gpu(
         raise RuntimeError(f"{missing}; {instead}")
     options = ["--again", *(["--minutes", "3"] if quick else [])]
     with TemporaryDirectory() as folder:
-        printed = _run_tool("gpu_run.py", options, folder, progress)
+        printed = _run_tool("gpu_run.py", options, folder)
         found = json.loads(next(Path(folder).glob("gpu_run*.json")).read_text())
     if not found["rows"]:
         raise RuntimeError(f"tools/gpu_run.py timed nothing:\n{printed[-1500:].strip()}")
@@ -342,57 +311,74 @@ class Suite:
     "A measurement: how to run it, to print it and to draw it."
     name: str
     about: str # in a few words
-    run: Callable # run(quick, progress) -> dict
+    run: Callable[[bool], dict] # quick: a toy size
     tables: Callable[[dict], list[Table]]
     plot: Callable[[dict], None]
 
 # %% ../../nbs/15h_suites.ipynb #1bb3eb59
-_ABOUT = {
-    "cpu": "the backends on this CPU, beside masked SDPA, naive PyTorch and the machine's limits",
-    "memory": "peak memory by length, and of training with and without checkpointing",
-    "curves": "time to make an order, and its locality",
-    "crossover": "from which length on one backend is faster than another",
-    "dilated": "one call with several branches, beside its branches",
-    "local": "windows, neighbourhoods, slides and tiles",
-    "ring": "attention across processes of this machine",
-    "gpu": "the Triton kernels on an NVIDIA GPU",
-}
-_PARTS: dict[str, tuple[Callable, Callable, Callable]] = {
-    "cpu": (bench_cpu, cpu_tables, plot_cpu),
-    "memory": (bench_memory, memory_tables, plot_memory),
-    "curves": (bench_curves, _curves_tables, _plot_curves),
-    "crossover": (bench_crossover, crossover_tables, plot_crossover),
-    "dilated": (bench_dilated, _dilated_tables, plot_race),
-    "local": (bench_local, race_tables, plot_race),
-    "ring": (bench_ring, race_tables, plot_race),
-    "gpu": (bench_gpu, race_tables, plot_race),
-}
-SUITES = {name: Suite(name, about, *_PARTS[name]) for name, about in _ABOUT.items()}
+_ALL = (
+    Suite(
+        "cpu",
+        "the backends on this CPU, beside masked SDPA, naive PyTorch and the machine's limits",
+        bench_cpu, cpu_tables, plot_cpu,
+    ),
+    Suite(
+        "memory",
+        "peak memory by length, and of training with and without checkpointing",
+        bench_memory, memory_tables, plot_memory,
+    ),
+    Suite(
+        "curves",
+        "time to make an order, and its locality",
+        bench_curves, _curves_tables, _plot_curves,
+    ),
+    Suite(
+        "crossover",
+        "from which length on one backend is faster than another",
+        bench_crossover, crossover_tables, plot_crossover,
+    ),
+    Suite(
+        "dilated",
+        "one call with several branches, beside its branches",
+        bench_dilated, _dilated_tables, plot_race,
+    ),
+    Suite(
+        "local",
+        "windows, neighbourhoods, slides and tiles",
+        partial(_bench_tool, "local"), race_tables, plot_race,
+    ),
+    Suite(
+        "ring",
+        "attention across processes of this machine",
+        partial(_bench_tool, "ring"), race_tables, plot_race,
+    ),
+    Suite("gpu", "the Triton kernels on an NVIDIA GPU", bench_gpu, race_tables, plot_race),
+)
+SUITES = {suite.name: suite for suite in _ALL}
 
 # %% ../../nbs/15h_suites.ipynb #8141a41d
 def run_suite(
     name: str, # one of `SUITES`
     quick: bool = False, # a toy size, in seconds: to see that everything runs, not to quote
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> dict: # JSON-ready
     "Runs a suite. A `RuntimeError` where it cannot run here, or where something is not exact."
     if name not in SUITES: raise ValueError(f"suite={name!r}: known suites are {', '.join(SUITES)}")
-    return SUITES[name].run(quick, progress)
+    return SUITES[name].run(quick)
 
 # %% ../../nbs/15h_suites.ipynb #b633f465
 def describe_run(
     run: dict, # of any suite
 ) -> str: # one line
     "What was measured."
-    c, parts = run["config"], [SUITES[run["suite"]].about]
-    sizes = {"B": c.get("batch"), "H": c.get("heads"), "D": c.get("head_dim")}
-    if "grid" in c: sizes["N"] = prod(c["grid"])
-    parts.append(" ".join(f"{key}{sizes[key]}" for key in "BHND" if sizes.get(key) is not None))
+    c = run["config"]
+    n = prod(c["grid"]) if "grid" in c else None
+    sizes = dict(B=c.get("batch"), H=c.get("heads"), N=n, D=c.get("head_dim"))
+    parts = [SUITES[run["suite"]].about, " ".join(f"{x}{y}" for x, y in sizes.items() if y)]
     if "segment_size" in c:
         parts.append(f"segments of {c['segment_size']}, dilation {c['dilation_rate']}")
     elif "segment_lengths" in c:
         branches = zip(c["segment_lengths"], c["dilation_rates"])
-        parts.append(f"branches {', '.join(f'{w}/{r}' for w, r in branches)}")
+        parts.append("branches " + ", ".join(f"{w}/{r}" for w, r in branches))
     parts.append(c.get("dtype", ""))
     if run["quick"]: parts.append("a toy size: not to be quoted")
     return f"{run['suite']}: {', '.join(filter(None, parts))}"
@@ -433,9 +419,7 @@ def report_run(
     old: dict | None = None, # an earlier run to compare with
 ) -> dict: # JSON-ready: the run, and `tables`
     "A run for a program: all that was measured, and every row that `format_run` prints."
-    tables = {}
-    for table in run_tables(run, old):
-        tables[table.name] = [{key: row[key] for key in table.formats} for row in table.rows]
+    tables = {table.name: table.shown() for table in run_tables(run, old)}
     report = run | dict(tables=tables)
     if old is None: return report
     changes = compare_runs(run, old)

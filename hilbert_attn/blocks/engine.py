@@ -22,6 +22,7 @@ from hilbert_attn.blocks.lists import (
     lists_from_operands,
     lists_to_operands,
 )
+from ..common import hide_masked
 from ..operators import AttentionOperator, lse_dtype
 from ..reference import default_scale, masked_attention
 from ..tiles import (
@@ -36,6 +37,9 @@ class _Bucket:
     blocks: Tensor # int64 (R, n): key blocks; 0 where there is none
     counts: Tensor | None = None # int64 (R,): so many of them are there; None: all
     full: Tensor | None = None # int64 (R,): so many of them are full; None: all
+
+    def __getitem__(self, lines: slice) -> "_Bucket":
+        return _Bucket(*(None if x is None else x[lines] for x in vars(self).values()))
 
 # %% ../../nbs/10c_block_engine.ipynb #640e38f2
 def _blocks_of(
@@ -134,26 +138,30 @@ class _Test:
         self.key_mask = None  # bool (B, nK, BN)
         if key_mask is not None: self.key_mask = key_mask[:, self.k_tokens.clamp(min=0)]
 
+    def allowed(self, blocks: Tensor, batches: slice) -> Tensor | None: # bool (R, B, n * BN)
+        "Which keys of some lines of blocks the key mask leaves; None: all."
+        if self.key_mask is None: return None
+        return self.key_mask[batches][:, blocks].flatten(2).transpose(0, 1)
+
     def __call__(
-        self, bucket: _Bucket, part: slice, batches: slice,
+        self, bucket: _Bucket, batches: slice,
     ) -> Tensor | None: # bool (R, B or 1, M or 1, n * BN)
-        """Which pairs of some lines of a bucket are attended; None: all. Pairs with an empty query
-        slot may say anything. The next call writes over it."""
-        result = None if bucket.full is None else self._tested(bucket, part)
-        if self.key_mask is None: return result
-        blocks = bucket.blocks[part]
-        allowed = self.key_mask[batches][:, blocks].transpose(0, 1)  # (R, B, n, BN)
-        allowed = allowed.reshape(len(blocks), -1, 1, blocks.shape[1] * self.BN)
+        """Which pairs of a bucket are attended; None: all. Pairs with an empty query slot may say
+        anything. The next call writes over it."""
+        result = None if bucket.full is None else self._tested(bucket)
+        allowed = self.allowed(bucket.blocks, batches)
+        if allowed is None: return result
+        allowed = allowed[:, :, None]
         return allowed if result is None else result & allowed
 
-    def _tested(self, bucket: _Bucket, part: slice) -> Tensor: # bool (R, 1, BM, n * BN)
+    def _tested(self, bucket: _Bucket) -> Tensor: # bool (R, 1, BM, n * BN)
         "The test in partial blocks; the first so many, full in all rows, are skipped."
-        blocks, full, counts = bucket.blocks[part], bucket.full[part], bucket.counts[part]
+        blocks, full, counts = bucket.blocks, bucket.full, bucket.counts
         R, n, skip = *blocks.shape, int(full.min())
         whole = self.scratch.take("attended", (R, self.BM, n, self.BN), torch.bool, blocks.device)
         whole[:, :, :skip] = True
         result = whole[:, :, skip:]
-        self._compare(result, bucket.rows[part, 0], blocks[:, skip:])
+        self._compare(result, bucket.rows[:, 0], blocks[:, skip:])
         place = torch.arange(skip, n, device=blocks.device)[:, None]
         if int(full.max()) > skip: result.logical_or_(place < full[:, None, None, None])
         if int(counts.min()) < n: result.logical_and_(place < counts[:, None, None, None])
@@ -185,7 +193,6 @@ _CHUNK = 1 << 20  # elements of gathered keys at a time: 4 MiB of float32
 class _Piece:
     "As much of a bucket as is computed at once, for some batches and heads."
     bucket: _Bucket
-    part: slice # lines of the bucket
     batches: slice
     kv_heads: slice
     q_heads: list[slice] # of each member of a group: as many query heads as key/value heads
@@ -221,8 +228,8 @@ def _bucket_pieces(
         held = kv_heads.stop - kv_heads.start
         for batches in _cut(first, batch, batch_groups, size // held):
             lines = size // (held * len(range(batch)[batches]))
-            for part in _cut(0, len(bucket.blocks), 1, lines):
-                yield _Piece(bucket, part, batches, kv_heads, q_heads)
+            for some in _cut(0, len(bucket.blocks), 1, lines):
+                yield _Piece(bucket[some], batches, kv_heads, q_heads)
 
 # %% ../../nbs/10c_block_engine.ipynb #c49e8080
 def _pieces(
@@ -244,8 +251,8 @@ class _Reader:
 
     def __init__(
         self,
-        tokens: Tensor, # int64 (R, S), 0 in holes
-        holes: Tensor | None, # bool (R, B or 1, S)
+        tokens: Tensor, # int64 (R, S); -1: a hole
+        allowed: Tensor | None, # bool (R, B, S); where not, a hole too; None: everywhere
         shape: tuple[int, ...], # (B, heads, T, ...) of the tensors that are read
         batches: slice,
         heads: slice,
@@ -253,12 +260,13 @@ class _Reader:
     ):
         (B, H, T), device = shape[:3], tokens.device
         b, h = torch.arange(B, device=device)[batches, None], torch.arange(H, device=device)[heads]
-        index = ((b * H + h) * T)[:, :, None] + tokens[:, None, None]  # (R, B, heads, S)
+        index = ((b * H + h) * T)[:, :, None] + tokens.clamp(min=0)[:, None, None]
         R, batch, held, S = index.shape
         self.shape = (R * batch, held, S) if fold else (R, batch * held, S)
         self.index, self.holes = index.view(-1), None
-        if holes is not None and holes.any():
-            self.holes = holes[:, :, None].expand(index.shape).reshape(-1)
+        holes = (tokens < 0)[:, None]
+        if allowed is not None: holes = holes | ~allowed
+        if holes.any(): self.holes = holes[:, :, None].expand(index.shape).reshape(-1)
 
     def read(
         self, x: Tensor, scratch: _Scratch, name,
@@ -297,58 +305,30 @@ class _Reader:
         x.view(-1, *x.shape[3:]).index_add_(0, index, part)
 
 # %% ../../nbs/10c_block_engine.ipynb #099f029b
-@dataclass
-class _Work:
-    "One piece, ready to compute: readers of its keys and queries, and the bias of its pairs."
-    keys: _Reader
-    queries: list[_Reader] # of each member of a group
-    batches: list[Tensor] | None = None # keys and values, once they are read
-    bias: Tensor | None = None # 0 or -inf, (outer, inner, M, J)
-    dead: Tensor | None = None # bool, broadcastable to (outer, inner, M): queries without keys
+class _Keys:
+    "The keys of a piece, which members of a group share, and the bias of its pairs."
 
-    def read_keys(self, keys: Sequence[Tensor], scratch: _Scratch) -> list[Tensor]:
-        "Keys and values, read once for all members of a group."
-        if self.batches is None:
-            self.batches = [self.keys.read(x, scratch, name) for x, name in zip(keys, "kv")]
-        return self.batches
-
-    def forbid(self, attended: Tensor, scratch: _Scratch, like: Tensor):
-        "Sets the bias from the pairs that are attended (outer, 1, M, J)."
+    def __init__(self, k: Tensor, piece: _Piece, test: _Test, fold: bool):
+        blocks, batches = piece.bucket.blocks, piece.batches
+        tokens, allowed = test.k_tokens[blocks].flatten(1), test.allowed(blocks, batches)
+        self.reader = _Reader(tokens, allowed, k.shape, batches, piece.kv_heads, fold)
+        self.scratch, self.batches = test.scratch, None
+        self.bias: Tensor | None = None # 0 or -inf, (outer, inner, M, J)
+        self.dead: Tensor | None = None # bool, (outer, 1, M): queries without keys
+        attended = test(piece.bucket, batches)
+        if attended is None: return
+        if fold: attended = attended.flatten(0, 1)[:, None]  # (R * B, 1, M, J)
+        rows = piece.bucket.rows.shape[1] * test.BM
         self.dead = ~attended.any(-1)
-        bias = scratch.take("bias", attended.shape, like.dtype, like.device)
+        bias = self.scratch.take("bias", attended.shape, k.dtype, k.device)
         torch.where(attended, bias.new_zeros(()), bias.new_full((), -torch.inf), out=bias)
-        self.bias = bias.expand(-1, self.keys.shape[1], self.queries[0].shape[2], -1)
+        self.bias = bias.expand(-1, self.reader.shape[1], rows, -1)
 
-# %% ../../nbs/10c_block_engine.ipynb #9db39096
-def _readers(q: Tensor, k: Tensor, piece: _Piece, test: _Test, fold: bool) -> _Work:
-    "Readers of a piece; what is masked reads as 0, whatever it holds."
-    rows, blocks = piece.bucket.rows[piece.part], piece.bucket.blocks[piece.part]
-    tokens, q_tokens = test.k_tokens[blocks].flatten(1), test.q_tokens[rows].flatten(1)
-    holes = (tokens < 0)[:, None]
-    if test.key_mask is not None:
-        masked = ~test.key_mask[piece.batches][:, blocks].flatten(2).transpose(0, 1)
-        holes = holes | masked
-    keys = _Reader(tokens.clamp(min=0), holes, k.shape, piece.batches, piece.kv_heads, fold)
-    gone = (q_tokens < 0)[:, None]
-    queries = [
-        _Reader(q_tokens.clamp(min=0), gone, q.shape, piece.batches, heads, fold)
-        for heads in piece.q_heads]
-    return _Work(keys, queries)
-
-# %% ../../nbs/10c_block_engine.ipynb #8c6996b4
-def _work(
-    q: Tensor, k: Tensor, lists: BlockLists, key_mask: Tensor | None, scratch: _Scratch,
-) -> Iterator[_Work]:
-    "Yields the pieces of a call."
-    test, fold = _Test(lists, key_mask, scratch), key_mask is not None and q.shape[0] > 1
-    elements = lists.block_size[1] * q.shape[3]
-    for piece in _pieces(lists, q.shape[0], q.shape[1], k.shape[1], elements):
-        work = _readers(q, k, piece, test, fold)
-        attended = test(piece.bucket, piece.part, piece.batches)
-        if attended is not None and fold:
-            attended = attended.flatten(0, 1)[:, None]  # (R * B, 1, M, J)
-        if attended is not None: work.forbid(attended, scratch, q)
-        yield work
+    def read(self, keys: Sequence[Tensor]) -> list[Tensor]:
+        "Keys and values, read once for all members."
+        if self.batches is None:
+            self.batches = [self.reader.read(x, self.scratch, name) for x, name in zip(keys, "kv")]
+        return self.batches
 
 # %% ../../nbs/10c_block_engine.ipynb #1f4fb269
 def _results(q: Tensor, lists: BlockLists) -> Tensor:
@@ -362,23 +342,22 @@ def _results(q: Tensor, lists: BlockLists) -> Tensor:
 class _BlockTile(Tile):
     "The queries of one member of a group in a piece, and the keys of the piece."
 
-    def __init__(self, work: _Work, queries: _Reader, scratch: _Scratch):
-        self.work, self.queries, self.scratch = work, queries, scratch
+    def __init__(self, keys: _Keys, queries: _Reader): self.keys, self.queries = keys, queries
 
     def read(self, queries, keys):
-        rows = [None if x is None else self.queries.read(x, self.scratch, name)
+        rows = [None if x is None else self.queries.read(x, self.keys.scratch, name)
                 for name, x in enumerate(queries)]
-        return rows, self.work.read_keys(keys, self.scratch)
+        return rows, self.keys.read(keys)
 
-    def bias(self) -> Tensor | None: return self.work.bias
-    def empty(self) -> Tensor | None: return self.work.dead
+    def bias(self) -> Tensor | None: return self.keys.bias
+    def empty(self) -> Tensor | None: return self.keys.dead
 
     def write(self, x, batch, model, add=False):
         self.queries.write(x, batch)
         return x
 
     def add(self, x, batch, model, add=False):
-        self.work.keys.add(x, batch)
+        self.keys.reader.add(x, batch)
         return x
 
 # %% ../../nbs/10c_block_engine.ipynb #57c93f76
@@ -386,17 +365,20 @@ def _tiles(
     q: Tensor, k: Tensor, lists: BlockLists, key_mask: Tensor | None,
 ) -> Iterator[_BlockTile]:
     "The tiles of a call."
-    scratch = _Scratch()
-    for work in _work(q, k, lists, key_mask, scratch):
-        for queries in work.queries: yield _BlockTile(work, queries, scratch)
+    test, fold = _Test(lists, key_mask, _Scratch()), key_mask is not None and q.shape[0] > 1
+    elements = lists.block_size[1] * q.shape[3]
+    for piece in _pieces(lists, q.shape[0], q.shape[1], k.shape[1], elements):
+        keys = _Keys(k, piece, test, fold)
+        tokens = test.q_tokens[piece.bucket.rows].flatten(1)
+        for heads in piece.q_heads:
+            yield _BlockTile(keys, _Reader(tokens, None, q.shape, piece.batches, heads, fold))
 
 # %% ../../nbs/10c_block_engine.ipynb #b3706776
-def _block_forward(
-    q, k, v, lists: BlockLists, key_mask, scale: float,
-) -> tuple[Tensor, Tensor]: # out, lse
+def _block_forward(q, k, v, key_mask, *rest) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE, by gathered blocks."
-    model, wide = q, lse_dtype(q.dtype)
-    q, k, v = (x.to(wide).contiguous() for x in (q, k, v))
+    *tensors, scale, sizes, causal = rest
+    model, lists = q, lists_from_operands(*tensors, sizes, causal)
+    q, k, v = (x.to(lse_dtype(q.dtype)).contiguous() for x in (q, k, v))
     tiles = _tiles(q, k, lists, key_mask)
     out, lse = attend_tiles(tiles, q, k, v, _results(q, lists), new_lse(q), scale)
     assert out is not None  # `_results` made it
@@ -404,10 +386,12 @@ def _block_forward(
 
 # %% ../../nbs/10c_block_engine.ipynb #38d7220a
 def _block_backward(
-    dout, dlse, q, k, v, out, lse, lists: BlockLists, key_mask, scale: float,
-) -> tuple[Tensor, ...]:
-    "dq, dk and dv, by the same blocks; dK and dV are summed in the order of the pieces."
-    models, wide = (q, k, v), lse_dtype(q.dtype)
+    dout, dlse, q, k, v, out, lse, key_mask, *rest,
+) -> tuple[Tensor, ...]: # dq, dk, dv
+    "Gradients by the same blocks; dK and dV are summed in the order of the pieces."
+    *tensors, scale, sizes, causal = rest
+    models, lists = (q, k, v), lists_from_operands(*tensors, sizes, causal)
+    wide = lse_dtype(q.dtype)
     dout, q, k, v, out = (x.to(wide).contiguous() for x in (dout, q, k, v, out))
     lse, dlse = without_empty_rows(lse, dlse)
     if dlse is not None: dlse = dlse.contiguous()
@@ -416,31 +400,16 @@ def _block_backward(
     grads = attend_tiles_backward(tiles, dout, dlse, q, k, v, out, lse, room, scale)
     return tuple(map(like, grads, models))
 
-# %% ../../nbs/10c_block_engine.ipynb #18351164
-def _forward_engine(q, k, v, key_mask, *rest) -> tuple[Tensor, Tensor]: # out, lse
-    *tensors, scale, sizes, causal = rest
-    return _block_forward(q, k, v, lists_from_operands(*tensors, sizes, causal), key_mask, scale)
-
-# %% ../../nbs/10c_block_engine.ipynb #786c5e86
-def _backward_engine(
-    dout, dlse, q, k, v, out, lse, key_mask, *rest,
-) -> tuple[Tensor, ...]: # dq, dk, dv
-    *tensors, scale, sizes, causal = rest
-    lists = lists_from_operands(*tensors, sizes, causal)
-    return _block_backward(dout, dlse, q, k, v, out, lse, lists, key_mask, scale)
-
 # %% ../../nbs/10c_block_engine.ipynb #24a4327c
 _operator = AttentionOperator(
-    "block", _forward_engine, _backward_engine,
+    "block", _block_forward, _block_backward,
     ("key_mask", *LIST_TENSORS), "float scale, SymInt[] sizes, bool causal")
 
 # %% ../../nbs/10c_block_engine.ipynb #5ef32b2a
-def _in_slots(
-    x: Tensor, tokens: Tensor, key_mask: Tensor | None, dtype: torch.dtype,
-) -> Tensor: # (B, heads, blocks, rows, D)
-    "Rows of `x` (B, heads, T, D) by slot; 0 where there is none, or where it is masked."
-    if key_mask is not None: x = x.masked_fill(~key_mask[:, None, :, None], 0)
-    return x[:, :, tokens.clamp(min=0)].masked_fill((tokens < 0)[..., None], 0).to(dtype)
+def _rows_of(x: Tensor, heads: slice, tokens: Tensor, batches: slice) -> Tensor:
+    "Rows of `x` (B, heads, T, D) by token (R, S): (B, heads, R, S, D), 0 where there is none."
+    rows = x[batches, heads][:, :, tokens.clamp(min=0)]
+    return rows.masked_fill((tokens < 0)[..., None], 0)
 
 # %% ../../nbs/10c_block_engine.ipynb #3664bc57
 def _piece_attention(
@@ -458,47 +427,39 @@ def _piece_attention(
     out, lse = masked_attention(one_head(q), one_head(k), one_head(v), mask, scale, dropout_p)
     return out.view(*shape, *out.shape[2:]), lse.view(*shape, lse.shape[2])
 
-# %% ../../nbs/10c_block_engine.ipynb #0550c172
-def _in_tokens(x: Tensor, tokens: Tensor, into: Tensor) -> Tensor: # like `into`
-    "Writes rows by slot (B, heads, blocks, rows, ...) into rows by token."
-    slot = (tokens.flatten() >= 0).nonzero()[:, 0]
-    return into.index_copy(2, tokens.flatten()[slot], x.flatten(2, 3)[:, :, slot])
-
 # %% ../../nbs/10c_block_engine.ipynb #1a88aad3
 def _attend_piece(piece: _Piece, test: _Test, q, k, v, scale, dropout_p) -> Iterator[tuple]:
-    "Yields query heads, out and lse of a piece, for each member of a group; q, k, v by slot."
-    rows, blocks = piece.bucket.rows[piece.part], piece.bucket.blocks[piece.part]
-    attended = test(piece.bucket, piece.part, piece.batches)
-    own = piece.batches, piece.kv_heads
-    keys, values = (x[own][:, :, blocks].flatten(3, 4) for x in (k, v))
+    "Yields query heads, tokens, out and lse of a piece, for each member of a group."
+    bucket, batches = piece.bucket, piece.batches
+    attended, key_tokens = test(bucket, batches), test.k_tokens[bucket.blocks].flatten(1)
+    keys, values = (_rows_of(x, piece.kv_heads, key_tokens, batches) for x in (k, v))
+    tokens = test.q_tokens[bucket.rows].flatten(1)
     for heads in piece.q_heads:
-        queries = q[piece.batches, heads][:, :, rows].flatten(3, 4)
-        yield heads, *_piece_attention(queries, keys, values, attended, scale, dropout_p)
+        queries = _rows_of(q, heads, tokens, batches)
+        yield heads, tokens, *_piece_attention(queries, keys, values, attended, scale, dropout_p)
 
 # %% ../../nbs/10c_block_engine.ipynb #d4839cf6
-def _put(whole: Tensor, part: Tensor, piece: _Piece, heads: slice):
-    "Writes results of a piece into those of all query blocks (B, H, nQ, BM, ...)."
-    rows, own = piece.bucket.rows[piece.part].flatten(), whole[piece.batches, heads]
-    part = part.reshape(*own.shape[:2], len(rows), *own.shape[3:])
-    whole[piece.batches, heads] = own.index_copy(2, rows, part)
+def _put(whole: Tensor, part: Tensor, tokens: Tensor, batches: slice, heads: slice):
+    "Writes results of a piece (B, heads, R, S, ...) into those of all tokens (B, H, N, ...)."
+    slot, own = (tokens.flatten() >= 0).nonzero()[:, 0], whole[batches, heads]
+    rows = part.flatten(2, 3)[:, :, slot]
+    whole[batches, heads] = own.index_copy(2, tokens.flatten()[slot], rows)
 
 # %% ../../nbs/10c_block_engine.ipynb #c87154dc
 def _block_expression(q, k, v, lists: BlockLists, key_mask, dropout_p: float, scale: float):
     "The same as plain differentiable PyTorch, on any device: out, lse."
-    wide, test = torch.promote_types(q.dtype, torch.float32), _Test(lists, key_mask, _Scratch())
-    qs = _in_slots(q, test.q_tokens, None, wide)
-    ks, vs = (_in_slots(x, test.k_tokens, key_mask, wide) for x in (k, v))
+    dtype, test = q.dtype, _Test(lists, key_mask, _Scratch())
+    k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
+    q, k, v = (x.to(lse_dtype(dtype)) for x in (q, k, v))
     always = torch.ones((), dtype=torch.bool, device=q.device)
     # ties results without keys to their inputs
-    nothing = (q.sum() + k.sum() + v.sum()).masked_fill(always, 0).to(wide)
-    out, lse = torch.zeros_like(qs) + nothing, qs.new_full(qs.shape[:-1], -torch.inf) + nothing
+    nothing = (q.sum() + k.sum() + v.sum()).masked_fill(always, 0)
+    out, lse = q.new_zeros(q.shape) + nothing, new_lse(q) + nothing
     for piece in _pieces(lists, q.shape[0], q.shape[1], k.shape[1], test.BN * q.shape[3]):
-        for heads, *parts in _attend_piece(piece, test, qs, ks, vs, scale, dropout_p):
-            for whole, part in zip((out, lse), parts): _put(whole, part, piece, heads)
-    blank_out = q.new_zeros(q.shape, dtype=wide) + nothing
-    blank_lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide) + nothing
-    out = _in_tokens(out, test.q_tokens, blank_out).to(q.dtype)
-    return out, _in_tokens(lse, test.q_tokens, blank_lse)
+        for heads, tokens, *parts in _attend_piece(piece, test, q, k, v, scale, dropout_p):
+            for whole, part in zip((out, lse), parts):
+                _put(whole, part, tokens, piece.batches, heads)
+    return out.to(dtype), lse
 
 # %% ../../nbs/10c_block_engine.ipynb #1f39b3ab
 def block_sdpa_attention(
@@ -540,15 +501,12 @@ class BlockStats:
 # %% ../../nbs/10c_block_engine.ipynb #c982bd23
 def _count_pairs(lists: BlockLists, test: _Test) -> int:
     "Attended pairs of all groups: the test is run, piece by piece."
-    pairs, size = 0, prod(lists.block_size)
-    buckets = (x for group in range(lists.num_groups) for x in _buckets(lists.rows, group))
-    for bucket in buckets:
-        lines, n = bucket.blocks.shape
-        for part in _cut(0, lines, 1, (1 << 22) // (size * n)):
-            there = test.q_tokens[bucket.rows[part]].flatten(1) >= 0  # (R, m * BM)
-            attended = test(bucket, part, slice(None))
-            if attended is None: pairs += int(there.sum()) * n * lists.block_size[1]
-            else: pairs += int((attended[:, 0] & there[..., None]).sum())
+    pairs, (batches, heads) = 0, lists.groups
+    for piece in _pieces(lists, batches, heads, heads, prod(lists.block_size)):
+        there = test.q_tokens[piece.bucket.rows].flatten(1) >= 0  # (R, m * BM)
+        attended = test(piece.bucket, slice(None))
+        if attended is None: pairs += int(there.sum()) * piece.bucket.blocks.shape[1] * test.BN
+        else: pairs += int((attended[:, 0] & there[..., None]).sum())
     return pairs
 
 # %% ../../nbs/10c_block_engine.ipynb #fdb3261b

@@ -40,19 +40,23 @@ class BlockRows:
         "The same on another device."
         return BlockRows(self.start.to(device), self.index.to(device), self.full.to(device))
 
+    def entries(self) -> tuple[Tensor, Tensor, Tensor, Tensor]: # group, row, other, full
+        "All entries, in the order of `index`: int64 each, and a bool."
+        n, device = self.full.shape[1], self.start.device
+        count = self.start.diff(dim=1).flatten()
+        line = torch.arange(len(count), device=device).repeat_interleave(count)
+        place = torch.arange(len(line), device=device) - self.start[:, :-1].flatten()[line]
+        return line // n, line % n, self.index.long(), place < self.full.flatten()[line]
+
     def kinds(
         self,
         width: int, # blocks of the other side
     ) -> Tensor: # int8 (G, n, width): 0 empty, 1 partial, 2 full
         "What the rows say of each block, dense; for tests and pictures."
-        (G, n), device = self.full.shape, self.start.device
-        start, count = self.start[:, :-1].flatten().long(), self.start.diff(dim=1).flatten().long()
-        row = torch.repeat_interleave(torch.arange(G * n, device=device), count)
-        inside = torch.arange(len(row), device=device) - (count.cumsum(0) - count)[row]
-        kinds = torch.zeros(G * n, width, dtype=torch.int8, device=device)
-        full = inside < self.full.flatten()[row]
-        kinds[row, self.index[start[row] + inside].long()] = torch.where(full, 2, 1).to(torch.int8)
-        return kinds.view(G, n, width)
+        group, row, other, full = self.entries()
+        kinds = self.index.new_zeros((*self.full.shape, width), dtype=torch.int8)
+        kinds[group, row, other] = 1 + full.to(torch.int8)
+        return kinds
 
 # %% ../../nbs/10_block_lists.ipynb #b72b6da5
 def _slot_tokens(

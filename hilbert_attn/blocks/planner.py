@@ -41,10 +41,6 @@ def _cells(pattern: AxisPattern, order: np.ndarray) -> np.ndarray: # int64, alon
     "The cell of each token that is not shared."
     return np.arange(len(order)) if pattern.along_curve else order - pattern.shared
 
-# %% ../../nbs/10a_block_planner.ipynb #da744269
-def _coordinates(pattern: AxisPattern, order: np.ndarray) -> tuple[np.ndarray, ...]:
-    return np.unravel_index(_cells(pattern, order), pattern.grid)
-
 # %% ../../nbs/10a_block_planner.ipynb #edd764db
 def _table(pattern: AxisPattern, cells: np.ndarray, values: np.ndarray) -> np.ndarray:
     "The value of each cell of the grid; -1 past the last coordinate of an axis."
@@ -66,14 +62,14 @@ def _chunks(row: np.ndarray, work: np.ndarray) -> Iterator[slice]:
     return map(slice, first, np.append(first[1:], len(row)))
 
 # %% ../../nbs/10a_block_planner.ipynb #474b3f65
-def _interval_pairs(pattern, order, q_tokens, k_tokens, block_size, causal) -> Iterator[tuple]:
+def _interval_pairs(pattern, order, tokens, block_size, causal) -> Iterator[tuple]:
     "Yields rows (queries, 1) and key blocks (queries, keys): one for each pair."
-    cell = np.empty(pattern.seq_len, np.int64)  # of each token
+    cell = np.empty_like(order)  # of each token
     cell[order] = _cells(pattern, order)
-    q_slot, k_slot = (np.flatnonzero(tokens >= 0) for tokens in (q_tokens, k_tokens))
-    query, keys = q_tokens[q_slot], cell[k_tokens[k_slot]]
-    block = _table(pattern, keys, k_slot // block_size[1])
-    token = _table(pattern, keys, k_tokens[k_slot]) if causal else block
+    q_slot, k_slot = (np.flatnonzero(side >= 0) for side in tokens)
+    query, key = tokens[0][q_slot], tokens[1][k_slot]
+    block = _table(pattern, cell[key], k_slot // block_size[1])
+    token = _table(pattern, cell[key], key)
     x, row = np.unravel_index(cell[query], pattern.grid), q_slot // block_size[0]
     steps = [stride // block.itemsize for stride in block.strides]
     axes = [step * _axis_keys(pattern, axis) for axis, step in enumerate(steps)]
@@ -115,28 +111,24 @@ def _parts(tokens, section, size: int, queries: int) -> np.ndarray: # (5, parts)
     return np.stack([*np.divmod(key[begin], width), np.diff(begin, append=len(key)), least, most])
 
 # %% ../../nbs/10a_block_planner.ipynb #5516b1db
-def _ranges(first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    "All pairs (i, j) with first[i] <= j <= last[i]."
-    count = last - first + 1
+def _ranges(first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    "All pairs (i, j) with first[i] <= j < end[i]."
+    count = end - first
     i = np.repeat(np.arange(len(first)), count)
     return i, np.arange(len(i)) + (first - (np.cumsum(count) - count))[i]
 
 # %% ../../nbs/10a_block_planner.ipynb #b4f3ad10
-def _section_pairs(q_tokens, k_tokens, q_section, k_section, block_size, causal) -> Iterator[tuple]:
+def _section_pairs(q_parts: np.ndarray, k_parts: np.ndarray, causal: bool) -> Iterator[tuple]:
     "Yields rows, columns and pairs: one for each two parts of one section."
-    q = _parts(q_tokens, q_section, block_size[0], len(q_section))
-    k = _parts(k_tokens, k_section, block_size[1], len(q_section))
-    k = k[:, np.argsort(k[1], kind="stable")]
-    first, last = np.searchsorted(k[1], q[1]), np.searchsorted(k[1], q[1], "right") - 1
-    met = first <= last
-    q, first, last = q[:, met], first[met], last[met]
-    for part in _chunks(q[0], last - first + 1):
-        i, j = _ranges(first[part], last[part])
-        row, _, q_count, q_least, q_most = q[:, part][:, i]
-        column, _, k_count, k_least, k_most = k[:, j]
+    k_parts = k_parts[:, np.argsort(k_parts[1], kind="stable")]
+    first, last = (np.searchsorted(k_parts[1], q_parts[1], side) for side in ("left", "right"))
+    for some in _chunks(q_parts[0], last - first):
+        i, j = _ranges(first[some], last[some])
+        row, _, q_count, q_least, q_most = q_parts[:, some][:, i]
+        column, _, k_count, k_least, k_most = k_parts[:, j]
         pairs = q_count * k_count
         if causal: pairs = np.where(k_most <= q_least, pairs, k_least <= q_most)
-        yield row, column, pairs
+        if len(row): yield row, column, pairs
 
 # %% ../../nbs/10a_block_planner.ipynb #980daa26
 def _running_minima(tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -149,10 +141,11 @@ def _running_minima(tokens: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarr
 # %% ../../nbs/10a_block_planner.ipynb #4fe9929a
 def _slide_pairs(first, last, tokens: np.ndarray, block_size, causal) -> Iterator[tuple]:
     "Yields rows, columns and pairs: one for each query and block of its keys, first ... last."
-    position, (BM, BN) = np.arange(len(tokens)), block_size
+    row, (_, BN) = np.arange(len(tokens)) // block_size[0], block_size
     from_start, to_end, most = _running_minima(tokens, BN)
-    for part in _chunks(position // BM, last // BN - first // BN + 1):
-        i, column = _ranges(first[part] // BN, last[part] // BN)
+    left, right = first // BN, last // BN + 1
+    for part in _chunks(row, right - left):
+        i, column = _ranges(left[part], right[part])
         i += part.start
         begin = np.maximum(first[i], column * BN)
         end = np.minimum(last[i], column * BN + BN - 1)
@@ -160,15 +153,7 @@ def _slide_pairs(first, last, tokens: np.ndarray, block_size, causal) -> Iterato
         if causal:
             least = np.where(end == last[i], from_start[end], to_end[begin])
             pairs = np.where(most[column] <= tokens[i], pairs, least <= tokens[i])
-        yield i // BM, column, pairs
-
-# %% ../../nbs/10a_block_planner.ipynb #d63de568
-def _slides(pattern: AxisPattern) -> bool:
-    "Are places positions, and does each query attend itself?"
-    if not pattern.along_curve: return False
-    place, first, last = pattern.axis_bounds(0)
-    own = np.arange(len(place))
-    return bool((place == own).all() and (first <= own).all() and (own <= last).all())
+        yield row[i], column, pairs
 
 # %% ../../nbs/10a_block_planner.ipynb #dca60609
 def _packed(sizes: np.ndarray, block: int) -> np.ndarray:
@@ -183,16 +168,14 @@ def _packed(sizes: np.ndarray, block: int) -> np.ndarray:
 
 # %% ../../nbs/10a_block_planner.ipynb #115165be
 def _starts(sizes, block_size) -> Sequence[np.ndarray]: # of queries, of keys
-    "First slots of sections: packed if that leaves fewer blocks to visit, else without gaps."
-    def blocks(first, n, block): return (-(-(first + n) // block) - first // block) * (n > 0)
-
+    "First slots of sections: without gaps, or packed if that leaves fewer blocks to visit."
     def visited(starts):
-        q_blocks, k_blocks = map(blocks, starts, sizes, block_size)
-        return q_blocks @ k_blocks
+        sides = zip(starts, sizes, block_size)
+        blocks = [(first + n - 1) // size - first // size + 1 for first, n, size in sides]
+        return (np.prod(blocks, 0) * np.all(sizes, 0)).sum()
 
     dense = [np.cumsum(n) - n for n in sizes]
-    packed = [_packed(n, block) for n, block in zip(sizes, block_size)]
-    return packed if visited(packed) < visited(dense) else dense
+    return min(dense, [*map(_packed, sizes, block_size)], key=visited)
 
 # %% ../../nbs/10a_block_planner.ipynb #459397f5
 def _padded(tokens: np.ndarray, block: int) -> np.ndarray:
@@ -209,58 +192,58 @@ def _side_by_side(tokens, section, sizes, starts, block: int) -> np.ndarray:
     return _padded(slots, block)
 
 # %% ../../nbs/10a_block_planner.ipynb #fff6395c
-def _by_section(tokens, sections, block_size) -> tuple[np.ndarray, np.ndarray]: # queries, keys
+def _by_section(tokens, sections, block_size) -> list[np.ndarray]: # queries, keys
     "Tokens in slots, section by section; `sections`: of each token as a query, as a key."
-    count = max(section.max() for section in sections) + 1
+    count = np.max(sections) + 1
     sizes = [np.bincount(section, minlength=count) for section in sections]
-    starts = _starts(sizes, block_size)
-    sides = zip(sections, sizes, starts, block_size)
-    queries, keys = (_side_by_side(tokens, *side) for side in sides)
-    return queries, keys
+    return [
+        _side_by_side(tokens, *side)
+        for side in zip(sections, sizes, _starts(sizes, block_size), block_size)]
 
 # %% ../../nbs/10a_block_planner.ipynb #f6f14a48
 @dataclass
 class _Plan:
     "Where tokens lie, what decides a pair, and where pairs are."
-    q_tokens: np.ndarray # (slots,): token in each query slot, -1: none
-    k_tokens: np.ndarray # (slots,)
-    lo: np.ndarray # (A, N): by token, the least coordinate that a query attends
-    hi: np.ndarray # (A, N): the greatest
-    at: np.ndarray # (A, N): by token, the coordinate of a key
+    tokens: list[np.ndarray] # (slots,) of queries, of keys: token in each slot, -1: none
     pairs: Iterator[tuple] # what `_tally` adds up
+    at: np.ndarray # (A, N): by token, the coordinate of a key
+    lo: np.ndarray # (A, N): the least that a query attends
+    hi: np.ndarray # (A, N): the greatest
 
 # %% ../../nbs/10a_block_planner.ipynb #a4589f93
-def _bounds_of(pattern: AxisPattern, order: np.ndarray) -> np.ndarray: # int64 (3, A, N)
-    "By token: the place of a key, and the least and the greatest that a query attends."
-    bounds = np.zeros((3, len(pattern.grid), pattern.seq_len), np.int64)
-    for axis, x in enumerate(_coordinates(pattern, order)):
-        for table, of in zip(pattern.axis_bounds(axis), bounds[:, axis]): of[order] = table[x]
-    return bounds
+def _places(pattern: AxisPattern, order: np.ndarray) -> np.ndarray: # int64 (3, A, tokens)
+    "Along the order: the place of a key, and the first and the last that a query attends."
+    coordinates = np.unravel_index(_cells(pattern, order), pattern.grid)
+    tables = map(pattern.axis_bounds, range(len(coordinates)))
+    return np.stack([[of[x] for of in three] for three, x in zip(tables, coordinates)], 1)
 
 # %% ../../nbs/10a_block_planner.ipynb #88f61c18
 def _plan_intervals(pattern, order, block_size, causal) -> _Plan:
     "Positions are slots; or residue classes one behind the other, each along the order."
     if pattern.shared: raise ValueError(f"{pattern}: shared tokens stand beside boxes only")
-    at, lo, hi = _bounds_of(pattern, order)
-    if _slides(pattern):
-        q_tokens, k_tokens = (_padded(order, block) for block in block_size)
-        pairs = _slide_pairs(lo[0, order], hi[0, order], order, block_size, causal)
+    place, first, last = places = _places(pattern, order)
+    own = np.arange(len(order))
+    sees_itself = (place == own) & (first <= own) & (own <= last)
+    if pattern.along_curve and sees_itself.all():
+        tokens = [_padded(order, block) for block in block_size]
+        pairs = _slide_pairs(first[0], last[0], order, block_size, causal)
     else:
         dilation = pattern.dilation or (1,) * len(pattern.grid)
-        residues = [x % d for x, d in zip(_coordinates(pattern, order), dilation)]
-        residue = np.ravel_multi_index(residues, dilation)
-        q_tokens, k_tokens = _by_section(order, (residue, residue), block_size)
-        pairs = _interval_pairs(pattern, order, q_tokens, k_tokens, block_size, causal)
-    return _Plan(q_tokens, k_tokens, lo, hi, at, pairs)
+        coordinates = np.unravel_index(_cells(pattern, order), pattern.grid)
+        residue = np.ravel_multi_index([x % d for x, d in zip(coordinates, dilation)], dilation)
+        tokens = _by_section(order, [residue, residue], block_size)
+        pairs = _interval_pairs(pattern, order, tokens, block_size, causal)
+    by_token = np.empty_like(places)
+    by_token[:, :, order] = places
+    return _Plan(tokens, pairs, *by_token)
 
 # %% ../../nbs/10a_block_planner.ipynb #eb70e937
 def _boxes(pattern: AxisPattern, order: np.ndarray) -> np.ndarray:
-    "The box of each token: along the curve in its order, in a grid as boxes are met."
-    corner = 0
-    for axis, x in enumerate(_coordinates(pattern, order)):
-        corner = corner * pattern.grid[axis] + pattern.axis_bounds(axis)[1][x]
-    _, met, box = np.unique(corner, return_index=True, return_inverse=True)
-    return box if pattern.along_curve else np.argsort(np.argsort(met))[box]
+    "The box of each token, numbered as the order meets them."
+    _, first, _ = _places(pattern, order)
+    _, met, box = np.unique(
+        np.ravel_multi_index(first, pattern.grid), return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(met))[box]
 
 # %% ../../nbs/10a_block_planner.ipynb #f3395b41
 def _check_one_offset(pattern):
@@ -270,46 +253,39 @@ def _check_one_offset(pattern):
         "with offsets=(o,), and call once per group of heads")
 
 # %% ../../nbs/10a_block_planner.ipynb #b6be1881
-def _sections(pattern, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _sections(pattern, order: np.ndarray) -> list[np.ndarray]:
     "Sections by position, as a query and as a key: queries attend all keys of their section."
-    if not isinstance(pattern, SegmentPattern): return (_boxes(pattern, order),) * 2
+    if not isinstance(pattern, SegmentPattern): return [_boxes(pattern, order)] * 2
     _check_one_offset(pattern)
     segment, inside = np.divmod(np.arange(len(order)), pattern.segment_size)
     residue = inside % pattern.dilation_rate
-    if pattern.mode == "residue": return (segment * pattern.dilation_rate + residue,) * 2
+    if pattern.mode == "residue": return [segment * pattern.dilation_rate + residue] * 2
     chosen, nobody = residue == pattern.offsets[0], segment[-1] + 1
-    keys = np.where(chosen, segment, nobody + 1)
-    return (segment if pattern.mode == "keys" else np.where(chosen, segment, nobody)), keys
-
-# %% ../../nbs/10a_block_planner.ipynb #4c0a0d25
-def _mixed(tokens, section, size: int) -> bool:
-    "Does some block hold tokens of several sections?"
-    sections = np.append(section, -1)[tokens].reshape(-1, size)  # -1 in an empty slot
-    return bool(((sections < sections.max(1, keepdims=True)) & (sections >= 0)).any())
+    queries = segment if pattern.mode == "keys" else np.where(chosen, segment, nobody)
+    return [queries, np.where(chosen, segment, nobody + 1)]
 
 # %% ../../nbs/10a_block_planner.ipynb #1e6be33d
 def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
     "Sections side by side, in a grid only if asked to; shared tokens first, in their own blocks."
-    sections = _sections(pattern, order)
-    boxes = not isinstance(pattern, SegmentPattern) and not pattern.along_curve
-    as_they_come = boxes and not grouped and max(pattern.dilation, default=1) == 1
-    if as_they_come: tokens = tuple(_padded(order, block) for block in block_size)
-    else: tokens = _by_section(order, sections, block_size)
-    shared = np.arange(pattern.seq_len - len(order))
-    q_tokens, k_tokens = (np.append(_padded(shared, b), x) for b, x in zip(block_size, tokens))
-    nobody = max(section.max() for section in sections) + 1
-    own = np.repeat([[nobody], [nobody + 1]], pattern.seq_len, 1)  # of shared tokens
+    n, sections = pattern.seq_len, _sections(pattern, order)
+    on_grid = isinstance(pattern, AxisPattern) and not pattern.along_curve
+    as_they_come = on_grid and not grouped and max(pattern.dilation, default=1) == 1
+    layout = np.zeros_like(sections) if as_they_come else sections
+    tokens = _by_section(order, layout, block_size)
+    shared = np.arange(n - len(order))
+    tokens = [np.append(_padded(shared, size), x) for size, x in zip(block_size, tokens)]
+    nobody = np.max(sections) + 1
+    own = np.repeat([[nobody], [nobody + 1]], n, 1)  # of shared tokens
     own[:, order] = sections
-    mixed = any(map(_mixed, (q_tokens, k_tokens), own, block_size))
-    lo, at = own[:, None] if mixed else own[:, None][:, :0]
-    q_section, k_section = own
-    pairs = _section_pairs(q_tokens, k_tokens, q_section, k_section, block_size, causal)
-    return _Plan(q_tokens, k_tokens, lo, lo, at, pairs)
+    parts = [_parts(*side, n) for side in zip(tokens, own, block_size)]
+    mixed = any((np.diff(block) == 0).any() for block, *_ in parts)
+    lo, at = own[:, None][:, :mixed]  # no axis, where a block holds tokens of one section only
+    return _Plan(tokens, _section_pairs(*parts, causal), at, lo, lo)
 
 # %% ../../nbs/10a_block_planner.ipynb #41c1cdad
 def _visited_blocks(plan: _Plan, found: Iterable[tuple], block_size) -> tuple:
     "The blocks that hold pairs: row, column, full."
-    queries = (plan.q_tokens >= 0).reshape(-1, block_size[0]).sum(1)
+    queries = (plan.tokens[0] >= 0).reshape(-1, block_size[0]).sum(1)
     tallies = [np.zeros((3, 0), np.int64), *(_tally(*chunk) for chunk in found)]
     row, column, pairs = map(np.concatenate, zip(*tallies))
     return row, column, pairs == queries[row] * block_size[1]
@@ -319,17 +295,19 @@ def _bounds(plan: _Plan, always: np.ndarray, shared: int) -> dict[str, Any]: # i
     "Bounds by slot, on those axes that rule anything out."
     cuts = (plan.lo.max(1) > plan.at.min(1)) | (plan.hi.min(1) < plan.at.max(1))
     if not cuts.any(): return {}
-    lo, hi, at = plan.lo[cuts], plan.hi[cuts], plan.at[cuts]
-    lo[:, :shared], hi[:, :shared] = 0, NEVER - 1
-    at = np.pad(at, ((0, 0), (0, len(always) - at.shape[1])))
+    at = np.zeros((cuts.sum(), len(always)), np.int64)
+    at[:, :plan.at.shape[1]] = plan.at[cuts]
     at[0, always] = ALWAYS
+    lo, hi = plan.lo[cuts], plan.hi[cuts]
+    lo[:, :shared], hi[:, :shared] = 0, NEVER - 1
 
     def by_slot(values, tokens, empty):
         values = np.pad(values, ((0, 0), (0, 1)), constant_values=empty)  # for token -1
         return torch.from_numpy(values[:, tokens].astype(np.int32))
 
-    lo, hi = by_slot(lo, plan.q_tokens, 1), by_slot(hi, plan.q_tokens, 0)
-    return dict(lo=lo, hi=hi, at=by_slot(at, plan.k_tokens, NEVER))
+    queries, keys = plan.tokens
+    lo, hi = by_slot(lo, queries, 1), by_slot(hi, queries, 0)
+    return dict(lo=lo, hi=hi, at=by_slot(at, keys, NEVER))
 
 # %% ../../nbs/10a_block_planner.ipynb #6f456603
 def _plan(pattern, order, block_size, causal, grouped) -> _Plan:
@@ -339,13 +317,14 @@ def _plan(pattern, order, block_size, causal, grouped) -> _Plan:
     return _plan_intervals(pattern, order, block_size, causal)
 
 # %% ../../nbs/10a_block_planner.ipynb #6b87445e
-def _everybodys(plan: _Plan, always: np.ndarray, shared: int, *options) -> Iterator[tuple]:
+def _everybodys(plan: _Plan, always, block_size, causal) -> Iterator[tuple]:
     "Where keys are attended by everybody, and where shared queries attend the others: sections."
-    n, tokens = plan.lo.shape[1], (plan.q_tokens, plan.k_tokens)
-    yield from _section_pairs(*tokens, np.zeros(n, np.int64), np.where(always, 0, 1), *options)
-    if not shared: return
-    queries, keys = np.where(always[:n], 0, 1), np.where(always, 2, 0)
-    yield from _section_pairs(*tokens, queries, keys, *options)
+    n = plan.lo.shape[1]
+    everybody, others = np.zeros(n, np.int64), np.where(always[:n], 0, 1)
+    chosen, rest = np.where(always, 0, 1), np.where(always, 2, 0)
+    for sections in ((everybody, chosen), (others, rest)):
+        sides = zip(plan.tokens, sections, block_size)
+        yield from _section_pairs(*(_parts(*side, n) for side in sides), causal)
 
 # %% ../../nbs/10a_block_planner.ipynb #8248c456
 def _along(order: Tensor | None, count: int) -> np.ndarray: # int64 (count,)
@@ -363,17 +342,17 @@ def _build(pattern, order, block_size, causal, registers: int, grouped) -> Block
     plan = _plan(pattern, _along(order, n - shared) + shared, block_size, causal, grouped)
     token = np.arange(n + registers)
     always = (token < shared) | (token >= n)
-    plan.k_tokens = np.append(plan.k_tokens, _padded(token[n:], block_size[1]))
+    queries, keys = plan.tokens
+    plan.tokens = [queries, np.append(keys, _padded(token[n:], block_size[1]))]
     found = plan.pairs
-    if always.any(): found = chain(found, _everybodys(plan, always, shared, block_size, causal))
+    if always.any(): found = chain(found, _everybodys(plan, always, block_size, causal))
     row, column, full = _visited_blocks(plan, found, block_size)
-    tokens, counts = (plan.q_tokens, plan.k_tokens), (n, n + registers)
-    blocks = [len(x) // size for x, size in zip(tokens, block_size)]
-    rows, columns = rows_and_columns(np.zeros_like(row), row, column, full, 1, blocks)
-    q_tokens, k_tokens = map(_unless_plain, tokens, counts)
+    blocks = [len(x) // size for x, size in zip(plan.tokens, block_size)]
+    rows, columns = rows_and_columns(0, row, column, full, 1, blocks)
+    tokens = map(_unless_plain, plan.tokens, (n, n + registers))
     bounds = {} if full.all() else _bounds(plan, always, shared)
     return BlockLists(
-        block_size, n, n + registers, q_tokens, k_tokens, rows, columns, causal=causal, **bounds)
+        block_size, n, n + registers, *tokens, rows, columns, causal=causal, **bounds)
 
 # %% ../../nbs/10a_block_planner.ipynb #89cd9f82
 def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slots,)

@@ -25,15 +25,14 @@ def _dimmed(photo: Photo) -> np.ndarray: # float (height, width, 3), 0 to 1
 # %% ../../nbs/16b_pictures.ipynb #96ac2afb
 def draw_curve(
     photo: Photo,
-    curve: str = "hilbert", # a name in `CURVES`, or "tile:S"
 ): # matplotlib figure
-    "The curve over the photo."
+    "The Hilbert curve over the photo."
     rows, cols = photo.grid
     width = min(6.4, 12 * cols / rows)
     fig, (ax,) = new_figure(panel=(width, width * rows / cols), pictures=True)
     ax.imshow(_dimmed(photo), extent=(0, cols, rows, 0))
     thick = 1.3 * min(1.6, max(0.3, 64 / max(photo.grid)))
-    plot_curve(ax, photo.grid, curve, linewidths=thick)
+    plot_curve(ax, photo.grid, "hilbert", linewidths=thick)
     n = rows * cols
     ax.collections[0].set_clim(-0.12 * n, 1.06 * n)  # without the darkest colours
     fig.set_layout_engine("none")

@@ -11,11 +11,12 @@ import html
 import io
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from math import ceil, prod, sqrt
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +24,14 @@ from torch import Tensor
 
 import hilbert_attn
 from ..bench.machine import describe_environment, environment
-from ..bench.measuring import progress_bar
+from ..bench.measuring import telling
+from ..bench.results import table_cells
 from ..curves import CURVES, curve_in_words, curve_order, locality, segment_map
-from .comparison import MASKED, NAIVE, compare_orders, demo_table, which_order
+from hilbert_attn.demo.comparison import (
+    KEEPS, MASKED, NAIVE, TAKES, compare_orders, demo_table, which_order,
+)
 from hilbert_attn.demo.photo import (
-    CHEEK, PATCH, Photo, load_photo, photo_tokens, project_tokens,
+    CHEEK, PATCH, Photo, load_photo, needs, photo_tokens, project_tokens,
 )
 from .pictures import draw_attention, draw_curve, draw_segments
 
@@ -91,13 +95,6 @@ _LABELS = {
     "look": "The attention of one patch, {}",
 }
 
-
-def _canvas(view: str, order: str, caption: str) -> str:
-    "One photo that the script draws on."
-    focus = ' tabindex="0"' if view == "look" else ""
-    label = _LABELS[view].format(order)
-    return _CANVAS.format(view=view, order=order, label=label, focus=focus, caption=caption)
-
 # %% ../../nbs/16d_report.ipynb #b532bc80
 def _panels(
     view: str, # "walk", "cut" or "look"
@@ -105,8 +102,14 @@ def _panels(
     picture: str, # what to show without a script
     alt: str,
 ) -> str:
-    "A photo for each order."
-    canvases = "\n".join(_canvas(view, order, caption) for order, caption in captions.items())
+    "A photo for each order, which the script draws on."
+    focus = ' tabindex="0"' if view == "look" else ""
+    canvases = "\n".join(
+        _CANVAS.format(
+            view=view, order=order, label=_LABELS[view].format(order), focus=focus, caption=caption,
+        )
+        for order, caption in captions.items()
+    )
     kind = "five" if len(captions) == 5 else "three"
     fallback = f'<noscript><img src="{picture}" alt="{alt}"></noscript>'
     return f'<div class="panels {kind}">{canvases}</div>{fallback}'
@@ -118,127 +121,116 @@ _TABLE = """\
 <tbody>
 {body}
 </tbody></table></div>"""
+_OVER = (
+    '<tr><th></th><th colspan="3" class="over">forward</th>'
+    '<th colspan="3" class="over">forward + backward</th></tr>'
+)
+_HEADINGS = dict(
+    name="order",
+    pairs="pairs per head",
+    share="of dense",
+    kept="neighbours kept",
+    reach="weight kept",
+    error="max. error",
+    forward_ms="ms",
+    forward_over_masked="&times; masked",
+    forward_over_naive="&times; naive",
+    both_ms="ms",
+    both_over_masked="&times; masked",
+    both_over_naive="&times; naive",
+)
 _ROW_KINDS = {"hilbert": ' class="key"', MASKED: ' class="base"', NAIVE: ' class="base"'}
 
 
 def _table_html(
     rows: list[dict],
-    columns: dict[str, tuple[str, str]], # name -> (heading, format)
+    formats: dict[str, str], # column -> format of its values
     over: str = "", # a line above the headings
 ) -> str:
     "Rows as an HTML table."
-    def cell(value, spec):
-        return f"<td>{'&ndash;' if value is None else format(value, spec)}</td>"
-
-    def line(row):
-        cells = (cell(row[name], spec) for name, (_, spec) in columns.items())
-        return f"<tr{_ROW_KINDS.get(row['name'], '')}>{''.join(cells)}</tr>"
-
-    head = "".join(f"<th>{heading}</th>" for heading, _ in columns.values())
-    return _TABLE.format(over=over, head=head, body="\n".join(map(line, rows)))
-
-# %% ../../nbs/16d_report.ipynb #512db3a2
-_OVER = (
-    '<tr><th></th><th colspan="3" class="over">forward</th>'
-    '<th colspan="3" class="over">forward + backward</th></tr>'
-)
-_TIMES = dict(
-    name=("order", ""),
-    forward_ms=("ms", ",.1f"),
-    forward_over_masked=("&times; masked", ".1f"),
-    forward_over_naive=("&times; naive", ".1f"),
-    both_ms=("ms", ",.1f"),
-    both_over_masked=("&times; masked", ".1f"),
-    both_over_naive=("&times; naive", ".1f"),
-)
-_CHECKS = dict(
-    name=("order", ""),
-    pairs=("pairs per head", ","),
-    share=("of dense", ".1%"),
-    kept=("neighbours kept", ".1%"),
-    reach=("weight kept", ".1%"),
-    error=("max. error", ".1e"),
-    allowed=("allowed", ".1e"),
-)
-
-
-def _bar(row: dict, longest: float) -> str:
-    "A bar as long as the time that was taken."
-    ours = "" if row["name"] in (MASKED, NAIVE) else " class=ours"
-    ms = row["both_ms"]
-    bar = f'<i style="width:{100 * ms / longest:.2f}%"></i>'
-    return f"<span>{row['name']}</span><span{ours}>{bar}{ms:,.{0 if ms >= 10 else 1}f} ms</span>"
+    headings, *lines = table_cells(rows, formats, _HEADINGS)
+    body = [
+        f"<tr{_ROW_KINDS.get(line[0], '')}>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>"
+        for line in lines
+    ]
+    head = "".join(f"<th>{heading}</th>" for heading in headings)
+    return _TABLE.format(over=over, head=head, body="\n".join(body))
 
 # %% ../../nbs/16d_report.ipynb #6f9f8b86
 def _bars_html(rows: list[dict]) -> str:
-    "Forward and backward of all."
-    longest = max(row["both_ms"] for row in rows)
-    return "\n".join(_bar(row, longest) for row in rows)
+    "Forward and backward of all: bars as long as the time that was taken."
+    longest, lines = max(row["both_ms"] for row in rows), []
+    for row in rows:
+        name, ms = row["name"], row["both_ms"]
+        ours = "" if name in (MASKED, NAIVE) else " class=ours"
+        bar = f'<i style="width:{100 * ms / longest:.2f}%"></i>'
+        lines.append(f"<span>{name}</span><span{ours}>{bar}{ms:,.{int(ms < 10)}f} ms</span>")
+    return "\n".join(lines)
 
 # %% ../../nbs/16d_report.ipynb #161faee6
 def _power(x: float) -> str:
     "A small number, readable: 7.0 times a power of ten."
     mantissa, exponent = f"{x:.1e}".split("e")
-    power = f"<sup>{int(exponent)}</sup>".replace("<sup>-", "<sup>&minus;")
-    return f"{mantissa} &times; 10{power}"
-
-# %% ../../nbs/16d_report.ipynb #c06c6d66
-def _paragraphs(lines: Iterable[str]) -> str:
-    "Text as HTML."
-    return "\n".join(f"<p>{html.escape(line)}</p>" for line in lines)
+    power = str(int(exponent)).replace("-", "&minus;")
+    return f"{mantissa} &times; 10<sup>{power}</sup>"
 
 # %% ../../nbs/16d_report.ipynb #05f20128
+_KEPT = "The share of neighbouring patches that stay together is highest for {best} here: {share}."
+_SAME_SNAKE = (
+    " The segments of the snake are the very same sets of patches as those of the rows: attention "
+    "cannot tell these two apart."
+)
+_BLOCKS = (
+    " Tiles and Morton shine where the grid fits their blocks; Hilbert's segments stay in one "
+    "piece at any size."
+)
+
+
 def _neighbours(photo: Photo, segment_size: int, kept: dict[str, float]) -> str:
     "Which order keeps most neighbours together, and what follows."
     best = max(CURVES, key=lambda curve: kept[curve])
-    highest = "The share of neighbouring patches that stay together is highest for"
-    words = [f"{highest} {best} here: {kept[best]:.1%}"]
-    if best != "row_major": words[0] += f"; plain rows keep {kept['row_major']:.1%}"
-    words[0] += "."
+    share = f"{kept[best]:.1%}"
+    if best != "row_major": share += f"; plain rows keep {kept['row_major']:.1%}"
+    words = _KEPT.format(best=best, share=share)
     snake, rows = (segment_map(photo.grid, segment_size, c) for c in ("snake", "row_major"))
-    if torch.equal(snake, rows):
-        words.append("The segments of the snake are the very same sets of patches as those of "
-                     "the rows: attention cannot tell these two apart.")
-    if best in ("tile", "morton"):
-        words.append("Tiles and Morton shine where the grid fits their blocks; Hilbert's "
-                     "segments stay in one piece at any size.")
-    return " ".join(words)
+    if torch.equal(snake, rows): words += _SAME_SNAKE
+    return words + _BLOCKS if best in ("tile", "morton") else words
+
+# %% ../../nbs/16d_report.ipynb #0d81f5bd
+def _share_of_allowed(row: dict) -> float: return row["error"] / row["allowed"]
+
+# %% ../../nbs/16d_report.ipynb #a1b7e0bb
+def _checked(rows: list[dict]) -> list[dict]:
+    "Those that were held against the oracle."
+    return [row for row in rows if row["error"] is not None]
 
 # %% ../../nbs/16d_report.ipynb #31daecba
-def _facts(rows: list[dict], heads: int) -> dict[str, str]:
-    "Figures of the comparison, as they stand in the text."
-    of = {row["name"]: row for row in rows}
-    ours, checks = of["hilbert"], [row for row in rows if row["error"] is not None]
-    worst = max(checks, key=lambda row: row["error"] / row["allowed"])
+def _facts(rows: list[dict], heads: int) -> dict[str, Any]:
+    "Figures of the comparison, for the text."
+    of, checks = {row["name"]: row for row in rows}, _checked(rows)
+    ours, worst = of["hilbert"], max(checks, key=_share_of_allowed)
     checked = worst["checked_heads"]
     some = f"{checked} of {heads} heads, the oracle being slow at this size"
-    forms = dict(forward_over_masked=".1f", both_over_masked=".1f")
-    forms |= dict(forward_over_naive=".0f", both_over_naive=".0f", share=".1%")
-    return {key: format(ours[key], form) for key, form in forms.items()} | dict(
+    return dict(
+        ours=ours,
         error=_power(ours["error"]),
         allowed=_power(ours["allowed"]),
-        all_pairs=f"{of['dense']['pairs']:,}",
-        thrown_away=f"{1 - ours['share']:.0%}",
+        dense=of["dense"],
+        thrown_away=1 - ours["share"],
         checked="every head" if checked == heads else some,
-        count=str(len(checks)),
-        closest=worst["name"],
-        closest_share=f"{worst['error'] / worst['allowed']:.0%}",
+        count=len(checks),
+        worst=worst,
+        worst_share=_share_of_allowed(worst),
     )
 
 # %% ../../nbs/16d_report.ipynb #2a104fc1
-def _about_photo(photo: Photo, q: Tensor, segment_size: int, patch: tuple[int, int]) -> dict:
-    "Sizes and inputs, as they stand in the text."
-    (rows, cols), n = photo.grid, prod(photo.grid)
+def _about_photo(photo: Photo, q: Tensor) -> dict[str, Any]:
+    "Sizes and inputs, for the text."
     only = ": membership of segments only, the photo being large"
     return dict(
         name=html.escape(photo.name),
-        rows=rows,
-        cols=cols,
-        tokens=f"{n:,}",
-        segment_size=segment_size,
-        segments=ceil(n / segment_size),
-        row=patch[0],
-        col=patch[1],
+        grid=photo.grid,
+        tokens=prod(photo.grid),
         heads=q.shape[1],
         head_dim=q.shape[3],
         patch_size=PATCH,
@@ -281,14 +273,18 @@ def write_report(
 ) -> Path: # the file
     "Writes the demo's one-page report: self-contained, with a photo to point at."
     inside = {Path(name).stem: _data_uri(file, quality=82) for name, file in pictures.items()}
+    choice = html.escape(which_order(rows).replace("`", "")).splitlines()
     body = _part("body.html").format(
-        **_about_photo(photo, q, segment_size, patch),
+        segment_size=segment_size,
+        segments=ceil(prod(photo.grid) / segment_size),
+        patch=patch,
+        **_about_photo(photo, q),
         **_facts(rows, q.shape[1]),
         **_photos(photo, segment_size, inside),
         bars=_bars_html(rows),
-        times=_table_html(rows, _TIMES, _OVER),
-        choice=_paragraphs(which_order(rows).replace("`", "").splitlines()),
-        checks=_table_html([row for row in rows if row["error"] is not None], _CHECKS),
+        times=_table_html(rows, TAKES | dict(forward_ms=",.1f", both_ms=",.1f"), _OVER),
+        choice="\n".join(f"<p>{line}</p>" for line in choice),
+        checks=_table_html(_checked(rows), KEEPS),
         machine=html.escape(describe_environment(env)),
     )
     marks = dict(
@@ -368,15 +364,6 @@ def _draw_all(
         written[path.name] = path
     return written
 
-# %% ../../nbs/16d_report.ipynb #301ec731
-def _needs_matplotlib():
-    "A `RuntimeError` where there is none."
-    try:
-        import matplotlib.pyplot  # noqa: F401
-    except ImportError:
-        missing = "the demo draws with matplotlib, which is not installed"
-        raise RuntimeError(f"{missing}: pip install 'hilbert_attn[demo]'") from None
-
 # %% ../../nbs/16d_report.ipynb #cc698471
 def run_demo(
     photo: str | Path | None = None, # any image of at least 16 x 16 pixels; None: Grace Hopper
@@ -384,32 +371,25 @@ def run_demo(
     segment_size: int | None = None, # patches; None: 256, or a quarter of them if that is less
     patch: tuple[int, int] | None = None, # (row, column) to look at; None: the middle, or a cheek
     *,
-    heads: int = 2, # H
-    head_dim: int = 64, # D
     seed: int = 0, # of the random projections
     max_patches: int = 9216, # larger photos are scaled down
-    progress: bool | None = None, # show a progress bar; None: on a terminal
 ) -> DemoResult: # print it
     """Attention along five curves on a photo: checked, timed, drawn, and written up.
 
     A `ValueError` for bad arguments, a `RuntimeError` without matplotlib or Pillow."""
-    _needs_matplotlib()
+    needs("matplotlib", "draws with matplotlib")
     began, repeats = time.perf_counter(), 5
     picture = load_photo(photo, max_patches)
     w, place = _checked_sizes(picture, segment_size, patch, photo is None)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    q, k, v = project_tokens(photo_tokens(picture), heads, head_dim, seed)
+    q, k, v = project_tokens(photo_tokens(picture), seed=seed)
     drawings = {
         "curve": lambda: draw_curve(picture),
         "segments": lambda: draw_segments(picture, w),
         "attention": lambda: draw_attention(picture, q, k, w, place),
     }
-    with progress_bar(6 + 2 * 8 * (repeats + 1) + 4, "attention", progress) as bar:
-        def tell(text):
-            bar.set_description_str(f"{text:26}")
-            bar.update()
-
+    with telling(6 + 2 * 8 * (repeats + 1) + 4) as tell:
         rows = compare_orders(picture.grid, (q, k, v), w, repeats=repeats, tell=tell)
         written = _draw_all(drawings, folder, tell)
         tell("writing report.html")

@@ -17,7 +17,7 @@ from torch import Tensor
 from .settings import (
     HilbertOptions, HilbertSettings, placed, prefix_attention, settings_from)
 from .switch import (
-    Geometry, Switch, listed, refuse_layers, remove_switch)
+    Geometry, Switch, chosen, refuse_layers, remove_switch)
 
 # %% ../../nbs/14e_diffusers.ipynb #a0001175
 def _check_grid(
@@ -197,11 +197,11 @@ def _found_layers(
     exclude: str | Sequence[str], # names of layers to leave alone
 ) -> dict[str, Any]: # name -> layer
     "Self-attention layers that have a processor."
-    layers = {name: layer for name, layer in model.named_modules()
-              if hasattr(layer, "set_processor") and hasattr(layer, "processor")}
-    return {name: layer for name, layer in layers.items()
-            if listed(name, include) and not listed(name, exclude)
-            and not getattr(layer, "is_cross_attention", False)}
+    layers = {
+        name: layer for name, layer in model.named_modules()
+        if hasattr(layer, "set_processor") and hasattr(layer, "processor")
+        and not getattr(layer, "is_cross_attention", False)}
+    return chosen(layers, include, exclude)
 
 # %% ../../nbs/14e_diffusers.ipynb #60b008e5
 def _set_default(

@@ -9,6 +9,7 @@ __all__ = ['HilbertSettings', 'few_attention', 'prefix_attention', 'PrefixAttent
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
+from functools import partial
 from math import prod
 from typing import Any, TypedDict, Unpack
 
@@ -22,7 +23,7 @@ from ..common import hide_masked, whole_number, whole_numbers
 from ..curves import as_grid, curve_order, inverse_order
 from ..dilated import dilated_attention
 from ..modules import one_of
-from ..patterns import Branch, DilatedPattern, SegmentPattern
+from ..patterns import DilatedPattern
 from ..reference import masked_attention, merge_attention
 
 # %% ../../nbs/14_integrations.ipynb #f66b6a88
@@ -82,16 +83,13 @@ def _check_fields(settings: "HilbertSettings"):
     settings.pattern(1, heads)  # names the value that does not fit
 
 # %% ../../nbs/14_integrations.ipynb #ece7a47a
-def _cells_of(
-    settings: "HilbertSettings",
-    n: int, # tokens, prefix included
-) -> int: # tokens behind the prefix
-    "Do `n` tokens fit? Raises `ValueError`."
+def _check_length(settings: "HilbertSettings", n: int):
+    "Do `n` tokens fit, prefix included? Raises `ValueError`."
     rest, prefix = n - settings.prefix_tokens, f"prefix_tokens={settings.prefix_tokens}"
     if rest < 1:
         raise ValueError(f"{n} tokens and {prefix}: none are left for the segments")
     cells = prod(settings.sides)
-    if settings.grid is None or rest == cells: return rest
+    if settings.grid is None or rest == cells: return
     raise ValueError(
         f"{n} tokens do not fit grid={settings.grid} with {cells} cells and "
         f"{prefix}: cells and prefix must add up to the tokens")
@@ -145,10 +143,6 @@ class HilbertSettings:
         lengths, rates = self.branches
         how = self.combine, self.dilation_mode, self.offsets
         return DilatedPattern.for_heads(cells, num_heads, lengths, rates, *how)
-
-    def check_length(self, n: int) -> int: # tokens behind the prefix
-        "Do `n` tokens fit? Raises `ValueError`."
-        return _cells_of(self, n)
 
     def counts(
         self,
@@ -226,38 +220,6 @@ def _positions(
     grid = cells if settings.grid is None else settings.grid
     return inverse_order(curve_order(grid, settings.order_name))[at.clamp(min=0)]
 
-# %% ../../nbs/14_integrations.ipynb #21ed1c2e
-def _branch_mask(
-    pattern: SegmentPattern,
-    key_at: Tensor, # int64 (K,): positions of the keys
-    query_at: Tensor, # int64 (M,): positions of the queries
-) -> Tensor: # bool (H or 1, M, K)
-    "Who attends whom in one branch."
-    w, r = pattern.segment_size, pattern.dilation_rate
-    same_segment = (query_at // w)[:, None] == key_at // w
-    key_residue, query_residue = key_at % w % r, query_at % w % r
-    if pattern.mode == "residue":
-        return (same_segment & (query_residue[:, None] == key_residue))[None]
-    offsets = torch.tensor(pattern.offsets)[:, None]
-    attended = same_segment & (key_residue == offsets)[:, None, :]
-    if pattern.mode == "longnet":
-        attended = attended & (query_residue == offsets)[:, :, None]
-    return attended
-
-# %% ../../nbs/14_integrations.ipynb #67dc5789
-def _add_branch(
-    counts: Tensor, # int64 (H or 1, M, K)
-    branch: Branch,
-    attended: Tensor, # bool (heads of the branch or 1, M, K)
-    num_heads: int, # H
-) -> Tensor: # int64 (H or 1, M, K)
-    "Counts with one more branch."
-    if branch.heads == (0, num_heads):
-        return counts + branch.copies * attended
-    counts = counts.expand(num_heads, *attended.shape[1:]).clone()
-    counts[slice(*branch.heads)] += branch.copies * attended
-    return counts
-
 # %% ../../nbs/14_integrations.ipynb #2b68cead
 def key_counts(
     settings: HilbertSettings,
@@ -270,12 +232,9 @@ def key_counts(
     "How often each key counts for each query, straight from the definition."
     prefix = settings.prefix_tokens
     cells = max(n - prefix, 1) if settings.grid is None else prod(settings.sides)
-    if n - prefix > cells: settings.check_length(n)
+    if n - prefix > cells: _check_length(settings, n)
     key_at, query_at = (_positions(settings, x, cells) for x in (keys, queries))
-    counts = torch.zeros(1, 1, 1, dtype=torch.int64)
-    for branch in settings.pattern(cells, num_heads).branches:
-        attended = _branch_mask(branch.pattern, key_at, query_at)
-        counts = _add_branch(counts, branch, attended, num_heads)
+    counts = settings.pattern(cells, num_heads).attends(query_at, key_at)
     in_prefix = (queries < prefix)[:, None] | (keys < prefix)
     counts = torch.where(in_prefix, 1, counts)
     return counts * (keys <= queries[:, None]) if causal else counts
@@ -300,38 +259,6 @@ def few_attention(
     parts = as_rows(q).to(wide), k.to(wide), v.to(wide)
     out, lse = masked_attention(*parts, counts, scale, dropout_p)
     return as_heads(out), as_heads(lse)
-
-# %% ../../nbs/14_integrations.ipynb #71a9195d
-def _look_at_prefix(
-    q: Tensor, # queries (B, H, N, D), prefix first
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    p: int, # tokens in front
-    seen: Tensor, # bool (B or 1, 1, 1, N): keys that may be attended
-    dropout_p: float,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]: # out (B, H, N - p, D), lse (B, H, N - p)
-    "What the tokens behind the prefix see of it."
-    keys, values = k[:, :, :p], v[:, :, :p]
-    return few_attention(q[:, :, p:], keys, values, seen[..., :p], dropout_p, scale)
-
-# %% ../../nbs/14_integrations.ipynb #129f6435
-def _prefix_looks(
-    q: Tensor, # queries (B, H, N, D), prefix first
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    p: int, # tokens in front
-    seen: Tensor, # bool (B or 1, 1, 1, N): keys that may be attended
-    causal: bool,
-    dropout_p: float,
-    scale: float | None,
-) -> tuple[Tensor, Tensor]: # out (B, H, p, D), lse (B, H, p)
-    "The rows of the prefix: everything, or under a causal mask the prefix itself."
-    last = p if causal else q.shape[2]
-    rows = seen[..., :last].expand(-1, -1, p, -1)
-    if causal: rows = rows.tril()
-    keys, values = k[:, :, :last], v[:, :, :last]
-    return few_attention(q[:, :, :p], keys, values, rows, dropout_p, scale)
 
 # %% ../../nbs/14_integrations.ipynb #23374101
 def _cells_attention(
@@ -366,17 +293,20 @@ def _with_prefix(
     scale: float | None,
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "Attention of tokens that have a place, and of those in front that have none."
-    p, how = settings.prefix_tokens, (dropout_p, scale)
+    p, few = settings.prefix_tokens, partial(few_attention, dropout_p=dropout_p, scale=scale)
+    last = p if causal else q.shape[2]  # what the prefix sees
     cells_mask = None if key_mask is None else key_mask[:, p:]
     k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
     cells = q[:, :, p:], k[:, :, p:], v[:, :, p:]
-    out, lse = _cells_attention(*cells, settings, causal, cells_mask, *how, return_lse=True)
-    if key_mask is None:
-        key_mask = q.new_ones(1, q.shape[2], dtype=torch.bool)
+    out, lse = _cells_attention(
+        *cells, settings, causal, cells_mask, dropout_p, scale, return_lse=True)
+    if key_mask is None: key_mask = q.new_ones(1, q.shape[2], dtype=torch.bool)
     seen = key_mask[:, None, None, :]
-    part, part_lse = _look_at_prefix(q, k, v, p, seen, *how)
+    part, part_lse = few(q[:, :, p:], k[:, :, :p], v[:, :, :p], seen[..., :p])
     out, lse = merge_attention([out, part], [lse, part_lse])
-    own, own_lse = _prefix_looks(q, k, v, p, seen, causal, *how)
+    rows = seen[..., :last].expand(-1, -1, p, -1)
+    if causal: rows = rows.tril()
+    own, own_lse = few(q[:, :, :p], k[:, :, :last], v[:, :, :last], rows)
     return torch.cat([own.to(out.dtype), out], 2), torch.cat([own_lse, lse], 2)
 
 # %% ../../nbs/14_integrations.ipynb #3d10b39d
@@ -411,16 +341,15 @@ def prefix_attention(
     if not on_meta: q, k, v = autocast_inputs(q, k, v)
     check_tensors(q, k, v)
     batch, _, n, _ = q.shape
-    settings.check_length(n)
+    _check_length(settings, n)
     if on_meta: return _shapes_only(q, k, v, return_lse)
     if key_mask is not None and key_mask.shape != (batch, n):
         shape = tuple(key_mask.shape)
         raise ValueError(
             f"key_mask has shape {shape}: expected (B, N) = {(batch, n)}")
-    how = dropout_p, scale
-    if not settings.prefix_tokens:
-        return _cells_attention(q, k, v, settings, causal, key_mask, *how, return_lse)
-    out, lse = _with_prefix(q, k, v, settings, causal, key_mask, *how)
+    call = settings, causal, key_mask, dropout_p, scale
+    if not settings.prefix_tokens: return _cells_attention(q, k, v, *call, return_lse)
+    out, lse = _with_prefix(q, k, v, *call)
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/14_integrations.ipynb #c2dc356b

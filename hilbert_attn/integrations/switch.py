@@ -245,13 +245,19 @@ class Switch:
             "model still computes its own attention there")
 
 # %% ../../nbs/14b_switched_models.ipynb #1072269a
-def listed(
-    name: str, # of a layer
-    patterns: str | Sequence[str], # * and ? stand for anything
-) -> bool:
-    "Is a name among the patterns?"
-    several = [patterns] if isinstance(patterns, str) else patterns
-    return any(fnmatchcase(name, pattern) for pattern in several)
+def chosen(
+    layers: Mapping[str, Any], # name -> layer
+    include: str | Sequence[str], # names to take; * and ? stand for anything
+    exclude: str | Sequence[str], # names to leave alone
+) -> dict[str, Any]: # name -> layer
+    "The layers that a user asks for."
+    def among(name, patterns):
+        several = [patterns] if isinstance(patterns, str) else patterns
+        return any(fnmatchcase(name, pattern) for pattern in several)
+
+    return {
+        name: layer for name, layer in layers.items()
+        if among(name, include) and not among(name, exclude)}
 
 # %% ../../nbs/14b_switched_models.ipynb #2d1f8650
 def refuse_layers(

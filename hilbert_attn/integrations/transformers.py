@@ -47,12 +47,17 @@ def _parse_settings(
     return _PARSED[key]
 
 # %% ../../nbs/14c_transformers.ipynb #ef4518db
+def _said_by(module: nn.Module, name: str, default: Any = None) -> Any:
+    "What the configuration of a layer's model says."
+    return getattr(getattr(module, "config", None), name, default)
+
+# %% ../../nbs/14c_transformers.ipynb #feffc7d9
 def _settings_of(
     module: nn.Module, # a layer
     name: str, # of the implementation
 ) -> HilbertSettings:
     "The settings of the model that a layer belongs to."
-    own = getattr(getattr(module, "config", None), _SETTING, None)
+    own = _said_by(module, _SETTING)
     settings = _DEFAULTS.get(name) if own is None else _parse_settings(own)
     if settings is not None: return settings
     raise ValueError(
@@ -80,7 +85,7 @@ def _refuse(
             raise ValueError(
                 f"{option}: {about}; attn_implementation={name!r} does not have "
                 "that, use 'eager' or 'sdpa'")
-    if getattr(getattr(module, "config", None), "is_encoder_decoder", False):
+    if _said_by(module, "is_encoder_decoder"):
         raise ValueError(
             "this is an encoder-decoder model: its cross-attention has keys "
             "of another sequence, which has no segments in common; use "
@@ -163,7 +168,7 @@ def _who_attends(
     "Which way a layer looks, and which keys count. Raises `ValueError` for cross-attention."
     batch, m = query.shape[0], query.shape[2]
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and getattr(getattr(module, "config", None), "is_causal", True)
+    causal = bool(causal) and _said_by(module, "is_causal", True)
     keys = None
     if mask is not None:
         causal, keys = _split_mask(mask, m, n, causal)
@@ -472,7 +477,7 @@ def _switch(
             "other's: call this for its parts, each with settings of its "
             "own")
     geometry = _model_geometry(model)
-    own = getattr(model.config, _SETTING, None)
+    own = _said_by(model, _SETTING)
     if own is not None:
         settings = _parse_settings(own)  # so that torch.compile finds them checked
         if geometry.kind == "stated":
@@ -532,39 +537,29 @@ def _warn_if_dense(
 ):
     "Warns where a configuration has settings for an attention that it does not use."
     name = model.config._attn_implementation
-    if name in _DEFAULTS or getattr(model.config, _SETTING, None) is None:
-        return
+    if name in _DEFAULTS or _said_by(model, _SETTING) is None: return
     warnings.warn(f"the configuration of {type(model).__name__} has settings for "
                   f"{_SETTING}, but attn_implementation={name!r}: they do nothing; pass "
                   "attn_implementation='hilbert', or call use_hilbert_attention(model, ...)",
                   stacklevel=3)
 
 # %% ../../nbs/14c_transformers.ipynb #edcfa9c2
-def _then_warn(post_init: Callable) -> Callable:
-    "A model's `post_init` that tells when settings rest."
-    @wraps(post_init)
-    def then_warn(self):
-        post_init(self)
-        _warn_if_dense(self)
-    return then_warn
-
-# %% ../../nbs/14c_transformers.ipynb #8f57ed59
-def _then_switch(method: Callable) -> Callable:
-    "A method of a model, after which sites are where they belong."
+def _then(method: Callable, *after: Callable[[Any], None]) -> Callable:
+    "A method of a model, after which the model is looked at."
     @wraps(method)
-    def then_switch(self, *args, **options):
+    def extended(self, *args, **options):
         result = method(self, *args, **options)
-        _switch_parts(self)
+        for step in after: step(self)
         return result
-    return then_switch
+    return extended
 
 # %% ../../nbs/14c_transformers.ipynb #5d572a36
 def _extend_transformers(transformers: Any):
     "Adds to transformers what its models need to be saved and restored. Twice is once."
     config, model = transformers.PreTrainedConfig, transformers.PreTrainedModel
     for cls, name, wrap in ((config, "to_dict", _save_with_name),
-                            (model, "post_init", lambda f: _then_switch(_then_warn(f))),
-                            (model, "set_attn_implementation", _then_switch)):
+                            (model, "post_init", lambda f: _then(f, _warn_if_dense, _switch_parts)),
+                            (model, "set_attn_implementation", lambda f: _then(f, _switch_parts))):
         if hasattr(getattr(cls, name), "of_hilbert"):
             continue
         setattr(cls, name, wrap(getattr(cls, name)))
@@ -686,7 +681,7 @@ def _note_in_adapters(
 ):
     "Writes the settings of the base model beside its adapters."
     base = peft_model.get_base_model()
-    name = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    name = _said_by(base, "_attn_implementation")
     if name not in _DEFAULTS: return
     values = _settings_of(base, name).to_dict()
     for adapter in peft_model.peft_config:
@@ -728,10 +723,9 @@ def _extend_peft():
     @wraps(load)
     def load_adapter(self, model_id, *args, **options):
         result = load(self, model_id, *args, **options)
-        find, hub = need("transformers.utils.hub", "transformers").cached_file, {}
-        for name in ("subfolder", "revision", "cache_dir", "token"):
-            if options.get(name) is not None:
-                hub[name] = options[name]
+        find = need("transformers.utils.hub", "transformers").cached_file
+        known = ("subfolder", "revision", "cache_dir", "token")
+        hub = {name: options[name] for name in known if options.get(name) is not None}
         file = find(model_id, "adapter_config.json",
                     _raise_exceptions_for_missing_entries=False, **hub)
         _restore_from_adapter(self, file)

@@ -17,7 +17,7 @@ from ..curves import as_grid
 from .settings import (
     HilbertOptions, HilbertSettings, PrefixAttention, settings_from)
 from .switch import (
-    Geometry, Switch, check_stated, listed, patch_layer, prefix_length, refuse_layers)
+    Geometry, Switch, check_stated, chosen, patch_layer, prefix_length, refuse_layers)
 from ..multihead import MultiheadDilatedAttention
 
 # %% ../../nbs/14d_vision.ipynb #a993f03f
@@ -173,8 +173,7 @@ def _found_layers(
         raise ValueError(
             "model is an attention layer itself: it cannot be replaced in "
             "place; use MultiheadDilatedAttention")
-    found = {name: layer for name, layer in found.items()
-             if listed(name, include) and not listed(name, exclude)}
+    found = chosen(found, include, exclude)
     reasons = {}
     for name, layer in found.items():
         parent, _, own = name.rpartition(".")
