@@ -19,6 +19,8 @@ from hilbert_attn.dilated import attend_branches
 from hilbert_attn.patterns import COMBINES, DILATION_MODES, DilatedPattern
 from hilbert_attn.reference import assert_matches_oracle
 
+pytestmark = pytest.mark.timeout(20 * EXAMPLES)
+
 try:
     from test_triton import quick_interpreter  # noqa: F401
 except pytest.skip.Exception: pass
