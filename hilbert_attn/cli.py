@@ -23,7 +23,7 @@ def _demo(args):
     print(result)
 
 # %% ../nbs/17_cli.ipynb #a8e9f857
-_SUITES = ("cpu", "memory", "curves", "crossover", "dilated", "local", "ring", "gpu") # `SUITES`
+_SUITES = ("cpu", "memory", "curves", "crossover", "short", "dilated", "local", "ring", "gpu") # `SUITES`
 
 
 def _bench(args):
@@ -205,8 +205,9 @@ _COMMANDS = {
         "Some minutes; best when nothing else runs. cpu: the backends, beside groups made by "
         "hand, masked SDPA, naive PyTorch and what the machine can do. memory: peak memory by "
         "length. curves: making an order. crossover: from which length on one backend is "
-        "faster than another. dilated: several branches in one call. local: windows and "
-        "neighbourhoods. ring: several processes. gpu: the Triton kernels.",
+        "faster than another. short: every function on short sequences, beside SDPA. dilated: "
+        "several branches in one call. local: windows and neighbourhoods. ring: several "
+        "processes. gpu: the Triton kernels.",
     ),
     "explain": _Command(
         _explain, _explain_options,

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hilbert_attn
-from hilbert_attn.bench import contenders, cpu, crossover, machine, memory, suites
+from hilbert_attn.bench import contenders, cpu, crossover, machine, memory, short, suites
 from hilbert_attn.bench.contenders import (
     DENSE,
     GATHERED,
@@ -34,7 +34,7 @@ from hilbert_attn.bench.suites import (
     run_tables,
 )
 
-LOCAL = ("cpu", "memory", "curves", "crossover", "dilated")
+LOCAL = ("cpu", "memory", "curves", "crossover", "short", "dilated")
 
 
 def fail(*_, **__):
@@ -155,12 +155,35 @@ def test_rows_of_the_others(toys):
         assert 0 < row["neighbors_kept"] < 1
     assert names["memory"] == {STORED, CHECKPOINTED, OURS, MASKED}
     assert {m["unit"] for m in measurements(toys["memory"])} == {"bytes"}
-    for name in ("memory", "crossover", "dilated"):
+    for name in ("memory", "crossover", "short", "dilated"):
         for check in toys[name]["checks"].values():
             assert 0 < check["worst_share_of_allowed"] <= 1
 
 
-PLACES = {"memory": cpu, "crossover": crossover, "dilated": suites}
+def test_rows_of_short(toys):
+    c, lines = toys["short"]["config"], short.short_table(toys["short"])
+    settings = [s.name for n in c["tokens"] for s in short._settings(n, c["heads"])]
+    assert [x["setting"] for x in lines] == [name for name in settings for _ in range(2)]
+    assert {f"blocks of {size}" for size in (16, 4096)} < set(settings)
+
+
+def test_what_is_slow():
+    def row(name, tokens, us):
+        return dict(name=name, threads=1, tokens=tokens, setting="s", direction="forward",
+                    median=us * 1e-6)
+
+    def verdict(ours, dense, masked):
+        times = (short.OURS_SHORT, ours), (short.DENSE, dense), (short.MASKED, masked)
+        (line,) = short.short_table(dict(rows=[row(name, 9, us) for name, us in times]))
+        return round(line["ratio"], 6), round(line["behind"], 6), line["slow"]
+
+    assert verdict(69, 10, 20) == (6.9, 59, False)
+    assert verdict(71, 20, 10) == (7.1, 61, True)
+    assert verdict(290, 200, 210) == (1.45, 90, False)
+    assert verdict(90, 200, 100) == (0.9, -10, False)
+
+
+PLACES = {"memory": cpu, "crossover": crossover, "short": short, "dilated": suites}
 
 
 @pytest.mark.parametrize("name", PLACES)

@@ -6,4 +6,5 @@ from hilbert_attn.bench.machine import *
 from hilbert_attn.bench.measuring import *
 from hilbert_attn.bench.memory import *
 from hilbert_attn.bench.results import *
+from hilbert_attn.bench.short import *
 from hilbert_attn.bench.suites import *
