@@ -289,8 +289,7 @@ def _shared_gradients(
     "Runs the tasks of a rank backward, and sends home what belongs elsewhere."
     call, wide = exchange.call, rows[0].lse.dtype
     sums = {peer: torch.zeros_like(x, dtype=wide) for peer, x in arrived.items()}
-    def zeros(x): return x.new_zeros(x.shape, dtype=wide)
-    own = [(zeros(k), zeros(v)) for k, v in keys]
+    own = [tuple(x.new_zeros(x.shape, dtype=wide) for x in kv) for kv in keys]
     sources = [*keys, *exchange.sources(arrived)]
     gradients = [*own, *exchange.sources(sums)]
     tasks = exchange.shared.tasks
@@ -362,7 +361,7 @@ def _split(parts: Sequence[Part], *xs: Tensor) -> list[tuple[Tensor, ...]]:
     sizes = [part.size for part in parts]
     return list(zip(*(x.split(sizes, 2) for x in xs)))
 
-
+# %% ../nbs/09d_ring.ipynb #0028a9b6
 def _joined(done: Sequence[tuple]) -> tuple: # out, lse
     "The results of all parts as one."
     return done[0] if len(done) == 1 else tuple(torch.cat(xs, 2) for xs in zip(*done))
@@ -395,7 +394,7 @@ def _attend_piece(call: Call, piece: Piece) -> Any: # out, lse
     branch = call.plan.branches[piece.branch]
     return call.work.compute(_inside, call, [branch], piece.part, *piece.qkv)
 
-
+# %% ../nbs/09d_ring.ipynb #56841b76
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: # out, lse
     "No rows, yet part of the graph."
     out = q + (k.sum() + v.sum())
