@@ -224,12 +224,10 @@ class Exchange:
 
     def unpack(self, message: Tensor, parcels: Sequence[Parcel]) -> list[tuple[Tensor, Tensor]]:
         "K and V of each parcel, as views."
-        plan, found = self.call.plan, []
+        plan = self.call.plan
         pieces = message.split([plan.elements([p]) for p in parcels])
-        for p, piece in zip(parcels, pieces):
-            k, v = piece.view(2, plan.batch, len(p.kv_heads), p.rows.count, plan.head_dim)
-            found.append((k, v))
-        return found
+        shapes = ((len(p.kv_heads), p.rows.count, plan.head_dim) for p in parcels)
+        return [x.view(2, plan.batch, *shape).unbind() for x, shape in zip(pieces, shapes)]
 
     def sources(self, buffers: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
         "K and V of all parcels that arrive."
@@ -257,7 +255,7 @@ class SharedSegments(torch.autograd.Function):
         outs = [part.out.to(q.dtype) for part, q in zip(rows, qs)]
         lses = [part.lse for part in rows]
         ctx.exchange = exchange
-        ctx.save_for_backward(*tensors, *outs, *lses, *exchange.buffers.values())
+        ctx.save_for_backward(*qs, *ks, *vs, *outs, *lses, *exchange.buffers.values())
         exchange.buffers = {}  # autograd keeps them, and lets them go
         ctx.set_materialize_grads(False)
         return *outs, *lses
@@ -266,14 +264,12 @@ class SharedSegments(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor | None):
         exchange, count = ctx.exchange, len(upstream) // 2
-        saved = ctx.saved_tensors
-        tensors, outs = saved[:3 * count], saved[3 * count:4 * count]
-        lses, buffers = saved[4 * count:5 * count], saved[5 * count:]
-        qs, ks, vs = (tensors[side::3] for side in range(3))
+        saved, begins = ctx.saved_tensors, range(0, 5 * count, count)
+        qs, ks, vs, outs, lses = (saved[i:i + count] for i in begins)
         with exchange.call.begin_backward() as work, exchange.call.round("backward"):
             sides = qs, outs, lses, upstream[:count], upstream[count:]
             rows = [Queries.after(*five) for five in zip(*sides)]
-            arrived = dict(zip(exchange.incoming, buffers))
+            arrived = dict(zip(exchange.incoming, saved[5 * count:]))
             grads = _shared_gradients(exchange, work, rows, list(zip(ks, vs)), arrived)
         found = [x for part, (dk, dv) in zip(rows, grads) for x in (part.dq, dk, dv)]
         return None, *(x.to(qs[0].dtype) for x in found)
