@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import attend, check_backend_name
-from .blocks.lists import BlockLists, rows_and_columns
+from .blocks.lists import BlockLists, take_blocks
 from .calls import check_call
 from .ring import _outside_graphs
 from .ring_exchange import Ring, begin, begin_call, digest, swap
@@ -110,35 +110,25 @@ def _describe(plan: BlockRingPlan):
 
 # %% ../nbs/10g_block_ring.ipynb #a6ddfc35
 def _local_lists(plan: BlockRingPlan, rank: int) -> BlockLists:
-    lists, blocks, reads = plan.lists, plan.blocks(rank), plan.needed[rank]
-    first, last = plan.edges[rank:rank + 2]
+    blocks, reads, (first, last) = plan.blocks(rank), plan.needed[rank], plan.edges[rank:rank + 2]
+    lists = take_blocks(plan.lists, *map(torch.from_numpy, blocks))
     q_slots, k_slots = (slots[some] for slots, some in zip(plan.slots, blocks))
     inside = (q_slots >= first) & (q_slots < last)
     places = np.where(inside, q_slots - first, -1)
     rows = np.where(k_slots >= 0, np.searchsorted(reads, k_slots), -1)
-    q_tokens, k_tokens = (torch.from_numpy(x.ravel().astype(np.int32)) for x in (places, rows))
-    own = np.isin(plan.entries[1], blocks[0])
-    group, q, k, full = (x[own] for x in plan.entries)
-    q, k = map(np.searchsorted, blocks, (q, k))
-    by_query, by_key = rows_and_columns(group, q, k, full, lists.num_groups, [*map(len, blocks)])
-    lo, hi, at = _local_bounds(lists, *map(torch.from_numpy, blocks))
-    local = BlockLists(lists.block_size, int(last - first), len(reads), q_tokens, k_tokens,
-                       by_query, by_key, lists.groups, lo, hi, at)
-    return local.to(lists.device)
+    q_tokens, k_tokens = (
+        torch.from_numpy(x.ravel().astype(np.int32)).to(lists.device) for x in (places, rows))
+    lo, hi, at = _with_causality(lists)
+    return replace(
+        lists, num_queries=int(last - first), num_keys=len(reads), causal=False,
+        q_tokens=q_tokens, k_tokens=k_tokens, lo=lo, hi=hi, at=at)
 
 # %% ../nbs/10g_block_ring.ipynb #25e87273
-def _local_bounds(lists: BlockLists, q_blocks: Tensor, k_blocks: Tensor) -> list[Tensor | None]:
-    "Bounds of some blocks; key token <= query token, by their place in the whole, among them."
-    def cut(x, blocks, size):
-        if x is None: return None
-        return x.view(len(x), -1, size)[:, blocks.to(x.device)].flatten(1)
-    (m, n), given = lists.block_size, (lists.lo, lists.hi, lists.at)
-    which = (q_blocks, m), (q_blocks, m), (k_blocks, n)
-    bounds = [cut(x, *some) for x, some in zip(given, which)]
+def _with_causality(lists: BlockLists) -> list[Tensor | None]: # lo, hi, at
+    "Bounds; key token <= query token among them, where that is asked for."
+    bounds = [lists.lo, lists.hi, lists.at]
     if not lists.causal: return bounds
-    def tokens(table, blocks): return table[blocks.to(table.device)].to(torch.int32).flatten()[None]
-    queries = tokens(lists.query_tokens(), q_blocks)
-    keys = tokens(lists.key_tokens(), k_blocks).clamp(min=0)
+    queries, keys = lists.q_tokens[None], lists.k_tokens[None].clamp(min=0)
     causal = torch.zeros_like(queries), queries, keys
     return [x if bound is None else torch.cat([bound, x]) for bound, x in zip(bounds, causal)]
 

@@ -224,12 +224,10 @@ class Exchange:
 
     def unpack(self, message: Tensor, parcels: Sequence[Parcel]) -> list[tuple[Tensor, Tensor]]:
         "K and V of each parcel, as views."
-        plan, found = self.call.plan, []
+        plan = self.call.plan
         pieces = message.split([plan.elements([p]) for p in parcels])
-        for p, piece in zip(parcels, pieces):
-            k, v = piece.view(2, plan.batch, len(p.kv_heads), p.rows.count, plan.head_dim)
-            found.append((k, v))
-        return found
+        shapes = ((len(p.kv_heads), p.rows.count, plan.head_dim) for p in parcels)
+        return [x.view(2, plan.batch, *shape).unbind() for x, shape in zip(pieces, shapes)]
 
     def sources(self, buffers: dict[int, Tensor]) -> list[tuple[Tensor, Tensor]]:
         "K and V of all parcels that arrive."
@@ -257,7 +255,7 @@ class SharedSegments(torch.autograd.Function):
         outs = [part.out.to(q.dtype) for part, q in zip(rows, qs)]
         lses = [part.lse for part in rows]
         ctx.exchange = exchange
-        ctx.save_for_backward(*tensors, *outs, *lses, *exchange.buffers.values())
+        ctx.save_for_backward(*qs, *ks, *vs, *outs, *lses, *exchange.buffers.values())
         exchange.buffers = {}  # autograd keeps them, and lets them go
         ctx.set_materialize_grads(False)
         return *outs, *lses
@@ -266,14 +264,12 @@ class SharedSegments(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor | None):
         exchange, count = ctx.exchange, len(upstream) // 2
-        saved = ctx.saved_tensors
-        tensors, outs = saved[:3 * count], saved[3 * count:4 * count]
-        lses, buffers = saved[4 * count:5 * count], saved[5 * count:]
-        qs, ks, vs = (tensors[side::3] for side in range(3))
+        saved, begins = ctx.saved_tensors, range(0, 5 * count, count)
+        qs, ks, vs, outs, lses = (saved[i:i + count] for i in begins)
         with exchange.call.begin_backward() as work, exchange.call.round("backward"):
             sides = qs, outs, lses, upstream[:count], upstream[count:]
             rows = [Queries.after(*five) for five in zip(*sides)]
-            arrived = dict(zip(exchange.incoming, buffers))
+            arrived = dict(zip(exchange.incoming, saved[5 * count:]))
             grads = _shared_gradients(exchange, work, rows, list(zip(ks, vs)), arrived)
         found = [x for part, (dk, dv) in zip(rows, grads) for x in (part.dq, dk, dv)]
         return None, *(x.to(qs[0].dtype) for x in found)
@@ -289,8 +285,7 @@ def _shared_gradients(
     "Runs the tasks of a rank backward, and sends home what belongs elsewhere."
     call, wide = exchange.call, rows[0].lse.dtype
     sums = {peer: torch.zeros_like(x, dtype=wide) for peer, x in arrived.items()}
-    def zeros(x): return x.new_zeros(x.shape, dtype=wide)
-    own = [(zeros(k), zeros(v)) for k, v in keys]
+    own = [tuple(x.new_zeros(x.shape, dtype=wide) for x in kv) for kv in keys]
     sources = [*keys, *exchange.sources(arrived)]
     gradients = [*own, *exchange.sources(sums)]
     tasks = exchange.shared.tasks
@@ -362,7 +357,7 @@ def _split(parts: Sequence[Part], *xs: Tensor) -> list[tuple[Tensor, ...]]:
     sizes = [part.size for part in parts]
     return list(zip(*(x.split(sizes, 2) for x in xs)))
 
-
+# %% ../nbs/09d_ring.ipynb #0028a9b6
 def _joined(done: Sequence[tuple]) -> tuple: # out, lse
     "The results of all parts as one."
     return done[0] if len(done) == 1 else tuple(torch.cat(xs, 2) for xs in zip(*done))
@@ -395,7 +390,7 @@ def _attend_piece(call: Call, piece: Piece) -> Any: # out, lse
     branch = call.plan.branches[piece.branch]
     return call.work.compute(_inside, call, [branch], piece.part, *piece.qkv)
 
-
+# %% ../nbs/09d_ring.ipynb #56841b76
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: # out, lse
     "No rows, yet part of the graph."
     out = q + (k.sum() + v.sum())

@@ -23,9 +23,6 @@ from .ring_plan import Parcel, Part, RingPlan, Turn
 from .sdpa import as_slice
 from .tiles import dense_backward as _dense_backward, flash as _flash
 
-# %% ../nbs/09c_ring_blocks.ipynb #aa7303d1
-def _unit_strides(*xs: Tensor) -> list[Any]: return [unit_stride(x) for x in xs]
-
 # %% ../nbs/09c_ring_blocks.ipynb #9fa93738
 def block_forward(
     q: Tensor, # (B, H, M, D)
@@ -37,7 +34,7 @@ def block_forward(
 ) -> tuple[Tensor, Tensor]: # out (B, H, M, D), lse (B, H, M), at least float32
     "Dense attention with LSE; rows without keys give 0 and -inf."
     wide = lse_dtype(q.dtype)
-    q, k, v = _unit_strides(q, k, v)
+    q, k, v = map(unit_stride, (q, k, v))
     if _has_flash(q, bias):
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse, *_ = flash(q, k, v, 0.0, triangle, False, scale=scale)
@@ -64,7 +61,7 @@ def block_backward(
 ) -> list[Tensor]: # dq, dk, dv
     "Gradients of one block."
     wide = lse_dtype(q.dtype)
-    dout, q, k, v, out = _unit_strides(dout, q, k, v, out)
+    dout, q, k, v, out = map(unit_stride, (dout, q, k, v, out))
     if _has_flash(q, bias):
         return _cuda_flash_backward(dout, dlse, q, k, v, out, lse, triangle, scale)
     dout, q, k, v, out, lse = (x.to(wide) for x in (dout, q, k, v, out, lse.contiguous()))
@@ -271,7 +268,7 @@ def shared_work(
     tasks = [task for i, at in enumerate(parts) for task in _part_tasks(plan, i, *at, sources)]
     return SharedWork(tuple(parts), arriving, tuple(tasks))
 
-
+# %% ../nbs/09c_ring_blocks.ipynb #25f8e877
 def _own_parcel(plan: RingPlan, b: int, part: Part, rank: int) -> Parcel:
     "A part of a rank's own, as if it had arrived."
     kv_heads = tuple(range(plan.branches[b].num_kv_heads))

@@ -121,7 +121,7 @@ def _contact():
     try: yield
     except Exception as error: raise Lost() from error
 
-
+# %% ../nbs/09b_ring_exchange.ipynb #fc724fbe
 class Flight:
     "Sends and receives under way; holds their buffers until they have arrived."
 

@@ -144,15 +144,13 @@ class _Test:
         return self.key_mask[batches][:, blocks].flatten(2).transpose(0, 1)
 
     def __call__(
-        self, bucket: _Bucket, batches: slice,
+        self, bucket: _Bucket, allowed: Tensor | None,
     ) -> Tensor | None: # bool (R, B or 1, M or 1, n * BN)
         """Which pairs of a bucket are attended; None: all. Pairs with an empty query slot may say
         anything. The next call writes over it."""
         result = None if bucket.full is None else self._tested(bucket)
-        allowed = self.allowed(bucket.blocks, batches)
         if allowed is None: return result
-        allowed = allowed[:, :, None]
-        return allowed if result is None else result & allowed
+        return allowed[:, :, None] if result is None else result & allowed[:, :, None]
 
     def _tested(self, bucket: _Bucket) -> Tensor: # bool (R, 1, BM, n * BN)
         "The test in partial blocks; the first so many, full in all rows, are skipped."
@@ -315,7 +313,7 @@ class _Keys:
         self.scratch, self.batches = test.scratch, None
         self.bias: Tensor | None = None # 0 or -inf, (outer, inner, M, J)
         self.dead: Tensor | None = None # bool, (outer, 1, M): queries without keys
-        attended = test(piece.bucket, batches)
+        attended = test(piece.bucket, allowed)
         if attended is None: return
         if fold: attended = attended.flatten(0, 1)[:, None]  # (R * B, 1, M, J)
         rows = piece.bucket.rows.shape[1] * test.BM
@@ -431,7 +429,8 @@ def _piece_attention(
 def _attend_piece(piece: _Piece, test: _Test, q, k, v, scale, dropout_p) -> Iterator[tuple]:
     "Yields query heads, tokens, out and lse of a piece, for each member of a group."
     bucket, batches = piece.bucket, piece.batches
-    attended, key_tokens = test(bucket, batches), test.k_tokens[bucket.blocks].flatten(1)
+    attended = test(bucket, test.allowed(bucket.blocks, batches))
+    key_tokens = test.k_tokens[bucket.blocks].flatten(1)
     keys, values = (_rows_of(x, piece.kv_heads, key_tokens, batches) for x in (k, v))
     tokens = test.q_tokens[bucket.rows].flatten(1)
     for heads in piece.q_heads:
@@ -504,7 +503,7 @@ def _count_pairs(lists: BlockLists, test: _Test) -> int:
     pairs, (batches, heads) = 0, lists.groups
     for piece in _pieces(lists, batches, heads, heads, prod(lists.block_size)):
         there = test.q_tokens[piece.bucket.rows].flatten(1) >= 0  # (R, m * BM)
-        attended = test(piece.bucket, slice(None))
+        attended = test(piece.bucket, None)
         if attended is None: pairs += int(there.sum()) * piece.bucket.blocks.shape[1] * test.BN
         else: pairs += int((attended[:, 0] & there[..., None]).sum())
     return pairs

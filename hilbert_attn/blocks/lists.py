@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'NEVER', 'LIST_TENSORS', 'LIST_ARGUMENTS', 'BlockRows', 'BlockLists', 'rows_and_columns', 'lists_from_kinds',
-           'lists_from_bounds', 'as_block_size', 'lists_from_block_mask', 'lists_to_operands', 'lists_from_operands']
+           'take_blocks', 'lists_from_bounds', 'as_block_size', 'lists_from_block_mask', 'lists_to_operands',
+           'lists_from_operands']
 
 # %% ../../nbs/10_block_lists.ipynb #5942111c
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -205,6 +206,41 @@ def lists_from_kinds(
     rows, columns = rows_and_columns(group, q, k, full, len(table), table.shape[1:])
     lists = BlockLists(rows=rows, columns=columns, **layout)
     return lists if kinds.device.type == "cpu" else lists.to(kinds.device)
+
+# %% ../../nbs/10_block_lists.ipynb #91c4c0c6
+def take_blocks(
+    lists: BlockLists,
+    q_blocks: Tensor, # int64 (nQ',): blocks of queries, none twice
+    k_blocks: Tensor, # int64 (nK',): blocks of keys
+) -> BlockLists: # tokens, bounds, rows and columns of these blocks alone, in this order
+    "Lists of some blocks, or of all in another order."
+    q_blocks, k_blocks = q_blocks.to(lists.device), k_blocks.to(lists.device)
+    group, q, k, full = lists.rows.entries()
+    q = _places(q_blocks, lists.num_blocks[0])[q]
+    k = _places(k_blocks, lists.num_blocks[1])[k]
+    there = (q >= 0) & (k >= 0)
+    some = (x[there].cpu().numpy() for x in (group, q, k, full))
+    sides = rows_and_columns(*some, lists.num_groups, (len(q_blocks), len(k_blocks)))
+    rows, columns = (side.to(lists.device) for side in sides)
+    return replace(
+        lists, rows=rows, columns=columns,
+        q_tokens=lists.query_tokens()[q_blocks].flatten().to(torch.int32),
+        k_tokens=lists.key_tokens()[k_blocks].flatten().to(torch.int32),
+        lo=_slots_of(lists.lo, q_blocks, lists.block_size[0]),
+        hi=_slots_of(lists.hi, q_blocks, lists.block_size[0]),
+        at=_slots_of(lists.at, k_blocks, lists.block_size[1]))
+
+# %% ../../nbs/10_block_lists.ipynb #58a38f76
+def _places(blocks: Tensor, count: int) -> Tensor: # int64 (count,)
+    "Where each block stands among some; -1: nowhere."
+    places = blocks.new_full((count,), -1)
+    places[blocks] = torch.arange(len(blocks), device=blocks.device)
+    return places
+
+# %% ../../nbs/10_block_lists.ipynb #6b4d8e4e
+def _slots_of(x: Tensor | None, blocks: Tensor, size: int) -> Tensor | None:
+    "Bounds (A, slots) of some blocks."
+    return None if x is None else x.view(len(x), -1, size)[:, blocks].flatten(1)
 
 # %% ../../nbs/10_block_lists.ipynb #b68eb287
 def lists_from_bounds(

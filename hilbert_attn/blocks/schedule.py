@@ -6,7 +6,7 @@
 __all__ = ['PATTERN_TYPES', 'SparsePatternConfig', 'permute_blocks', 'PostPatternHilbertOptimizer']
 
 # %% ../../nbs/10e_block_schedule.ipynb #8d7e86ec
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from hilbert_attn.blocks.lists import (
     BlockLists,
     as_block_size,
     lists_from_block_mask,
-    rows_and_columns,
+    take_blocks,
 )
 from .planner import BlockPattern, block_lists
 from ..common import whole_number, whole_numbers
@@ -90,14 +90,6 @@ class SparsePatternConfig:
         mask, size = self.blocks(seq_len, device), as_block_size(self.block_size)
         return lists_from_block_mask(mask, seq_len, seq_len, size, causal=causal)
 
-# %% ../../nbs/10e_block_schedule.ipynb #44b0a854
-def _move_blocks(
-    x: Tensor | None, order: Tensor, block: int,
-) -> Tensor | None: # (..., blocks * block)
-    "Moves the last dimension by blocks."
-    if x is None: return None
-    return x.unflatten(-1, (-1, block))[..., order.to(x.device), :].flatten(-2)
-
 # %% ../../nbs/10e_block_schedule.ipynb #ffbc0eac
 def permute_blocks(
     lists: BlockLists,
@@ -106,19 +98,9 @@ def permute_blocks(
 ) -> BlockLists: # of the same function
     """Lays out blocks in another order: tokens, bounds, rows and columns move along; what is
     attended stays."""
-    orders, (BM, BN) = (q_order, k_order), lists.block_size
+    orders = q_order, k_order
     for order, n in zip(orders, lists.num_blocks): check_order(order, n, order.device)
-    q_rank, k_rank = (inverse_order(order.cpu()).numpy() for order in orders)
-    group, q, k, full = (x.cpu().numpy() for x in lists.rows.entries())
-    rows, columns = rows_and_columns(
-        group, q_rank[q], k_rank[k], full, lists.num_groups, lists.num_blocks)
-    q_tokens = _move_blocks(lists.query_tokens().flatten(), q_order, BM)
-    k_tokens = _move_blocks(lists.key_tokens().flatten(), k_order, BN)
-    return replace(
-        lists, rows=rows.to(lists.device), columns=columns.to(lists.device),
-        q_tokens=q_tokens.to(torch.int32), k_tokens=k_tokens.to(torch.int32),
-        lo=_move_blocks(lists.lo, q_order, BM), hi=_move_blocks(lists.hi, q_order, BM),
-        at=_move_blocks(lists.at, k_order, BN))
+    return take_blocks(lists, *orders)
 
 # %% ../../nbs/10e_block_schedule.ipynb #0fbeb5fc
 @dataclass(frozen=True)
