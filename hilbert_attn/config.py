@@ -135,9 +135,9 @@ class _Settings:
         if self.group is not None:
             advice = "leave it out for the default group"
             raise ValueError(f"group: a process group cannot be written down; {advice}")
-        values = {f.name: getattr(self, f.name) for f in fields(self)} # type: ignore[arg-type]
-        defaults = {f.name: f.default for f in fields(self)} # type: ignore[arg-type]
-        return {name: _plain(x) for name, x in values.items() if x != defaults[name]}
+        own = fields(self) # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in own}
+        return {f.name: _plain(values[f.name]) for f in own if values[f.name] != f.default}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

@@ -9,7 +9,7 @@ __all__ = ['HilbertSettings', 'few_attention', 'prefix_attention', 'PrefixAttent
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any, TypedDict, Unpack
 
@@ -159,8 +159,8 @@ class HilbertSettings:
     def to_dict(self) -> dict[str, Any]: # plain values only; fields at their default are left out
         "For a model's configuration file, or for `from_dict`."
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
-        return {name: list(x) if isinstance(x, tuple) else x for name, x in changed.items()}
+        plain = {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
+        return {f.name: plain[f.name] for f in fields(self) if values[f.name] != f.default}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HilbertSettings":
@@ -190,23 +190,23 @@ def settings_from(
     return settings
 
 # %% ../../nbs/14_integrations.ipynb #37ec34cd
-_PLACED: dict[tuple, HilbertSettings] = {}
+def _at(
+    settings: HilbertSettings, grid: tuple[int, ...] | None, prefix_tokens: int,
+) -> HilbertSettings:
+    return replace(settings, grid=grid, prefix_tokens=prefix_tokens)
 
 
+_kept = lru_cache(1024)(_at)
+
+# %% ../../nbs/14_integrations.ipynb #a71f81ed
 def placed(
     settings: HilbertSettings,
     grid: tuple[int, ...] | None, # of the tokens behind the prefix
     prefix_tokens: int, # tokens in front of them
 ) -> HilbertSettings:
     "The same settings on the grid of a call."
-    key = settings, grid, prefix_tokens
-    if not torch.compiler.is_compiling() and key in _PLACED:
-        return _PLACED[key]
-    here = replace(settings, grid=grid, prefix_tokens=prefix_tokens)
-    if torch.compiler.is_compiling(): return here
-    if len(_PLACED) >= 1024: _PLACED.clear()
-    _PLACED[key] = here
-    return here
+    place = _at if torch.compiler.is_compiling() else _kept
+    return place(settings, grid, prefix_tokens)
 
 # %% ../../nbs/14_integrations.ipynb #8ae67b60
 def _positions(
