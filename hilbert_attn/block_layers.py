@@ -25,7 +25,7 @@ from .blocks.planner import BlockPattern
 from .blocks.schedule import PostPatternHilbertOptimizer, SparsePatternConfig
 from .branched import LayerOptions, check_free
 from .calls import check_cells
-from .common import true_or_false, whole_number
+from .common import check_word, true_or_false, whole_number
 from .modules import AttentionLayer, order_or_none, share
 from .options import Backend, Curve, Placement
 from .ring_layers import RingLayer, check_ring_call
@@ -119,9 +119,7 @@ PLACEMENTS = ("global", "post_pattern")
 
 
 def _check_placement(placement: str, pattern: Any):
-    if placement not in PLACEMENTS:
-        known = ", ".join(map(repr, PLACEMENTS))
-        raise ValueError(f"placement={placement!r}: known ones are {known}")
+    check_word("placement", placement, PLACEMENTS)
     of_blocks = pattern is None or isinstance(pattern, SparsePatternConfig)
     if of_blocks or placement == "post_pattern": return
     rule = "is defined on the grid, so the curve can only lay it out: give placement='post_pattern'"

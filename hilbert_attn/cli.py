@@ -23,7 +23,7 @@ def _demo(args):
     print(result)
 
 # %% ../nbs/17_cli.ipynb #a8e9f857
-_SUITES = ("cpu", "memory", "curves", "crossover", "short", "dilated", "local", "ring", "gpu") # `SUITES`
+_SUITES = "cpu", "memory", "curves", "crossover", "short", "dilated", "local", "ring", "gpu"
 
 
 def _bench(args):
