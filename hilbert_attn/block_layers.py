@@ -24,9 +24,9 @@ from .blocks.lists import BlockLists, as_block_size, lists_from_block_mask
 from .blocks.planner import BlockPattern
 from .blocks.schedule import PostPatternHilbertOptimizer, SparsePatternConfig
 from .branched import LayerOptions, check_free
-from .common import true_or_false, whole_number
-from .curves import curve_order
-from .modules import AttentionLayer, share
+from .calls import check_cells
+from .common import check_word, true_or_false, whole_number
+from .modules import AttentionLayer, order_or_none, share
 from .options import Backend, Curve, Placement
 from .ring_layers import RingLayer, check_ring_call
 
@@ -35,20 +35,6 @@ def _local_window(seq_len: int, block: int, sparsity: float) -> int: # tokens
     kept = (1 - sparsity) * -(-seq_len // block)
     on_a_side = max(0, round((kept - 1) / 2))
     return 2 * block * on_a_side
-
-# %% ../nbs/12e_block_layers.ipynb #12e0a010
-def _global_lists(
-    pattern: SparsePatternConfig,
-    place: int | Sequence[int], # N or the grid
-    curve: str | None,
-    causal: bool,
-    device: torch.device,
-) -> BlockLists:
-    "Blocks of positions along the curve."
-    n = place if isinstance(place, int) else prod(place)
-    order = None if curve in (None, "row_major") else curve_order(place, curve, device)
-    size = as_block_size(pattern.block_size)
-    return lists_from_block_mask(pattern.blocks(n, device), n, n, size, order=order, causal=causal)
 
 # %% ../nbs/12e_block_layers.ipynb #e686114e
 def _build_lists(
@@ -59,16 +45,15 @@ def _build_lists(
     use_hilbert: bool,
 ) -> BlockLists:
     "The lists of a layer, for so many tokens."
-    if layer.grid is not None and prod(layer.grid) != seq_len:
-        cells = f"grid={layer.grid} has {prod(layer.grid)} cells"
-        raise ValueError(f"q has N={seq_len} tokens and {cells}: they must agree")
+    check_cells(layer.grid, seq_len)
     pattern, curve = layer.pattern_of(seq_len), layer.curve if use_hilbert else None
-    if layer.placement == "global" and isinstance(pattern, SparsePatternConfig):
-        place = seq_len if layer.grid is None else layer.grid
-        return _global_lists(pattern, place, curve, causal, device)
-    optimizer = PostPatternHilbertOptimizer(curve or "hilbert", enabled=curve is not None)
-    options: Any = dict(seq_len=seq_len, block_size=layer.block_size, causal=causal, device=device)
-    return optimizer.lists(pattern, **options)
+    if layer.placement == "post_pattern":
+        optimizer = PostPatternHilbertOptimizer(curve or "hilbert", enabled=curve is not None)
+        what: Any = dict(block_size=layer.block_size, causal=causal, device=device)
+        return optimizer.lists(pattern, seq_len=seq_len, **what)
+    order = order_or_none(curve, layer.grid, seq_len, device)
+    blocks, size = pattern.blocks(seq_len, device), as_block_size(pattern.block_size)
+    return lists_from_block_mask(blocks, seq_len, seq_len, size, order=order, causal=causal)
 
 # %% ../nbs/12e_block_layers.ipynb #12e0a011
 def _block_pairs(pattern: SparsePatternConfig, seq_len: int, num_heads: int) -> int:
@@ -134,9 +119,7 @@ PLACEMENTS = ("global", "post_pattern")
 
 
 def _check_placement(placement: str, pattern: Any):
-    if placement not in PLACEMENTS:
-        known = ", ".join(map(repr, PLACEMENTS))
-        raise ValueError(f"placement={placement!r}: known ones are {known}")
+    check_word("placement", placement, PLACEMENTS)
     of_blocks = pattern is None or isinstance(pattern, SparsePatternConfig)
     if of_blocks or placement == "post_pattern": return
     rule = "is defined on the grid, so the curve can only lay it out: give placement='post_pattern'"

@@ -56,7 +56,8 @@ class DilatedAttention(AttentionLayer):
                          checkpoint=checkpoint, use_custom_backward=use_custom_backward)
         self.segment_lengths, self.dilation_rates = branch_lists(segment_lengths, dilation_rates)
         self.combine = combine
-        if len(self.segment_lengths) > 1: self.family = "heads" if combine == "heads" else "branches"
+        if len(self.segment_lengths) > 1:
+            self.family = "heads" if combine == "heads" else "branches"
         self.dilation_mode = default_mode(combine) if dilation_mode is None else dilation_mode
         self.offsets = offsets_or_none(offsets)
         for w, r in zip(self.segment_lengths, self.dilation_rates):

@@ -23,8 +23,7 @@ def _demo(args):
     print(result)
 
 # %% ../nbs/17_cli.ipynb #a8e9f857
-_SUITES = (  # `SUITES`
-    "cpu", "memory", "curves", "crossover", "short", "dilated", "local", "ring", "gpu")
+_SUITES = "cpu", "memory", "curves", "crossover", "short", "dilated", "local", "ring", "gpu"
 
 
 def _bench(args):

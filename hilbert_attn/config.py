@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import check_backend_name, detect_gpu_architecture
 from .calls import check_curve
-from .common import true_or_false, whole_number
+from .common import check_word, true_or_false, whole_number
 from .modules import grid_or_none, one_of, share
 from .options import Backend, Combine, Curve, Layout, Mode
 from .patterns import COMBINES, DILATION_MODES, SegmentPattern, branch_lists
@@ -33,9 +33,7 @@ _WORDS = {"combine": COMBINES, "dilation_mode": DILATION_MODES, "layout": ("cont
 
 def _check_words(values: Mapping[str, Any]):
     for name, known in _WORDS.items():
-        if values[name] not in (None, *known):
-            listed = ", ".join(map(repr, known))
-            raise ValueError(f"{name}={values[name]!r}: known ones are {listed}")
+        if values[name] is not None: check_word(name, values[name], known)
 
 # %% ../nbs/12f_config.ipynb #5efb6c34
 def known_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -135,9 +133,9 @@ class _Settings:
         if self.group is not None:
             advice = "leave it out for the default group"
             raise ValueError(f"group: a process group cannot be written down; {advice}")
-        values = {f.name: getattr(self, f.name) for f in fields(self)} # type: ignore[arg-type]
-        defaults = {f.name: f.default for f in fields(self)} # type: ignore[arg-type]
-        return {name: _plain(x) for name, x in values.items() if x != defaults[name]}
+        own = fields(self) # type: ignore[arg-type]
+        values = {f.name: getattr(self, f.name) for f in own}
+        return {f.name: _plain(values[f.name]) for f in own if values[f.name] != f.default}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:

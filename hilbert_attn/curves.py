@@ -268,7 +268,6 @@ def _fold(n: int) -> tuple[int, int]:
 # %% ../nbs/00_curves.ipynb #b32c394c
 def _compute_order(grid: tuple[int, ...], curve: str) -> np.ndarray:
     name, options = _parse_curve(curve)
-    if name == "row_major": return _row_major(grid)
     if len(grid) > 1: return _CURVES[name](grid, *options)
     order = _CURVES[name](_fold(grid[0]), *options)
     return order[order < grid[0]]

@@ -25,9 +25,9 @@ def is_causal_mask(
 ) -> bool:
     "Is it torch's causal mask?"
     if mask.shape[-2:] != (n, n): return False
-    future = torch.ones(n, n, dtype=torch.bool, device=mask.device).triu(1)
-    if mask.dtype == torch.bool: return bool((mask == future).all())
-    return bool(((mask == -torch.inf) == future).all() and (mask.masked_fill(future, 0) == 0).all())
+    causal = torch.ones(n, n, dtype=torch.bool, device=mask.device).triu(1)
+    if mask.dtype != torch.bool: causal = torch.zeros_like(mask).masked_fill(causal, -torch.inf)
+    return bool((mask == causal).all())
 
 # %% ../nbs/12c_multihead.ipynb #12c0a007
 def attended_keys(

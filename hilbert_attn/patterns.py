@@ -20,7 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common import remembered, true_or_false, whole_number, whole_numbers
+from hilbert_attn.common import (
+    check_word, remembered, true_or_false, whole_number, whole_numbers,
+)
 from .curves import as_grid, inverse_order
 
 # %% ../nbs/01_patterns.ipynb #1a77ce01
@@ -125,9 +127,7 @@ def _check_segments(pattern: "SegmentPattern"):
         raise ValueError(
             f"dilation_rate={r}: must not exceed segment_size={w}, "
             "or some segments would have no keys")
-    if pattern.mode not in DILATION_MODES:
-        known = ", ".join(map(repr, DILATION_MODES))
-        raise ValueError(f"dilation_mode={pattern.mode!r}: known modes are {known}")
+    check_word("dilation_mode", pattern.mode, DILATION_MODES, "modes")
     if any(not 0 <= o < r for o in offsets):
         raise ValueError(
             f"offsets={offsets}: each must be at least 0 and less than dilation_rate={r}")
@@ -180,7 +180,8 @@ class SegmentPattern:
         "The pattern with the mode's default offsets: 0 for `keys`, `h mod r` for `longnet`."
         size = seq_len if segment_size is None else segment_size
         mode = default_mode() if mode is None else mode
-        if offsets is None: return _with_default_offsets(seq_len, num_heads, size, dilation_rate, mode)
+        if offsets is None:
+            return _with_default_offsets(seq_len, num_heads, size, dilation_rate, mode)
         rate = whole_number("dilation_rate", dilation_rate, 1)
         return cls(seq_len, size, rate, mode, _one_or_all(_head_offsets(offsets, num_heads, mode)))
 
@@ -308,9 +309,7 @@ def _heads_of_branches(
     branches: int,
 ) -> list[tuple[int, int]]: # first head of each branch, and the one after its last
     "Every head for every branch, or the heads dealt out, the longer shares first."
-    if combine not in COMBINES:
-        known = ", ".join(map(repr, COMBINES))
-        raise ValueError(f"combine={combine!r}: known ways are {known}")
+    check_word("combine", combine, COMBINES, "ways")
     if combine == "lse": return [(0, num_heads)] * branches
     if num_heads < branches:
         raise ValueError(

@@ -65,22 +65,18 @@ def plot_curve(
     ax.set(xlim=(0, grid[1] * cell), ylim=(grid[0] * cell, 0), aspect="equal")
 
 # %% ../nbs/00b_plots.ipynb #d8cb5fea
-_GROUND, _KEY, _QUERY = "#eef0f4", PALETTE[0], "#e03131"
-
-
-def _draw_bools(ax, values: Tensor, color: str): # bool (H, W)
+def _draw_bools(ax, values: Tensor): # bool (H, W)
     from matplotlib.colors import ListedColormap
-    cmap = ListedColormap([_GROUND, color])
+    cmap = ListedColormap(["#eef0f4", PALETTE[0]])
     ax.imshow(values.cpu(), cmap=cmap, vmin=0, vmax=1, interpolation="nearest")
 
 # %% ../nbs/00b_plots.ipynb #e2ea14f4
 def plot_mask(
     ax, # matplotlib axes
     mask: Tensor, # bool (N, N)
-    color: str = _KEY, # of an attended pair
 ):
     "Draws a dense mask: queries down, keys across."
-    _draw_bools(ax, mask, color)
+    _draw_bools(ax, mask)
     ax.set(xlabel="key", ylabel="query")
 
 # %% ../nbs/00b_plots.ipynb #8a71b265
@@ -91,7 +87,7 @@ def plot_keys(
     query: int, # token index of the query
 ):
     "Draws one query and its keys in the grid."
-    _draw_bools(ax, keys.view(grid), _KEY)
+    _draw_bools(ax, keys.view(grid))
     row, column = divmod(query, grid[1])
-    ax.plot(column, row, "s", color=_QUERY, markersize=4)
+    ax.plot(column, row, "s", color="#e03131", markersize=4)
     ax.set(xticks=[], yticks=[])

@@ -54,12 +54,8 @@ def cpu_candidates(
     order = curve_order(grid)
     rank = inverse_order(order)
     plain, hilbert = attention_mask(pattern), attention_mask(pattern, order=order)
-    hidden = ~plain
-
-    def ours(q, k, v, curve, return_lse=False):
-        how: Any = dict(grid=grid, curve=curve, return_lse=return_lse, backend="sdpa")
-        return hilbert_attention(q, k, v, segment_size=w, dilation_rate=r, **how)
-
+    hidden, how = ~plain, dict[str, Any](grid=grid, segment_size=w, dilation_rate=r, backend="sdpa")
+    ours = partial(hilbert_attention, **how)
     attentions: dict[str, Callable] = {
         NAIVE: lambda q, k, v: naive_attention(q, k, v, hidden),
         MASKED: lambda q, k, v: sdpa(q, k, v, plain),
@@ -73,12 +69,12 @@ def cpu_candidates(
         OURS_HILBERT_LSE: partial(ours, curve="hilbert", return_lse=True),
     }
 
-    def candidate(name):
+    def candidate(name, attention):
         if name == DENSE: return Candidate(name, sdpa, None, heads * pattern.seq_len ** 2)
         mask, lse_grad = hilbert if "Hilbert" in name else plain, "LSE" in name
-        return Candidate(name, attentions[name], mask, pattern.pairs(heads), lse_grad)
+        return Candidate(name, attention, mask, pattern.pairs(heads), lse_grad)
 
-    return [candidate(name) for name in attentions]
+    return [candidate(*item) for item in attentions.items()]
 
 # %% ../../nbs/15e_cpu.ipynb #68ce9934
 _ON_SMALLER_GRIDS = (MASKED_HILBERT, DENSE, RESHAPED, GATHERED, OURS, OURS_HILBERT)

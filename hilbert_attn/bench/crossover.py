@@ -48,12 +48,13 @@ def _case(config: dict, n: int, d: int, sizes: tuple[int, int], order: str) -> C
     "One setting, on all backends that run here."
     segments, r = sizes
     w, device, heads = n // segments, config["device"], config["batch"] * config["heads"]
-    curve = "row_major" if order == "none" else order
+    curve = None if order == "none" else order
     options: dict[str, Any] = dict(curve=curve, segment_size=w, dilation_rate=r)
 
     def candidates():
         pattern = SegmentPattern(n, w, r)
-        mask = attention_mask(pattern, order=curve_order(n, curve), device=device)
+        along = curve_order(n, curve or "row_major")
+        mask = attention_mask(pattern, order=along, device=device)
         return [
             Candidate(
                 name, partial(hilbert_attention, **options, backend=name), mask,

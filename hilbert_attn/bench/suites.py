@@ -196,7 +196,7 @@ def _dilated_candidates(
     config: dict, pattern: DilatedPattern, options: Any,
 ) -> Iterator[Candidate]:
     "The mixture, then each branch alone."
-    along = curve_order(options["grid"], options["curve"])
+    along = curve_order(options["grid"], options["curve"] or "row_major")
     lengths, rates = config["segment_lengths"], config["dilation_rates"]
     options = options | dict(backend="sdpa")
 
@@ -215,7 +215,7 @@ def _dilated_case(config: dict, mode: str, order: str) -> Case:
     grid, heads, n = tuple(config["grid"]), config["heads"], prod(config["grid"])
     lengths, rates = config["segment_lengths"], config["dilation_rates"]
     pattern = DilatedPattern.for_heads(n, heads, lengths, rates, "lse", mode)
-    curve = "row_major" if order == "none" else order
+    curve = None if order == "none" else order
     options = dict(grid=grid, curve=curve, dilation_mode=mode)
     return Case(
         about=dict(mode=mode, order=order),

@@ -10,6 +10,7 @@ from colorsys import hls_to_rgb
 from math import ceil
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..curves import CURVES, segment_map
@@ -108,15 +109,13 @@ def _heat(photo: Photo, weights: np.ndarray, seen: np.ndarray) -> np.ndarray:
 
 # %% ../../nbs/16b_pictures.ipynb #29b8899a
 def _attention_picture(
-    photo: Photo, q: Tensor, k: Tensor, segments: Tensor | None, query: int,
+    photo: Photo, q: Tensor, k: Tensor, segments: Tensor, query: int,
 ) -> np.ndarray:
-    "What one patch looks at; `segments` None: dense."
-    visible = None if segments is None else segments == segments[query]
+    "What one patch looks at in its segment."
+    visible = segments == segments[query]
     weights = patch_weights(q, k, query, visible).view(photo.grid).numpy()
-    everything = np.ones(photo.grid, bool)
-    seen = everything if visible is None else visible.view(photo.grid).numpy()
-    picture = _heat(photo, weights, seen)
-    if visible is not None: picture = _with_borders(picture, seen)
+    seen = visible.view(photo.grid).numpy()
+    picture = _with_borders(_heat(photo, weights, seen), seen)
     here = np.zeros(photo.grid, int)
     here.flat[query] = 1
     return _with_borders(picture, here, (0.25, 0.95, 1.0))
@@ -138,5 +137,5 @@ def draw_attention(
         within = dense[segments == segments[query]].sum()
         title = f"{curve}: {within:.0%} within reach"
         pictures[title] = _attention_picture(photo, q, k, segments, query)
-    pictures["dense"] = _attention_picture(photo, q, k, None, query)
+    pictures["dense"] = _attention_picture(photo, q, k, torch.zeros(q.shape[2]), query)
     return _panels(photo, pictures, 3)

@@ -222,17 +222,6 @@ def _know_the_way_back(model: nn.Module):
         if hasattr(type(part), "set_default_attn_processor"):
             part.set_default_attn_processor = partial(_set_default, part)
 
-# %% ../../nbs/14e_diffusers.ipynb #f9d24b70
-def _hand_over(
-    layer: Any, # a `diffusers` Attention
-    processor: HilbertAttnProcessor,
-):
-    "Gives a layer our processor, and keeps the one that it had."
-    own = layer.processor
-    if not isinstance(own, HilbertAttnProcessor):
-        layer.hilbert_replaced = own
-    layer.set_processor(processor)
-
 # %% ../../nbs/14e_diffusers.ipynb #9ba161bd
 def use_hilbert_processor(
     model: nn.Module, # a model of diffusers
@@ -259,7 +248,9 @@ def use_hilbert_processor(
             f"among include={include!r}, exclude={exclude!r}")
     known = {name: geometry for name, geometry in places.items() if geometry is not None}
     for layer in found.values():
-        _hand_over(layer, processor)
+        own = layer.processor
+        if not isinstance(own, HilbertAttnProcessor): layer.hilbert_replaced = own
+        layer.set_processor(processor)
     Switch(model, found, known, type(model).__name__)
     _know_the_way_back(model)
     return list(found)

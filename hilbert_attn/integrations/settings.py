@@ -9,7 +9,7 @@ __all__ = ['HilbertSettings', 'few_attention', 'prefix_attention', 'PrefixAttent
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
-from functools import partial
+from functools import lru_cache, partial
 from math import prod
 from typing import Any, TypedDict, Unpack
 
@@ -53,24 +53,23 @@ def _plain(
     return numbers if several else numbers[0]
 
 # %% ../../nbs/14_integrations.ipynb #53f25281
+_ALIASES = {"segment_size": "segment_lengths", "dilation_rate": "dilation_rates"}
+
+
 def _plain_fields(
     settings: "HilbertSettings",
-    segment_size: int | None, # alias of segment_lengths
-    dilation_rate: int | None, # alias of dilation_rates
+    **aliases: Any, # what was given under another name, or None
 ) -> dict[str, Any]: # name -> value
     "Fields that hold numbers, from whichever name they were given by."
     names = ("segment_lengths", "dilation_rates", "offsets", "grid")
     plain = {name: _plain(name, getattr(settings, name)) for name in names}
     if plain["grid"] is not None: plain["grid"] = as_grid(plain["grid"])
-    prefix = whole_number("prefix_tokens", settings.prefix_tokens, least=0)
-    plain["prefix_tokens"] = prefix
-    if segment_size is not None:
-        size, lengths = _plain("segment_size", segment_size), plain["segment_lengths"]
-        plain["segment_lengths"] = one_of("segment_lengths", lengths, segment_size=size)
-    if dilation_rate is not None:
-        rate, rates = _plain("dilation_rate", dilation_rate), plain["dilation_rates"]
-        rates = None if rates == 1 else rates  # the default: not given
-        plain["dilation_rates"] = one_of("dilation_rates", rates, dilation_rate=rate)
+    for alias, value in aliases.items():
+        if value is None: continue
+        own = _ALIASES[alias]
+        given = None if plain[own] == getattr(HilbertSettings, own) else plain[own]  # the default
+        plain[own] = one_of(own, given, **{alias: _plain(alias, value)})
+    plain["prefix_tokens"] = whole_number("prefix_tokens", settings.prefix_tokens, least=0)
     return plain
 
 # %% ../../nbs/14_integrations.ipynb #b805548d
@@ -111,7 +110,7 @@ class HilbertSettings:
     dilation_rate: InitVar[int | None] = None # alias of dilation_rates
 
     def __post_init__(self, segment_size, dilation_rate):
-        plain = _plain_fields(self, segment_size, dilation_rate)
+        plain = _plain_fields(self, segment_size=segment_size, dilation_rate=dilation_rate)
         for name, value in plain.items(): object.__setattr__(self, name, value)
         _check_fields(self)
 
@@ -159,13 +158,13 @@ class HilbertSettings:
     def to_dict(self) -> dict[str, Any]: # plain values only; fields at their default are left out
         "For a model's configuration file, or for `from_dict`."
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        changed = {f.name: values[f.name] for f in fields(self) if values[f.name] != f.default}
-        return {name: list(x) if isinstance(x, tuple) else x for name, x in changed.items()}
+        plain = {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
+        return {f.name: plain[f.name] for f in fields(self) if values[f.name] != f.default}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "HilbertSettings":
         "The inverse of `to_dict`; unknown fields are an error."
-        known = [f.name for f in fields(cls)] + ["segment_size", "dilation_rate"]
+        known = [*(f.name for f in fields(cls)), *_ALIASES]
         unknown = ", ".join(repr(name) for name in values if name not in known)
         if unknown:
             raise ValueError(f"{unknown}: no setting. Known ones: {', '.join(known)}")
@@ -190,23 +189,23 @@ def settings_from(
     return settings
 
 # %% ../../nbs/14_integrations.ipynb #37ec34cd
-_PLACED: dict[tuple, HilbertSettings] = {}
+def _at(
+    settings: HilbertSettings, grid: tuple[int, ...] | None, prefix_tokens: int,
+) -> HilbertSettings:
+    return replace(settings, grid=grid, prefix_tokens=prefix_tokens)
 
 
+_kept = lru_cache(1024)(_at)
+
+# %% ../../nbs/14_integrations.ipynb #a71f81ed
 def placed(
     settings: HilbertSettings,
     grid: tuple[int, ...] | None, # of the tokens behind the prefix
     prefix_tokens: int, # tokens in front of them
 ) -> HilbertSettings:
     "The same settings on the grid of a call."
-    key = settings, grid, prefix_tokens
-    if not torch.compiler.is_compiling() and key in _PLACED:
-        return _PLACED[key]
-    here = replace(settings, grid=grid, prefix_tokens=prefix_tokens)
-    if torch.compiler.is_compiling(): return here
-    if len(_PLACED) >= 1024: _PLACED.clear()
-    _PLACED[key] = here
-    return here
+    place = _at if torch.compiler.is_compiling() else _kept
+    return place(settings, grid, prefix_tokens)
 
 # %% ../../nbs/14_integrations.ipynb #8ae67b60
 def _positions(

@@ -136,8 +136,8 @@ def _why_not(
     name: str, # of the layer in its parent
 ) -> str | None: # None: it can
     "Why a layer cannot be replaced."
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    if any(getattr(layer, hook, None) for hook in hooks):
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    if any(getattr(layer, kind) for kind in kinds):
         return "it has hooks, which would be lost: remove them first"
     if isinstance(layer, nn.MultiheadAttention):
         return _why_not_multihead(layer, parent, name)
