@@ -348,8 +348,8 @@ def _policy_tables() -> list[str]:
     devices = {"cpu": "CPU", "cuda": "NVIDIA GPU", "any": "any other"}
     backends = []
     for row in POLICY:
-        longest = row.max_tokens and f"{min(row.max_tokens.values())} to {max(row.max_tokens.values())}"
-        tokens = f"up to {longest}, by pattern" if longest else "any number"
+        limits = sorted(row.max_tokens.values()) if row.max_tokens else []
+        tokens = f"up to {limits[0]} to {limits[-1]}, by pattern" if limits else "any number"
         what = f"`{row.backend}`: {REGISTRY[row.backend].about}"
         backends.append((devices[row.device], tokens, what, row.reason))
     training = [(f"`{row.strategy}`", f"{row.share:.0%} of the memory at hand", row.reason)

@@ -156,7 +156,8 @@ def test_a_drifted_measurement_is_said_on_the_page(plain_plots, monkeypatch, tmp
     assert "the policy does not agree with this measurement any more" in shown(PAGE)[0]
 
 
-@pytest.mark.parametrize("notebook", ["15e_cpu", "15f_memory", "15g_crossover", "15h_short", "15i_suites"])
+@pytest.mark.parametrize(
+    "notebook", ["15e_cpu", "15f_memory", "15g_crossover", "15h_short", "15i_suites"])
 def test_the_benchmark_pages_without_results(plain_plots, monkeypatch, tmp_path, notebook):
     import pandas as pd
     from IPython.display import Markdown

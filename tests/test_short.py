@@ -55,7 +55,8 @@ def results(function, x, **options):
     out, *lse = found if isinstance(found, tuple) else (found,)
     g = torch.Generator().manual_seed(5)
     total = (out * torch.randn(out.shape, generator=g).to(out.dtype)).sum()
-    for part in lse: total = total + (part.clamp(min=-9) * torch.randn(part.shape, generator=g)).sum()
+    for part in lse:
+        total = total + (part.clamp(min=-9) * torch.randn(part.shape, generator=g)).sum()
     return [out, *lse, *torch.autograd.grad(total, x)]
 
 
