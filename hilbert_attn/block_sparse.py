@@ -63,7 +63,7 @@ def block_sdpa_mask_attention(
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N)
     "SDPA with a dense mask: O(N^2), for comparison."
     def make(): return _mask(lists, None)
-    kept = KeptMask(make, lists, (lists.rows.index,))
+    kept = KeptMask(make, lists, tuple(lists.tensors()))
     return attend_kept(
         q, k, v, kept, key_mask=key_mask, dropout_p=dropout_p, scale=scale, need_lse=need_lse)
 

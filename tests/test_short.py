@@ -16,6 +16,8 @@ from hilbert_attn import (
     window_attention,
 )
 from hilbert_attn.backends import POLICY
+from hilbert_attn.blocks.planner import block_lists
+from hilbert_attn.patterns import NeighborhoodPattern
 
 REAL_POLICY = True
 LIMITS = next(row for row in POLICY if row.backend == "sdpa_mask").max_tokens
@@ -147,6 +149,13 @@ def test_block_lists_of_a_mask_are_made_once(calls):
     mask[2, 2] = True
     assert not torch.equal(run(), first)
     assert calls.count("lists_from_block_mask") == 2
+
+
+def test_a_kept_mask_of_lists_follows_what_is_written_into_them():
+    x, lists = inputs(), block_lists(NeighborhoodPattern(GRID, 3), block_size=16)
+    first = block_sparse_attention(*x, lists)
+    lists.hi.copy_(lists.lo)
+    assert not torch.equal(block_sparse_attention(*x, lists), first)
 
 
 def test_a_block_is_not_longer_than_the_sequence():
