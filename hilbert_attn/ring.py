@@ -7,7 +7,7 @@ __all__ = ['Call', 'DenseRing', 'Exchange', 'SharedSegments', 'Meet', 'Piece', '
            'ring_dilated_attention']
 
 # %% ../nbs/09d_ring.ipynb #557e8985
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import log
 from typing import Any
