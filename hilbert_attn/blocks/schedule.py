@@ -217,9 +217,9 @@ def mask_lists(
     rest = order, num_queries, num_keys, list(block_size), causal, curve or ""
     if _has_numbers(block_mask, order) and known_now(num_queries):
         key = num_queries, num_keys, tuple(block_size), causal, curve
-        with outside_graphs():
-            return _of_masks.get(
-                key, lambda: _lists_of_mask(block_mask, *rest), block_mask, order)
+        def make():
+            with outside_graphs(): return _lists_of_mask(block_mask, *rest)
+        return _of_masks.get(key, make, block_mask, order)
     *rows, q_tokens, k_tokens = torch.ops.hilbert_attn.mask_lists(block_mask, *rest)
     sides, own = (BlockRows(*rows[:3]), BlockRows(*rows[3:])), tuple(block_mask.shape[:-2])
     groups = (1,) * (2 - len(own)) + own
