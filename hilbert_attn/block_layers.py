@@ -20,12 +20,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .block_ring import block_sparse_ring_attention, lists_order
 from .block_sparse import block_sparse_attention
-from .blocks.lists import BlockLists, as_block_size, lists_from_block_mask
+from .blocks.lists import BlockLists, as_block_size
 from .blocks.planner import BlockPattern
-from .blocks.schedule import PostPatternHilbertOptimizer, SparsePatternConfig
+from .blocks.schedule import (
+    PostPatternHilbertOptimizer, SparsePatternConfig, mask_lists)
 from .branched import LayerOptions, check_free
 from .calls import check_cells
-from .common import check_word, true_or_false, whole_number
+from .common import (
+    check_word, known_now, outside_graphs, true_or_false, whole_number)
 from .modules import AttentionLayer, order_or_none, share
 from .options import Backend, Curve, Placement
 from .ring_layers import RingLayer, check_ring_call
@@ -47,13 +49,15 @@ def _build_lists(
     "The lists of a layer, for so many tokens."
     check_cells(layer.grid, seq_len)
     pattern, curve = layer.pattern_of(seq_len), layer.curve if use_hilbert else None
-    if layer.placement == "post_pattern":
+    if not isinstance(pattern, SparsePatternConfig):
         optimizer = PostPatternHilbertOptimizer(curve or "hilbert", enabled=curve is not None)
         what: Any = dict(block_size=layer.block_size, causal=causal, device=device)
         return optimizer.lists(pattern, seq_len=seq_len, **what)
-    order = order_or_none(curve, layer.grid, seq_len, device)
     blocks, size = pattern.blocks(seq_len, device), as_block_size(pattern.block_size)
-    return lists_from_block_mask(blocks, seq_len, seq_len, size, order=order, causal=causal)
+    if layer.placement == "post_pattern":
+        return mask_lists(blocks, seq_len, seq_len, size, causal=causal, curve=curve)
+    order = order_or_none(curve, layer.grid, seq_len, device)
+    return mask_lists(blocks, seq_len, seq_len, size, order=order, causal=causal)
 
 # %% ../nbs/12e_block_layers.ipynb #12e0a011
 def _block_pairs(pattern: SparsePatternConfig, seq_len: int, num_heads: int) -> int:
@@ -97,13 +101,22 @@ class KeepsLists(AttentionLayer):
     ) -> BlockLists: # kept: do not write into it
         "The pattern for so many tokens."
         causal = self.causal or true_or_false("causal", causal)
-        key = seq_len, torch.device(device), causal, true_or_false("use_hilbert", use_hilbert)
+        rest = torch.device(device), causal, true_or_false("use_hilbert", use_hilbert)
+        if not known_now(seq_len):
+            fixed = self.only_length()
+            if fixed is None: return _build_lists(self, seq_len, *rest)  # when the graph runs
+            seq_len = fixed  # for others, this is an error of the call's
+        key = seq_len, *rest
         if key in self._lists: return self._lists[key]
         if torch.compiler.is_compiling():
             return _compiled_lists(self._handle, seq_len, str(device), *key[2:])
         if len(self._lists) > 15: self._lists.clear()
-        self._lists[key] = _build_lists(self, *key)
+        with outside_graphs(): self._lists[key] = _build_lists(self, *key)
         return self._lists[key]
+
+    def only_length(self) -> int | None: # None: it serves any number of tokens
+        "The number of tokens, where the layer was made for it."
+        return None if self.grid is None else prod(self.grid)
 
 # %% ../nbs/12e_block_layers.ipynb #be0a9cc7
 def _compiled_lists(handle: int, seq_len: int, device: str, *rest: bool) -> BlockLists:
@@ -161,6 +174,10 @@ class BlockSparseAttention(KeepsLists):
         if self.pattern is not None: return self.pattern
         window = _local_window(seq_len, self.block_size, self.sparsity)
         return SparsePatternConfig("local_window", self.block_size, window=window)
+
+    def only_length(self) -> int | None:
+        of_blocks = self.pattern is None or isinstance(self.pattern, SparsePatternConfig)
+        return super().only_length() if of_blocks else self.pattern.seq_len
 
     def pairs(
         self,

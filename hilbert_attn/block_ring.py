@@ -21,7 +21,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from .backends import attend, check_backend_name
 from .blocks.lists import BlockLists, take_blocks
 from .calls import check_call
-from .ring import _outside_graphs
+from .curves import inverse_order
+from .ring import one_rank_alone
 from .ring_exchange import Ring, begin, begin_call, digest, swap
 from .ring_plan import shard_sizes
 
@@ -224,8 +225,9 @@ def _check_lists(q: Tensor, lists: Any):
     if not isinstance(lists, BlockLists):
         raise ValueError(f"lists is a {type(lists).__name__}: expected BlockLists of the whole"
                          " sequence")
-    if lists.device != q.device:
-        raise ValueError(f"the block lists are on {lists.device} and q on {q.device}: they must be"
+    device = lists.rows.index.device  # spelt out: torch.compile cannot look through the property
+    if device != q.device:
+        raise ValueError(f"the block lists are on {device} and q on {q.device}: they must be"
                          " on one device; see BlockLists.to")
     if any(n not in (1, size) for n, size in zip(lists.groups, q.shape)):
         raise ValueError(f"the block lists are for groups={lists.groups} (batches, heads); q has"
@@ -247,8 +249,47 @@ def _common(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float | N
                 blocks=len(lists.rows.index), causal=lists.causal,
                 requires_grad=gradients and torch.is_grad_enabled())
 
+# %% ../nbs/10g_block_ring.ipynb #4b65746c
+def _positions(lists: BlockLists) -> Tensor: # int64 (N,)
+    "The position of each token: how many come before it in the slots."
+    n, slots, device = lists.num_queries, lists.q_tokens, lists.rows.index.device
+    if slots is None: return torch.arange(n, device=device)
+    there = slots >= 0
+    position = torch.empty(n + 1, dtype=torch.int64, device=device)  # the last: of empty slots
+    position[slots.long().where(there, n)] = there.cumsum(0) - 1
+    return position[:n]
+
+# %% ../nbs/10g_block_ring.ipynb #c0d8c884
+def _alone(q, k, v, lists: BlockLists, scale, backend: str, return_lse) -> Any:
+    "A call of one rank, without plan and messages, as graphs can hold it."
+    call = check_call(q, k, v, scale=scale, return_lse=return_lse)
+    _check_lists(call.q, lists)
+    _check_shard(call.q, lists, (lists.num_queries,), 0)
+    rank = _positions(lists)
+    call.q, call.k, call.v = (x.index_select(2, rank) for x in (call.q, call.k, call.v))
+    out, lse = attend(call.along(lists), backend, "blocks")
+    order = inverse_order(rank)
+    return call.result(out.index_select(2, order), lse.index_select(2, order))
+
+# %% ../nbs/10g_block_ring.ipynb #51d4a8bf
+def _ring_round(q, k, v, lists: BlockLists, group, scale, backend: str, return_lse) -> Any:
+    "Checks, agrees, fetches and attends."
+    def check(ring):
+        call = check_call(q, k, v, scale=scale, return_lse=return_lse)
+        _check_lists(call.q, lists)
+        check_backend_name(backend)
+        plan, own = _planned(lists, ring.size, ring.rank)
+        _check_shard(call.q, lists, plan.sizes, ring.rank)
+        common = _common(call.q, call.k, call.v, lists, scale)
+        return common, call.q.shape[2], (call, plan, own)
+
+    work, _, (call, plan, own) = begin_call(group, _NAME, check)
+    with work:
+        k, v = _Fetch.apply(call.k, call.v, _Fetching(plan, work.ring, work.number))
+        out, lse = attend(replace(call, k=k, v=v, pattern=own), backend, "blocks")
+    return call.result(out, lse)
+
 # %% ../nbs/10g_block_ring.ipynb #f8f46860
-@_outside_graphs
 def block_sparse_ring_attention(
     q: Tensor, # queries (B, H, n, D): `shard_sequence(..., order=lists_order(lists))`
     k: Tensor, # keys (B, H_kv, n, D)
@@ -264,17 +305,7 @@ def block_sparse_ring_attention(
 
     Differentiable in q, k, v through output and LSE; only needed blocks travel. Rules and errors as
     in `ring_attention`."""
-    def check(ring):
-        call = check_call(q, k, v, scale=scale, return_lse=return_lse)
-        _check_lists(call.q, lists)
-        check_backend_name(backend)
-        plan, own = _planned(lists, ring.size, ring.rank)
-        _check_shard(call.q, lists, plan.sizes, ring.rank)
-        common = _common(call.q, call.k, call.v, lists, scale)
-        return common, call.q.shape[2], (call, plan, own)
-
-    work, _, (call, plan, own) = begin_call(group, _NAME, check)
-    with work:
-        k, v = _Fetch.apply(call.k, call.v, _Fetching(plan, work.ring, work.number))
-        out, lse = attend(replace(call, k=k, v=v, pattern=own), backend, "blocks")
-    return call.result(out, lse)
+    options = group, scale, backend, return_lse
+    if one_rank_alone(q, group): return _alone(q, k, v, lists, *options[1:])
+    if not torch.compiler.is_compiling(): return _ring_round(q, k, v, lists, *options)
+    return torch.compiler.disable(_ring_round)(q, k, v, lists, *options)

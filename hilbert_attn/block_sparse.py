@@ -15,10 +15,11 @@ from torch import Tensor
 from .backends import attend, computes
 from .blocks.engine import block_sdpa_attention
 from .blocks.flex import from_flex, is_flex
-from .blocks.lists import BlockLists, as_block_size, lists_from_block_mask
+from .blocks.lists import BlockLists, as_block_size
 from .blocks.planner import block_lists
+from .blocks.schedule import mask_lists
 from .calls import Call, check_call, check_order
-from .common import Cache
+from .common import known_now
 from .operators import lse_dtype
 from .reference import masked_attention
 from .sdpa import KeptMask, attend_kept
@@ -84,7 +85,8 @@ def sdpa_mask_blocks(call: Call) -> tuple[Tensor, Any]: # out, lse or None
 @computes("sdpa", "blocks")
 def sdpa_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "Dense kernels on the blocks."
-    return block_sdpa_attention(call.q, call.k, call.v, call.pattern, **call.common)
+    return block_sdpa_attention(
+        call.q, call.k, call.v, call.pattern, **call.common, custom_backward=call.custom_backward)
 
 # %% ../nbs/10f_block_sparse.ipynb #5f5f1a62
 @computes("triton", "blocks")
@@ -136,19 +138,14 @@ def _check_block_mask(block_mask: Tensor, size: tuple[int, int], q: Tensor, k: T
         f"expected bool on {q.device} of shape {kinds}, here {shapes}")
 
 # %% ../nbs/10f_block_sparse.ipynb #62b3a614
-_lists = Cache(64, tensors=BlockLists.tensors)
-
-
 def _lists_of_mask(
     block_mask: Tensor, N: int, M: int, size: tuple[int, int], order: Tensor | None, causal: bool,
 ) -> BlockLists:
-    "Block lists of a bool mask, made once; one block for all is not much longer than the sequence."
-    rows, columns = (min(most, -(-n // 16) * 16) for n, most in zip((N, M), size))
-    size = rows, columns
-    return _lists.get(
-        (N, M, size, causal),
-        lambda: lists_from_block_mask(block_mask, N, M, size, order=order, causal=causal),
-        block_mask, order)
+    "Block lists of a bool mask; one block for all is not much longer than the sequence."
+    if known_now(N):
+        rows, columns = (min(most, -(-n // 16) * 16) for n, most in zip((N, M), size))
+        size = rows, columns
+    return mask_lists(block_mask, N, M, size, order=order, causal=causal)
 
 # %% ../nbs/10f_block_sparse.ipynb #62b3a615
 def _resolve_lists(

@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .common import Cache, define_operator, hide_masked, is_plain, true_or_false
+from .common import (
+    Cache, define_operator, hide_masked, is_plain, known_now, true_or_false)
 from .curves import _parse_curve, as_grid, curve_order
-from .operators import lse_dtype
+from .operators import draw_seeds, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import default_scale
 
@@ -87,6 +88,7 @@ def autocast_inputs(
     for x in xs:
         if not isinstance(x, Tensor): return xs
     kind = xs[0].device.type
+    if kind == "meta": return xs  # which has no autocast
     if not torch.is_autocast_enabled(kind): return xs
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in xs)
@@ -250,9 +252,8 @@ class Call:
         self,
         n: int = 1, # as many
     ) -> Tensor | None: # int64 (n,); None without dropout
-        "Where kernels begin to count when they drop weights, from torch's generator."
-        if not self.dropout_p: return None
-        return torch.randint(2 ** 63 - 1, (n,), dtype=torch.int64, device=self.q.device)
+        "Where engines begin to count when they drop weights, from torch's generator."
+        return draw_seeds(self.dropout_p, self.q.device, n)
 
     def narrow(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         "Results in the dtypes that are promised: that of q, and float32 (float64) for the LSE."
@@ -299,8 +300,7 @@ def on_segments(
     how = segment_size, dilation_rate, dilation_mode, offsets
     n, heads = call.sizes
     pattern = SegmentPattern.for_heads(n, heads, *how)
-    dense = pattern.segment_size >= n and pattern.dilation_rate == 1
-    return call.along(pattern, **place, dense=dense)
+    return call.along(pattern, **place, dense=known_now(n) and pattern.is_dense)
 
 # %% ../nbs/06b_calls.ipynb #ff6622ea
 def on_branches(
@@ -316,4 +316,4 @@ def on_branches(
     how = segment_lengths, dilation_rates, combine, dilation_mode, offsets
     n, heads = call.sizes
     pattern = DilatedPattern.for_heads(n, heads, *how)
-    return call.along(pattern, **place, dense=pattern.is_dense)
+    return call.along(pattern, **place, dense=known_now(n) and pattern.is_dense)

@@ -6,8 +6,9 @@
 __all__ = ['triton_branches', 'sdpa_branches', 'attend_branches', 'dilated_attention']
 
 # %% ../nbs/08_dilated.ipynb #351ea893
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import log
 from typing import Any
 
@@ -20,9 +21,26 @@ from .operators import AttentionOperator, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import merge_attention
 from .sdpa import attend_segments, attend_segments_backward
-from .tiles import like, mix
+from .tiles import Dropout, like, mix
 
 # %% ../nbs/08_dilated.ipynb #844334b1
+@lru_cache(maxsize=256)
+def _merged(
+    seq_len: int, # N
+    heads: int, # H
+    sizes: tuple[tuple[int, int, int], ...], # w, r and copies of each branch
+    mode: str,
+    offsets: tuple[int, ...], # of all heads of the first branch, then of the second, ...
+) -> tuple[tuple[SegmentPattern, int], ...]:
+    "Patterns, and how often each counts; those that are alike for so many tokens count as one."
+    found: dict[SegmentPattern, int] = {}
+    for i, (w, r, copies) in enumerate(sizes):
+        own, size = offsets[i * heads:(i + 1) * heads], max(min(w, seq_len), r)
+        pattern = SegmentPattern.for_heads(seq_len, heads, size, r, mode, own)
+        found[pattern] = found.get(pattern, 0) + copies
+    return tuple(found.items())
+
+# %% ../nbs/08_dilated.ipynb #fc04e07e
 @dataclass(frozen=True)
 class _Mixture:
     "Several branches, as the operator receives them."
@@ -36,12 +54,18 @@ class _Mixture:
     dropout_p: float
     triton: bool # on the fused kernels
 
-    def branches(self, q: Tensor) -> Iterator[tuple[SegmentPattern, int]]:
+    def branches(self, q: Tensor) -> tuple[tuple[SegmentPattern, int], ...]:
         "Patterns, and how often each counts."
-        heads, sizes = q.shape[1], zip(self.segment_sizes, self.dilation_rates, self.copies)
-        for i, (w, r, copies) in enumerate(sizes):
-            offsets = self.offsets[i * heads:(i + 1) * heads]
-            yield SegmentPattern.for_heads(q.shape[2], heads, w, r, self.mode, offsets), copies
+        sizes = tuple(zip(self.segment_sizes, self.dilation_rates, self.copies))
+        return _merged(q.shape[2], q.shape[1], sizes, self.mode, tuple(self.offsets))
+
+    def where(self, q: Tensor, order: Tensor | None) -> Tensor | None: # int64 (N,)
+        "The order; None where everybody attends everybody."
+        return None if all(x.is_dense for x, _ in self.branches(q)) else order
+
+    def dropout(self, seeds: Tensor | None, i: int) -> Dropout | None:
+        "What the `i`-th branch drops."
+        return None if seeds is None else Dropout(self.dropout_p, seeds[i])
 
 # %% ../nbs/08_dilated.ipynb #6e82ee5d
 def _kernel_options(mixture: _Mixture, pattern: SegmentPattern, order, key_mask, seeds, i: int):
@@ -66,19 +90,21 @@ def _forward_on_kernels(
     return out, lse
 
 # %% ../nbs/08_dilated.ipynb #e4bcca7f
-def _forward_on_tiles(q, k, v, order, key_mask, mixture: _Mixture) -> tuple[Tensor, Tensor]:
+def _forward_on_tiles(
+    q, k, v, order, key_mask, seeds, mixture: _Mixture) -> tuple[Tensor, Tensor]:
     before: Any = None
-    for pattern, copies in mixture.branches(q):
+    for i, (pattern, copies) in enumerate(mixture.branches(q)):
         out, lse = attend_segments(
-            q, k, v, order, key_mask, pattern, mixture.causal, mixture.scale, before, copies)
+            q, k, v, order, key_mask, pattern, mixture.causal, mixture.scale, before, copies,
+            mixture.dropout(seeds, i))
         before = out.to(lse.dtype), lse
     return before
 
 # %% ../nbs/08_dilated.ipynb #95191a04
 def _dilated_forward(q, k, v, order, key_mask, seeds, *settings) -> tuple[Tensor, Tensor]:
     mixture = _Mixture(*settings)
-    if mixture.triton: out, lse = _forward_on_kernels(q, k, v, order, key_mask, seeds, mixture)
-    else: out, lse = _forward_on_tiles(q, k, v, order, key_mask, mixture)
+    attend = _forward_on_kernels if mixture.triton else _forward_on_tiles
+    out, lse = attend(q, k, v, mixture.where(q, order), key_mask, seeds, mixture)
     return like(out, q), lse
 
 # %% ../nbs/08_dilated.ipynb #36c3b700
@@ -94,6 +120,7 @@ def _share_on_kernels(
 def _dilated_backward(
     dout, dlse, q, k, v, out, lse, order, key_mask, seeds, *settings) -> tuple[Tensor, ...]:
     mixture = _Mixture(*settings)
+    order = mixture.where(q, order)
     grads: Any = None  # of the branches so far
     for i, (pattern, copies) in enumerate(mixture.branches(q)):
         own = lse - log(copies)
@@ -103,15 +130,22 @@ def _dilated_backward(
             continue
         share = attend_segments_backward(
             dout, dlse, q, k, v, out, own, order, key_mask, pattern, mixture.causal, mixture.scale,
-            grads)
+            grads, mixture.dropout(seeds, i))
         grads = [x.to(lse_dtype(x.dtype)) for x in share]
     return tuple(like(grad, x) for grad, x in zip(grads, (q, k, v)))
+
+# %% ../nbs/08_dilated.ipynb #0413b6d3
+def _mixture_pairs(q, k, v, order, key_mask, seeds, *settings) -> int:
+    "Attended pairs of all branches, over batches and heads."
+    heads, patterns = q.shape[1], _Mixture(*settings).branches(q)
+    return q.shape[0] * sum(pattern.pairs(heads) for pattern, _ in patterns)
 
 
 _mixture_attention = AttentionOperator(
     "dilated", _dilated_forward, _dilated_backward, ["order", "key_mask", "seeds"],
     "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, "
-    "bool causal, float scale, float dropout_p, bool triton", "CompositeExplicitAutograd")
+    "bool causal, float scale, float dropout_p, bool triton", "CompositeExplicitAutograd",
+    _mixture_pairs)
 
 # %% ../nbs/08_dilated.ipynb #b0da3890
 def _run_mixture(call: Call, triton: bool) -> tuple[Tensor, Tensor]:
@@ -151,7 +185,7 @@ def sdpa_branches(
     call: Call, # of several branches
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "All branches on dense kernels: in one operator on the CPU, one by one where that cannot be."
-    in_one = call.custom_backward and call.q.device.type == "cpu" and not call.dropout_p
+    in_one = call.custom_backward and call.q.device.type in ("cpu", "meta")
     return _run_mixture(call, triton=False) if in_one else _one_by_one(call, "sdpa")
 
 # %% ../nbs/08_dilated.ipynb #4104ecba

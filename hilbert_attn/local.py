@@ -33,7 +33,7 @@ from .patterns import (
 from .reference import masked_attention, reference_attention
 from .sdpa import masked_sdpa, sdpa_mask_attention
 from .tiles import (
-    Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
+    Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
 
 # %% ../nbs/11_local.ipynb #596540c8
 @dataclass(frozen=True)
@@ -266,7 +266,7 @@ def _tokens(
     "The row at each place: the cells in order, then the shared tokens, then registers."
     turned, shared, cells = _turned(pattern), pattern.shared, prod(pattern.grid)
     if order is None and turned is None and not shared: return None
-    own = torch.arange(cells) if order is None else order
+    own = torch.arange(cells, device="cpu") if order is None else order
     if turned is not None: own = own[torch.from_numpy(turned).to(own.device)]
     row = torch.arange(keys, device=own.device)
     return torch.cat([own + shared, row[:shared], row[shared + cells:]])
@@ -397,7 +397,8 @@ class _LocalTile(Tile):
     def bias(self) -> Tensor | None: # (T, heads, M, J + R), strided over what it is not about
         allowed = self._allowed()
         if allowed is None: return None
-        bias = torch.zeros(allowed.shape, dtype=self.dtype).masked_fill_(~allowed, -torch.inf)
+        bias = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
+        bias.masked_fill_(~allowed, -torch.inf)
         return bias.expand(self.shape)
 
     def empty(self) -> Tensor | None: return self.no_keys
@@ -433,6 +434,7 @@ def _local_forward(
     key_mask: Tensor | None, # bool (B, M)
     pattern: AxisPattern,
     scale: float,
+    dropout: Dropout | None = None, # drops weights
 ) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE on the CPU, some tiles at a time."
     out, lse = torch.empty_like(q), new_lse(q)
@@ -442,7 +444,7 @@ def _local_forward(
         queries, keys, values = map(part.take, (q, k, v))
         results = part.room(out), part.room(lse)
         tiles = _tiles(pattern, queries, keys, part.mask(key_mask), lse.dtype)
-        attend_tiles(tiles, queries, keys, values, *results, scale)
+        attend_tiles(tiles, queries, keys, values, *results, scale, dropout=dropout)
         for x, rows in zip((out, lse), results): part.put(x, rows)
     return out, lse
 
@@ -459,6 +461,7 @@ def _local_backward(
     key_mask: Tensor | None,
     pattern: AxisPattern,
     scale: float,
+    dropout: Dropout | None = None, # that of the forward, from its beginning
 ) -> tuple[Tensor, Tensor, Tensor]: # dq, dk, dv
     "Gradients of q, k, v on the CPU, some tiles at a time."
     grads = torch.empty_like(q), *(torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
@@ -472,7 +475,7 @@ def _local_backward(
             norms = None if dlse is None else part.take(dlse)
             attend_tiles_backward(
                 tiles, upstream, norms, queries, keys, values,
-                part.take(out), part.take(lse), room, scale)
+                part.take(out), part.take(lse), room, scale, dropout=dropout)
             for x, found in zip(grads, room): part.put(x, found)
     dq, dk, dv = grads
     return dq, like(dk, k), like(dv, v)
@@ -482,17 +485,32 @@ _PATTERN = "str kind, SymInt[] numbers" # as `encode_pattern` writes one
 _decoded = lru_cache(maxsize=256)(decode_pattern)
 
 
-def _forward_op(q, k, v, order, key_mask, kind, numbers, scale):
-    return _local_forward(q, k, v, order, key_mask, _decoded(kind, tuple(numbers)), scale)
+def _planned(seed: Tensor | None, kind: str, numbers, scale: float, dropout_p: float) -> tuple:
+    "What the engine is given: pattern, scale, dropout."
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    return _decoded(kind, tuple(numbers)), scale, dropout
+
+# %% ../nbs/11_local.ipynb #a88aa0b8
+def _forward_op(q, k, v, order, key_mask, seed, *settings):
+    return _local_forward(q, k, v, order, key_mask, *_planned(seed, *settings))
 
 # %% ../nbs/11_local.ipynb #3e76a28b
-def _backward_op(dout, dlse, q, k, v, out, lse, order, key_mask, kind, numbers, scale):
-    pattern = _decoded(kind, tuple(numbers))
-    return _local_backward(dout, dlse, q, k, v, out, lse, order, key_mask, pattern, scale)
+def _backward_op(dout, dlse, q, k, v, out, lse, order, key_mask, seed, *settings):
+    planned = _planned(seed, *settings)
+    return _local_backward(dout, dlse, q, k, v, out, lse, order, key_mask, *planned)
+
+# %% ../nbs/11_local.ipynb #4a220968
+def _pairs_of(q: Tensor, k: Tensor, kind: str, numbers: Sequence[int]) -> int:
+    "Attended pairs, over batches and heads; every query attends the registers."
+    registers = k.shape[2] - q.shape[2]
+    own = _decoded(kind, tuple(numbers)).pairs(q.shape[1])
+    return q.shape[0] * (own + q.shape[1] * q.shape[2] * registers)
 
 
 _tiles_attention = AttentionOperator(
-    "local", _forward_op, _backward_op, ["order", "key_mask"], f"{_PATTERN}, float scale")
+    "local", _forward_op, _backward_op, ["order", "key_mask", "seed"],
+    f"{_PATTERN}, float scale, float dropout_p",
+    pairs=lambda q, k, v, order, key_mask, seed, *rest: _pairs_of(q, k, *rest[:2]))
 
 # %% ../nbs/11_local.ipynb #f5a6ff5d
 def _tiles_op(order, kind, numbers, group, most, keys, device) -> list[Tensor]:
@@ -601,8 +619,9 @@ def sdpa_local(call: Call) -> tuple[Tensor, Tensor | Any]: # out, lse
     "Dense kernels on tiles."
     inputs = call.q, call.k, call.v, call.order, call.key_mask
     pattern = call.pattern.pattern
-    if call.q.device.type == "cpu" and not call.dropout_p and call.custom_backward:
-        return _tiles_attention(*inputs, *encode_pattern(pattern), call.number)
+    if call.q.device.type in ("cpu", "meta") and call.custom_backward:
+        numbers = *encode_pattern(pattern), call.number, call.dropout_p
+        return _tiles_attention(*inputs, call.seeds(), *numbers)
     need_lse = call.need_lse or not call.custom_backward
     return _local_expression(*inputs, pattern, call.dropout_p, call.scale, need_lse)
 
@@ -639,7 +658,8 @@ def _block_backward_op(
 _blocks_attention = AttentionOperator(
     "local_block", _block_forward_op, _block_backward_op, ["key_mask", "seed"],
     f"{_PATTERN}, SymInt[] layout, str curve, float scale, float dropout_p",
-    "CompositeExplicitAutograd")
+    "CompositeExplicitAutograd",
+    lambda q, k, v, key_mask, seed, *rest: _pairs_of(q, k, *rest[:2]))
 
 # %% ../nbs/11_local.ipynb #132b7b4d
 @computes("triton", "local")

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hilbert_attn.common import (
-    check_word, remembered, true_or_false, whole_number, whole_numbers,
+    check_word, known_now, remembered, true_or_false, whole_number, whole_numbers,
 )
 from .curves import as_grid, inverse_order
 
@@ -203,6 +203,9 @@ class SegmentPattern:
         return rounds * sum(of) + sum(of[:more])
 
     @property
+    def is_dense(self) -> bool: return self.segment_size >= self.seq_len and self.dilation_rate == 1
+
+    @property
     def density(self) -> float:
         "Attended pairs / N^2, mean over the heads."
         return self.pairs(len(self.offsets)) / (len(self.offsets) * self.seq_len ** 2)
@@ -226,7 +229,8 @@ class SegmentPattern:
         order: Tensor | None = None, # int64 (N,): token index at each position; None: as they come
     ) -> Tensor: # bool (heads, N, N) in token order
         "The dense mask, for tests and pictures."
-        position = torch.arange(self.seq_len) if order is None else inverse_order(order)
+        position = torch.arange(self.seq_len, device="cpu")
+        if order is not None: position = inverse_order(order)
         return self.attends(position, position)
 
 # %% ../nbs/01_patterns.ipynb #7329bc85
@@ -326,15 +330,17 @@ def _distinct_branches(
     offsets: tuple[int, ...], # of every head, not yet taken modulo a rate
     asked: tuple[tuple[int, int, tuple[int, int]], ...], # w, r and heads of each branch
 ) -> tuple[Branch, ...]:
-    "Branches that are alike become one that counts several times."
-    def pattern(w, r, heads):
+    "Branches that are alike become one that counts several times; N may be open, in a graph."
+    def settings(w, r, heads):
         SegmentPattern(seq_len, w, r, mode)  # names what does not fit, in the caller's words
-        own = [o % r for o in offsets[slice(*heads)]]
-        size = max(min(w, seq_len), r)
-        return SegmentPattern.for_heads(seq_len, len(own), size, r, mode, own)
+        own = tuple(o % r for o in offsets[slice(*heads)])
+        return max(min(w, seq_len), r) if known_now(seq_len) else w, r, own, heads
 
-    found = Counter((pattern(w, r, heads), heads) for w, r, heads in asked)
-    return tuple(Branch(*key, copies) for key, copies in found.items())
+    branches = []
+    for (w, r, own, heads), copies in Counter(settings(*one) for one in asked).items():
+        pattern = SegmentPattern.for_heads(seq_len, len(own), w, r, mode, own)
+        branches.append(Branch(pattern, heads, copies))
+    return tuple(branches)
 
 # %% ../nbs/01_patterns.ipynb #3009449d
 @dataclass(frozen=True)
@@ -371,8 +377,7 @@ class DilatedPattern:
 
     @property
     def is_dense(self) -> bool:
-        whole = (b.pattern.segment_size >= self.seq_len for b in self.branches)
-        return all(whole) and all(b.pattern.dilation_rate == 1 for b in self.branches)
+        return all(b.pattern.is_dense for b in self.branches)
 
     def pairs(
         self,
@@ -394,7 +399,8 @@ class DilatedPattern:
         order: Tensor | None = None, # int64 (N,): token index at each position
     ) -> Tensor: # int64 (H, N, N) in token order
         "How often each key stands in the multiset of each query; for tests and pictures."
-        position = torch.arange(self.seq_len) if order is None else inverse_order(order).cpu()
+        position = torch.arange(self.seq_len, device="cpu")
+        if order is not None: position = inverse_order(order).cpu()
         return self.attends(position, position).expand(self.num_heads, -1, -1)
 
     def attends(
@@ -403,7 +409,7 @@ class DilatedPattern:
         keys: Tensor, # int64 (K,): positions
     ) -> Tensor: # int64 (H or 1, M, K); 1 where heads are alike
         "How often each key counts for each query."
-        counts = torch.zeros(1, len(queries), len(keys), dtype=torch.int64)
+        counts = queries.new_zeros(1, len(queries), len(keys))
         for b in self.branches:
             more = b.copies * b.pattern.attends(queries, keys)
             if b.heads == (0, self.num_heads):
@@ -465,10 +471,10 @@ class AxisPattern:
         order: Tensor | None = None, # int64 (cells,); used where coordinates are positions
     ) -> Tensor: # bool (1, N, N)
         "The dense mask in token order."
-        cell = torch.arange(prod(self.grid))
+        cell = torch.arange(prod(self.grid), device="cpu")
         if order is not None and self.along_curve: cell = inverse_order(order).cpu()
         coordinates = torch.unravel_index(cell, self.grid)
-        mask = torch.ones(self.seq_len, self.seq_len, dtype=torch.bool)
+        mask = torch.ones(self.seq_len, self.seq_len, dtype=torch.bool, device="cpu")
         for axis, x in enumerate(coordinates):
             mask[self.shared:, self.shared:] &= self._axis_mask(axis)[x[:, None], x]
         return mask[None]

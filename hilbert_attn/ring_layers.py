@@ -20,7 +20,7 @@ from .common import true_or_false, whole_number
 from .curves import curve_order
 from .options import Layout
 from .ring import ring_dilated_attention
-from .ring_exchange import ring_of, shard_sequence, unshard_sequence
+from .ring_exchange import group_size, shard_sequence, unshard_sequence
 
 # %% ../nbs/12d_ring_layers.ipynb #12d0a007
 class GroupHolder:
@@ -58,7 +58,7 @@ class RingLayer:
     @property
     def processes(self) -> int: # 1 without a group
         "How many processes share a sequence."
-        return ring_of(self.group).size
+        return group_size(self.group)
 
     def order(self, seq_len: int, device: torch.device | str | None = None) -> Tensor | None:
         "The order in which a sequence is sharded; None: tokens are in order already."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['masked_sdpa', 'KeptMask', 'attend_kept', 'sdpa_mask_attention', 'as_slice', 'attend_segments',
-           'attend_segments_backward', 'sdpa_attention']
+           'attend_segments_backward', 'segment_pairs', 'sdpa_attention']
 
 # %% ../nbs/06_sdpa.ipynb #21f70c80
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .common import Cache
-from .operators import AttentionOperator, lse_dtype
+from .operators import AttentionOperator, draw_seeds, lse_dtype
 from .patterns import Lattice, Pattern, SegmentPattern, attention_mask
 from .reference import default_scale, masked_attention
 from .tiles import (
-    Tile, attend_tiles, attend_tiles_backward, like, new_lse, rows_apart, without_empty_rows)
+    Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, rows_apart,
+    without_empty_rows)
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8c96
 def _additive(mask: Tensor, empty: Tensor, dtype: torch.dtype) -> Tensor:
@@ -423,12 +424,13 @@ def attend_segments(
     scale: float, # of the scores
     before: tuple[Tensor, Tensor] | None = None, # attention to other keys, to mix with in place
     copies: int = 1, # how often each key counts
+    dropout: Dropout | None = None, # drops weights
 ) -> tuple[Tensor, Tensor]: # (B, H, N, D) and, in float32 or float64, (B, H, N)
     "Output and LSE on the CPU, block by block."
     if not q.numel(): return torch.empty_like(q), new_lse(q)
     tiles = _tiles(q, k, pattern, order, key_mask, causal, lse_dtype(q.dtype))
     out, lse = before or (None, new_lse(q))
-    out, lse = attend_tiles(tiles, q, k, v, out, lse, scale, copies, before is not None)
+    out, lse = attend_tiles(tiles, q, k, v, out, lse, scale, copies, before is not None, dropout)
     return torch.zeros_like(q) if out is None else out, lse
 
 # %% ../nbs/06_sdpa.ipynb #b72fbe62
@@ -446,6 +448,7 @@ def attend_segments_backward(
     causal: bool,
     scale: float,
     before: Sequence[Tensor] | None = None, # gradients to add to, in place
+    dropout: Dropout | None = None, # that of the forward, from its beginning
 ) -> tuple[Tensor, ...]: # dq, dk, dv
     """Gradients of q, k, v on the CPU, block by block.
 
@@ -455,7 +458,8 @@ def attend_segments_backward(
     lse, dlse = without_empty_rows(lse, dlse)
     tiles = _tiles(q, k, pattern, order, key_mask, causal, lse_dtype(q.dtype))
     grads = attend_tiles_backward(
-        tiles, dout, dlse, q, k, v, out, lse, before or (None,) * 3, scale, before is not None)
+        tiles, dout, dlse, q, k, v, out, lse, before or (None,) * 3, scale, before is not None,
+        dropout)
     if before is not None: return tuple(grads)
     return tuple(
         torch.zeros_like(x) if grad is None else like(grad, x) for grad, x in zip(grads, (q, k, v)))
@@ -464,24 +468,37 @@ def attend_segments_backward(
 _cached_pattern = lru_cache(maxsize=256)(SegmentPattern)
 
 
-def _sdpa_forward(
-    q, k, v, order, key_mask, segment_size, dilation_rate, mode, offsets, causal, scale):
+def _planned(q: Tensor, order: Tensor | None, seed: Tensor | None, *settings) -> tuple:
+    "What the engine is given: order, pattern, causal, scale, dropout."
+    segment_size, dilation_rate, mode, offsets, causal, scale, dropout_p = settings
     pattern = _cached_pattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
-    return attend_segments(q, k, v, order, key_mask, pattern, causal, scale)
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    return None if pattern.is_dense else order, pattern, causal, scale, dropout
+
+# %% ../nbs/06_sdpa.ipynb #e8e486ea
+def _sdpa_forward(q, k, v, order, key_mask, seed, *settings):
+    order, pattern, causal, scale, dropout = _planned(q, order, seed, *settings)
+    return attend_segments(
+        q, k, v, order, key_mask, pattern, causal, scale, dropout=dropout)
 
 # %% ../nbs/06_sdpa.ipynb #cc58c238
-def _sdpa_backward(
-    dout, dlse, q, k, v, out, lse, order, key_mask, segment_size, dilation_rate, mode, offsets,
-    causal, scale):
-    pattern = _cached_pattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
+def _sdpa_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seed, *settings):
+    order, pattern, causal, scale, dropout = _planned(q, order, seed, *settings)
     return attend_segments_backward(
-        dout, dlse, q, k, v, out, lse, order, key_mask, pattern, causal, scale)
+        dout, dlse, q, k, v, out, lse, order, key_mask, pattern, causal, scale, dropout=dropout)
+
+# %% ../nbs/06_sdpa.ipynb #b2b88e94
+def segment_pairs(q: Tensor, k: Tensor, v: Tensor, order, key_mask, seed, *settings) -> int:
+    "Attended pairs, over batches and heads, of operators with these arguments."
+    segment_size, dilation_rate, mode, offsets = settings[:4]
+    pattern = _cached_pattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
+    return q.shape[0] * pattern.pairs(q.shape[1])
 
 
 _groups_attention = AttentionOperator(
-    "sdpa", _sdpa_forward, _sdpa_backward, ["order", "key_mask"],
+    "sdpa", _sdpa_forward, _sdpa_backward, ["order", "key_mask", "seed"],
     "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, "
-    "float scale")
+    "float scale, float dropout_p", pairs=segment_pairs)
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55eb
 def _grouped_expression(
@@ -531,10 +548,12 @@ def sdpa_attention(
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
     """Segmented, dilated attention through dense kernels on its groups; time and memory follow
     the pairs, never N^2."""
-    if q.device.type != "cpu" or dropout_p or not custom_backward:
+    if q.device.type not in ("cpu", "meta") or not custom_backward:
         return _grouped_expression(
             q, k, v, pattern, order, causal, key_mask, dropout_p, scale,
             need_lse or not custom_backward)
     scale = default_scale(q) if scale is None else float(scale)
+    seed = draw_seeds(dropout_p, q.device)
     settings = pattern.segment_size, pattern.dilation_rate, pattern.mode, list(pattern.offsets)
-    return _groups_attention(q, k, v, order, key_mask, *settings, causal, scale)
+    return _groups_attention(
+        q, k, v, order, key_mask, seed, *settings, causal, scale, float(dropout_p))

@@ -47,7 +47,7 @@ def test_fuzz_sdpa_mask(case: Case): case.check(sdpa_mask_attention)
 
 
 def expression_without_lse(q, k, v, pattern, *, scale, **options):
-    "What `sdpa_attention` runs on other devices, and with dropout, when nobody asks for the LSE."
+    "What `sdpa_attention` runs on other devices, when nobody asks for the LSE."
     return _grouped_expression(
         q, k, v, pattern, **options, dropout_p=0.0, scale=scale, need_lse=False)
 
@@ -125,7 +125,7 @@ def test_opcheck(mode, ordered):
     q, k, v = (torch.randn(1, h, 13, 8, requires_grad=True) for h in (4, 2, 2))
     order, key_mask = (
         curve_order(13), torch.ones(1, 13, dtype=torch.bool)) if ordered else (None, None)
-    args = (q, k, v, order, key_mask, 6, 2, mode, [0], ordered, 0.3)
+    args = (q, k, v, order, key_mask, None, 6, 2, mode, [0], ordered, 0.3, 0.0)
     opcheck(torch.ops.hilbert_attn.sdpa_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.hilbert_attn.sdpa_forward(*args))
     q, k, v = (x.detach() for x in (q, k, v))

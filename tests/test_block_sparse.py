@@ -496,7 +496,8 @@ def test_opcheck(name):
         torch.randn(2, h, n, 8, requires_grad=True)
         for h, n in ((4, 20), (2, lists.num_keys), (2, lists.num_keys)))
     *tensors, sizes, causal = lists_to_operands(lists)
-    args = (q, k, v, torch.rand(2, lists.num_keys) < 0.7, *tensors, 0.3, sizes, causal)
+    key_mask = torch.rand(2, lists.num_keys) < 0.7
+    args = (q, k, v, key_mask, None, *tensors, 0.3, 0.0, sizes, causal)
     opcheck(torch.ops.hilbert_attn.block_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.hilbert_attn.block_forward(*args))
     upstream = torch.randn_like(out), torch.randn_like(lse)

@@ -352,12 +352,15 @@ def test_equals_the_oracle(case): case.check(backend="sdpa")
 @settings(max_examples=40)
 @given(
     local_cases(max_n=40, dtypes=(torch.float32, torch.bfloat16)),
-    st.sampled_from(("reference", "sdpa_mask", "dropout")),
+    st.sampled_from(("reference", "sdpa_mask", "dropout", "expression")),
 )
 def test_the_other_paths_equal_the_oracle(case, path):
-    "With a probability of 1e-12 nothing is dropped, and the plain PyTorch expression runs."
+    """With a probability of 1e-12 nothing is dropped, but weights are formed. The plain PyTorch
+    expression runs on other devices, and where forward derivatives may be asked for."""
     if path == "dropout":
         case.check(backend="sdpa", dropout_p=1e-12)
+    elif path == "expression":
+        with torch.autograd.forward_ad.dual_level(): case.check(backend="sdpa")
     else:
         case.check(backend=path)
 
@@ -605,7 +608,7 @@ def test_deterministic(n, f):
         dict(backend="sdpa_mask"),
         pytest.param(dict(backend="triton", return_lse=True), marks=needs_triton),
     ],
-    ids=["operator", "expression", "mask", "triton"],
+    ids=["operator", "dropout", "mask", "triton"],
 )
 def test_compiles(n, f, options):
     device = DEVICE if options.get("backend") == "triton" else "cpu"
@@ -648,8 +651,8 @@ def test_opcheck(pattern, dtype):
     queries, others = random_inputs(n, (4,), 8, dtype), random_inputs(n + 1, (2, 2), 8, dtype)
     q, k, v = (x.requires_grad_() for x in (*queries, *others))
     order = curve_order(n - pattern.shared) if pattern.along_curve else None
-    settings = (*encode_pattern(pattern), 0.3)
-    args = (q, k, v, order, torch.ones(1, n + 1, dtype=torch.bool), *settings)
+    settings = (*encode_pattern(pattern), 0.3, 0.0)
+    args = (q, k, v, order, torch.ones(1, n + 1, dtype=torch.bool), None, *settings)
     opcheck(ops.local_forward.default, args, test_utils=FORWARD_CHECKS)
     out, lse = (x.detach() for x in ops.local_forward(*args))
     q, k, v = (x.detach() for x in (q, k, v))

@@ -19,14 +19,16 @@ from hilbert_attn.blocks.lists import (
     NEVER,
     BlockLists,
     BlockRows,
+    block_pairs,
+    count_pairs,
     lists_from_operands,
     lists_to_operands,
 )
 from ..common import hide_masked
-from ..operators import AttentionOperator, lse_dtype
+from ..operators import AttentionOperator, draw_seeds, lse_dtype
 from ..reference import default_scale, masked_attention
 from ..tiles import (
-    Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
+    Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
 
 # %% ../../nbs/10c_block_engine.ipynb #c8cedb81
 @dataclass
@@ -371,37 +373,43 @@ def _tiles(
         for heads in piece.q_heads:
             yield _BlockTile(keys, _Reader(tokens, None, q.shape, piece.batches, heads, fold))
 
+# %% ../../nbs/10c_block_engine.ipynb #a9806d9a
+def _unpacked(key_mask, seed, *rest) -> tuple:
+    "What the operator is given: lists, key mask, scale, dropout."
+    *tensors, scale, dropout_p, sizes, causal = rest
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    return lists_from_operands(*tensors, sizes, causal), key_mask, scale, dropout
+
 # %% ../../nbs/10c_block_engine.ipynb #b3706776
-def _block_forward(q, k, v, key_mask, *rest) -> tuple[Tensor, Tensor]: # out, lse
+def _block_forward(q, k, v, *rest) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE, by gathered blocks."
-    *tensors, scale, sizes, causal = rest
-    model, lists = q, lists_from_operands(*tensors, sizes, causal)
+    lists, key_mask, scale, dropout = _unpacked(*rest)
+    model = q
     q, k, v = (x.to(lse_dtype(q.dtype)).contiguous() for x in (q, k, v))
-    tiles = _tiles(q, k, lists, key_mask)
-    out, lse = attend_tiles(tiles, q, k, v, _results(q, lists), new_lse(q), scale)
+    tiles, room = _tiles(q, k, lists, key_mask), (_results(q, lists), new_lse(q))
+    out, lse = attend_tiles(tiles, q, k, v, *room, scale, dropout=dropout)
     assert out is not None  # `_results` made it
     return like(out, model), lse
 
 # %% ../../nbs/10c_block_engine.ipynb #38d7220a
-def _block_backward(
-    dout, dlse, q, k, v, out, lse, key_mask, *rest,
-) -> tuple[Tensor, ...]: # dq, dk, dv
+def _block_backward(dout, dlse, q, k, v, out, lse, *rest) -> tuple[Tensor, ...]: # dq, dk, dv
     "Gradients by the same blocks; dK and dV are summed in the order of the pieces."
-    *tensors, scale, sizes, causal = rest
-    models, lists = (q, k, v), lists_from_operands(*tensors, sizes, causal)
-    wide = lse_dtype(q.dtype)
+    lists, key_mask, scale, dropout = _unpacked(*rest)
+    models, wide = (q, k, v), lse_dtype(q.dtype)
     dout, q, k, v, out = (x.to(wide).contiguous() for x in (dout, q, k, v, out))
     lse, dlse = without_empty_rows(lse, dlse)
     if dlse is not None: dlse = dlse.contiguous()
     room = [_results(q, lists), torch.zeros_like(k), torch.zeros_like(v)]
     tiles = _tiles(q, k, lists, key_mask)
-    grads = attend_tiles_backward(tiles, dout, dlse, q, k, v, out, lse, room, scale)
+    grads = attend_tiles_backward(
+        tiles, dout, dlse, q, k, v, out, lse, room, scale, dropout=dropout)
     return tuple(map(like, grads, models))
 
 # %% ../../nbs/10c_block_engine.ipynb #24a4327c
 _operator = AttentionOperator(
-    "block", _block_forward, _block_backward,
-    ("key_mask", *LIST_TENSORS), "float scale, SymInt[] sizes, bool causal")
+    "block", _block_forward, _block_backward, ("key_mask", "seed", *LIST_TENSORS),
+    "float scale, float dropout_p, SymInt[] sizes, bool causal",
+    pairs=lambda q, k, v, *rest: block_pairs(q, _unpacked(*rest)[0]))
 
 # %% ../../nbs/10c_block_engine.ipynb #5ef32b2a
 def _rows_of(x: Tensor, heads: slice, tokens: Tensor, batches: slice) -> Tensor:
@@ -470,14 +478,16 @@ def block_sdpa_attention(
     key_mask: Tensor | None = None, # bool (B, M), True = attend
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # None is 1 / sqrt(D)
+    custom_backward: bool = True, # False: differentiate the plain PyTorch expression
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     """Block-sparse attention through dense kernels on gathered blocks, differentiable in q, k, v;
     time and memory follow the blocks."""
     scale = default_scale(q) if scale is None else float(scale)
-    if q.device.type != "cpu" or dropout_p:
+    if q.device.type not in ("cpu", "meta") or not custom_backward:
         return _block_expression(q, k, v, lists, key_mask, dropout_p, scale)
     *tensors, sizes, causal = lists_to_operands(lists)
-    return _operator(q, k, v, key_mask, *tensors, scale, sizes, causal)
+    tensors = [key_mask, draw_seeds(dropout_p, q.device), *tensors]
+    return _operator(q, k, v, *tensors, scale, float(dropout_p), sizes, causal)
 
 # %% ../../nbs/10c_block_engine.ipynb #a4e875a2
 @dataclass(frozen=True)
@@ -497,17 +507,6 @@ class BlockStats:
         "Attended pairs per computed pair."
         return self.pairs / max(1, self.pairs + self.wasted)
 
-# %% ../../nbs/10c_block_engine.ipynb #c982bd23
-def _count_pairs(lists: BlockLists, test: _Test) -> int:
-    "Attended pairs of all groups: the test is run, piece by piece."
-    pairs, (batches, heads) = 0, lists.groups
-    for piece in _pieces(lists, batches, heads, heads, prod(lists.block_size)):
-        there = test.q_tokens[piece.bucket.rows].flatten(1) >= 0  # (R, m * BM)
-        attended = test(piece.bucket, None)
-        if attended is None: pairs += int(there.sum()) * piece.bucket.blocks.shape[1] * test.BN
-        else: pairs += int((attended[:, 0] & there[..., None]).sum())
-    return pairs
-
 # %% ../../nbs/10c_block_engine.ipynb #fdb3261b
 def block_stats(
     lists: BlockLists,
@@ -517,10 +516,11 @@ def block_stats(
     """Counts blocks and pairs; unknown pairs of partial blocks by running their test, piece by
     piece."""
     test = _Test(lists, None, _Scratch())
-    non_empty, full = lists.rows.index.numel(), int(lists.rows.full.sum())
+    non_empty = int(lists.rows.start.diff(dim=1).sum())
+    full = int(lists.rows.full.sum())
     queries = (test.q_tokens >= 0).sum(1).repeat(lists.num_groups)  # by row
     in_full = int((queries * lists.rows.full.flatten()).sum()) * lists.block_size[1]
-    if pairs is None: pairs = _count_pairs(lists, test)
+    if pairs is None: pairs = count_pairs(lists)
     partial = non_empty - full
     wasted = partial * prod(lists.block_size) - (pairs - in_full)
     blocks = lists.num_groups * prod(lists.num_blocks)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'NEVER', 'LIST_TENSORS', 'LIST_ARGUMENTS', 'BlockRows', 'BlockLists', 'rows_and_columns', 'lists_from_kinds',
-           'take_blocks', 'lists_from_bounds', 'as_block_size', 'lists_from_block_mask', 'lists_to_operands',
-           'lists_from_operands']
+           'take_blocks', 'lists_from_bounds', 'as_block_size', 'lists_from_block_mask', 'count_pairs', 'block_pairs',
+           'lists_to_operands', 'lists_from_operands']
 
 # %% ../../nbs/10_block_lists.ipynb #5942111c
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import whole_numbers
+from ..common import is_plain, whole_numbers
 
 if TYPE_CHECKING: from torch.nn.attention.flex_attention import BlockMask
 
@@ -47,7 +47,8 @@ class BlockRows:
         count = self.start.diff(dim=1).flatten()
         line = torch.arange(len(count), device=device).repeat_interleave(count)
         place = torch.arange(len(line), device=device) - self.start[:, :-1].flatten()[line]
-        return line // n, line % n, self.index.long(), place < self.full.flatten()[line]
+        index = self.index[:len(line)]  # lists made in a graph have room for more
+        return line // n, line % n, index.long(), place < self.full.flatten()[line]
 
     def kinds(
         self,
@@ -319,6 +320,43 @@ def lists_from_block_mask(
         block_mask, full = block_mask & some, full & every
     kinds = block_mask.to(torch.int8) * (1 + full.to(torch.int8))
     return lists_from_kinds(kinds.flatten(0, 1), groups=tuple(block_mask.shape[:2]), **layout)
+
+# %% ../../nbs/10_block_lists.ipynb #c202219d
+def _attended(lists: BlockLists, row: Tensor, block: Tensor) -> Tensor: # bool (entries, BM, BN)
+    "The test of `pair_test`, for some blocks."
+    (BM, BN), (nQ, nK) = lists.block_size, lists.num_blocks
+    q, k = lists.query_tokens()[row][:, :, None], lists.key_tokens()[block][:, None]
+    attended = (q >= 0) & (k >= 0)
+    if lists.at is not None:
+        lo, hi = (x.view(-1, nQ, BM, 1)[:, row] for x in (lists.lo, lists.hi))
+        at = lists.at.view(-1, nK, 1, BN)[:, block]
+        attended &= (at[0] == ALWAYS) | ((lo <= at) & (at <= hi)).all(0)
+    return attended & ((k <= q) | (k >= lists.num_queries)) if lists.causal else attended
+
+# %% ../../nbs/10_block_lists.ipynb #0bd035f6
+_AT_A_TIME = 1 << 22 # pairs
+
+
+def count_pairs(
+    lists: BlockLists,
+) -> int: # over the groups
+    "Attended pairs."
+    _, row, block, full = lists.rows.entries()
+    queries = (lists.query_tokens() >= 0).sum(1)
+    pairs, partial = int(queries[row[full]].sum()) * lists.block_size[1], (~full).nonzero()[:, 0]
+    for some in partial.split(max(1, _AT_A_TIME // prod(lists.block_size))):
+        pairs += int(_attended(lists, row[some], block[some]).sum())
+    return pairs
+
+# %% ../../nbs/10_block_lists.ipynb #7893f40b
+def block_pairs(
+    q: Tensor, # (B, H, N, D)
+    lists: BlockLists,
+) -> int:
+    "Attended pairs, over batches and heads; all of the blocks where there are no numbers."
+    if is_plain(lists.rows.start): pairs = count_pairs(lists)
+    else: pairs = lists.rows.index.numel() * prod(lists.block_size)
+    return pairs * q.shape[0] * q.shape[1] // lists.num_groups
 
 # %% ../../nbs/10_block_lists.ipynb #c2a597a6
 LIST_TENSORS = (

@@ -15,11 +15,10 @@ from typing import Any, TypeAlias, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from ..calls import check_order
 from .lists import ALWAYS, NEVER, BlockLists, as_block_size, rows_and_columns
-from ..common import Cache, is_plain, true_or_false, whole_number
+from ..common import Cache, is_plain, outside_graphs, true_or_false, whole_number
 from ..curves import curve_order
 from hilbert_attn.patterns import (
     AxisPattern,
@@ -370,7 +369,7 @@ def _lists(
 ) -> BlockLists:
     "Block lists of checked arguments: real tensors, although everything around may be traced."
     *layout, device = options
-    with _disable_current_modes():
+    with outside_graphs():
         if curve is not None:
             grid = getattr(pattern, "grid", pattern.seq_len - getattr(pattern, "shared", 0))
             order = curve_order(grid, curve)

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..blocks.lists import (
-    ALWAYS, LIST_TENSORS, BlockLists, BlockRows, lists_from_operands, lists_to_operands)
+from hilbert_attn.blocks.lists import (
+    ALWAYS, LIST_TENSORS, BlockLists, BlockRows, block_pairs, lists_from_operands,
+    lists_to_operands)
 from ..common import unit_stride
 from . import launch, steps
 from .launch import Backward
@@ -622,7 +623,8 @@ def _backward_engine(dout, dlse, q, k, v, out, lse, *rest):
 
 _operator = AttentionOperator(
     "block_triton", _forward_engine, _backward_engine, ("key_mask", "seed", *LIST_TENSORS),
-    "float scale, float dropout_p, SymInt[] sizes, bool causal", "CompositeExplicitAutograd")
+    "float scale, float dropout_p, SymInt[] sizes, bool causal", "CompositeExplicitAutograd",
+    lambda q, k, v, *rest: block_pairs(q, _split(rest)[0]))
 
 # %% ../../nbs/10b_block_kernels.ipynb #46ccd30c
 def _check_lists(q: Tensor, k: Tensor, lists: BlockLists):
