@@ -3,6 +3,7 @@ import pytest
 import torch
 
 import hilbert_attn.block_sparse as block_sparse
+import hilbert_attn.blocks.schedule as schedule
 import hilbert_attn.sdpa as sdpa
 from hilbert_attn import (
     DilatedAttention,
@@ -72,7 +73,7 @@ def calls(monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, **o: found.append(name) or function(*a, **o))
     count(torch.nn.functional, "scaled_dot_product_attention")
     count(sdpa, "attention_mask")
-    count(block_sparse, "lists_from_block_mask")
+    count(schedule, "lists_from_block_mask")
     return found
 
 
