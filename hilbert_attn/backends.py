@@ -641,7 +641,8 @@ def explain_backend(
     check_tensors(q, k, k)
     batch, heads, n, d = q.shape
     pattern = _pattern(options, n, heads)
-    task = dict(backend=backend, device=device, tokens=n, family=family_of(pattern))
+    task: dict[str, Any] = dict(
+        backend=backend, device=device, tokens=n, family=family_of(pattern))
     name, reason = choose_backend(**task)
     rejected = rejected_backends(name, reason, **task)
     pairs = batch * pattern.pairs(heads)

@@ -129,7 +129,8 @@ def _with_causality(lists: BlockLists) -> list[Tensor | None]: # lo, hi, at
     "Bounds; key token <= query token among them, where that is asked for."
     bounds = [lists.lo, lists.hi, lists.at]
     if not lists.causal: return bounds
-    queries, keys = lists.q_tokens[None], lists.k_tokens[None].clamp(min=0)
+    tokens = lists.query_tokens(), lists.key_tokens().clamp(min=0)
+    queries, keys = (x.int().flatten()[None] for x in tokens)
     causal = torch.zeros_like(queries), queries, keys
     return [x if bound is None else torch.cat([bound, x]) for bound, x in zip(bounds, causal)]
 

@@ -280,7 +280,7 @@ def _shared_gradients(
     rows: list[Queries], # of each part
     keys: list[tuple[Tensor, Tensor]], # K and V of each part
     arrived: dict[int, Tensor], # messages of the forward
-) -> list[tuple[Tensor, Tensor]]: # dK and dV of each part
+) -> list[tuple[Tensor, ...]]: # dK and dV of each part
     "Runs the tasks of a rank backward, and sends home what belongs elsewhere."
     call, wide = exchange.call, rows[0].lse.dtype
     sums = {peer: torch.zeros_like(x, dtype=wide) for peer, x in arrived.items()}
@@ -328,16 +328,16 @@ def _attend_inside(
     qkv: Sequence[Tensor],
     order: Tensor | None, # of these rows alone
 ) -> Any: # out, lse
-    first = branches[0].pattern
+    first, (q, k, v) = branches[0].pattern, qkv
     options: Any = dict(curve=None, order=order, causal=call.plan.causal, scale=call.scale,
                         dilation_mode=first.mode, backend=call.request.backend, return_lse=True)
     if len(branches) == 1:
         offsets = None if first.mode == "residue" else first.offsets
-        return hilbert_attention(*qkv, segment_size=first.segment_size, offsets=offsets,
+        return hilbert_attention(q, k, v, segment_size=first.segment_size, offsets=offsets,
                                  dilation_rate=first.dilation_rate, **options)
     patterns = [b.pattern for b in branches for _ in range(b.copies)]
     lengths, rates = zip(*((p.segment_size, p.dilation_rate) for p in patterns))
-    return dilated_attention(*qkv, lengths, rates, offsets=call.request.offsets, **options)
+    return dilated_attention(q, k, v, lengths, rates, offsets=call.request.offsets, **options)
 
 # %% ../nbs/09d_ring.ipynb #e7eca7ef
 def _inside(call: Call, branches: Sequence[RingBranch], part: Part, q, k, v):
@@ -374,10 +374,10 @@ class Piece:
 def _cut(call: Call, b: int, q: Tensor, k: Tensor, v: Tensor) -> list[Piece]:
     "The pieces of a branch."
     plan, branch = call.plan, call.plan.branches[b]
-    parts: Sequence[Part | None] = plan.parts(b, call.ring.rank)
-    if plan.kind(b) == "ring" or not parts: parts = [None]
+    parts = plan.parts(b, call.ring.rank)
     q = q[:, slice(*branch.heads)]
     k, v = (x[:, slice(*branch.kv_heads)] for x in (k, v))
+    if plan.kind(b) == "ring" or not parts: return [Piece(b, None, (q, k, v))]
     return [Piece(b, part, qkv) for part, qkv in zip(parts, _split(parts, q, k, v))]
 
 # %% ../nbs/09d_ring.ipynb #d38e5c6b

@@ -188,7 +188,7 @@ def aligned_heads(
     "Pairs of query heads and key/value heads; the latter as indices into `kv_heads`."
     rounds = zip_longest(*([h for h in heads if kv_of[h] == kv] for kv in kv_heads))
     pairs = ([(h, i) for i, h in enumerate(some) if h is not None] for some in rounds)
-    return [tuple(map(list, zip(*some))) for some in pairs]
+    return [([h for h, _ in some], [i for _, i in some]) for some in pairs]
 
 # %% ../nbs/09c_ring_blocks.ipynb #a1ce2612
 def ring_tasks(
@@ -397,17 +397,17 @@ class Blocks:
         "Task, indices of its queries and of its keys, (K, V), (triangle, bias)."
         for task in self.tasks:
             part, columns = queries[task.part], rows_of(task.keys)
-            for rows, *mask in self._masks(task, part.lse):
+            for rows, triangle, bias in self._masks(task, part.lse):
                 for heads, kv_heads in _few_heads(task.heads, part.q, task.queries):
                     keys = slice(None), kv_heads, columns
                     kv = [x[keys] for x in sources[task.source]]
-                    yield task, (slice(None), heads, rows), keys, kv, mask
+                    yield task, (slice(None), heads, rows), keys, kv, (triangle, bias)
 
     def forward(self, queries: Sequence[Queries], sources: Sequence[Sequence[Tensor]]):
         "Merges into `out` and `lse` of the queries."
-        for task, at, _, kv, mask in self._blocks(queries, sources):
+        for task, at, _, (k, v), (triangle, bias) in self._blocks(queries, sources):
             part = queries[task.part]
-            _merge_into(part, at, *block_forward(part.q[at], *kv, *mask, self.scale))
+            _merge_into(part, at, *block_forward(part.q[at], k, v, triangle, bias, self.scale))
 
     def backward(
         self,
@@ -417,10 +417,11 @@ class Blocks:
         ready: Callable | None = None, # called before anything is added
     ):
         "Adds to `dq` of the queries and to the gradients of the sources."
-        for task, at, keys, kv, mask in self._blocks(queries, sources):
+        for task, at, keys, (k, v), (triangle, bias) in self._blocks(queries, sources):
             part, (dk, dv) = queries[task.part], gradients[task.source]
             dout, dlse, q, out, lse = part.at(at)
-            grads = block_backward(dout, dlse, q, *kv, out, lse, *mask, self.scale)
+            grads = block_backward(
+                dout, dlse, q, k, v, out, lse, triangle, bias, self.scale)
             if ready: ready = ready()
             for target, index, grad in zip((part.dq, dk, dv), (at, keys, keys), grads):
                 add_to(target, index, grad)

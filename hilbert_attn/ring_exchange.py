@@ -330,7 +330,8 @@ def begin_call(
     check: Callable[[Ring], tuple[dict, int, Any]],
 ) -> tuple[Together, tuple[int, ...], Any]: # rows of each rank; what else `check` returned
     "All ranks check their arguments and begin the same call, or raise the same error."
-    ring, common, rows, rest, error = ring_of(group), {}, 0, None, None
+    ring, rows, rest, error = ring_of(group), 0, None, None
+    common: dict[str, Any] = {}
     number = ring.next_call()
     try: common, rows, rest = check(ring)
     except Exception as found: error = found

@@ -391,7 +391,7 @@ def list_ranks(
     ranks: Sequence[int], # ascending
 ) -> str:
     "In words, stretches of more than three as such: `ranks 0, 2, 4 to 9`."
-    words = []
+    words: list[str] = []
     for _, stretch in groupby(enumerate(ranks), lambda entry: entry[1] - entry[0]):
         some = [rank for _, rank in stretch]
         words += [f"{some[0]} to {some[-1]}"] if len(some) > 3 else map(str, some)

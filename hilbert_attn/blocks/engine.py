@@ -9,6 +9,7 @@ __all__ = ['block_sdpa_attention', 'BlockStats', 'block_stats']
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class _Bucket:
     full: Tensor | None = None # int64 (R,): so many of them are full; None: all
 
     def __getitem__(self, lines: slice) -> "_Bucket":
-        return _Bucket(*(None if x is None else x[lines] for x in vars(self).values()))
+        parts: Any = [None if x is None else x[lines] for x in vars(self).values()]
+        return _Bucket(*parts)
 
 # %% ../../nbs/10c_block_engine.ipynb #640e38f2
 def _blocks_of(
@@ -312,7 +314,8 @@ class _Keys:
         blocks, batches = piece.bucket.blocks, piece.batches
         tokens, allowed = test.k_tokens[blocks].flatten(1), test.allowed(blocks, batches)
         self.reader = _Reader(tokens, allowed, k.shape, batches, piece.kv_heads, fold)
-        self.scratch, self.batches = test.scratch, None
+        self.scratch = test.scratch
+        self.batches: list[Tensor] | None = None # what was read
         self.bias: Tensor | None = None # 0 or -inf, (outer, inner, M, J)
         self.dead: Tensor | None = None # bool, (outer, 1, M): queries without keys
         attended = test(piece.bucket, allowed)

@@ -183,7 +183,7 @@ def _rows_of(group, row, other, full, groups: int, n: int, width: int) -> BlockR
 
 # %% ../../nbs/10_block_lists.ipynb #cc4ce5ac
 def rows_and_columns(
-    group: np.ndarray, # (entries,), or 0
+    group: np.ndarray | int, # (entries,), or 0
     q: np.ndarray, # query block, (entries,)
     k: np.ndarray, # key block, (entries,)
     full: np.ndarray, # bool (entries,)
@@ -220,8 +220,9 @@ def take_blocks(
     q = _places(q_blocks, lists.num_blocks[0])[q]
     k = _places(k_blocks, lists.num_blocks[1])[k]
     there = (q >= 0) & (k >= 0)
-    some = (x[there].cpu().numpy() for x in (group, q, k, full))
-    sides = rows_and_columns(*some, lists.num_groups, (len(q_blocks), len(k_blocks)))
+    group, q, k, full = (x[there].cpu().numpy() for x in (group, q, k, full))
+    blocks = len(q_blocks), len(k_blocks)
+    sides = rows_and_columns(group, q, k, full, lists.num_groups, blocks)
     rows, columns = (side.to(lists.device) for side in sides)
     return replace(
         lists, rows=rows, columns=columns,

@@ -279,7 +279,7 @@ def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
     parts = [_parts(*side, n) for side in zip(tokens, own, block_size)]
     mixed = any((np.diff(block) == 0).any() for block, *_ in parts)
     lo, at = own[:, None][:, :mixed]  # no axis, where a block holds tokens of one section only
-    return _Plan(tokens, _section_pairs(*parts, causal), at, lo, lo)
+    return _Plan(tokens, _section_pairs(parts[0], parts[1], causal), at, lo, lo)
 
 # %% ../../nbs/10a_block_planner.ipynb #41c1cdad
 def _visited_blocks(plan: _Plan, found: Iterable[tuple], block_size) -> tuple:
@@ -323,7 +323,8 @@ def _everybodys(plan: _Plan, always, block_size, causal) -> Iterator[tuple]:
     chosen, rest = np.where(always, 0, 1), np.where(always, 2, 0)
     for sections in ((everybody, chosen), (others, rest)):
         sides = zip(plan.tokens, sections, block_size)
-        yield from _section_pairs(*(_parts(*side, n) for side in sides), causal)
+        queries, keys = (_parts(*side, n) for side in sides)
+        yield from _section_pairs(queries, keys, causal)
 
 # %% ../../nbs/10a_block_planner.ipynb #8248c456
 def _along(order: Tensor | None, count: int) -> np.ndarray: # int64 (count,)
@@ -348,10 +349,11 @@ def _build(pattern, order, block_size, causal, registers: int, grouped) -> Block
     row, column, full = _visited_blocks(plan, found, block_size)
     blocks = [len(x) // size for x, size in zip(plan.tokens, block_size)]
     rows, columns = rows_and_columns(0, row, column, full, 1, blocks)
-    tokens = map(_unless_plain, plan.tokens, (n, n + registers))
+    q_tokens, k_tokens = map(_unless_plain, plan.tokens, (n, n + registers))
     bounds = {} if full.all() else _bounds(plan, always, shared)
     return BlockLists(
-        block_size, n, n + registers, *tokens, rows, columns, causal=causal, **bounds)
+        block_size, n, n + registers, q_tokens, k_tokens, rows, columns,
+        causal=causal, **bounds)
 
 # %% ../../nbs/10a_block_planner.ipynb #89cd9f82
 def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slots,)
