@@ -176,8 +176,9 @@ class BlockSparseAttention(KeepsLists):
         return SparsePatternConfig("local_window", self.block_size, window=window)
 
     def only_length(self) -> int | None:
-        of_blocks = self.pattern is None or isinstance(self.pattern, SparsePatternConfig)
-        return super().only_length() if of_blocks else self.pattern.seq_len
+        if self.pattern is None or isinstance(self.pattern, SparsePatternConfig):
+            return super().only_length()
+        return self.pattern.seq_len
 
     def pairs(
         self,

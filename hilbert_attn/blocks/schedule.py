@@ -222,7 +222,8 @@ def mask_lists(
         return _of_masks.get(key, make, block_mask, order)
     *rows, q_tokens, k_tokens = torch.ops.hilbert_attn.mask_lists(block_mask, *rest)
     sides, own = (BlockRows(*rows[:3]), BlockRows(*rows[3:])), tuple(block_mask.shape[:-2])
-    groups = (1,) * (2 - len(own)) + own
+    groups: Any = (1,) * (2 - len(own)) + own
+    BM, BN = block_size
     return BlockLists(
-        tuple(block_size), num_queries, num_keys, q_tokens, k_tokens, *sides, groups,
+        (BM, BN), num_queries, num_keys, q_tokens, k_tokens, *sides, groups,
         causal=causal)
