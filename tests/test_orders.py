@@ -14,7 +14,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from nbclient import NotebookClient
+from notebook_runs import run_notebook
 
 from hilbert_attn.bench import load_runs
 from hilbert_attn.patterns import SegmentPattern
@@ -319,24 +319,18 @@ def test_quick_from_the_command_line_writes_nothing_unless_told(tmp_path):
     assert len(found.stdout.splitlines()) == TRAININGS and not list(tmp_path.iterdir())
 
 
+NO_RESULT = """
+from pathlib import Path
+from hilbert_attn.bench import results
+results.results_folder = lambda: Path('no results')
+"""
+
+
 @pytest.mark.timeout(400)
 def test_the_notebook_says_so_when_there_is_no_result(tmp_path):
-    notebook = nbformat.read(ROOT / "nbs" / "22_orders_on_photos.ipynb", as_version=4)
-    notebook.cells.insert(
-        0,
-        nbformat.v4.new_code_cell(
-            "from pathlib import Path\n"
-            "from hilbert_attn.bench import results\n"
-            "results.results_folder = lambda: Path('no results')"
-        ),
-    )
-    NotebookClient(
-        notebook,
-        timeout=300,
-        kernel_name="python3",
-        resources={"metadata": {"path": str(tmp_path)}},
-    ).execute()
-    shown = [str(output) for cell in notebook.cells for output in cell.get("outputs", [])]
+    path = ROOT / "nbs" / "22_orders_on_photos.ipynb"
+    shown = [str(output) for output in run_notebook(path, tmp_path, NO_RESULT)]
+    notebook = nbformat.read(path, as_version=4)
     code = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
     dependent = sum("\nfrom_run(" in f"\n{source}" for source in code)
     assert sum("No stored run." in text for text in shown) == dependent

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 import torch
 from nbformat.v4 import (
@@ -14,10 +15,12 @@ from nbformat.v4 import (
     new_output,
     new_raw_cell,
 )
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 pytest.importorskip("sphinx")
 import documented
+import lighter
 import make_readme
 import notebook
 import processed
@@ -41,6 +44,31 @@ def test_callouts_of_the_readme():
         "> [!WARNING]\n> **Beware**\n>\n> A `b`.\n\n> [!TIP]\n> **Why**\n>\n> So.\n"
     )
     assert make_readme.markdown(f"{WARNING}\n{TIP}") == expected
+
+
+def test_stale_pages_are_named_and_written(tmp_path, monkeypatch):
+    "What differs, is missing or is left over; with --check, nothing is written."
+    pages = {"README.md": b"new", "examples/quickstart.py": b"code", "index_files/a.png": b"a"}
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(make_readme, "prepare", lambda: None)
+    monkeypatch.setattr(make_readme, "fresh", lambda: pages)
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", ["make_readme.py", *options])
+        make_readme.main()
+
+    run()
+    readme, left_over = Path("README.md"), Path("index_files/b.png")
+    readme.write_text("old")
+    Path("examples/quickstart.py").unlink()
+    left_over.touch()
+    named = "README.md, examples/quickstart.py, index_files/b.png; run `make readme`"
+    with pytest.raises(SystemExit, match=named):
+        run("--check")
+    assert readme.read_text() == "old"
+    run()
+    run("--check")
+    assert readme.read_text() == "new" and not left_over.exists()
 
 
 def test_references_and_links_on_the_site():
@@ -240,3 +268,77 @@ def test_documentation_of_an_operator_is_that_of_its_function():
     page = shown(negative, name="negative")
     assert "negative(x)" in page and "The other sign." in page
     assert "instantiate" not in page
+
+
+PAGE = """<svg>
+  <symbol id="svg-menu"><line/></symbol>
+  <symbol id="svg-moon"><path/></symbol>
+  <symbol id="svg-eye"><circle/></symbol>
+</svg>
+<use href="#svg-menu"></use> <use href="#svg-moon"></use>
+<span class="caption-text">Source</span></p>
+<ul>
+<li>one</li>
+<li>two</li>
+</ul>
+<p>
+   An <code><span class="pre">easy</span> <span class="pre">x-y</span></code> <em>word</em>
+
+</p>
+<pre><span></span>def f():
+
+    pass
+</pre></body>"""
+LIGHTER = """<svg>
+<symbol id="svg-menu"><line/></symbol>
+</svg>
+<use href="#svg-menu"></use> <use href="#svg-moon"></use>
+<span class="caption-text">Source</span></p>
+<ul>{}</ul>
+<p>
+An <code>easy <span class="pre">x-y</span></code> <em>word</em>
+</p>
+<pre>def f():
+
+    pass
+</pre><script defer src="_static/icons.js"></script>
+</body>"""
+
+
+def test_pages_are_made_lighter(tmp_path):
+    "Code stays as it is; a page of a module keeps the list of them, and others lead there."
+    (tmp_path / "_static").mkdir()
+    (tmp_path / "_static/x.map").touch()
+    for name in ("curves", "module_a", "module_b"):
+        (tmp_path / f"{name}.html").write_text(PAGE)
+    lighter.lighten(tmp_path)
+    listed = "\n<li>one</li>\n<li>two</li>\n"
+    assert (tmp_path / "module_b.html").read_text() == LIGHTER.format(listed)
+    link = lighter.ALL_MODULES.format("module_a.html")
+    assert (tmp_path / "curves.html").read_text() == LIGHTER.format(link)
+    script = (tmp_path / "_static/icons.js").read_text()
+    assert 'symbol id=\\"svg-moon' in script and "menu" not in script and "eye" not in script
+    assert not (tmp_path / "_static/x.map").exists()
+
+
+def saved(folder: Path, pixels: np.ndarray) -> Path:
+    Image.fromarray(pixels.astype("uint8")).save(folder / "x.png")
+    return folder / "x.png"
+
+
+def test_drawings_get_a_palette_and_photos_do_not(tmp_path):
+    flat = np.zeros((60, 60, 4)) + 255
+    flat[20:40, :, 1] = 7
+    path = saved(tmp_path, flat)
+    before = path.stat().st_size
+    lighter.lighten_picture(path)
+    assert path.stat().st_size < before and Image.open(path).mode == "P"
+    assert (np.asarray(Image.open(path).convert("RGBA")) == flat).all()
+    noise = np.random.default_rng(0).integers(0, 256, (60, 60, 3))
+    path = saved(tmp_path, noise)
+    lighter.lighten_picture(path)
+    assert (np.asarray(Image.open(path)) == noise).all()
+    clear = flat * [1, 1, 1, 0.5]
+    path = saved(tmp_path, clear)
+    lighter.lighten_picture(path)
+    assert Image.open(path).mode == "RGBA"

@@ -5,6 +5,7 @@ them where it is installed, and Sphinx elsewhere (`sphinx_site`). Either way a w
 and nothing is run but what nbdev needs to document the exported names.
 """
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,9 +13,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import documented  # noqa: F401  nbdev's processes import it with this file
-import nbformat
 import processed
 import sphinx_site
+from lighter import lighten
 from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 from nbformat import NotebookNode
@@ -47,7 +48,9 @@ def add_files(site: Path, notebooks: list[str]) -> None:
     add_mathjax(static / "mathjax")
     shutil.copytree(NBS / "explorer", site / "explorer", dirs_exist_ok=True)
     for name in notebooks:
-        nbformat.write(without_outputs(NBS / name), downloads / name)
+        notebook = without_outputs(NBS / name)
+        text = json.dumps(notebook, ensure_ascii=False, separators=(",", ":"))
+        (downloads / name).write_text(text)
 
 
 def without_outputs(path: Path) -> NotebookNode:
@@ -78,6 +81,8 @@ def main() -> None:
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(folder / SITE.name, SITE)
     add_files(SITE, list(processed.exported_modules().values()))
+    if render is sphinx:
+        lighten(SITE)
     print(
         f"The site is in {SITE.name}/, built by {render.__name__}: open {SITE.name}/index.html"
     )

@@ -1,0 +1,93 @@
+"""The site that Sphinx built, made lighter: what no reader sees, or what every page repeats.
+
+Pages look and work as before. Drawings get a palette where that shows no difference.
+"""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+SPACE = re.compile(r"(<(pre|script|textarea)\b.*?</\2>)|\s*\n\s*", re.S)
+SYMBOL = re.compile(r'<symbol id="svg-([\w-]+)".*?</symbol>\n?', re.S)
+UNUSED = {  # marks of Sphinx that nothing here looks at
+    'class="reference internal"': 'class="reference"',
+    "<pre><span></span>": "<pre>",
+    '<tr class="row-even">': "<tr>",
+    '<tr class="row-odd">': "<tr>",
+}
+WORD = re.compile(r'<span class="pre">([^<>/-]*)</span>')  # others could be broken inside
+MODULES = re.compile(r'(<span class="caption-text">Source</span></p>\s*<ul>).*?(</ul>)', re.S)
+ALL_MODULES = '<li class="toctree-l1"><a class="reference" href="{}">All modules</a></li>'
+ICONS = "_static/icons.js"
+SHOWS_NO_DIFFERENCE = 0.2  # of 255 levels, on average
+
+
+def lighten(site: Path) -> None:
+    themes, sources = {}, sorted(site.glob("module_*.html"))
+    for path in site.glob("*.html"):
+        text, symbols = without_theme_icons(path.read_text())
+        themes |= symbols
+        if path not in sources:
+            text = without_modules(text, sources[0].name)
+        path.write_text(lighter_page(text))
+    (site / ICONS).write_text(icon_script("".join(themes.values())))
+    for path in site.rglob("*.png"):
+        lighten_picture(path)
+    for path in site.rglob("*.map"):
+        path.unlink()
+
+
+def lighter_page(text: str) -> str:
+    for long, short in UNUSED.items():
+        text = text.replace(long, short)
+    text = WORD.sub(r"\1", text)
+    return SPACE.sub(lambda match: match[1] or "\n", text)
+
+
+def without_modules(text: str, first: str) -> str:
+    "A page whose sidebar leads to the first module: its own sidebar lists them all."
+    return MODULES.sub(rf"\1{ALL_MODULES.format(first)}\2", text)
+
+
+def without_theme_icons(text: str) -> tuple[str, dict[str, str]]:
+    "A page that loads the icons of the theme's switch, and these; without a script it has none."
+    used, moved = {*re.findall('href="#svg-([^"]+)"', text)}, {}
+
+    def keep(match):
+        name = match[1]
+        if name in used and re.search("sun|moon", name):
+            moved[name] = match[0]
+        return match[0] if name in used - {*moved} else ""
+
+    text = SYMBOL.sub(keep, text)
+    script = f'<script defer src="{ICONS}"></script>\n</body>'
+    return text.replace("</body>", script), moved
+
+
+def icon_script(symbols: str) -> str:
+    "Puts symbols where the page's others are."
+    code = json.dumps(re.sub(r"\s*\n\s*", " ", symbols))
+    return f'document.querySelector("svg").insertAdjacentHTML("beforeend", {code})\n'
+
+
+def lighten_picture(path: Path) -> None:
+    "With a palette instead of three colours a pixel, unless that can be seen, as on photos."
+    with Image.open(path) as opened:
+        picture = opened.convert("RGBA")
+    if picture.getextrema()[3] != (255, 255):
+        return
+    picture = picture.convert("RGB")
+    few = picture.quantize(256, dither=Image.Dither.NONE)
+    found = few if difference(picture, few) < SHOWS_NO_DIFFERENCE else picture
+    before = path.read_bytes()
+    found.save(path, optimize=True)
+    if path.stat().st_size > len(before):
+        path.write_bytes(before)
+
+
+def difference(one: Image.Image, other: Image.Image) -> float:
+    levels = [np.asarray(picture.convert("RGB"), float) for picture in (one, other)]
+    return np.abs(levels[0] - levels[1]).mean()
