@@ -151,6 +151,14 @@ def test_odd_sizes_without_an_order(causal):
 
 
 @pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("size", [(16, 32), (32, 16)])
+@pytest.mark.parametrize("mode", DILATION_MODES)
+def test_the_diagonal_crosses_tiles_of_any_shape(mode, size):
+    pattern = SegmentPattern(100, 100, 3, mode, (0,) if mode == "residue" else (1,))
+    check(pattern, heads([(1, 100)] * 3), Tile(*size), causal=True)
+
+
+@pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [16, 17, 48, 72, 80, 96, 100, 128, 160, 192, 256])
 def test_head_dims(d, dtype):
