@@ -29,11 +29,14 @@ LONGEST = (
     "test_backends",
     "test_later_notebooks",
     "test_dilated",
+    "test_layouts",
+    "test_site_browser",
     "test_triton",
     "test_block_sparse",
     "test_block_kernels",
     "test_local",
     "test_compile_matrix",
+    "test_types",
 )
 
 

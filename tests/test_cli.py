@@ -236,15 +236,3 @@ def test_as_a_program():
     done = subprocess.run(command, capture_output=True, text=True)
     said = "hilbert-attn: photo='x.jpg': there is no such file\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
-
-
-IMPORTS = """
-import sys, hilbert_attn
-ours = [name for name in sys.modules if name.startswith("hilbert_attn")]
-print([name for name in ours if name.split(".")[1:2] in (["bench"], ["demo"], ["cli"])])
-"""
-
-
-def test_importing_the_package_touches_neither_bench_nor_demo():
-    command = [sys.executable, "-c", IMPORTS]
-    assert subprocess.run(command, capture_output=True, text=True).stdout == "[]\n"

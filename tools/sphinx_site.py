@@ -5,6 +5,7 @@ read, and translates the small part of Quarto that the notebooks use: callouts, 
 equations with references, folded and hidden code. A warning is an error; nothing is run.
 """
 
+import os
 import re
 import shutil
 import sys
@@ -76,6 +77,7 @@ def build(processed: Path, name: str, static: list[str]) -> None:
         freshenv=True,
         warningiserror=True,
         status=None,
+        parallel=os.cpu_count(),
     )
     app.add_lexer("ipython3", PlainNames)
     app.add_lexer("python", PlainNames)
