@@ -117,6 +117,11 @@ def attend_kept(
     need_lse: bool = True, # False: None in its place
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
     "SDPA with a dense mask, a kept one for short sequences: O(N^2), whatever the pattern."
+    kind = q.device.type
+    options: Any = dict(key_mask=key_mask, dropout_p=dropout_p, scale=scale, need_lse=need_lse)
+    if kind != "meta" and torch.is_autocast_enabled(kind):
+        with torch.autocast(kind, enabled=False):  # sums are in the precision of the LSE
+            return attend_kept(q, k, v, kept, **options)
     if _can_keep(q, key_mask):
         bias, empty = kept.bias(q.dtype)
         out = _add_mask(q, k, v, bias, empty, scale, dropout_p)

@@ -114,6 +114,19 @@ def test_half_precision(name, dtype):
     assert (out.double() - exact).abs().max() < 2 * torch.finfo(dtype).eps * exact.abs().max()
 
 
+@pytest.mark.parametrize("key_mask", (None, torch.arange(96).view(2, 48) % 7 > 0))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_sums_under_autocast(name, dtype, key_mask):
+    "The LSE has the precision and the dtype that it has from the engines."
+    x, options = inputs(), dict(return_lse=True, key_mask=key_mask)
+    with torch.autocast("cpu", dtype): out, lse = FUNCTIONS[name](*x, **options)
+    assert (out.dtype, lse.dtype) == (dtype, torch.float32)
+    rounded = [y.to(dtype) for y in x]
+    exact = FUNCTIONS[name](*(y.double() for y in rounded), **options, backend="reference")[1]
+    torch.testing.assert_close(lse.double(), exact, rtol=1e-5, atol=1e-5)
+
+
 def test_how_often_a_key_counts_is_not_rounded():
     "ln 3 in bfloat16 would make a weight of 3 one of 3.009."
     n = 24
