@@ -280,7 +280,7 @@ def test_the_lowest_rate_is_chosen_and_waited_for(toys, tmp_path):
 def test_seeds_are_outermost():
     cells = plan.FULL.primary()
     assert len(cells) == 180 and [c.seed for c in cells] == sorted(c.seed for c in cells)
-    assert len(plan.FULL.tuning()) == 54
+    assert len(plan.FULL.tuning()) == 78
 
 
 def test_exploratory_cells_come_last_and_name_their_scheme(toys):

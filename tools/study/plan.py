@@ -13,7 +13,11 @@ from .training import Schedule
 TASKS: dict[str, type[Task]] = dict(photos=Photos, pathfinder=Pathfinder, digits=Digits)
 SEEDS = tuple(range(10))
 TUNING_SEED = 900
-RATES = (2e-3, 4e-3, 8e-3)
+RATES = dict(
+    photos=(1e-3, 2e-3, 4e-3, 8e-3),
+    pathfinder=(5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
+    digits=(2e-3, 4e-3, 8e-3, 1.6e-2),
+)
 SCHEDULES = dict(
     photos=Schedule(steps=1200, batch=8, rate=0.0),
     pathfinder=Schedule(steps=1200, batch=8, rate=0.0),
@@ -43,14 +47,14 @@ class Cell(NamedTuple):
 class Plan:
     "Which cells, and how long each is trained."
     schedules: dict[str, Schedule]
+    rates: dict[str, tuple[float, ...]]
     seeds: tuple[int, ...] = SEEDS
-    rates: tuple[float, ...] = RATES
     arms: tuple[str, ...] = ARMS
 
     def tuning(self) -> list[Cell]:
         return [
             Cell("tune", task, arm, TUNING_SEED, rate)
-            for task in self.schedules for arm in self.arms for rate in self.rates
+            for task in self.schedules for arm in self.arms for rate in self.rates[task]
         ]
 
     def primary(self) -> list[Cell]:
@@ -87,7 +91,8 @@ def arm_of(cell: Cell) -> Arm:
     return Arm(name, scheme or "alternating")
 
 
-FULL = Plan(SCHEDULES)
+FULL = Plan(SCHEDULES, RATES)
 _toy = Size(width=16, heads=2, layers=2)
 _short = Schedule(steps=6, batch=2, rate=0.0, warmup=2, points=1, size=_toy)
-QUICK = Plan(dict.fromkeys(TASKS, _short), (0,), (1e-3, 3e-3), ("dense", "hilbert"))
+_few = dict.fromkeys(TASKS, (1e-3, 3e-3))
+QUICK = Plan(dict.fromkeys(TASKS, _short), _few, (0,), ("dense", "hilbert"))
