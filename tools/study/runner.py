@@ -47,7 +47,7 @@ def rate_of(cell: Cell, plan: Plan, folder: Path) -> float:
     if arm in GRID_ARMS: arm = "hilbert"
     runs = [run for run in load_stage("tune", folder)
             if (run["task"], run["arm"]) == (cell.task, arm)]
-    if {run["rate"] for run in runs} != set(plan.rates):
+    if {run["rate"] for run in runs} != set(plan.rates[cell.task]):
         raise RuntimeError(f"{cell.name}: its learning rates are not tuned yet")
     return chosen_rates(runs)[cell.task, arm]
 
