@@ -5,31 +5,36 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'REGISTRY', 'BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'Backend',
            'computes', 'PolicyRow', 'MemoryRow', 'check_backend_name', 'set_backend', 'known_length', 'choose_backend',
-           'rejected_backends', 'attend', 'hilbert_attention', 'training_memory', 'BackendChoice', 'ExplainOptions',
-           'family_of', 'explain_backend']
+           'rejected_backends', 'attend', 'shortcut', 'hilbert_attention', 'training_memory', 'BackendChoice',
+           'ExplainOptions', 'family_of', 'explain_backend']
 
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
+import marshal
 import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import wraps
 from types import MappingProxyType
-from typing import Any, Unpack, get_type_hints
+from typing import Any, TypeVar, Unpack, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .calls import Call, check_call, check_tensors, on_segments
-from .common import is_plain
+from .common import Cache, is_plain
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import PatternOptions, reference_attention
-from .sdpa import sdpa_attention, sdpa_mask_attention
+from .sdpa import (
+    LONGEST_KEPT, noted_calls, sdpa_attention, sdpa_mask_attention)
 
 # %% ../nbs/07_backends.ipynb #622f3dbd
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -193,6 +198,7 @@ def computes(
     "Tells the registry, from the notebook of a family, how a backend computes it."
     def register(function: Callable[[Call], tuple[Tensor, Any]]) -> Callable:
         REGISTRY[backend].functions[family] = function
+        _short_calls.clear()
         return function
     return register
 
@@ -449,7 +455,56 @@ def attend(
     name, _ = choose_backend(backend, call.q.device, known_length(call.q, 2), fused, family)
     return REGISTRY[name].run(call.hidden(), family)
 
+# %% ../nbs/07_backends.ipynb #0c520b02
+_short_calls = Cache(tensors=lambda value: value[0].tensors) # of (`ShortCall`, policy)
+
+
+def _is_short(q: Any, k: Any, v: Any) -> bool:
+    "Plain tensors of few tokens on a CPU, with nothing around the call that changes it?"
+    if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu): return False
+    if q.ndim != 4 or q.shape[2] > LONGEST_KEPT: return False
+    if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None: return False
+    return not torch.is_autocast_enabled("cpu") and _forced("auto")[0] == "auto"
+
+# %% ../nbs/07_backends.ipynb #0c520b03
+def _options_key(
+    values: Sequence[Any], # of all arguments but q, k, v
+    names: Iterable[str], # of those that were given by name
+) -> bytes | None: # equal for equal options; None: some are neither plain nor tensors
+    "Numbers, texts and lists of them, each with its type: 1, 1.0 and True are three."
+    plain = [b"tensor" if isinstance(x, Tensor) else x for x in values]
+    try: return marshal.dumps((plain, *names), 2)  # of this format equal values are equal bytes
+    except ValueError: return None
+
+# %% ../nbs/07_backends.ipynb #0c520b04
+_Function = TypeVar("_Function", bound=Callable)
+
+
+def shortcut(
+    function: _Function, # of q, k, v and options
+) -> _Function: # the same
+    "A decorator: a call that came down to one SDPA with a kept mask is that SDPA from then on."
+    @wraps(function)
+    def call(q, k, v, *args, **options):
+        if torch.compiler.is_compiling() or not _is_short(q, k, v):
+            return function(q, k, v, *args, **options)
+        values = *args, *options.values()
+        tensors = [x for x in values if isinstance(x, Tensor)]
+        options_key = _options_key(values, options)
+        if options_key is None or not _short_calls.may_keep(*tensors):
+            return function(q, k, v, *args, **options)
+        about = [(x.shape, x.dtype, x.device) for x in (q, k, v)]
+        key = function, options_key, *about
+        kept = _short_calls.find(key, *tensors)
+        if kept is not None and kept[0][1] is POLICY: return kept[0][0](q, k, v)
+        with noted_calls() as notes: out = function(q, k, v, *args, **options)
+        if len(notes) == 1 and all(a is b for a, b in zip(notes[0], (q, k, v, out))):
+            _short_calls.keep(key, (notes[0][-1], POLICY), *tensors)
+        return out
+    return call # type: ignore[return-value]
+
 # %% ../nbs/07_backends.ipynb #9533bb07
+@shortcut
 def hilbert_attention(
     q: Tensor, # queries (B, H, N, D), any strides; float16, bfloat16, float32 or float64
     k: Tensor, # keys (B, H_kv, N, D), H a multiple of H_kv

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .backends import attend, computes
+from .backends import attend, computes, shortcut
 from .blocks.engine import block_sdpa_attention
 from .blocks.flex import from_flex, is_flex
 from .blocks.lists import BlockLists, as_block_size
@@ -168,6 +168,7 @@ def _resolve_lists(
     return _lists_of_mask(block_mask, q.shape[2], k.shape[2], size, order, causal)
 
 # %% ../nbs/10f_block_sparse.ipynb #2f44a9f3
+@shortcut
 def block_sparse_attention(
     q: Tensor, # queries (B, H, N, D), any strides; float16, bfloat16, float32 or float64
     k: Tensor, # keys (B, H_kv, M, D); M = N, or more where registers follow the tokens

@@ -151,33 +151,40 @@ class Cache:
         *sources: Tensor | None, # tensors that the value was made from, by identity
     ) -> Any: # the value: shared, so do not write into its tensors
         "The value of a key; computed, and not kept, under a trace or a transform."
-        if _get_current_dispatch_mode() is not None: return compute()
-        given = [x for x in sources if x is not None]
-        if not all(is_plain(x) and not x.is_inference() for x in given): return compute()
-        key = key, *map(id, sources)
-        with self.lock:
-            if (found := self._look_up(key)) is not None: return found[0]
+        if not self.may_keep(*sources): return compute()
+        if (found := self.find(key, *sources)) is not None: return found[0]
         with torch.inference_mode(False): value = compute()  # others count no writes
-        if all(map(is_plain, self.tensors(value))): self._keep(key, value, given)
+        self.keep(key, value, *sources)
         return value
+
+    def may_keep(self, *sources: Tensor | None) -> bool:
+        "Is this no trace, and are the sources tensors whose writes are counted?"
+        if _get_current_dispatch_mode() is not None: return False
+        return all(x is None or is_plain(x) and not x.is_inference() for x in sources)
+
+    def find(self, key: Any, *sources: Tensor | None) -> tuple[Any] | None:
+        "The value that is kept, in a tuple of its own; None where there is none."
+        with self.lock: found = self._look_up((key, *map(id, sources)))
+        return None if found is None else found[:1]
+
+    def keep(self, key: Any, value: Any, *sources: Tensor | None):
+        "Keeps a value, unless its tensors are of a trace."
+        if not all(map(is_plain, self.tensors(value))): return
+        key = key, *map(id, sources)
+        # the sources are kept alive: their ids stay their own
+        watched = (*self.tensors(value), *(x for x in sources if x is not None))
+        with self.lock:
+            self.entries[key] = value, watched, _writes(watched)
+            self.entries.move_to_end(key)
+            while self._too_much(): self.entries.popitem(last=False)
 
     def _look_up(self, key) -> tuple | None:
         found = self.entries.get(key)
         if found is None: return None
-        value, sources, writes = found
-        if writes != self._state(value, sources): return None
+        _, watched, writes = found
+        if writes != _writes(watched): return None
         self.entries.move_to_end(key)
         return found
-
-    def _state(self, value, sources: Sequence[Tensor]) -> tuple:
-        return _writes(self.tensors(value)), _writes(sources)
-
-    def _keep(self, key, value, sources: Sequence[Tensor]):
-        with self.lock:
-            # the sources are kept alive: their ids stay their own
-            self.entries[key] = value, sources, self._state(value, sources)
-            self.entries.move_to_end(key)
-            while self._too_much(): self.entries.popitem(last=False)
 
     def _too_much(self) -> bool:
         if len(self.entries) == 1: return False

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, cat
 
 from .backends import (
-    REGISTRY, attend, choose_backend, computes, family_of, known_length)
+    REGISTRY, attend, choose_backend, computes, family_of, known_length, shortcut)
 from .calls import Call, check_call, on_branches
 from .operators import AttentionOperator, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
@@ -226,6 +226,7 @@ def attend_branches(
     return out, lse + log(only.copies) if call.need_lse else None
 
 # %% ../nbs/08_dilated.ipynb #4ba06f35
+@shortcut
 def dilated_attention(
     q: Tensor, # queries (B, H, N, D), any strides; float16, bfloat16, float32 or float64
     k: Tensor, # keys (B, H_kv, N, D), H a multiple of H_kv

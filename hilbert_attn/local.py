@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import attend, computes
+from .backends import attend, computes, shortcut
 from .blocks.planner import block_lists
 from .calls import (
     Call, autocast_inputs, check_call, check_cells, check_curve, on_segments)
@@ -717,6 +717,7 @@ def _attend(call: Call, pattern: AxisPattern, grid, curve: str | None, backend: 
     return call.result(*attend(call, backend, "local"))
 
 # %% ../nbs/11_local.ipynb #017aec76
+@shortcut
 def window_attention(
     q: Tensor, # queries (B, H, N, D), tokens row-major over the grid, any strides
     k: Tensor, # keys (B, H_kv, N, D), H a multiple of H_kv
@@ -743,6 +744,7 @@ def window_attention(
     return _attend(call, WindowPattern(grid, window, shift), grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #91869de7
+@shortcut
 def neighborhood_attention(
     q: Tensor, # queries (B, H, N, D), tokens row-major over the grid
     k: Tensor, # keys (B, H_kv, N, D)
@@ -771,6 +773,7 @@ def neighborhood_attention(
     return _attend(call, pattern, grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #cb010d6f
+@shortcut
 def hilbert_window_attention(
     q: Tensor, # queries (B, H, N, D), tokens row-major over the grid
     k: Tensor, # keys (B, H_kv, N, D)
@@ -800,6 +803,7 @@ def hilbert_window_attention(
     return call.result(*attend(call, backend, "segments"))
 
 # %% ../nbs/11_local.ipynb #51d74ef1
+@shortcut
 def hilbert_slide_attention(
     q: Tensor, # queries (B, H, N, D), tokens row-major over the grid
     k: Tensor, # keys (B, H_kv, N, D)
@@ -824,6 +828,7 @@ def hilbert_slide_attention(
     return _attend(call, SlidePattern(call.q.shape[2], window), grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #00e14d86
+@shortcut
 def tiles_shared_attention(
     q: Tensor, # queries (B, H, N, D): first the shared tokens, then those of the grid
     k: Tensor, # keys (B, H_kv, N, D)

@@ -27,6 +27,7 @@ def rows_apart(
     q: Tensor, # queries (..., D), any strides
 ) -> Tensor: # the same values; itself if its rows lie in one piece and do not overlap
     "Queries as the kernel needs them: its output gets their layout, and must have whole rows."
+    if q.is_contiguous(): return q
     sizes = zip(q.shape[:-1], q.stride()[:-1])
     apart = all(size == 1 or stride >= q.shape[-1] for size, stride in sizes)
     return unit_stride(q) if apart else q.contiguous()

@@ -2,8 +2,10 @@
 import pytest
 import torch
 
+import hilbert_attn.backends as backends
 import hilbert_attn.block_sparse as block_sparse
 import hilbert_attn.blocks.schedule as schedule
+import hilbert_attn.calls as calls_module
 import hilbert_attn.sdpa as sdpa
 from hilbert_attn import (
     DilatedAttention,
@@ -13,6 +15,7 @@ from hilbert_attn import (
     hilbert_slide_attention,
     hilbert_window_attention,
     neighborhood_attention,
+    set_backend,
     tiles_shared_attention,
     window_attention,
 )
@@ -203,3 +206,120 @@ def test_a_layer_goes_by_its_family(calls):
         del calls[:]
     DilatedAttention([8], [1])(*x)
     assert not calls
+
+
+@pytest.fixture
+def checked(monkeypatch):
+    "How many calls had their arguments checked: those that did not come again."
+    found, check = [], calls_module.check_tensors
+
+    def count(*a, **o): return found.append(1) or check(*a, **o)
+    monkeypatch.setattr(calls_module, "check_tensors", count)
+    backends._short_calls.clear()
+    return found
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_same_call_again_is_one_sdpa(name, checked, calls):
+    x, function = inputs(), FUNCTIONS[name]
+    function(*x)
+    del checked[:], calls[:]
+    again = function(*[y.detach().roll(1, 2) for y in x])
+    assert calls == ["scaled_dot_product_attention"] and not checked
+    backends._short_calls.clear()
+    assert torch.equal(again, function(*[y.detach().roll(1, 2) for y in x]))
+
+
+OTHER_CALLS = {
+    "length": lambda x: hilbert_attention(*(y[:, :, :-1] for y in x), segment_size=10),
+    "dtype": lambda x: hilbert_attention(*(y.double() for y in x), segment_size=10),
+    "key/value heads": lambda x: hilbert_attention(x[0], x[1][:, :1], x[2][:, :1], segment_size=10),
+    "option": lambda x: hilbert_attention(*x, segment_size=11),
+    "function": lambda x: hilbert_window_attention(*x, 48, 10, curve="morton"),
+    "scale": lambda x: hilbert_attention(*x, segment_size=10, scale=0.5),
+    "LSE": lambda x: hilbert_attention(*x, segment_size=10, return_lse=True)[1],
+    "key mask": lambda x: hilbert_attention(
+        *x, segment_size=10, key_mask=torch.arange(96).view(2, 48) % 3 > 0),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_CALLS)
+def test_another_call_is_another_one(name, checked):
+    x, other = inputs(), OTHER_CALLS[name]
+    expected = other(x)
+    backends._short_calls.clear()
+    hilbert_attention(*x, segment_size=10)
+    hilbert_window_attention(*x, 48, 10)
+    del checked[:]
+    assert torch.equal(other(x), expected) and checked
+
+
+AROUND = {
+    "forced": lambda f: set_backend_around("sdpa", f),
+    "autocast": lambda f: autocast_around(f),
+    "forward-mode": lambda f: torch.func.jvp(lambda q: f(q), (torch.ones(1, 2, 48, 8),),
+                                             (torch.ones(1, 2, 48, 8),)),
+    "transform": lambda f: torch.func.vmap(f)(torch.ones(2, 1, 2, 48, 8)),
+}
+
+
+def set_backend_around(name, f):
+    with set_backend(name): f(torch.ones(1, 2, 48, 8))
+
+
+def autocast_around(f):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert f(torch.ones(1, 2, 48, 8)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", AROUND)
+def test_what_is_around_a_call_counts(name, checked):
+    def f(q): return hilbert_attention(q, q, q, segment_size=10)
+    f(torch.ones(1, 2, 48, 8))
+    f(torch.ones(1, 2, 48, 8))
+    assert len(checked) == 1
+    AROUND[name](f)
+    assert len(checked) == 2
+
+
+def test_another_policy_is_another_call(checked, monkeypatch):
+    x = inputs()
+    for rows in (POLICY, POLICY[1:], POLICY):
+        monkeypatch.setattr(backends, "POLICY", rows)
+        hilbert_attention(*x, segment_size=10)
+    assert len(checked) == 2
+
+
+def test_what_is_refused_is_refused_after_a_call_that_looks_like_it():
+    x = inputs()
+    hilbert_attention(*x, segment_size=10, causal=True)
+    with pytest.raises(ValueError, match="causal=1"):
+        hilbert_attention(*x, segment_size=10, causal=1)
+    with pytest.raises(ValueError, match="segment_size=10.0"):
+        hilbert_attention(*x, segment_size=10.0, causal=True)
+    with pytest.raises(ValueError, match="dtypes"):
+        hilbert_attention(x[0], x[1].double(), x[2].double(), segment_size=10, causal=True)
+
+
+def test_dropout_drops_every_time():
+    x = inputs()
+    whole = hilbert_attention(*x, segment_size=10)
+    for _ in range(3):
+        out = hilbert_attention(*x, segment_size=10, dropout_p=0.5)
+        assert not torch.allclose(out, whole)
+
+
+def test_orders_and_masks_that_are_written_into():
+    x, mask = inputs(), BLOCKS.clone()
+    order = torch.arange(48)
+    for change, run in (
+        (lambda: order.copy_(order.roll(3)),
+         lambda **o: hilbert_attention(*x, order=order, segment_size=10, **o)),
+        (lambda: mask.fill_(True),
+         lambda **o: block_sparse_attention(*x, mask, block_size=16, **o)),
+    ):
+        first = run()
+        assert torch.equal(run(), first)
+        change()
+        assert not torch.allclose(run(), first)
+        torch.testing.assert_close(run(), run(backend="reference"), rtol=1e-4, atol=1e-5)
