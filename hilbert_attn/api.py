@@ -351,7 +351,8 @@ def _policy_tables() -> list[str]:
         limits = sorted(row.max_tokens.values()) if row.max_tokens else []
         tokens = f"up to {limits[0]} to {limits[-1]}, by pattern" if limits else "any number"
         what = f"`{row.backend}`: {REGISTRY[row.backend].about}"
-        backends.append((devices[row.device], tokens, what, row.reason))
+        device = devices[row.device] + ", several threads" * (row.min_threads > 1)
+        backends.append((device, tokens, what, row.reason))
     training = [(f"`{row.strategy}`", f"{row.share:.0%} of the memory at hand", row.reason)
                 for row in MEMORY_POLICY]
     return ["**Which backend**: the first line that fits and can run",

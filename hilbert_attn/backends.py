@@ -210,23 +210,29 @@ class PolicyRow:
     backend: str
     reason: str # for `explain_backend`
     max_tokens: Mapping[str, int] | None = None # N, by family; None: any length
+    min_threads: int = 1 # of PyTorch's on a CPU
 
     def fits(
         self,
         device: str, # "cpu" or "cuda"
         family: str, # one of `FAMILIES`
         tokens: int | None, # N; None: not known
+        threads: int | None = None, # None: as many as PyTorch has
     ) -> bool:
         "Is it a line for such a call?"
         if self.device not in (device, "any"): return False
-        if self.max_tokens is None: return True
-        return tokens is not None and tokens <= self.max_tokens.get(family, 0)
+        if self.max_tokens is not None:
+            if tokens is None or tokens > self.max_tokens.get(family, 0): return False
+        return self.min_threads == 1 or (threads or torch.get_num_threads()) >= self.min_threads
 
 
 _SHORT = dict(segments=128, heads=200, branches=256, local=160, blocks=256)
+_SHORT_PARALLEL = _SHORT | dict(segments=200, local=256)
 POLICY = (
     PolicyRow("cpu", "sdpa_mask", "so few tokens that one call with a mask costs less "
               "than cutting them into groups", MappingProxyType(_SHORT)),
+    PolicyRow("cpu", "sdpa_mask", "so few tokens that one call with a mask, which several threads "
+              "share, costs less than many small ones", MappingProxyType(_SHORT_PARALLEL), 2),
     PolicyRow("cpu", "sdpa", "dense kernels on the groups do only the pairs that remain"),
     PolicyRow("cuda", "triton", "fused kernels gather through the order themselves: "
               "no permuted copy of q, k, v"),
@@ -494,7 +500,7 @@ def shortcut(
         if options_key is None or not _short_calls.may_keep(*tensors):
             return function(q, k, v, *args, **options)
         about = [(x.shape, x.dtype, x.device) for x in (q, k, v)]
-        key = function, options_key, *about
+        key = function, options_key, torch.get_num_threads(), *about
         kept = _short_calls.find(key, *tensors)
         if kept is not None and kept[0][1] is POLICY: return kept[0][0](q, k, v)
         with noted_calls() as notes: out = function(q, k, v, *args, **options)

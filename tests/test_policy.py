@@ -82,8 +82,9 @@ def test_drift_is_found_on_a_gpu():
 
 def test_choice_and_ratio():
     both = ["sdpa_mask", "sdpa"]
-    for n in (1, LIMIT): assert policy_choice("cpu", n, both) == "sdpa_mask"
-    for n in (LIMIT + 1, 10**6): assert policy_choice("cpu", n, both) == "sdpa"
+    for n in (1, LIMIT): assert policy_choice("cpu", n, both, 1) == "sdpa_mask"
+    for n in (LIMIT + 1, 10**6): assert policy_choice("cpu", n, both, 1) == "sdpa"
+    assert policy_choice("cpu", LIMIT + 1, both, 2) == "sdpa_mask"
     assert policy_choice("cuda", 16, [*both, "triton"]) == "triton"
     assert policy_choice("cuda", 16, both) == "sdpa"
     run = measured({16: 0.5, 32: 2.0}, spread=0.0)

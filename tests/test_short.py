@@ -24,7 +24,7 @@ from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.patterns import NeighborhoodPattern
 
 REAL_POLICY = True
-LIMITS = next(row for row in POLICY if row.backend == "sdpa_mask").max_tokens
+LIMITS = next(row for row in POLICY if row.max_tokens).max_tokens  # of one thread
 BLOCKS = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0]]).bool()  # the last one sees nothing
 GRID = (6, 8)
 
@@ -185,25 +185,40 @@ def test_a_block_is_not_longer_than_the_sequence():
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name, n", (
-    ("segments", LIMITS["segments"]), ("branches", LIMITS["branches"]), ("heads", LIMITS["heads"]),
-))
-def test_beyond_the_limit_the_engine_computes(name, n, calls):
-    for length, masked in ((n, True), (n + 1, False)):
-        x = inputs(length)
-        FUNCTIONS[name](*x)
-        assert ("attention_mask" in calls) == masked
+@pytest.fixture(params=(1, 2))
+def limits(request):
+    "The longest sequences, by family, that are one call with a mask at this number of threads."
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    rows = [row for row in POLICY if row.max_tokens and row.min_threads <= request.param]
+    yield {name: max(row.max_tokens[name] for row in rows) for name in rows[0].max_tokens}
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("name", ("segments", "branches", "heads"))
+def test_beyond_the_limit_the_engine_computes(name, limits, calls):
+    for length, masked in ((limits[name], True), (limits[name] + 1, False)):
+        FUNCTIONS[name](*inputs(length))
+        assert ("scaled_dot_product_attention" in calls) == masked
         del calls[:]
 
 
-def test_a_layer_goes_by_its_family(calls):
-    n, x = LIMITS["segments"] + 8, []
-    for combine in ("lse", "heads"):
-        layer = DilatedAttention([8, 16], [1, 2], combine=combine)
-        x = [torch.randn(1, n, 2, 16) for _ in "qkv"]
-        layer(*x)
-        assert calls.count("scaled_dot_product_attention") == 1
-        del calls[:]
+def test_several_threads_share_one_call_for_longer(calls):
+    before, x = torch.get_num_threads(), inputs(LIMITS["segments"] + 1)
+    try:
+        for threads, masked in ((1, False), (2, True), (1, False)):
+            torch.set_num_threads(threads)
+            del calls[:]
+            hilbert_attention(*x, segment_size=10)
+            assert ("scaled_dot_product_attention" in calls) == masked
+    finally: torch.set_num_threads(before)
+
+
+def test_a_layer_goes_by_its_family(limits, calls):
+    x = [torch.randn(1, limits["segments"] + 8, 2, 16) for _ in "qkv"]
+    DilatedAttention([8, 16], [1, 2])(*x)
+    assert calls.count("scaled_dot_product_attention") == 1
+    del calls[:]
     DilatedAttention([8], [1])(*x)
     assert not calls
 

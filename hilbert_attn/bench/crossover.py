@@ -115,10 +115,12 @@ def policy_choice(
     device: str, # "cpu" or "cuda"
     tokens: int, # N
     backends: Sequence[str], # that were measured
+    threads: int | None = None, # None: as many as PyTorch has
 ) -> str: # the backend
     "What the table `POLICY` says, without looking at this machine."
     for row in POLICY:
-        if row.backend in backends and row.fits(device, "segments", tokens): return row.backend
+        fits = row.fits(device, "segments", tokens, threads)
+        if row.backend in backends and fits: return row.backend
     raise ValueError(f"device={device!r}: the policy has no row for it and {list(backends)}")
 
 # %% ../../nbs/15g_crossover.ipynb #c6c03757
@@ -139,7 +141,7 @@ def _at_length(run: dict, n: int) -> dict:
         mine = [row for row in rows if (row["order"], row["direction"]) == part]
         parts[", ".join(part)] = mean_ratio(mine, "sdpa_mask", "sdpa")[0]
     ratio, low, high = mean_ratio(rows, "sdpa_mask", "sdpa")
-    choice = policy_choice(config["device"], n, backends)
+    choice = policy_choice(config["device"], n, backends, run["environment"].get("threads"))
     winners = [a for a in backends if all(a in beaten(b) for b in backends if b != a)]
     return dict(
         tokens=n, ratio=ratio, low=low, high=high, **parts,
@@ -163,13 +165,14 @@ def policy_verdict(
     `max_tokens` of `sdpa_mask` should be at least the longest sequence at which that clearly
     wins over `sdpa`, and below the shortest at which `sdpa` does."""
     table, device = crossover_table(run), run["config"]["device"]
-    rows = [r for r in POLICY if (r.device, r.backend) == (device, "sdpa_mask")]
-    limits = [r.max_tokens["segments"] for r in rows if r.max_tokens]
+    threads = run["environment"].get("threads") or 1
+    rows = [r for r in POLICY if r.device == device and r.max_tokens and r.min_threads <= threads]
+    limits = [r.max_tokens["segments"] for r in rows]
     mask_wins = [row["tokens"] for row in table if row["high"] < 1]
     sdpa_wins = [row["tokens"] for row in table if row["low"] > 1]
     return dict(
         device=device,
-        max_tokens=limits[0] if limits else None,
+        max_tokens=max(limits, default=None),
         mask_wins_up_to=max(mask_wins, default=None),
         sdpa_wins_from=min(sdpa_wins, default=None),
         agrees=all(row["agrees"] for row in table),
