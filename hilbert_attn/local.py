@@ -25,11 +25,11 @@ from .blocks.planner import block_lists
 from .calls import (
     Call, autocast_inputs, check_call, check_cells, check_curve, on_segments)
 from .common import define_operator, whole_number
-from .curves import as_grid, curve_order
+from .curves import as_grid, curve_order, inverse_order
 from .operators import AttentionOperator, lse_dtype
 from .patterns import (
     AxisPattern, Lattice, NeighborhoodPattern, SlidePattern, StretchPattern, TilesSharedPattern,
-    WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern, find_boxes)
+    WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)
 from .reference import masked_attention, reference_attention
 from .sdpa import masked_sdpa, sdpa_mask_attention
 from .tiles import (
@@ -82,16 +82,32 @@ def _stretches(borders: np.ndarray, low: np.ndarray, high: np.ndarray) -> Iterat
                 queries = at + (x + first) * t, t, t
                 yield end - first, queries, (int(start[x + first]), stride, keys), pairs
 
+# %% ../nbs/11_local.ipynb #a51d0e17
+def _whole_tiles(low: np.ndarray, high: np.ndarray) -> Iterator[tuple]:
+    "Tiles whose queries attend the same keys, as `_stretches` has them: equal ones in even steps."
+    changes = np.diff(low, prepend=-1) | np.diff(high, prepend=-1)
+    q = np.flatnonzero(changes)
+    count, before, keys = np.diff(np.append(q, len(low))), q - low[q], high[q] - low[q] + 1
+    kinds = np.stack([count, keys, before], 1)
+    by_kind = np.lexsort(kinds.T)  # stable: in each kind as they come
+    kinds, q = kinds[by_kind], q[by_kind]
+    for a, b in _alike(kinds):
+        t, n, before = kinds[a].tolist()
+        for first, end, stride in _progressions(q[a:b]):
+            start = int(q[a + first])
+            yield end - first, (start, stride, t), (start - before, stride, n), None
+
 # %% ../nbs/11_local.ipynb #785c4f62
 def _runs(pattern: AxisPattern, axis: int, side: int) -> list[_Run]:
-    "Cuts an axis into runs of tiles with `side` queries; 0: the pattern's own boxes."
+    "Cuts an axis into runs of tiles with `side` queries; 0: whoever attends the same keys."
     dilation = pattern.dilation[axis] if pattern.dilation else 1
     found = []
     for residue, classes, low, high in axis_classes(pattern, axis):
-        borders: Any = find_boxes(low, high)
-        if side: borders = np.append(np.arange(0, len(low), side), len(low))
-        for numbers in _stretches(borders, low, high):
-            found.append(_Run(residue, classes, dilation, *numbers))
+        if side:
+            borders = np.append(np.arange(0, len(low), side), len(low))
+            tiles = _stretches(borders, low, high)
+        else: tiles = _whole_tiles(low, high)
+        found += [_Run(residue, classes, dilation, *numbers) for numbers in tiles]
     return found
 
 # %% ../nbs/11_local.ipynb #c3fa1317
@@ -166,7 +182,7 @@ def _axis_sides(pattern: AxisPattern, axis: int) -> list[tuple[int, int, int, in
 def _sides(pattern: AxisPattern, group: int) -> tuple[int, ...]:
     "Those that promise the least work; `group` query heads share a key/value head."
     axes = range(len(pattern.grid))
-    if attends_boxes(pattern): return (0,) * len(axes)
+    if pattern.in_stretches or attends_boxes(pattern): return (0,) * len(axes)
 
     def cost(choice):
         side, tiles, keys, kinds = map(prod, zip(*choice))
@@ -661,11 +677,22 @@ _blocks_attention = AttentionOperator(
     "CompositeExplicitAutograd",
     lambda q, k, v, key_mask, seed, *rest: _pairs_of(q, k, *rest[:2]))
 
+# %% ../nbs/11_local.ipynb #a51d0e18
+def _in_order(call: Call) -> tuple[Tensor, Tensor]: # out, lse
+    "An order that is no curve's: tokens are brought into it, and results back."
+    order, rank, key_mask = call.order, inverse_order(call.order), call.key_mask
+    q, k, v = (x.index_select(2, order) for x in (call.q, call.k, call.v))
+    if key_mask is not None: key_mask = key_mask.index_select(1, order)
+    results = triton_local(replace(call, q=q, k=k, v=v, key_mask=key_mask, order=None))
+    out, lse = (x.index_select(2, rank) for x in results)
+    return out, lse
+
 # %% ../nbs/11_local.ipynb #132b7b4d
 @computes("triton", "local")
 def triton_local(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "The block-sparse kernels."
     laid = call.pattern
+    if laid.curve is None and call.order is not None: return _in_order(call)
     layout = list(laid.grid), laid.curve or "row_major"
     return _blocks_attention(
         call.q, call.k, call.v, call.key_mask, call.seeds(),

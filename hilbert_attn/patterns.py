@@ -434,6 +434,7 @@ class AxisPattern:
     "Patterns that are products of their axes; a subclass has fields, a grid and `axis_bounds`."
     kinds: ClassVar[dict[str, Callable[..., "AxisPattern"]]] = {}
     along_curve: ClassVar[bool] = False # are the coordinates positions, so that an order matters?
+    in_stretches: ClassVar[bool] = False # do stretches of queries attend the same keys?
     dilation: tuple[int, ...] = () # between neighbouring places of an axis; (): 1
     shared: int = 0 # tokens before those of the grid that attend all and are attended by all
 

@@ -41,6 +41,7 @@ from hilbert_attn.patterns import (
     WindowPattern,
     encode_pattern,
 )
+from hilbert_attn.points import PatchPattern
 from hilbert_attn.reference import assert_matches_oracle
 
 try:
@@ -638,6 +639,7 @@ OPERATOR_CASES = [
     SlidePattern(13, 4),
     TilesSharedPattern(15, 3, 0, 2),
     StretchPattern(13, 4),
+    PatchPattern(4, (7, 1, 5)),
 ]
 each_pattern = pytest.mark.parametrize("pattern", OPERATOR_CASES, ids=lambda p: type(p).__name__)
 FORWARD_CHECKS = (

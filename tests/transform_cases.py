@@ -9,6 +9,7 @@ import torch.nn as nn
 
 import hilbert_attn as ha
 from hilbert_attn.api import ATTENTION_TYPES
+from hilbert_attn.points import point_attention
 
 HEADS, WIDTH = 2, 8  # H, D
 BRANCHES = dict(segment_lengths=[16, 32, 2048], dilation_rates=[1, 2, 4])
@@ -45,6 +46,11 @@ def slide(q, k, v, **options):
     return ha.hilbert_slide_attention(q, k, v, q.shape[2], 9, **options)
 
 
+def points(q, k, v, **options):
+    order = ha.curve_order(q.shape[2], device=q.device)
+    return point_attention(q, k, v, order, patch_size=16, **options)
+
+
 def causal_ring(q, k, v):
     order = ha.curve_order(q.shape[2], device=q.device)
     return ha.ring_attention(q, k, v, segment_size=16, causal=True, order=order)
@@ -59,7 +65,7 @@ DROPPING = dict(  # functions that can drop weights
     by_heads=partial(ha.dilated_attention, segment_lengths=[16, 2048], dilation_rates=[1, 2],
                      combine="heads"),
     blocks=blocks, causal_blocks=causal_blocks, window=window, neighborhood=neighborhood,
-    curve_window=curve_window, slide=slide,
+    curve_window=curve_window, slide=slide, points=points,
     tiles=partial(ha.tiles_shared_attention, tiles=3, offset=2, shared=2))
 RINGS = dict(
     ring=partial(ha.ring_attention, segment_size=16, dilation_rate=2), causal_ring=causal_ring,
