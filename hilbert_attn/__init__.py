@@ -90,6 +90,7 @@ _ELSEWHERE = {  # module -> names that can be had from here too, looked up when 
     "modules": "HilbertOrder TransformerBlock apply_rotary rotary_embedding",
     "multihead": "DilatedSelfAttention",
     "patterns": "COMBINES DILATION_MODES",
+    "points": "OrderSchedule PatchPattern point_attention point_order",
     "reference": "reference_attention",
     "ring_layers": "RingDilatedAttention",
     "ring_plan": "plan_ring",
@@ -144,6 +145,10 @@ if TYPE_CHECKING:
     from hilbert_attn.multihead import DilatedSelfAttention as DilatedSelfAttention
     from hilbert_attn.patterns import COMBINES as COMBINES
     from hilbert_attn.patterns import DILATION_MODES as DILATION_MODES
+    from hilbert_attn.overloads import point_attention as point_attention
+    from hilbert_attn.points import OrderSchedule as OrderSchedule
+    from hilbert_attn.points import PatchPattern as PatchPattern
+    from hilbert_attn.points import point_order as point_order
     from hilbert_attn.reference import reference_attention as reference_attention
     from hilbert_attn.ring_plan import plan_ring as plan_ring
     from hilbert_attn.ring_layers import RingDilatedAttention as RingDilatedAttention

@@ -678,9 +678,9 @@ _blocks_attention = AttentionOperator(
     lambda q, k, v, key_mask, seed, *rest: _pairs_of(q, k, *rest[:2]))
 
 # %% ../nbs/11_local.ipynb #a51d0e18
-def _in_order(call: Call) -> tuple[Tensor, Tensor]: # out, lse
+def _in_order(call: Call, order: Tensor) -> tuple[Tensor, Tensor]: # out, lse
     "An order that is no curve's: tokens are brought into it, and results back."
-    order, rank, key_mask = call.order, inverse_order(call.order), call.key_mask
+    rank, key_mask = inverse_order(order), call.key_mask
     q, k, v = (x.index_select(2, order) for x in (call.q, call.k, call.v))
     if key_mask is not None: key_mask = key_mask.index_select(1, order)
     results = triton_local(replace(call, q=q, k=k, v=v, key_mask=key_mask, order=None))
@@ -692,7 +692,7 @@ def _in_order(call: Call) -> tuple[Tensor, Tensor]: # out, lse
 def triton_local(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "The block-sparse kernels."
     laid = call.pattern
-    if laid.curve is None and call.order is not None: return _in_order(call)
+    if laid.curve is None and call.order is not None: return _in_order(call, call.order)
     layout = list(laid.grid), laid.curve or "row_major"
     return _blocks_attention(
         call.q, call.k, call.v, call.key_mask, call.seeds(),

@@ -598,3 +598,52 @@ def block_sparse_ring_attention(
     backend: str = ...,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
+
+@overload
+def point_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor | None,
+    *,
+    patch_size: int,
+    batch: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequence[int] | None = ...,
+    key_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def point_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor | None,
+    *,
+    patch_size: int,
+    batch: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequence[int] | None = ...,
+    key_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def point_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    order: Tensor | None,
+    *,
+    patch_size: int,
+    batch: Tensor | None = ...,
+    cu_seqlens: Tensor | Sequence[int] | None = ...,
+    key_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    backend: str = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...

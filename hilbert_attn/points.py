@@ -59,23 +59,31 @@ def _find_turns(ndim: int) -> tuple[Tensor, Tensor]:
     inside = _morton_codes(walk & 1).view(-1, corners)
     return inside.unique(dim=0), inside
 
+# %% ../nbs/11b_points.ipynb #81b4a957
+def _turn_codes(corners: Tensor, codes: Tensor, ndim: int) -> Tensor: # int64 (turns, cells)
+    "Where each turn takes cells of these Morton codes, level by level."
+    turned = torch.zeros(len(corners), len(codes), dtype=torch.int64, device="cpu")
+    for shift in range(0, _LEVELS[ndim] * ndim, ndim):
+        turned |= corners[:, codes >> shift & (1 << ndim) - 1] << shift
+    return turned
+
+# %% ../nbs/11b_points.ipynb #a4f1f49a
+def _number_of(turn: Tensor, turns: Tensor) -> Tensor: # int64
+    "Which of the turns (turns, corners) these are (..., corners)."
+    return (turn[..., None, :] == turns).all(-1).int().argmax(-1)
+
 # %% ../nbs/11b_points.ipynb #6e777a21
 def _make_table(ndim: int) -> tuple[Tensor, int]: # int64 (turns * cells,), where the curve begins
     "By turn and Morton code of some levels: the next turn, and the place of the cell."
-    width, corners = _LEVELS[ndim] * ndim, 1 << ndim
-    turns, inside = _find_turns(ndim)
-    index = torch.arange(1 << width, device="cpu")
-    plain = _morton_codes(hilbert_decode(index, _LEVELS[ndim], ndim)) # of cells along the walk
-    first = _morton_codes(hilbert_decode(index[:corners], 1, ndim))
-    turned = torch.empty_like(turns)
-    turned[:, first] = turns # where each turn takes a corner
-    code = torch.zeros(len(turns), 1 << width, dtype=torch.int64, device="cpu")
-    for shift in range(0, width, ndim):
-        code |= turned[:, plain >> shift & corners - 1] << shift
-    then = (turned[:, inside][:, :, None] == turns).all(-1).int().argmax(-1)
-    table = torch.empty_like(code).scatter_(1, code, then << width | index)
-    begin = int((turns == first).all(1).int().argmax()) << width
-    return table.flatten(), begin
+    width, (turns, inside) = _LEVELS[ndim] * ndim, _find_turns(ndim)
+    place = torch.arange(1 << width, device="cpu")
+    walk = _morton_codes(hilbert_decode(place, _LEVELS[ndim], ndim))
+    plain = _morton_codes(hilbert_decode(place[:1 << ndim], 1, ndim))
+    corners = torch.empty_like(turns).index_copy_(1, plain, turns) # where turns take a corner
+    code = _turn_codes(corners, walk, ndim)
+    then = _number_of(corners[:, inside], turns)
+    table = torch.empty_like(code).scatter_(1, code, then << width | place)
+    return table.flatten(), int(_number_of(plain, turns)) << width
 
 # %% ../nbs/11b_points.ipynb #399e2a36
 _tables = Cache(tensors=lambda value: value[:1])
@@ -144,8 +152,8 @@ def _cloud_sizes(n: int, batch: Tensor | None, cu_seqlens: Any) -> tuple[int, ..
     if batch is None and cu_seqlens is None: return (n,)
     if batch is not None and cu_seqlens is not None:
         raise ValueError("batch and cu_seqlens are both given: expected one of them")
-    given, read = batch, _sizes_of_batch
-    if batch is None: given, read = cu_seqlens, _sizes_of_borders
+    given: Any = cu_seqlens if batch is None else batch
+    read = _sizes_of_borders if batch is None else _sizes_of_batch
     if not isinstance(given, Tensor): return read(given, n)
     return _sizes.get((n, read), lambda: read(given, n), given)
 
@@ -317,11 +325,11 @@ _checked = Cache(max_entries=64, tensors=lambda value: ())
 
 def _check_clouds(order: Tensor, sizes: tuple[int, ...], batch: Tensor | None):
     "Raises `ValueError` where an order does not keep the points of a cloud together."
-    if len(sizes) == 1 or torch.compiler.is_compiling() or not is_plain(order): return
+    if torch.compiler.is_compiling() or not is_plain(order): return
 
     def in_turn() -> bool:
         cloud = _cloud_of_each(sizes, batch, order.device)
-        return bool((cloud[order].diff() >= 0).all())
+        return cloud is None or bool((cloud[order].diff() >= 0).all())
 
     if _checked.get(sizes, in_turn, order, batch): return
     raise ValueError(
@@ -360,11 +368,12 @@ def point_attention(
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
-) -> Any: # out (B, H, N, D), or out and lse (B, H, N), as the points came
+) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or out and lse (B, H, N)
     """Attention inside patches of consecutive points of each cloud (arXiv 2312.10035).
 
-    The last patch of a cloud is filled up with the points before it. The order is *global*: it
-    changes the result. Raises `ValueError` for arguments that do not fit."""
+    The last patch of a cloud is filled up with the points before it; results are in the order in
+    which the points came. The order is *global*: it changes the result. Raises `ValueError` for
+    arguments that do not fit."""
     call = check_call(
         q, k, v, key_mask=key_mask, dropout_p=dropout_p, scale=scale, return_lse=return_lse)
     n = call.q.shape[2]

@@ -1,5 +1,8 @@
 """Point clouds: orders against encoders of others, patches against an oracle written from words."""
 import itertools
+import re
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
 from functools import partial
@@ -484,3 +487,18 @@ def test_schedules_of_points_and_images():
 ])
 def test_bad_schedules(options, words):
     with pytest.raises(ValueError, match=words): OrderSchedule(**options)
+
+
+# The example
+
+
+def test_the_example_runs():
+    done = subprocess.run(
+        [sys.executable, ROOT / "examples" / "point_clouds.py", "--quick"],
+        capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    said = r"Points told right: \d+\.\d%; with patches of one point \d+\.\d%, by chance 20%"
+    assert re.search(said, done.stdout)
+    smoothed = re.search(r"are (\d+) mm off: (\d+) mm .*, (\d+) mm along four", done.stdout)
+    before, one, four = map(int, smoothed.groups())
+    assert before > one > four

@@ -31,12 +31,12 @@ RESULTS = (  # type of return_lse, its default, the result
 
 
 def public_functions() -> list[str]:
-    "Names that the package's front lists."
-    front = ast.parse((PACKAGE / "__init__.py").read_text())
-    for node in front.body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
-            return [element.value for element in node.value.elts]
-    raise SystemExit("hilbert_attn/__init__.py has no __all__")
+    "Names that the package's front lists, and those that can be had from there too."
+    lists = {}
+    for node in ast.parse((PACKAGE / "__init__.py").read_text()).body:
+        if isinstance(node, ast.Assign): lists[ast.unparse(node.targets[0])] = node.value
+    front, elsewhere = (ast.literal_eval(lists[name]) for name in ("__all__", "_ELSEWHERE"))
+    return [*front, *" ".join(elsewhere.values()).split()]
 
 
 def flagged(names: list[str]) -> list[ast.FunctionDef]:
