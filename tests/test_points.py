@@ -497,7 +497,7 @@ def test_the_example_runs():
         [sys.executable, ROOT / "examples" / "point_clouds.py", "--quick"],
         capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    said = r"Shapes told right: \d+\.\d%; with patches of one point \d+\.\d%, by chance 20%"
+    said = r"Points told right: \d+\.\d%; with patches of one point \d+\.\d%, by chance 20%"
     assert re.search(said, done.stdout)
     smoothed = re.search(r"are (\d+) mm off: (\d+) mm .*, (\d+) mm along four", done.stdout)
     before, one, four = map(int, smoothed.groups())
