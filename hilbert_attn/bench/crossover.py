@@ -166,8 +166,8 @@ def policy_verdict(
     wins over `sdpa`, and below the shortest at which `sdpa` does."""
     table, device = crossover_table(run), run["config"]["device"]
     threads = run["environment"].get("threads") or 1
-    rows = [r for r in POLICY if r.device == device and r.max_tokens and r.min_threads <= threads]
-    limits = [r.max_tokens["segments"] for r in rows]
+    rows = [row for row in POLICY if row.device == device and row.min_threads <= threads]
+    limits = [row.max_tokens["segments"] for row in rows if row.max_tokens]
     mask_wins = [row["tokens"] for row in table if row["high"] < 1]
     sdpa_wins = [row["tokens"] for row in table if row["low"] > 1]
     return dict(
