@@ -249,4 +249,414 @@ def lse_from_sdpa(q, k, v): return (q @ k.mT).logsumexp(-1)
 """,
         ],
     },
+    "02c_triton_in_ten_minutes": {
+        "programs": [
+            r"""
+def programs(rows, cols, BM, BN): return rows * cols // (BM * BN)
+""",
+            r"""
+def programs(rows, cols, BM, BN): return -(-rows * cols // (BM * BN))
+""",
+        ],
+        "reverse": [
+            r"""
+import triton
+import triton.language as tl
+
+@triton.jit
+def reverse(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + n - 1 - place, mask=place < n, other=0.0)
+    tl.store(out_ptr + place, x)
+""",
+            r"""
+import triton
+import triton.language as tl
+
+@triton.jit
+def reverse(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + n - place, mask=(place < n) & (place > 0), other=0.0)
+    tl.store(out_ptr + place, x, mask=place < n)
+""",
+        ],
+        "column_sum": [
+            r"""
+import triton
+import triton.language as tl
+
+@triton.jit
+def column_sum(x_ptr, out_ptr, rows, cols, BLOCK: tl.constexpr):
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(0, rows):
+        total += tl.load(x_ptr + row * BLOCK + col, mask=col < cols, other=0.0)
+    tl.store(out_ptr + col, total, mask=col < cols)
+""",
+            r"""
+import triton
+import triton.language as tl
+
+@triton.jit
+def column_sum(x_ptr, out_ptr, rows, cols, BLOCK: tl.constexpr):
+    col = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for row in range(0, rows):
+        total += tl.load(x_ptr + row * cols + col, mask=col < cols, other=0.0)
+    tl.store(out_ptr + col, total)
+""",
+        ],
+        "row_lse": [
+            r"""
+import triton
+import triton.language as tl
+
+@triton.jit
+def row_lse(x_ptr, out_ptr, cols, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    total = tl.zeros([], tl.float32)
+    for start in range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=-float("inf"))
+        total += tl.sum(tl.exp(x))
+    tl.store(out_ptr + row, tl.log(total))
+""",
+            r"""
+import triton
+import triton.language as tl
+
+@triton.jit
+def row_lse(x_ptr, out_ptr, cols, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    m = tl.full([], -float("inf"), tl.float32)
+    total = tl.zeros([], tl.float32)
+    for start in range(0, cols, BLOCK):
+        col = start + tl.arange(0, BLOCK)
+        x = tl.load(x_ptr + row * cols + col, mask=col < cols, other=-float("inf"))
+        m = tl.maximum(m, tl.max(x))
+        total += tl.sum(tl.exp(x - m))
+    tl.store(out_ptr + row, m + tl.log(total))
+""",
+        ],
+    },
+    "02cb_kernel_ladder": {
+        "tiles_visited": [
+            r"""
+def tiles_visited(count, BM, BN): return -(-count // BM) * -(-count // BN) // 2
+""",
+            r"""
+def tiles_visited(count, BM, BN): return sum(-(-(i + BM) // BN) for i in range(0, count, BM))
+""",
+        ],
+        "with_lse": [
+            r"""
+import triton
+import triton.language as tl
+
+@triton.jit
+def with_lse(q_ptr, k_ptr, lse_ptr, n, scale,
+             D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    d = tl.arange(0, D)[None, :]
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    q = tl.load(q_ptr + row[:, None] * D + d, mask=row[:, None] < n, other=0.0)
+    m = tl.full([BM], -float("inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    for j in tl.range(0, n, BN):
+        key = j + tl.arange(0, BN)
+        k = tl.load(k_ptr + key[:, None] * D + d, mask=key[:, None] < n, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.where(key[None, :] < n, s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), 1)
+        m = m_new
+    tl.store(lse_ptr + row, m + tl.log(l), mask=row < n)
+""",
+            r"""
+import triton
+import triton.language as tl
+
+@triton.jit
+def with_lse(q_ptr, k_ptr, lse_ptr, n, scale,
+             D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    d = tl.arange(0, D)[None, :]
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    q = tl.load(q_ptr + row[:, None] * D + d, mask=row[:, None] < n, other=0.0)
+    m = tl.full([BM], -float("inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    for j in tl.range(0, n, BN):
+        key = j + tl.arange(0, BN)
+        k = tl.load(k_ptr + key[:, None] * D + d, mask=key[:, None] < n, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        m_new = tl.maximum(m, tl.max(s, 1))
+        l = l * tl.exp2(m - m_new) + tl.sum(tl.exp2(s - m_new[:, None]), 1)
+        m = m_new
+    tl.store(lse_ptr + row, (m + tl.log2(l)) * 0.6931471805599453, mask=row < n)
+""",
+        ],
+        "slide_range": [
+            r"""
+def slide_range(tile, n, BM, BN, reach):
+    first, last = tile * BM, min(tile * BM + BM, n) - 1
+    lo, hi = max(first - reach, 0) // BN * BN, min(last + reach + 1, n)
+    return lo, hi, lo, hi // BN * BN
+""",
+            r"""
+def slide_range(tile, n, BM, BN, reach): return 0, n, 0, 0
+""",
+        ],
+        "slide": [
+            r"""
+import triton
+import triton.language as tl
+
+@triton.jit
+def slide(q_ptr, k_ptr, v_ptr, out_ptr, n, reach, scale,
+          D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    d = tl.arange(0, D)[None, :]
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    q = tl.load(q_ptr + row[:, None] * D + d, mask=row[:, None] < n, other=0.0)
+    m = tl.full([BM], -float("inf"), tl.float32)
+    l = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, D], tl.float32)
+    for j in tl.range(0, n, BN):
+        key = j + tl.arange(0, BN)
+        k = tl.load(k_ptr + key[:, None] * D + d, mask=key[:, None] < n, other=0.0)
+        v = tl.load(v_ptr + key[:, None] * D + d, mask=key[:, None] < n, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.where(tl.abs(row[:, None] - key[None, :]) <= reach, s, -float("inf"))
+        m_new = tl.maximum(m, tl.max(s, 1))
+        alpha, p = tl.exp2(m - m_new), tl.exp2(s - m_new[:, None])
+        l = l * alpha + tl.sum(p, 1)
+        acc = tl.dot(p, v, acc * alpha[:, None], input_precision="ieee")
+        m = m_new
+    tl.store(out_ptr + row[:, None] * D + d, acc / l[:, None], mask=row[:, None] < n)
+""",
+        ],
+    },
+    "03_triton_forward": {
+        "join": [
+            r"""
+def join(one, two):
+    (m1, l1, acc1), (m2, l2, acc2) = one, two
+    return torch.maximum(m1, m2), l1 + l2, acc1 + acc2
+""",
+            r"""
+def join(one, two):
+    (m1, l1, acc1), (m2, l2, acc2) = one, two
+    m = torch.maximum(m1, m2)
+    a = (m1 - m).exp()
+    return m, a * l1 + l2, a[:, None] * acc1 + acc2
+""",
+        ],
+        "progression": [
+            r"""
+def progression(segment, residue, n, w, r): return segment * w + residue, w // r
+""",
+            r"""
+def progression(segment, residue, n, w, r):
+    return segment * w + residue, min(w, n - segment * w) // r
+""",
+        ],
+        "key_range": [
+            r"""
+def key_range(tile, count, BM, BN): return tile * BM // BN * BN, tile * BM + BM
+""",
+            r"""
+def key_range(tile, count, BM, BN):
+    return min(tile * BM + BM, count) // BN * BN, min(tile * BM + BM, count)
+""",
+        ],
+        "sorted_inside": [
+            r"""
+def sorted_inside(order, w, r):
+    return torch.cat([part.sort().values for part in order.split(w)])
+""",
+            r"""
+def sorted_inside(order, w, r):
+    found = order.clone()
+    for residue in range(r): found[residue::r] = found[residue::r].sort().values
+    return found
+""",
+        ],
+    },
+    "08_dilated": {
+        "counts": [
+            r"""
+def counts(p, n, lengths, rates):
+    found = torch.zeros(n, dtype=torch.int64)
+    for w, r in zip(lengths, rates):
+        start = p // w * w
+        found[start + (p - start) % r:start + w:r] = 1
+    return found
+""",
+            r"""
+def counts(p, n, lengths, rates):
+    found = torch.zeros(n, dtype=torch.int64)
+    for w, r in zip(lengths, rates): found[p // w * w:p // w * w + w:r] += 1
+    return found
+""",
+        ],
+        "weights": [
+            r"""
+def weights(lses): return lses.exp() / lses.exp().sum(0)
+""",
+            r"""
+def weights(lses): return torch.full_like(lses, 1 / len(lses))
+""",
+        ],
+        "gradient_of_lses": [
+            r"""
+def gradient_of_lses(outs, lses, do): return torch.zeros_like(lses)
+""",
+            r"""
+def gradient_of_lses(outs, lses, do): return lses.softmax(0) * (outs * do).sum(-1)
+""",
+        ],
+        "uncovered": [
+            r"""
+def uncovered(n, w, r, heads): return []
+""",
+            r"""
+def uncovered(n, w, r, heads): return [p for p in range(n) if p % r >= heads]
+""",
+        ],
+    },
+    "09_ring_plan": {
+        "received": [
+            r"""
+def received(w, l, r, kv_heads, head_dim, mode): return 2 * kv_heads * head_dim * (w - l) // r
+""",
+            r"""
+def received(w, l, r, kv_heads, head_dim, mode):
+    return 2 * kv_heads * head_dim * (w if mode == "residue" else w // r)
+""",
+        ],
+        "zigzag": [
+            r"""
+def zigzag(n, world, rank): return range(rank * n // world, (rank + 1) * n // world)
+""",
+            r"""
+def zigzag(n, world, rank):
+    size = n // (2 * world)
+    early, late = rank * size, (world + rank) * size
+    return [*range(early, early + size), *range(late, late + size)]
+""",
+        ],
+        "causal_pairs": [
+            r"""
+def causal_pairs(positions): return len(positions) * (len(positions) + 1) // 2
+""",
+            r"""
+def causal_pairs(positions): return sum(positions)
+""",
+        ],
+        "shared": [
+            r"""
+def shared(sizes, w):
+    ranks, start = {}, 0
+    for rank, size in enumerate(sizes):
+        for segment in range(start // w, (start + size) // w + 1):
+            ranks.setdefault(segment, []).append(rank)
+        start += size
+    return {segment: who for segment, who in ranks.items() if len(who) > 1}
+""",
+            r"""
+def shared(sizes, w): return {}
+""",
+        ],
+    },
+    "10_block_lists": {
+        "kinds": [
+            r"""
+def kinds(mask, BM, BN):
+    blocks = mask.reshape(len(mask) // BM, mask.shape[1] // BN, -1)
+    return blocks.any(-1).int() + blocks.all(-1).int()
+""",
+            r"""
+def kinds(mask, BM, BN):
+    blocks = mask.view(len(mask) // BM, BM, -1, BN).transpose(1, 2).flatten(2)
+    return blocks.any(-1).int() * 2
+""",
+        ],
+        "lists": [
+            r"""
+def lists(kinds):
+    start, index = [0], []
+    for row in kinds.tolist():
+        index += [j for j, found in enumerate(row) if found]
+        start.append(len(index))
+    return start, index
+""",
+            r"""
+def lists(kinds):
+    start, index = [], []
+    for row in kinds.tolist():
+        start.append(len(index))
+        for kind in (2, 1): index += [j for j, found in enumerate(row) if found == kind]
+    return start, index
+""",
+        ],
+        "attended": [
+            r"""
+def attended(lo, hi, at):
+    at = at[:, None]
+    return ((lo[..., None] <= at) & (at <= hi[..., None])).any(0)
+""",
+            r"""
+def attended(lo, hi, at):
+    at = at[:, None]
+    return ((lo[..., None] <= at) & (at < hi[..., None])).all(0)
+""",
+        ],
+        "touched": [
+            r"""
+def touched(mask, order, block):
+    tiles = mask.unflatten(1, (-1, block)).unflatten(0, (-1, block))
+    return tiles.any(3).any(1).sum()
+""",
+            r"""
+def touched(mask, order, block):
+    tiles = mask[order].unflatten(1, (-1, block)).unflatten(0, (-1, block))
+    return tiles.any(3).any(1).sum()
+""",
+        ],
+    },
+    "11_local": {
+        "windows": [
+            r"""
+def windows(n, window, shift): return [(a, a + window) for a in range(shift, n, window)]
+""",
+            r"""
+def windows(n, window, shift): return [(a, min(a + window, n)) for a in range(0, n, window)]
+""",
+        ],
+        "slide_pairs": [
+            r"""
+def slide_pairs(n, window): return n * min(window, n)
+""",
+            r"""
+def slide_pairs(n, window):
+    reach = min(window // 2, n - 1)
+    return n * (2 * reach + 1)
+""",
+        ],
+        "keys_of_tile": [
+            r"""
+def keys_of_tile(start, stop, n, k): return max(start - k // 2, 0), min(stop + k // 2, n)
+""",
+            r"""
+def keys_of_tile(start, stop, n, k):
+    def first(x): return min(max(x - k // 2, 0), n - k)
+    return first(start), first(stop) + k
+""",
+        ],
+        "useful_share": [
+            r"""
+def useful_share(side, k): return k / (side + k - 1)
+""",
+            r"""
+def useful_share(side, k): return (k / (side + k)) ** 2
+""",
+        ],
+    },
 }
