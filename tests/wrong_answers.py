@@ -448,21 +448,21 @@ def join(one, two):
     return m, a * l1 + l2, a[:, None] * acc1 + acc2
 """,
         ],
-        "progression": [
+        "rows_of_group": [
             r"""
-def progression(segment, residue, n, w, r): return segment * w + residue, w // r
+def rows_of_group(segment, residue, n, w, r): return segment * w + residue, w // r
 """,
             r"""
-def progression(segment, residue, n, w, r):
+def rows_of_group(segment, residue, n, w, r):
     return segment * w + residue, min(w, n - segment * w) // r
 """,
         ],
-        "key_range": [
+        "seen_range": [
             r"""
-def key_range(tile, count, BM, BN): return tile * BM // BN * BN, tile * BM + BM
+def seen_range(tile, count, BM, BN): return tile * BM // BN * BN, tile * BM + BM
 """,
             r"""
-def key_range(tile, count, BM, BN):
+def seen_range(tile, count, BM, BN):
     return min(tile * BM + BM, count) // BN * BN, min(tile * BM + BM, count)
 """,
         ],

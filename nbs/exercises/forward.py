@@ -27,7 +27,7 @@ def join(answer):
 
 
 @exercise
-def progression(answer):
+def rows_of_group(answer):
     for n, w, r in [(24, 8, 2), (23, 8, 3), (9, 8, 4), (5, 8, 3)]:
         for segment in range(-(-n // w)):
             for residue in range(r):
@@ -48,7 +48,7 @@ def sorted_inside(answer):
 
 
 @exercise
-def key_range(answer):
+def seen_range(answer):
     for count, BM, BN in [(64, 16, 16), (100, 32, 16), (100, 16, 32), (7, 16, 16)]:
         for tile in range(-(-count // BM)):
             queries = range(tile * BM, min(tile * BM + BM, count))
