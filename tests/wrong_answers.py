@@ -659,4 +659,103 @@ def useful_share(side, k): return (k / (side + k)) ** 2
 """,
         ],
     },
+    "05_autograd": {
+        "saved": [
+            r"""
+saved = {"q", "k", "v", "out", "lse", "weights"}
+""",
+            r"""
+saved = {"q", "k", "v", "out"}
+""",
+        ],
+        "positive": [
+            r"""
+def positive(q, scale): return q, abs(scale)
+""",
+            r"""
+def positive(q, scale): return (q, scale) if scale >= 0 else (-q, -scale)
+""",
+        ],
+        "kept": [
+            r"""
+def kept(seed, i, j, p):
+    torch.manual_seed(seed)
+    return torch.rand(len(i), j.shape[1]) >= p
+""",
+            r"""
+def kept(seed, i, j, p): return (i * 64 + j + seed) % 10 >= p * 10
+""",
+            r"""
+def kept(seed, i, j, p):
+    x = (i * 0x9E3779B1 + seed * 0xC2B2AE3D) & (2 ** 32 - 1)
+    return (x >= p * 2 ** 32) & (j >= 0)
+""",
+        ],
+        "log_sum_exp": [
+            r"""
+class LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.logsumexp(-1)
+
+    @staticmethod
+    def backward(ctx, dlse):
+        x, = ctx.saved_tensors
+        return x.softmax(-1)
+""",
+            r"""
+class LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.logsumexp(-1)
+
+    @staticmethod
+    def backward(ctx, dlse):
+        x, = ctx.saved_tensors
+        return dlse[..., None] * x.exp() / x.exp().sum(-1, keepdim=True)
+""",
+        ],
+    },
+    "07_backends": {
+        "flops": [
+            r"""
+def flops(batch, heads, pairs, head_dim): return 2 * head_dim * pairs * heads * batch
+""",
+            r"""
+def flops(batch, heads, pairs, head_dim): return 4 * head_dim * pairs * heads
+""",
+        ],
+        "least_bytes": [
+            r"""
+def least_bytes(B, H, kv_heads, N, D, element): return 4 * B * H * N * D * element
+""",
+            r"""
+def least_bytes(B, H, kv_heads, N, D, element): return B * N * D * element * (H + 2 * kv_heads)
+""",
+        ],
+        "choose": [
+            r"""
+def choose(rows, device, n, runs):
+    for wanted, backend, most in rows:
+        if wanted in (device, "any") and (most is None or n <= most): return backend
+""",
+            r"""
+def choose(rows, device, n, runs):
+    for wanted, backend, most in rows:
+        fits = wanted == device and (most is None or n <= most)
+        if fits and backend in runs: return backend
+""",
+        ],
+        "crossover": [
+            r"""
+def crossover(rows):
+    return next((tokens for tokens, one, other in rows if other < one), None)
+""",
+            r"""
+def crossover(rows): return min(tokens for tokens, one, other in rows if other < one)
+""",
+        ],
+    },
 }
