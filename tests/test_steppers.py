@@ -105,3 +105,15 @@ def test_nothing_is_cut_off(opened, name, width, scheme):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_lead_to_pages(opened, name):
+    pages = {path.stem.partition("_")[2] for path in FOLDER.parent.glob("*.ipynb")}
+    page = opened(name)
+    links = [link.get_attribute("href") for link in page.locator("a").all()]
+    assert links
+    for link in links:
+        target = link.partition("#")[0]
+        if target.startswith("../"): assert target[3:].removesuffix(".html") in pages
+        else: assert (FOLDER / target).exists()
