@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import ladder_table
@@ -25,6 +27,7 @@ def test_the_table_is_of_these_kernels():
     assert set(STORED["rungs"]) == {*ladder_table.RUNGS, "the package's kernel"}
 
 
+@pytest.mark.full
 def test_a_rung_compiled_now_is_the_stored_one(tmp_path):
     import triton
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
