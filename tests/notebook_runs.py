@@ -4,6 +4,7 @@ A Jupyter kernel for each takes seconds to start; this takes none. What cells sh
 kept, as a kernel would.
 """
 import os
+import sys
 import traceback
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -19,6 +20,7 @@ def _run(path: Path, folder: Path, first: str) -> list[dict]:
     from execnb.nbio import read_nb
     from execnb.shell import CaptureShell
     os.chdir(folder)
+    sys.path.append(str(path.parent))  # what lies beside a notebook is found, as in Jupyter
     shell, outputs = CaptureShell(), []
     code = [cell.source for cell in read_nb(path).cells if cell.cell_type == "code"]
     for source in (first, *code):

@@ -34,8 +34,8 @@ def advice(log: str) -> list[str]:
     return sorted(set(re.findall(r"C75\d\d", log)))
 
 
-def inner_loops(sass: str) -> list[tuple[int, int]]:
-    "Of each innermost loop that multiplies matrices: instructions, and matrix instructions."
+def inner_loops(sass: str, products: str = "MMA") -> list[tuple[int, int]]:
+    "Of each innermost loop that multiplies: instructions, and those that do, matrix ones or FFMA."
     lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);", sass)
     place = {int(address, 16): i for i, (address, _) in enumerate(lines)}
     loops = []
@@ -45,11 +45,12 @@ def inner_loops(sass: str) -> list[tuple[int, int]]:
             loops.append((place[int(target[1], 16)], i))
     def holds(a, b): return a != b and a[0] <= b[0] and b[1] <= a[1]
 
+    wanted = r"\b[HQI]G?MMA" if products == "MMA" else rf"\b{products}\b"
     innermost = [a for a in loops if not any(holds(a, b) for b in loops)]
     counts = []
     for first, last in innermost:
         body = [text for _, text in lines[first:last + 1]]
-        counts.append((len(body), sum(bool(re.search(r"\b[HQI]G?MMA", text)) for text in body)))
+        counts.append((len(body), sum(bool(re.search(wanted, text)) for text in body)))
     return [count for count in counts if count[1]]
 
 
