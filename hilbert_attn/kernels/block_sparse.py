@@ -288,7 +288,7 @@ def _block_forward_kernel(
     slot = tile * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
     token, valid = _slot_tokens(slot, layout.q_token, n_queries, S.OWN_ORDER, True)  # [BM]
     q_tile = steps.load_rows(steps.head_of(q, batch, head, S), token, valid, S, True)
-    run = steps.start_softmax(ACC, S)
+    run = steps.start_softmax(q_tile, ACC, S)
 
     full, partial = _walks(rows, batch, head, list_batches, list_heads, row, n_rows)
     run = _attend_blocks(
