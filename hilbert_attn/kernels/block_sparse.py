@@ -104,10 +104,21 @@ def _load_bounds(layout, slot, n_slots, AXES: tl.constexpr):
 
 # %% ../../nbs/10b_block_kernels.ipynb #e7a45409
 @triton.jit
-def _inside(lo, hi, at, K_DIM: tl.constexpr):
-    "Where a coordinate of keys lies within the bounds of queries."
+def _room(lo, hi, at, K_DIM: tl.constexpr):
+    """Of a coordinate of keys between the bounds of queries: negative where it is outside. Bounds
+    below 0 are as good as 0 and -1, and all are less than NEVER, so that nothing overflows."""
     at = tl.expand_dims(at, K_DIM)
-    return (tl.expand_dims(lo, 1 - K_DIM) <= at) & (at <= tl.expand_dims(hi, 1 - K_DIM))
+    lo, hi = tl.maximum(lo, 0), tl.maximum(hi, -1)
+    return (at - tl.expand_dims(lo, 1 - K_DIM)) | (tl.expand_dims(hi, 1 - K_DIM) - at)
+
+# %% ../../nbs/10b_block_kernels.ipynb #4d0b7c1e
+_LEAST, _MOST = tl.constexpr(-2 ** 31), tl.constexpr(2 ** 31 - 1)
+
+@triton.jit
+def _asked(at, valid):
+    "What the room of a key must exceed: -1; less if all see it; too much if it is not there."
+    ask = tl.where(at == _ALWAYS, _LEAST, -1)
+    return tl.where(valid, ask, _MOST)
 
 # %% ../../nbs/10b_block_kernels.ipynb #f3ffbce4
 @triton.jit
@@ -117,10 +128,10 @@ def _attended(q_token, bounds, k_token, k_valid, at, n_queries, S: tl.constexpr,
     where keys are columns, 1 where they are rows."""
     seen = tl.expand_dims(k_valid, K_DIM)
     if S.AXES > 0:
-        inside = _inside(bounds.lo[0], bounds.hi[0], at[0], K_DIM)
-        if S.AXES > 1: inside &= _inside(bounds.lo[1], bounds.hi[1], at[1], K_DIM)
-        if S.AXES > 2: inside &= _inside(bounds.lo[2], bounds.hi[2], at[2], K_DIM)
-        seen &= inside | (tl.expand_dims(at[0], K_DIM) == _ALWAYS)
+        room = _room(bounds.lo[0], bounds.hi[0], at[0], K_DIM)
+        if S.AXES > 1: room |= _room(bounds.lo[1], bounds.hi[1], at[1], K_DIM)
+        if S.AXES > 2: room |= _room(bounds.lo[2], bounds.hi[2], at[2], K_DIM)
+        seen = room > tl.expand_dims(_asked(at[0], k_valid), K_DIM)
     if S.CAUSAL:  # registers count as earlier than everything
         token = tl.where(k_token >= n_queries, -1, k_token)
         seen &= tl.expand_dims(q_token, 1 - K_DIM) >= tl.expand_dims(token, K_DIM)
