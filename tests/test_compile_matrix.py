@@ -24,7 +24,8 @@ FULL = os.environ.get("FULL") == "1"
 REGISTERS = {  # what decides how many programs a multiprocessor holds, or whether one spills
     Case("forward", 90, head_dim=128, tile=tiles("128x64w8s3ot")[0]): 160,
     Case("forward", 90, tile=tiles("128x64w8s3ot")[0]): 128,
-    Case("small", 90, head_dim=128, rows=128): 240}
+    Case("small", 90, head_dim=128, rows=128): 240,
+    Case("block_dkv", 90, head_dim=128, order=True, axes=3): 255}
 CASES = list(dict.fromkeys([*(EVERY if FULL else SAMPLE), *REGISTERS]))
 
 

@@ -429,7 +429,6 @@ def default_block_tile(
     capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
     dropout: bool = False, # the generator needs registers
     axes: int = 0, # coordinates per slot, which need registers too
-    causal: bool = False,
 ) -> Tile: # before it is fitted to the block
     """The tile to use where nothing was measured: that of the segment kernels, smaller where the
     bounds would spill."""
@@ -442,7 +441,7 @@ def default_block_tile(
     if kernel == "dq": return replace(tile, num_stages=3)
     if kernel != "dkv" or not (dropout or axes > 2): return tile
     if dropout: return Tile(16 if head_dim > 64 else 32, 128, 8, 2)
-    return Tile(32, 128, 8, 3 if causal or head_dim <= 64 else 2)
+    return Tile(32, 128, 8, 3)
 
 # %% ../../nbs/10b_block_kernels.ipynb #888581e1
 def fit_block_tile(
@@ -507,7 +506,7 @@ class BlockCall(launch.Call):
     def default(self, kernel: str) -> Tile:
         "Where nothing was measured."
         return default_block_tile(
-            kernel, self.D, self.q.dtype, self.capability, self.dropout, self.axes, self.causal)
+            kernel, self.D, self.q.dtype, self.capability, self.dropout, self.axes)
 
     def walk_keys(self) -> tuple: # of the kernels that own queries
         "Layout, lists, and the other pointers."
