@@ -28,7 +28,8 @@ class Case:
     dtype: str = "bf16"
     head_dim: int = 64
     order: bool = False
-    rows: int = 4096 # rows of a group
+    rows: int = 4096 # keys of a group
+    mode: str = "residue" # "keys": of as many queries as two groups
     traits: tuple = () # of CAUSAL, HAS_KEY_MASK, HAS_DROPOUT
     tile: Tile | None = None # None is the default of the architecture
     axes: int = 0 # coordinates per slot, for block kernels
@@ -40,6 +41,7 @@ class Case:
     def __str__(self):
         words = [self.kernel, f"sm{self.arch}", self.dtype, f"D{self.head_dim}"]
         words += ["order"] * self.order + [f"rows{self.rows}"] * (self.rows != 4096)
+        words += [self.mode] * (self.mode != "residue")
         words += self.traits
         if self.kernel.startswith("block"):
             words += [f"axes{self.axes}", "x".join(map(str, self.block))]
@@ -77,7 +79,8 @@ class Case:
 
     def launch_segments(self):
         n, (tile, tiles) = 4000 if self.order else 4096, self.forced()
-        fields = min(self.rows, n), 1, "residue", (0,)
+        rate = 2 if self.mode == "keys" else 1
+        fields = min(self.rows * rate, n), rate, self.mode, (0,)
         options = self.options(n) | dict(causal="CAUSAL" in self.traits)
         if self.order: options["order"] = torch.empty(n, dtype=torch.int64, device="meta")
         x = self.tensors(n)
@@ -127,6 +130,14 @@ def small_groups() -> list[Case]:
     cases += [Case("small", 90, rows=64, traits=(trait,)) for trait in TRAITS]
     cases += [Case("forward", 80, rows=64), Case("small", 80, rows=64),
               Case("forward", 90, rows=128), Case("forward", 90, head_dim=128, rows=128)]
+    cases += [Case("small", 90, head_dim=128, rows=128, traits=traits, order=order)
+              for traits in ((), *((trait,) for trait in TRAITS)) for order in (False, True)]
+    cases += [Case("small", 90, head_dim=d, rows=rows, mode="keys", traits=traits)
+              for d in (64, 128) for rows in (64, 128) for traits in ((), ("HAS_DROPOUT",))]
+    cases += [Case("small", 80, rows=128, order=True), Case("small", 80, head_dim=128, rows=64),
+              Case("small", 80, rows=64, mode="keys"), Case("small", 90, head_dim=80, rows=64),
+              Case("small", 80, head_dim=128, rows=64, mode="keys", traits=("HAS_DROPOUT",)),
+              Case("small", 90, head_dim=48, rows=128), Case("small", 100, head_dim=128, rows=128)]
     return cases + [Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]
 
 

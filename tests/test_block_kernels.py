@@ -33,6 +33,7 @@ from hilbert_attn.blocks.lists import (
     ALWAYS,
     BlockLists,
     lists_from_block_mask,
+    lists_from_bounds,
     lists_from_kinds,
     lists_to_operands,
 )
@@ -256,6 +257,22 @@ def test_patterns(pattern, curve, causal, registers):
     options = dict(order=order, causal=causal, registers=registers)
     lists = block_lists(pattern, block_size=(32, 16), **options).to(DEVICE)
     assert_matches_oracle(attending(lists), *tensors(lists, 2), mask)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_bounds_at_the_ends_of_int32(axes):
+    n, draw, least, most = 64, generator(axes), -2 ** 31, 2 ** 31 - 1
+
+    def some_of(*values):
+        chosen = torch.randint(len(values), (axes, n), generator=draw)
+        return torch.tensor(values, dtype=torch.int32)[chosen]
+
+    lo, hi = some_of(least, least, -1, 0, 3, most - 1), some_of(least, -1, 3, 5, most - 1)
+    at = some_of(0, 3, 5, most)
+    at[0, torch.rand(n, generator=draw) < 0.2] = ALWAYS
+    lists = lists_from_bounds(n, n, (32, 16), lo=lo, hi=hi, at=at).to(DEVICE)
+    assert_matches_oracle(attending(lists), *tensors(lists), dense_mask(lists, 1, 1))
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -13,13 +13,20 @@ import pytest
 triton = pytest.importorskip("triton")
 from compile_cases import KERNELS, Case, matrix, sampled
 
+from hilbert_attn.kernels.tuning import tiles
+
 HERE = Path(__file__).parent
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 EVERY = matrix()
 SAMPLE = sampled(EVERY)
 FULL = os.environ.get("FULL") == "1"
-CASES = EVERY if FULL else SAMPLE
+REGISTERS = {  # what decides how many programs a multiprocessor holds, or whether one spills
+    Case("forward", 90, head_dim=128, tile=tiles("128x64w8s3ot")[0]): 160,
+    Case("forward", 90, tile=tiles("128x64w8s3ot")[0]): 128,
+    Case("small", 90, head_dim=128, rows=128): 240,
+    Case("block_dkv", 90, head_dim=128, order=True, axes=3): 255}
+CASES = list(dict.fromkeys([*(EVERY if FULL else SAMPLE), *REGISTERS]))
 
 
 def worker(*command, given=""):
@@ -86,3 +93,9 @@ def test_compiles(compiled, case):
     spilled = f"{result['stack']} bytes spilled, at {result['registers']} registers"
     assert result["spilled"] == result["stack"] == 0, spilled
     assert result["advice"] == [], "matrix products wait for each other"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("case", REGISTERS, ids=map(str, REGISTERS))
+def test_registers(compiled, case):
+    assert compiled[case]["spilled"] == 0 and compiled[case]["registers"] <= REGISTERS[case]

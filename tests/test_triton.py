@@ -41,7 +41,7 @@ from hilbert_attn.autograd import (
 )
 from hilbert_attn.curves import curve_order
 from hilbert_attn.kernels import forward, launch, steps, tuning
-from hilbert_attn.kernels.backward import attention_backward
+from hilbert_attn.kernels.backward import attention_backward, fit_small
 from hilbert_attn.kernels.forward import (
     attention_forward,
     fit_tile,
@@ -156,6 +156,60 @@ def test_odd_sizes_without_an_order(causal):
 def test_the_diagonal_crosses_tiles_of_any_shape(mode, size):
     pattern = SegmentPattern(100, 100, 3, mode, (0,) if mode == "residue" else (1,))
     check(pattern, heads([(1, 100)] * 3), Tile(*size), causal=True)
+
+
+SMALL = [(70, 60, 2), (21, 14, 2), (33, 31, 1)]  # pieces of a group, groups in a tile; ragged
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("mode", DILATION_MODES)
+@pytest.mark.parametrize("n, w, r", SMALL)
+@pytest.mark.parametrize("traits", [(), ("causal", "order"), ("key_mask", "order")])
+def test_gradients_of_small_groups(n, w, r, mode, traits):
+    every = dict(causal=True, order=permutation(n), key_mask=some(1, n, share=0.7))
+    pattern = SegmentPattern.for_heads(n, 2, w, r, mode)
+    check(pattern, heads([(2, n), (1, n), (1, n)]), **{name: every[name] for name in traits})
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    "Names of kernels, in their order."
+    names, start = [], launch.start
+
+    def listen(kernel, *arguments, **constants):
+        names.append(kernel.fn.__name__)
+        return start(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(launch, "start", listen)
+    return names
+
+
+@pytest.mark.parametrize("mode", DILATION_MODES)
+@pytest.mark.parametrize("keys", [1, 16, 32, 33])
+def test_one_kernel_does_the_backward_of_small_groups(launched, mode, keys):
+    most = 32 if steps.interpreted else 64
+    pattern = SegmentPattern.for_heads(2 * keys, 1, 2 * keys, 2, mode)
+    x = learning(heads([(1, 2 * keys)] * 3))
+    Kernels.apply(*x, pattern, {}, None)[0].sum().backward()
+    backward = ["_small_kernel"] if keys <= most else ["_dq_kernel", "_dkv_kernel"]
+    assert launched == ["_forward_kernel", *backward]
+
+
+def test_tiles_of_two_kernels_mean_two_kernels(launched):
+    x = learning(heads([(1, 16)] * 3))
+    Kernels.apply(*x, SegmentPattern(16, 16), {}, Tile(16, 16))[0].sum().backward()
+    assert launched == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
+
+
+def test_small_groups_of_gpus_fit_registers():
+    bf16, hopper, ampere = torch.bfloat16, (9, 0), (8, 0)
+    fit = fit_small
+    assert fit(128, True, 64, bf16, hopper).single and not fit(128, True, 128, bf16, hopper).single
+    assert fit(20, True, 64, bf16, hopper).pack == 2 and fit(20, False, 64, bf16, hopper).pack == 1
+    for refused in ((129, True, 64, bf16, hopper), (128, True, 128, bf16, ampere),
+                    (65, True, 80, bf16, hopper), (16, True, 256, bf16, hopper),
+                    (16, False, 64, torch.float32, hopper)): assert fit(*refused) is None
+    assert fit(128, True, 64, bf16, ampere) and not fit(128, True, 64, bf16, ampere, dropout=True)
 
 
 @pytest.mark.usefixtures("poisoned")

@@ -103,7 +103,7 @@ def be_worker(options: argparse.Namespace, results: Path, state: Path) -> int:
 
 def summarise(results: Path, state: Path, dry: bool) -> int:
     "Writes gpu_run.json, prints what one wants to see last."
-    from gpu.report import write
+    from gpu.report import beside, write
     stores = [Store(*paths(part, results, state)) for part in (1, 2, 3)]
     rows = [row for store in stores for row in store.measured()]
     left = [f"not measured: {key}" for store in stores for key in (store.of("left") or [{}])[-1]
@@ -114,7 +114,10 @@ def summarise(results: Path, state: Path, dry: bool) -> int:
     for row in failed[-20:]: print("FAILED", row["task"], row["failed"][:160])
     for row in wrong: print("WRONG", row["case"], row["wrong"])
     if path:
-        for v in () if dry else json.loads(path.read_text())["verdicts"]:
+        told = json.loads(path.read_text())
+        for row in told["rows"]:
+            if "predicted_ms" in row: print(beside(row))
+        for v in () if dry else told["verdicts"]:
             words = f"{v['case']:40} {v['kind']:17} {v['target']}"
             met = "met   " if v["met"] else "MISSED"
             print(met, words, f"{v['measured']:.2f} of {v['needed']}")

@@ -1,9 +1,10 @@
 """What compilers make of the kernels, without a GPU: `python tools/kernel_table.py LABEL`.
 
-Appends to nbs/results/kernels.jsonl, for every tile that the tuner may take on sm_90: registers,
-spilled bytes, shared memory, ptxas' advice, instructions, and of each inner loop that multiplies
-matrices how many instructions and how many matrix instructions a tile takes. What is stored under
-the same label and version of Triton is not compiled again, so that labels can be compared.
+Appends to nbs/results/kernels.jsonl, for every tile that the tuner may take on sm_90, and for
+small groups: registers, spilled bytes, shared memory, ptxas' advice, instructions, and of each
+inner loop that multiplies matrices how many instructions and how many matrix instructions a tile
+takes. What is stored under the same label and version of Triton is not compiled again, so that
+labels can be compared.
 """
 import json
 import os
@@ -29,13 +30,13 @@ def append(row: dict) -> None:
 def measure(label: str) -> None:
     "One row a case, stored when it is known."
     import triton
-    from compile_cases import tiles_of_the_tuner
+    from compile_cases import small_groups, tiles_of_the_tuner
     from compile_worker import compile_case
     where = dict(label=label, triton=triton.__version__)
     known = {row["case"] for row in stored() if where.items() <= row.items()}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        for case in tiles_of_the_tuner():
+        for case in tiles_of_the_tuner() + small_groups():
             if str(case) in known: continue
             result = compile_case(asdict(case))
             append(where | dict(case=str(case)) | {k: result[k] for k in KEPT if k in result})

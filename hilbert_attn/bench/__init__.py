@@ -2,6 +2,7 @@
 from hilbert_attn.bench.contenders import *
 from hilbert_attn.bench.cpu import *
 from hilbert_attn.bench.crossover import *
+from hilbert_attn.bench.gpu_model import *
 from hilbert_attn.bench.machine import *
 from hilbert_attn.bench.measuring import *
 from hilbert_attn.bench.memory import *

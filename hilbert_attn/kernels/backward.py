@@ -163,24 +163,37 @@ def _dkv_kernel(
 
 # %% ../../nbs/04_triton_backward.ipynb #9a164ddb
 @triton.jit
-def _small_head(sums, own, seen, q, do, out, dq, lse_ptr, dlse_ptr, batch, head, stat, active,
-                stored, drop, qk_scale, scale, ACC: tl.constexpr, S: tl.constexpr):
-    "The five products of one query head: writes its dq, adds to dk and dv."
-    token = own.token
-    rows = steps.load_queries(
-        q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, active, ACC, S)
+def _small_step(sums, own, rows, seen, drop, qk_scale, ACC: tl.constexpr, S: tl.constexpr):
+    "The five products of a tile of queries: dk and dv so far, and its dq."
     s = steps.scores(own.k, rows.q, S)  # [BN, BM]
     dp = steps.scores(own.v, rows.do, S)  # [BN, BM]
     p = tl.where(seen, tl.exp2(s * qk_scale - rows.lse2[None, :]), 0.)
-    z, dp = steps.apply_dropout(p, dp, own, token, drop, S)
-    ds = p * (dp - rows.delta[None, :])
+    z, dp = steps.apply_dropout(p, dp, own, rows.token, drop, S)
+    ds = (p * (dp - rows.delta[None, :])).to(own.k.main.dtype)
     dv = steps.add_product(sums.dv, z, rows.do, S)
     dk = steps.add_product(sums.dk, ds, rows.q, S)
-    total = steps.no_rows(S.BLOCK_N, ACC, S)
-    total = steps.add_product(total, tl.trans(ds.to(own.k.main.dtype)), own.k, S)
+    dq = steps.add_product(steps.no_rows(S.BLOCK_M, ACC, S), tl.trans(ds), own.k, S)
+    return steps.Sums(dk, dv), dq
+
+# %% ../../nbs/04_triton_backward.ipynb #5c1e2d70
+@triton.jit
+def _small_head(sums, own, keys, seen, queries, active, end, q, do, out, dq, lse_ptr, dlse_ptr,
+                batch, head, first_stat, at, drop, qk_scale, scale, ACC: tl.constexpr,
+                S: tl.constexpr):
+    "The queries of one head below end, of which some are active: writes dq, adds to dk and dv."
     dq = steps.head_of(dq, batch, head, S)
-    steps.store_rows(dq, token, stored, steps.scaled(total, scale, S), S)
-    return steps.Sums(dk, dv)
+    for i in tl.range(0, end, S.BLOCK_M):
+        row = i + queries.slot
+        token, stored = forward.tokens_of(queries, row, at, S)  # [BM]
+        rows = steps.load_queries(
+            q, do, out, lse_ptr, dlse_ptr, batch, head, first_stat + token, token, row < active,
+            ACC, S)
+        pairs = seen[:, None]
+        if S.CAUSAL: pairs &= token[None, :] >= own.token[:, None]
+        if S.PACK > 1: pairs &= keys.group[:, None] == queries.group[None, :]
+        sums, total = _small_step(sums, own, rows, pairs, drop, qk_scale, ACC, S)
+        steps.store_rows(dq, token, stored, steps.scaled(total, scale, S), S)
+    return sums
 
 # %% ../../nbs/04_triton_backward.ipynb #595d51fc
 @triton.jit(do_not_specialize=[n for n in forward.SIZES if n != "tiles"])
@@ -189,57 +202,78 @@ def _small_kernel(
     segment_size, rate, bundles, scale: tl.float64, keep_scale: tl.float64, threshold,
     S: tl.constexpr,
 ):
-    "dq, dk and dv of PACK whole groups; residue and longnet mode."
+    "dq, dk and dv of PACK whole groups, or of one group whose keys fit a tile."
     ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     _, bundle, batch, kv_head, _ = forward.turn(1, bundles, n_heads // S.HEAD_GROUP, False)
     qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, ACC)
 
-    slot, group = forward.slots(bundle, S.BLOCK_N, S.PACK)  # queries and keys are the same rows
-    residue = group % rate
-    first, count = forward.progression(group // rate, residue, rate, n_tokens, segment_size)
-    rows = forward.Group(slot, group, first, rate, count)
-    token, stored = forward.tokens_of(rows, slot, at, S)  # [BN]
+    slot, group = forward.slots(bundle, S.BLOCK_N, S.PACK)
+    segment, residue = group // rate, group % rate
+    first, count = forward.progression(segment, residue, rate, n_tokens, segment_size)
+    keys = forward.Group(slot, group, first, rate, count)
+    token, stored = forward.tokens_of(keys, slot, at, S)  # [BN]
     own, valid = steps.load_keys(k, v, batch, kv_head, token, stored, at.mask, stride_mask, S)
     sums = steps.no_sums(S.BLOCK_N, ACC, S)
-    seen = valid[:, None] & stored[None, :]  # [BN, BM]
-    if S.PACK > 1: seen &= group[:, None] == group[None, :]
-    if S.CAUSAL: seen &= token[None, :] >= token[:, None]
+
+    q_slot, q_group = forward.slots(bundle, S.BLOCK_M, S.PACK)
+    q_step = rate
+    if S.MODE == "keys":
+        q_step = 1
+        first, count = forward.progression(segment, 0, 1, n_tokens, segment_size)
+    queries = forward.Group(q_slot, q_group, first, q_step, count)
     for g in range(S.HEAD_GROUP):
         head = kv_head * S.HEAD_GROUP + g
         batch_head = batch * n_heads + head
         active = count
-        if S.MODE == "longnet": active = tl.where(residue == tl.load(at.offset + head), count, 0)
+        if S.MODE != "residue":  # heads that attend this residue
+            active = tl.where(residue == tl.load(at.offset + head), count, 0)
+        end = 1  # SINGLE: all queries too are one tile
+        if not S.SINGLE: end = active if S.MODE == "keys" else count  # whose dq is written here
         sums = _small_head(
-            sums, own, seen, q, do, out, dq, lse_ptr, dlse_ptr, batch, head,
-            batch_head.to(tl.int64) * n_tokens + token, slot < active, stored,
+            sums, own, keys, valid, queries, active, end, q, do, out, dq, lse_ptr, dlse_ptr, batch,
+            head, batch_head.to(tl.int64) * n_tokens, at,
             steps.dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, scale,
             ACC, S)
     steps.store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
 
 # %% ../../nbs/04_triton_backward.ipynb #c566217e
+def _most_keys(
+    head_dim: int, dtype: torch.dtype, capability: tuple[int, int], same: bool, dropout: bool,
+) -> int:
+    "Of a group whose gradients fit the registers of one program; found by compiling."
+    if capability < (8, 0): return 32
+    if not is_half(dtype): return 32 if head_dim <= 64 and same else 0
+    if head_dim > 128: return 0
+    if head_dim <= 64: return 64 if dropout and capability < (9, 0) else 128
+    return 128 if head_dim == 128 and capability >= (9, 0) else 64
+
+# %% ../../nbs/04_triton_backward.ipynb #81f3a6bc
 def fit_small(
-    tile: Tile, # of the dq kernel
-    rows: int, # of the largest group
+    keys: int, # of the largest group
+    same: bool, # are its queries the same rows?
     head_dim: int, # D
     dtype: torch.dtype, # of q, k, v
     capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
-) -> Fit | None: # None where groups are too large to be done in one program
-    "The tile of `_small_kernel`: square, with whole groups in it."
-    simulated = capability < (8, 0)
-    if simulated: limit = 32
-    elif is_half(dtype): limit = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 0
-    else: limit = 32 if head_dim <= 64 else 0
-    if rows > limit: return None
-    block = max(16 if simulated else min(64, limit), pow2(rows))
-    warps = 8 if block * max(head_dim, 64) > 64 * 64 else 4
-    fitted = replace(tile, block_m=block, block_n=block, num_warps=warps, num_stages=1)
-    return Fit(fitted, block // pow2(rows), True)
+    dropout: bool = False, # the generator needs registers
+) -> Fit | None: # None where the keys of a group are too many for one program
+    "The tile of `_small_kernel`: square, with whole groups in it; or all keys, and some queries."
+    simulated, old = capability < (8, 0), capability < (9, 0)
+    limit = _most_keys(head_dim, dtype, capability, same, dropout)
+    if keys > limit: return None
+    block = max(16 if simulated else min(64, limit), pow2(keys))
+    square = 16 if simulated else 64 if old or head_dim > 64 else 128
+    if same and block <= square:
+        warps = 8 if block * max(head_dim, 64) > 64 * 64 else 4
+        return Fit(Tile(block, block, warps, 1), block // pow2(keys), True)
+    rows = 16 if old or dropout and head_dim > 64 else 32
+    return Fit(Tile(rows, block, 8, 1), 1, False)
 
 # %% ../../nbs/04_triton_backward.ipynb #6a3e86b0
 def _launch_small(call: SegmentCall, fit: Fit, x: Backward):
     "Everything at once."
-    bundles = -(-call.groups.q_groups // fit.pack)
-    S = call.static(fit.tile, x.strided(), HAS_DLSE=x.dlse is not None, PACK=fit.pack)
+    bundles = -(-call.groups.k_groups // fit.pack)
+    S = call.static(fit.tile, x.strided(), HAS_DLSE=x.dlse is not None, PACK=fit.pack,
+                    SINGLE=fit.single)
     stride_mask, H, N, w, r, _, *rest = call.sizes(1, bundles)
     tensors = launch.operands(x.q, x.k, x.v, x.out, x.dout, *x.gradients)
     launch.start(
@@ -293,7 +327,7 @@ def attention_backward(
     scale: float | None = None, # positive; None is 1 / sqrt(D)
     dropout_p: float = 0.0, # as in the forward
     seed: Tensor | None = None, # as in the forward
-    tiles: dict[str, Tile] | None = None, # "dq" and "dkv"; None: tuned or default
+    tiles: dict[str, Tile] | None = None, # "dq", "dkv", for two kernels; None: tuned or default
 ) -> tuple[Tensor, Tensor, Tensor]: # dq (B, H, N, D), dk and dv (B, H_kv, N, D)
     "Launches the backward kernels; arguments are those of the forward, and the gradients."
     launch.check_triton(q.device)
@@ -308,9 +342,8 @@ def attention_backward(
     def dq(tile): _launch_dq(call, tile, x, tma["dq"])
     def dkv(tile): _launch_dkv(call, tile, x, tma["dkv"])
 
-    small = None if mode == "keys" else fit_small(
-        (tiles or {}).get("dq") or call.default("dq"), call.groups.k_rows, call.D, q.dtype,
-        call.capability)
+    small = None if tiles else fit_small(
+        call.groups.k_rows, same_groups, call.D, q.dtype, call.capability, call.dropout)
     with torch.cuda.device_of(q):
         if small is not None: _launch_small(call, small, x)
         else: x.run(call, dq, dkv, tiles, call.groups.k_rows, tma)

@@ -104,10 +104,21 @@ def _load_bounds(layout, slot, n_slots, AXES: tl.constexpr):
 
 # %% ../../nbs/10b_block_kernels.ipynb #e7a45409
 @triton.jit
-def _inside(lo, hi, at, K_DIM: tl.constexpr):
-    "Where a coordinate of keys lies within the bounds of queries."
+def _room(lo, hi, at, K_DIM: tl.constexpr):
+    """Of a coordinate of keys between the bounds of queries: negative where it is outside. Bounds
+    below 0 are as good as 0 and -1, and all are less than NEVER, so that nothing overflows."""
     at = tl.expand_dims(at, K_DIM)
-    return (tl.expand_dims(lo, 1 - K_DIM) <= at) & (at <= tl.expand_dims(hi, 1 - K_DIM))
+    lo, hi = tl.maximum(lo, 0), tl.maximum(hi, -1)
+    return (at - tl.expand_dims(lo, 1 - K_DIM)) | (tl.expand_dims(hi, 1 - K_DIM) - at)
+
+# %% ../../nbs/10b_block_kernels.ipynb #4d0b7c1e
+_LEAST, _MOST = tl.constexpr(-2 ** 31), tl.constexpr(2 ** 31 - 1)
+
+@triton.jit
+def _asked(at, valid):
+    "What the room of a key must exceed: -1; less if all see it; too much if it is not there."
+    ask = tl.where(at == _ALWAYS, _LEAST, -1)
+    return tl.where(valid, ask, _MOST)
 
 # %% ../../nbs/10b_block_kernels.ipynb #f3ffbce4
 @triton.jit
@@ -117,10 +128,10 @@ def _attended(q_token, bounds, k_token, k_valid, at, n_queries, S: tl.constexpr,
     where keys are columns, 1 where they are rows."""
     seen = tl.expand_dims(k_valid, K_DIM)
     if S.AXES > 0:
-        inside = _inside(bounds.lo[0], bounds.hi[0], at[0], K_DIM)
-        if S.AXES > 1: inside &= _inside(bounds.lo[1], bounds.hi[1], at[1], K_DIM)
-        if S.AXES > 2: inside &= _inside(bounds.lo[2], bounds.hi[2], at[2], K_DIM)
-        seen &= inside | (tl.expand_dims(at[0], K_DIM) == _ALWAYS)
+        room = _room(bounds.lo[0], bounds.hi[0], at[0], K_DIM)
+        if S.AXES > 1: room |= _room(bounds.lo[1], bounds.hi[1], at[1], K_DIM)
+        if S.AXES > 2: room |= _room(bounds.lo[2], bounds.hi[2], at[2], K_DIM)
+        seen = room > tl.expand_dims(_asked(at[0], k_valid), K_DIM)
     if S.CAUSAL:  # registers count as earlier than everything
         token = tl.where(k_token >= n_queries, -1, k_token)
         seen &= tl.expand_dims(q_token, 1 - K_DIM) >= tl.expand_dims(token, K_DIM)
@@ -288,7 +299,7 @@ def _block_forward_kernel(
     slot = tile * S.BLOCK_M + tl.arange(0, S.BLOCK_M)
     token, valid = _slot_tokens(slot, layout.q_token, n_queries, S.OWN_ORDER, True)  # [BM]
     q_tile = steps.load_rows(steps.head_of(q, batch, head, S), token, valid, S, True)
-    run = steps.start_softmax(ACC, S)
+    run = steps.start_softmax(q_tile, ACC, S)
 
     full, partial = _walks(rows, batch, head, list_batches, list_heads, row, n_rows)
     run = _attend_blocks(
@@ -418,7 +429,6 @@ def default_block_tile(
     capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
     dropout: bool = False, # the generator needs registers
     axes: int = 0, # coordinates per slot, which need registers too
-    causal: bool = False,
 ) -> Tile: # before it is fitted to the block
     """The tile to use where nothing was measured: that of the segment kernels, smaller where the
     bounds would spill."""
@@ -431,7 +441,7 @@ def default_block_tile(
     if kernel == "dq": return replace(tile, num_stages=3)
     if kernel != "dkv" or not (dropout or axes > 2): return tile
     if dropout: return Tile(16 if head_dim > 64 else 32, 128, 8, 2)
-    return Tile(32, 128, 8, 3 if causal or head_dim <= 64 else 2)
+    return Tile(32, 128, 8, 3)
 
 # %% ../../nbs/10b_block_kernels.ipynb #888581e1
 def fit_block_tile(
@@ -496,7 +506,7 @@ class BlockCall(launch.Call):
     def default(self, kernel: str) -> Tile:
         "Where nothing was measured."
         return default_block_tile(
-            kernel, self.D, self.q.dtype, self.capability, self.dropout, self.axes, self.causal)
+            kernel, self.D, self.q.dtype, self.capability, self.dropout, self.axes)
 
     def walk_keys(self) -> tuple: # of the kernels that own queries
         "Layout, lists, and the other pointers."

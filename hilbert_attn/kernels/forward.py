@@ -225,7 +225,7 @@ def _forward_kernel(
     v = steps.Stream(steps.head_of(v, batch, head // S.HEAD_GROUP, S), v_desc, box)
     token, valid = tokens_of(queries, tile * S.BLOCK_M + queries.slot, at, S)  # [BM]
     q = steps.load_rows(steps.head_of(q, batch, head, S), token, valid, S, True)
-    run = steps.start_softmax(ACC, S)
+    run = steps.start_softmax(q, ACC, S)
 
     full = 0
     end = 1  # SINGLE: all keys of the group fit one tile

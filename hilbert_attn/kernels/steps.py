@@ -254,17 +254,18 @@ class Running(NamedTuple):
     acc: Any # the weighted values, `Columns`
     m: Any # the maximum of each row
     l: Any # the sum of weights
-    p: Any # the weights of the last tile
+    p: Any # the weights of the last tile, as OVERLAP multiplies them
     alpha: Any # and what it did to those before
 
 # %% ../../nbs/02d_kernel_steps.ipynb #0e068106
 @triton.jit
-def start_softmax(ACC: tl.constexpr, S: tl.constexpr):
-    "Before the first tile."
+def start_softmax(q, ACC: tl.constexpr, S: tl.constexpr):
+    "Before the first tile. Weights that wait for the next tile take half the registers in half."
     ROWS: tl.constexpr = S.BLOCK_M
     KEYS: tl.constexpr = S.BLOCK_N
+    WEIGHTS: tl.constexpr = q.main.dtype if S.OVERLAP else ACC
     m = tl.full([ROWS], -float("inf"), ACC)
-    p = tl.zeros([ROWS, KEYS], ACC)
+    p = tl.zeros([ROWS, KEYS], WEIGHTS)
     alpha = tl.full([ROWS], 1, ACC)
     return Running(no_rows(ROWS, ACC, S), m, tl.zeros([ROWS], ACC), p, alpha)
 
@@ -290,7 +291,7 @@ def softmax_step(run, s, v, q_token, k_token, drop, qk_scale, S: tl.constexpr,
     if S.HAS_DROPOUT:  # after the sum: dropout acts on the weights
         p = tl.where(_kept(drop, q_token[:, None], k_token[None, :]), p, 0.)
     if not OVERLAP: acc = _weigh(acc, p, alpha, v, S)
-    return Running(acc, m, l, p, alpha)
+    return Running(acc, m, l, p.to(run.p.dtype), alpha)
 
 # %% ../../nbs/02d_kernel_steps.ipynb #57a17ccc
 @triton.jit

@@ -113,8 +113,8 @@ def split_head_dim(
 
 # %% ../../nbs/02e_tile_choice.ipynb #edc0b2e6
 CANDIDATES = _table(
-    forward={64: "128x64w8s3 128x64w4s3 128x128w8s3 128x64w8s3t 128x128w8s3ot",
-             128: "128x64w8s3 128x128w8s2 128x64w8s3o 128x128w8s2t 128x64w8s3ot",
+    forward={64: "128x64w8s3 128x64w4s3 128x128w8s3 128x64w8s3t 128x64w8s3ot 128x128w8s3ot",
+             128: "128x64w8s3 128x128w8s2 128x64w8s3o 128x128w8s2t 128x64w8s3ot 128x128w8s2ot",
              256: "128x32w8s2 128x64w8s2"},
     dq={64: "128x64w8s3 128x128w8s2 64x64w4s3 128x64w8s3t 128x128w8s2t",
         128: "128x64w8s2 64x64w4s2 128x64w8s3t", 256: "64x32w8s2 128x32w8s2"},
@@ -126,7 +126,7 @@ GATHERED = _table(  # where the rows of the loop are gathered, and it differs
 # These ask for registers too, and so do the bounds of blocks. Beside the default, what is left:
 _CROWD = {"dropout", "mask", "causal"}
 _LEAN = _table(
-    forward={64: "128x64w8s3t", 128: "128x64w8s3o 128x64w8s3ot", 256: ""},
+    forward={64: "128x64w8s3t 128x64w8s3ot", 128: "128x64w8s3o 128x64w8s3ot", 256: ""},
     dq={64: "64x64w4s3 128x64w8s3t", 128: "128x64w8s3t", 256: ""},
     dkv={64: "32x128w8s3 64x128w8s3t", 256: ""})
 

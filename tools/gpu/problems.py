@@ -77,11 +77,10 @@ def forced_tile(case: dict):
 
 def is_small(case: dict) -> bool:
     "Whether one program does the whole backward of a group."
-    if case.get("mode") == "keys": return False
-    d, rows = case["d"], -(-case["w"] // case["r"])
-    dtype = getattr(torch, case.get("dtype", "bfloat16"))
-    tile = tuning.default_tile("dq", d, dtype, (9, 0))
-    return backward.fit_small(tile, rows, d, dtype, (9, 0)) is not None
+    if "tile" in case: return False
+    same, keys = case.get("mode") != "keys" or case["r"] == 1, -(-case["w"] // case["r"])
+    dtype, dropout = getattr(torch, case.get("dtype", "bfloat16")), bool(case.get("dropout"))
+    return backward.fit_small(keys, same, case["d"], dtype, (9, 0), dropout) is not None
 
 
 # ---- small problems, to be checked

@@ -2,6 +2,8 @@
 import json
 from pathlib import Path
 
+from hilbert_attn.bench.gpu_model import Work, gpu_of, predicted_ms
+
 FORWARD, BOTH = "forward", "forward+backward"
 DENSE, GIVEN, GATHER = "cudnn, dense N x N", "cudnn, groups given", "gather + SDPA"
 
@@ -23,6 +25,21 @@ def with_shares(row: dict, rates: dict) -> dict:
     return row | dict(
         tflops=tflops, share_of_matmul=tflops / rates["matmul_tflops"], gbs_minimal=gbs,
         share_of_copy=gbs / rates["copy_gbs"])
+
+
+def with_prediction(row: dict, device_name: str) -> dict:
+    "A timed row of our segments, with what paper says; other rows as they are."
+    case, gpu = row["case"], gpu_of(device_name)
+    if gpu is None or row["name"] != "triton" or "pattern" in case: return row
+    work = Work(case["n"], case["h"], case["kv"], case["d"], case["w"] // case["r"], row["pairs"],
+                case["order"])
+    return row | dict(predicted_ms=predicted_ms(gpu, work, row["kind"]))
+
+
+def beside(row: dict) -> str:
+    "Prediction and measurement in a line."
+    return (f"{row['case']['name']:40} {row['kind']:17} predicted {row['predicted_ms']:.3f} ms, "
+            f"measured {row['ms']:.3f}")
 
 
 class Times:
@@ -104,14 +121,15 @@ def gather(rows: list[dict], left: list[str]) -> dict:
         if "ms" in row and "kind" in row:
             newest[row["case"]["name"], row["kind"], row["name"]] = row
     rates = next((row["rates"] for row in reversed(rows) if "rates" in row), None)
+    environment = next(row["environment"] for row in rows if "environment" in row)
     timed = [with_shares(row, rates) for row in newest.values()] if rates else []
+    timed = [with_prediction(row, environment.get("gpu", "")) for row in timed]
     checks = [row for row in rows if "wrong" in row]
     wrong = [f"{row['case']}: {row.get('report', '')}" for row in checks
              if row["wrong"] or row.get("inexact")]
     failed = [f"{row['task']}: {row['failed']}" for row in rows if "failed" in row]
-    return dict(environment=next(row["environment"] for row in rows if "environment" in row),
-                rates=rates, rows=timed, verdicts=verdicts(timed), skipped=failed + left,
-                correctness=dict(cases=len(checks), wrong=wrong))
+    return dict(environment=environment, rates=rates, rows=timed, verdicts=verdicts(timed),
+                skipped=failed + left, correctness=dict(cases=len(checks), wrong=wrong))
 
 
 def write(rows: list[dict], left: list[str], folder: Path) -> Path | None:
