@@ -3,24 +3,15 @@ __version__ = "0.1.0"
 
 from typing import TYPE_CHECKING, Any
 
-# The configuration and the factory, and why they choose what they choose.
-from hilbert_attn.api import create_dilated_attention, create_multihead_dilated_attention
-from hilbert_attn.api import create_self_attention, explain_attention_type
 from hilbert_attn.backends import detect_gpu_architecture, explain_backend, set_backend
-
 from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.blocks.schedule import SparsePatternConfig
 
 # Layers.
 from hilbert_attn.branched import DilatedAttention, HilbertAttentionMixin, HilbertDilatedAttention
-from hilbert_attn.config import AttentionConfig
 
 # Curves.
 from hilbert_attn.curves import curve_order, hilbert_decode, hilbert_encode, inverse_order
-
-# Models that exist.
-from hilbert_attn.integrations import HilbertSettings, convert_attention
-from hilbert_attn.integrations import use_hilbert_attention, use_hilbert_processor
 from hilbert_attn.modules import HilbertAttentionCore
 from hilbert_attn.multihead import MultiheadDilatedAttention
 
@@ -29,7 +20,6 @@ from hilbert_attn.patterns import DilatedPattern, NeighborhoodPattern, SegmentPa
 from hilbert_attn.patterns import TilesSharedPattern, WindowPattern
 from hilbert_attn.patterns import attention_mask, create_dilated_mask
 from hilbert_attn.reference import merge_attention
-from hilbert_attn.ring_exchange import shard_sequence, unshard_sequence
 
 # Functions of q, k, v; what they give follows `return_lse`, which type checkers read there.
 if TYPE_CHECKING:
@@ -41,13 +31,11 @@ if TYPE_CHECKING:
     from hilbert_attn.overloads import window_attention
 else:
     from hilbert_attn.backends import hilbert_attention
-    from hilbert_attn.block_ring import block_sparse_ring_attention
     from hilbert_attn.block_sparse import block_sparse_attention
     from hilbert_attn.dilated import dilated_attention
     from hilbert_attn.local import hilbert_slide_attention, hilbert_window_attention
     from hilbert_attn.local import neighborhood_attention, tiles_shared_attention
     from hilbert_attn.local import window_attention
-    from hilbert_attn.ring import ring_attention, ring_dilated_attention
 
 __all__ = [
     # functions of q, k, v
@@ -73,7 +61,16 @@ __all__ = [
     "HilbertSettings", "use_hilbert_attention", "convert_attention", "use_hilbert_processor",
 ]
 
-_ELSEWHERE = {  # module -> names that can be had from here too, looked up when they are asked for
+_LATER = {  # module -> names of `__all__` that many programs do without: imported when asked for
+    "api": "create_dilated_attention create_multihead_dilated_attention create_self_attention "
+           "explain_attention_type",
+    "block_ring": "block_sparse_ring_attention",
+    "config": "AttentionConfig",
+    "integrations": "HilbertSettings convert_attention use_hilbert_attention use_hilbert_processor",
+    "ring": "ring_attention ring_dilated_attention",
+    "ring_exchange": "shard_sequence unshard_sequence",
+}
+_ELSEWHERE = {  # module -> names that can be had from here too, imported when asked for
     "compat": "HilbertAttentionFunction HilbertAttentionCoreWithSDPA HilbertAttentionTritonWrapper "
               "HilbertAttentionTritonFixed RingDilatedAttentionHilbertCore "
               "RingDilatedAttentionHilbertOptimizedFixed PostPatternHilbertOptimizer "
@@ -95,12 +92,27 @@ _ELSEWHERE = {  # module -> names that can be had from here too, looked up when 
     "ring_layers": "RingDilatedAttention",
     "ring_plan": "plan_ring",
 }
-_HOMES = {name: module for module, names in _ELSEWHERE.items() for name in names.split()}
+_HOMES = {
+    name: module
+    for table in (_LATER, _ELSEWHERE)
+    for module, names in table.items()
+    for name in names.split()
+}
+
+
+def __dir__() -> list[str]: return sorted({*globals(), *_HOMES})
+
 
 if TYPE_CHECKING:
     from hilbert_attn.api import ATTENTION_TYPES as ATTENTION_TYPES
     from hilbert_attn.api import AttentionChoice as AttentionChoice
     from hilbert_attn.api import AttentionType as AttentionType
+    from hilbert_attn.api import create_dilated_attention as create_dilated_attention
+    from hilbert_attn.api import (
+        create_multihead_dilated_attention as create_multihead_dilated_attention,
+    )
+    from hilbert_attn.api import create_self_attention as create_self_attention
+    from hilbert_attn.api import explain_attention_type as explain_attention_type
     from hilbert_attn.api import register_attention_type as register_attention_type
     from hilbert_attn.api import which_when as which_when
     from hilbert_attn.backends import BACKENDS as BACKENDS
@@ -132,12 +144,17 @@ if TYPE_CHECKING:
     )
     from hilbert_attn.compat import hilbert_attention_kernel as hilbert_attention_kernel
     from hilbert_attn.compat import standard_attention_kernel as standard_attention_kernel
+    from hilbert_attn.config import AttentionConfig as AttentionConfig
     from hilbert_attn.curves import CURVES as CURVES
     from hilbert_attn.curves import Locality as Locality
     from hilbert_attn.curves import locality as locality
     from hilbert_attn.curves import segment_map as segment_map
+    from hilbert_attn.integrations import HilbertSettings as HilbertSettings
+    from hilbert_attn.integrations import convert_attention as convert_attention
     from hilbert_attn.integrations import convert_vit as convert_vit
     from hilbert_attn.integrations import register_hilbert_attention as register_hilbert_attention
+    from hilbert_attn.integrations import use_hilbert_attention as use_hilbert_attention
+    from hilbert_attn.integrations import use_hilbert_processor as use_hilbert_processor
     from hilbert_attn.modules import HilbertOrder as HilbertOrder
     from hilbert_attn.modules import TransformerBlock as TransformerBlock
     from hilbert_attn.modules import apply_rotary as apply_rotary
@@ -150,6 +167,8 @@ if TYPE_CHECKING:
     from hilbert_attn.points import PatchPattern as PatchPattern
     from hilbert_attn.points import point_order as point_order
     from hilbert_attn.reference import reference_attention as reference_attention
+    from hilbert_attn.ring_exchange import shard_sequence as shard_sequence
+    from hilbert_attn.ring_exchange import unshard_sequence as unshard_sequence
     from hilbert_attn.ring_plan import plan_ring as plan_ring
     from hilbert_attn.ring_layers import RingDilatedAttention as RingDilatedAttention
 else:
@@ -157,4 +176,6 @@ else:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module
-        return getattr(import_module(f"hilbert_attn.{_HOMES[name]}"), name)
+        found = getattr(import_module(f"hilbert_attn.{_HOMES[name]}"), name)
+        globals()[name] = found  # the next time, nobody asks here
+        return found

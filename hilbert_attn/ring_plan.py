@@ -490,6 +490,12 @@ def check_sizes(
     raise ValueError(f"the ranks hold {held} {what}: layout='zigzag' needs {needed}"
                      " (see shard_sequence)")
 
+# %% ../nbs/09_ring_plan.ipynb #b6e93eb2
+def _check_head_counts(heads: int, kv_heads: int):
+    if kv_heads >= 1 and heads % kv_heads == 0: return
+    raise ValueError(f"heads={heads}, kv_heads={kv_heads}: the query heads must be a multiple"
+                     " of the key/value heads")
+
 # %% ../nbs/09_ring_plan.ipynb #1ff6ee81
 def plan_ring(
     seq_len: int | Sequence[int], # N, or the size of each rank's shard
@@ -515,9 +521,7 @@ def plan_ring(
     Raises `ValueError` for arguments that do not fit."""
     sizes = _plan_sizes(seq_len, world_size, layout)
     kv_heads = heads if kv_heads is None else kv_heads
-    if kv_heads < 1 or heads % kv_heads:
-        raise ValueError(f"heads={heads}, kv_heads={kv_heads}: the query heads must be a multiple"
-                         " of the key/value heads")
+    _check_head_counts(heads, kv_heads)
     lengths = segment_lengths_of("segment_lengths", segment_lengths)
     rates = whole_numbers("dilation_rates", dilation_rates)
     several = offsets is not None and not isinstance(offsets, int)

@@ -1,10 +1,10 @@
 """What must stand before any test is imported: Triton's interpreter, threads, hypothesis."""
 import os
-from importlib.util import find_spec
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from interpreter import interpreted, quick, rounding
 from sampling import FULL
 
 if not torch.cuda.is_available(): os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -61,21 +61,10 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def rounding_interpreter():
-    "Triton's interpreter truncates float32 to bfloat16; a GPU rounds to nearest, and so does this."
-    if find_spec("triton") is None or os.environ.get("TRITON_INTERPRET") != "1": return (yield)
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle, tl
-    cast = InterpreterBuilder.cast_impl
-
-    def rounded(self, src, dst_type):
-        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
-            return cast(self, src, dst_type)
-        bits = torch.tensor(src.data).bfloat16().view(torch.int16)
-        return TensorHandle(bits.numpy().view("uint16"), tl.bfloat16)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(InterpreterBuilder, "cast_impl", rounded)
-        yield
+def interpreter():
+    "Of Triton, where there is no GPU."
+    if not interpreted(): return (yield)
+    with rounding(), quick(): yield
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,15 +1,20 @@
 """Starts one process per rank for a test, and collects what they found.
 
+The ranks are forked from one process that has imported everything: importing torch takes longer
+than most of what they try.
+
 A worker is a script with functions `suite(results, rank, world)` that call `attempt`; it ends in
 `main(globals())`. Workers run on the tree that this file lies in, installed package or not.
 """
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -33,31 +38,23 @@ def check_tree():
     assert found == ROOT, f"testing {found}, not {ROOT}"
 
 
-def run_processes(commands: Sequence[Sequence[str]], folder: Path, seconds: float) -> list[tuple]:
-    "Runs commands side by side, and leaves none behind; exit code and output of each."
-    logs = [folder / f"log{i}" for i in range(len(commands))]
-    processes = []
-    for command, log in zip(commands, logs):
-        with open(log, "w") as out:
-            run = [sys.executable, *map(str, command)]
-            environment = tree_environment(TRITON_INTERPRET="0")
-            processes.append(subprocess.Popen(run, stdout=out, stderr=out, env=environment))
-    deadline = time.monotonic() + seconds
-    try:
-        for process in processes: process.wait(max(0.1, deadline - time.monotonic()))
+def run_group(command: Sequence, folder: Path, seconds: float):
+    "Runs a process and all that it forks, and leaves none behind."
+    environment = tree_environment(TRITON_INTERPRET="0")
+    with open(folder / "log", "w") as log:
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=log, stderr=log,
+                                   env=environment, start_new_session=True)
+    try: process.wait(seconds)
     except subprocess.TimeoutExpired: pass
     finally:
-        for process in processes:
-            if process.poll() is None: process.kill()
-            process.wait()
-    return [(process.returncode, log.read_text()) for process, log in zip(processes, logs)]
+        with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run_ranks(worker: str, suites: list[str], world: int, folder: Path, seconds: float) -> Found:
     "Runs suites of a worker in `world` processes."
-    first = [str(ROOT / "tests" / worker), ",".join(suites)]
-    commands = [[*first, rank, world, folder / "store", folder] for rank in range(world)]
-    outputs = run_processes(commands, folder, seconds)
+    command = [ROOT / "tests" / worker, ",".join(suites), world, folder]
+    run_group(command, folder, seconds)
     found: Found = {}
     for suite in suites:
         for rank in range(world):
@@ -65,7 +62,7 @@ def run_ranks(worker: str, suites: list[str], world: int, folder: Path, seconds:
             for line in path.read_text().splitlines() if path.exists() else ():
                 entry = json.loads(line) | dict(rank=rank)
                 found.setdefault(suite, {}).setdefault(entry.pop("name"), []).append(entry)
-    found["logs"] = {str(rank): [dict(text=text[-2000:])] for rank, (_, text) in enumerate(outputs)}
+    found["logs"] = {"all ranks": [dict(text=(folder / "log").read_text()[-4000:])]}
     return found
 
 
@@ -100,13 +97,25 @@ def outcome(function: Callable) -> dict:
 
 
 def main(suites: dict[str, Callable]):
-    "What a worker does: it joins the others, and runs the suites that it is told."
-    names, rank, world, store, folder = sys.argv[1:6]
+    "What a worker does: it forks one process per rank, which find everything imported."
+    names, world, folder = sys.argv[1].split(","), int(sys.argv[2]), Path(sys.argv[3])
     check_tree()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank),
-                            world_size=int(world), timeout=timedelta(seconds=60))
-    for name in names.split(","):
-        with open(Path(folder) / f"{name}-{rank}.jsonl", "w") as results:
-            suites[name](results, int(rank), int(world))
+    ranks = []
+    for rank in range(world):
+        if child := os.fork(): ranks.append(child)
+        else: run_rank([suites[name] for name in names], rank, world, folder)
+    for child in ranks: os.waitpid(child, 0)
+
+
+def run_rank(suites: list[Callable], rank: int, world: int, folder: Path):
+    "Joins the others, and runs suites; never returns."
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank,
+                                world_size=world, timeout=timedelta(seconds=60))
+        for suite in suites:
+            with open(folder / f"{suite.__name__}-{rank}.jsonl", "w") as results:
+                suite(results, rank, world)
+    except BaseException: traceback.print_exc()
+    sys.stderr.flush()
     os._exit(0)  # without waiting for ranks that a test has left behind

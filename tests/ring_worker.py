@@ -6,9 +6,11 @@ from itertools import permutations
 from unittest import mock
 
 import torch
+import torch._dynamo  # dispatch modes need it: imported once, for all ranks
 import torch.distributed as dist
 from ring_cases import REST, SAMPLE, WORLDS, Case, attended
 from ring_processes import attempt, main
+from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hilbert_attn import ring_blocks, ring_plan
@@ -42,12 +44,13 @@ class Messages(TorchDispatchMode):
     def counts(self) -> tuple[int, int, int]: return self.received, self.elements, self.bytes
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace != "c10d": return function(*args, **(kwargs or {}))
         name = str(function)
         if name.startswith("c10d.recv_"):
             self.received += 1
             self.elements += sum(x.numel() for x in args[0])
             self.bytes += sum(x.nbytes for x in args[0])
-        elif name.startswith("c10d.") and not name.startswith("c10d.send"):
+        elif not name.startswith("c10d.send"):
             self.others[name] = self.others.get(name, 0) + 1
         return function(*args, **(kwargs or {}))
 
@@ -249,7 +252,6 @@ def memory(results, rank, world):
 
 def run_theirs(group, q, k, v, dout, causal, balanced):
     "PyTorch's own ring, made for GPUs, on the CPU's flash operators: out, lse, dq, dk, dv."
-    from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     def set_option(name, value): return mock.patch.object(theirs._cp_options, name, value)

@@ -21,7 +21,6 @@ from kernel_cases import (  # noqa: F401  the fixtures apply here too
     no_infinity,
     poison,
     poisoned,
-    quick_interpreter,
     randn,
     same,
     some,

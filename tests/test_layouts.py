@@ -21,10 +21,6 @@ from hilbert_attn.reference import assert_matches_oracle
 
 pytestmark = pytest.mark.timeout(20 * EXAMPLES)
 
-try:
-    from test_triton import quick_interpreter  # noqa: F401
-except pytest.skip.Exception: pass
-
 REAL_POLICY = True  # "auto" is what users get
 BACKENDS = ("auto", "sdpa", "sdpa_mask", "reference")
 LOCAL = ("window", "neighborhood", "hilbert_window", "hilbert_slide", "tiles_shared")

@@ -45,7 +45,7 @@ from hilbert_attn.points import PatchPattern
 from hilbert_attn.reference import assert_matches_oracle
 
 try:
-    from test_triton import DEVICE, poison, quick_interpreter  # noqa: F401
+    from test_triton import DEVICE, poison
 except pytest.skip.Exception:
     DEVICE, poison = "cpu", lambda run: run()
 kernels = (

@@ -54,7 +54,7 @@ def clone(tmp_path, monkeypatch):
     for name, value in NOT_FOR_NEWCOMERS.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "nbs").mkdir()
-    for name in ("index", "00_curves"):
+    for name in ("index", "00b_curves"):
         (tmp_path / "nbs" / f"{name}.ipynb").touch()
     (tmp_path / ".venv/lib/python3.12/site-packages/numpy-2.0.dist-info").mkdir(
         parents=True

@@ -33,23 +33,27 @@ def python(code: str, *options: str) -> str:
 def test_public_names():
     """A front that a person can remember; what else can be had from there is looked up when it
     is asked for."""
-    front, others = hilbert_attn.__all__, hilbert_attn._HOMES
+    front, tables = hilbert_attn.__all__, (hilbert_attn._LATER, hilbert_attn._ELSEWHERE)
+    later, others = (" ".join(table.values()).split() for table in tables)
     assert len(front) == len(set(front)) <= 45 and not set(front) & set(others)
+    assert set(later) <= set(front)
     for name in (*front, *others): assert hasattr(hilbert_attn, name), name
+    assert {*front, *others} <= set(dir(hilbert_attn))
     misspelt = "hilbert_atention"
     with pytest.raises(AttributeError, match=f"has no attribute '{misspelt}'"):
         getattr(hilbert_attn, misspelt)
 
 
 def test_names_from_elsewhere_are_looked_up_late():
-    """Of historical names nothing is imported until somebody asks; then it is the same thing
-    under both names."""
+    """Nothing is imported of historical names, of the ring, the factory and the integrations,
+    until somebody asks; then it is the same thing under both names."""
     code = """
 import sys, hilbert_attn as h
-def there(): return 'hilbert_attn.compat' in sys.modules
-print(there(), h.StandardizedRingConfig is h.AttentionConfig, there())
+def there(): return sum(f"hilbert_attn.{m}" in sys.modules for m in ("compat", *h._LATER))
+print(there(), h.ring_attention is sys.modules["hilbert_attn.ring"].ring_attention)
+print(h.StandardizedRingConfig is h.AttentionConfig, there() > 3)
 """
-    assert python(code) == "False True True"
+    assert python(code) == "0 True\nTrue True"
 
 
 def test_import_is_cheap():

@@ -283,7 +283,7 @@ def test_notebook_and_module_lead_to_each_other(server, open_page):
     assert line.inner_text().startswith("Module hilbert_attn.curves: source")
     with page.expect_download() as download:
         line.locator("a[download]").click()
-    name = "00_curves.ipynb"
+    name = "00b_curves.ipynb"
     assert read_cells(download.value.path()) == read_cells(SITE / "notebooks" / name)
     follow(line.locator("a").first)
     assert page.locator("h1").inner_text().startswith("hilbert_attn.curves")

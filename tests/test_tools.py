@@ -26,7 +26,7 @@ import notebook
 import processed
 import sphinx_site
 
-DOCS = {"00_curves.ipynb": "curves"}
+DOCS = {"00b_curves.ipynb": "curves"}
 EQUATION = "$$\nx\n$$ {#eq-b}\n"
 WARNING = '::: {.callout-warning title="Beware"}\nA `b`.\n:::\n'
 TIP = '::: {.callout-tip collapse="true"}\n## Why\nSo.\n:::\n'
@@ -72,7 +72,7 @@ def test_stale_pages_are_named_and_written(tmp_path, monkeypatch):
 
 
 def test_references_and_links_on_the_site():
-    text = f"See @fig-a, @eq-b and [it](00_curves.ipynb#order), not `@fig-a`.\n\n{EQUATION}"
+    text = f"See @fig-a, @eq-b and [it](00b_curves.ipynb#order), not `@fig-a`.\n\n{EQUATION}"
     assert sphinx_site.myst(text, DOCS) == (
         "See {numref}`fig-a`, {eq}`eq-b` and [it](curves.ipynb#order), not `@fig-a`.\n\n"
         "$$\nx\n$$ (eq-b)\n"
@@ -80,18 +80,18 @@ def test_references_and_links_on_the_site():
 
 
 def test_links_of_the_readme():
-    text = "[it](00_curves.ipynb#a) ![](a.png) [b](../LICENSE) [c](https://d.org)"
+    text = "[it](00b_curves.ipynb#a) ![](a.png) [b](../LICENSE) [c](https://d.org)"
     expected = (
-        "[it](nbs/00_curves.ipynb) ![](nbs/a.png) [b](LICENSE) [c](https://d.org)"
+        "[it](nbs/00b_curves.ipynb) ![](nbs/a.png) [b](LICENSE) [c](https://d.org)"
     )
     assert make_readme.markdown(text) == expected
 
 
 def test_links_say_titles():
-    text = "[00_curves](00_curves.ipynb) [mine](00_curves.ipynb)"
+    text = "[00b_curves](00b_curves.ipynb) [mine](00b_curves.ipynb)"
     assert (
         notebook.local_links(str, text)
-        == "[Curves](00_curves.ipynb) [mine](00_curves.ipynb)"
+        == "[Curves](00b_curves.ipynb) [mine](00b_curves.ipynb)"
     )
 
 
@@ -138,8 +138,8 @@ def page(tmp_path):
         new_code_cell(f"{exported}def box(): pass"),
         new_code_cell(f"{exported}def _walk(): pass"),
     ]
-    nbformat.write(new_notebook(cells=cells), tmp_path / "00_curves.ipynb")
-    return processed.Page(tmp_path / "00_curves.ipynb")
+    nbformat.write(new_notebook(cells=cells), tmp_path / "00b_curves.ipynb")
+    return processed.Page(tmp_path / "00b_curves.ipynb")
 
 
 def test_a_page_knows_what_can_be_linked(page):
@@ -148,11 +148,11 @@ def test_a_page_knows_what_can_be_linked(page):
 
 def test_links_around_names(page):
     def linked(name, anchor):
-        return f"[`{name}`](00_curves.ipynb#{anchor})"
+        return f"[`{name}`](00b_curves.ipynb#{anchor})"
 
     names = "box", "Box.cut", "_walk", "_hidden"
     text = " ".join(linked(name, name.lower()) for name in names)
-    assert processed.links(text, {"00_curves.ipynb": page}) == " ".join(
+    assert processed.links(text, {"00b_curves.ipynb": page}) == " ".join(
         [
             linked("box", "box"),
             linked("Box.cut", "box"),
@@ -164,7 +164,7 @@ def test_links_around_names(page):
 
 def test_a_link_to_a_notebook_that_is_gone_is_an_error(page):
     with pytest.raises(ValueError, match="99_gone.ipynb, which is no notebook"):
-        processed.links("See [it](99_gone.ipynb#a).", {"00_curves.ipynb": page})
+        processed.links("See [it](99_gone.ipynb#a).", {"00b_curves.ipynb": page})
 
 
 def test_no_level_of_headings_is_left_out(page):

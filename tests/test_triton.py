@@ -23,7 +23,6 @@ from kernel_cases import (  # noqa: F401  the fixtures apply here too
     permutation,
     poison,
     poisoned,
-    quick_interpreter,
     randn,
     same,
     some,

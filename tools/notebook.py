@@ -138,7 +138,7 @@ def titled_links(text: str) -> str:
 def local_links(page: Callable[[str], str], text: str) -> str:
     """Turn links to notebooks into `page(notebook) + anchor`.
 
-    `page` gets the file name of a notebook, such as `00_curves.ipynb`.
+    `page` gets the file name of a notebook, such as `00b_curves.ipynb`.
     """
     text = titled_links(published_links(text))
     return re.sub(r"\]\(([\w.-]+\.ipynb)", lambda m: f"]({page(m[1])}", text)

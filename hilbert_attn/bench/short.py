@@ -59,16 +59,12 @@ def _along_the_curve(n: int, heads: int) -> Iterator[_Setting]:
         mask = attention_mask(pattern, order=order, causal=causal)
         options: Any = dict(segment_size=min(w, n), dilation_rate=min(r, n), causal=causal)
         yield _Setting(name, partial(hilbert_attention, **options), mask)
+    lengths, rates = [min(w, n) for w in (16, 32, 64)], [min(r, n) for r in (1, 2, 4)]
     for combine in ("lse", "heads"):
-        lists = [min(w, n) for w in (16, 32, 64)], [min(r, n) for r in (1, 2, 4)]
-        pattern = DilatedPattern.for_heads(n, heads, *lists, combine)
-        call = partial(dilated_attention, combine=combine, curve=None)
-        attention = partial(_with_lists, call, *lists)
-        yield _Setting(f"three branches, {combine}", attention, attention_mask(pattern))
-
-# %% ../../nbs/15h_short.ipynb #ce83af0d
-def _with_lists(call: Callable, lengths: list[int], rates: list[int], q, k, v) -> Tensor:
-    return call(q, k, v, lengths, rates)
+        mask = attention_mask(DilatedPattern.for_heads(n, heads, lengths, rates, combine))
+        branches: Any = dict(segment_lengths=lengths, dilation_rates=rates, combine=combine)
+        attention = partial(dilated_attention, **branches, curve=None)
+        yield _Setting(f"three branches, {combine}", attention, mask)
 
 # %% ../../nbs/15h_short.ipynb #69222c6f
 def _sides(n: int) -> tuple[int, int]:
@@ -165,22 +161,27 @@ def short_table(
         lines.append(place | behind | dict(slow=slow))
     return lines
 
+# %% ../../nbs/15h_short.ipynb #c7ffa2bb
+def _worst_calls(lines: list[dict]) -> list[dict]:
+    "For each number of threads, length and direction: the worst ratio, and the median."
+    alike: dict[tuple, list[dict]] = {}
+    for line in lines:
+        alike.setdefault((line["threads"], line["tokens"], line["direction"]), []).append(line)
+    worst = []
+    for same in alike.values():
+        by_ratio = sorted(same, key=lambda line: line["ratio"])
+        worst.append(by_ratio[-1] | dict(median=by_ratio[len(same) // 2]["ratio"]))
+    return worst
+
 # %% ../../nbs/15h_short.ipynb #4bdd5233
 def short_tables(run: dict) -> list[Table]:
     "By length the worst setting, and the slow calls that are furthest behind."
-    lines, worst = short_table(run), []
-    for threads, n in dict.fromkeys((x["threads"], x["tokens"]) for x in lines):
-        for direction in dict.fromkeys(x["direction"] for x in lines):
-            same = [x for x in lines if (x["threads"], x["tokens"], x["direction"])
-                    == (threads, n, direction)]
-            ratios = sorted(x["ratio"] for x in same)
-            most = max(same, key=lambda x: x["ratio"])
-            worst.append(most | dict(median=ratios[len(ratios) // 2]))
+    lines = short_table(run)
     place = dict(tokens=",", threads="", direction="")
     numbers = dict(ratio=".2f", behind=".0f", setting="", us=".0f")
     titles = dict(median="median x", ratio="worst x", behind="behind, µs", us="µs")
     slow = sorted((x for x in lines if x["slow"]), key=lambda x: -x["behind"])[:FURTHEST]
-    tables = [Table("tokens", worst, place | dict(median=".2f") | numbers, titles)]
+    tables = [Table("tokens", _worst_calls(lines), place | dict(median=".2f") | numbers, titles)]
     return tables + [Table("slow", slow, place | numbers, titles)] * bool(slow)
 
 # %% ../../nbs/15h_short.ipynb #55eb88a5
@@ -192,7 +193,8 @@ def plot_short(run: dict):
     for ax, direction in zip(axes, directions):
         for threads, color in zip(run["config"]["threads"], (BLUE, GREEN)):
             mine = [x for x in lines if (x["threads"], x["direction"]) == (threads, direction)]
-            xs = [tokens.index(x["tokens"]) + 0.16 * (threads - 1.5) for x in mine]
+            aside = 0.16 * (threads - 1.5)  # points of one length stand side by side
+            xs = [tokens.index(x["tokens"]) + aside for x in mine]
             ys = [x["ratio"] for x in mine]
             ax.plot(xs, ys, ".", ms=4, color=color, label=f"threads: {threads}")
         ax.axhline(1, color=GREY, lw=1, ls=":")

@@ -142,6 +142,22 @@ def _intervals(
         partial[tuple(x[part] for x in blocks)] = pairs.any(2).any(1)
     return lo, hi, partial
 
+# %% ../../nbs/10d_block_flex.ipynb #d269e79c
+def _attend_all(lo: Tensor, hi: Tensor, partial: Tensor, ragged: Tensor, size: int, keys: int):
+    """Gives the queries of full blocks at a ragged end all keys, in place; a `ValueError` where
+    they have partial blocks too."""
+    cut, tested = (x.any(0).any(-1).repeat_interleave(size) for x in (ragged, partial))
+    if (cut & tested).any(): raise ValueError(_RAGGED)
+    lo[cut], hi[cut] = 0, keys
+
+# %% ../../nbs/10d_block_flex.ipynb #e6b49a71
+def _bounds(lo: Tensor, hi: Tensor, slots: int) -> dict[str, Tensor]: # int32 (1, slots)
+    "The bounds of block lists, of intervals of slots; empty ones are 1 ... 0."
+    none = lo > hi
+    at = torch.arange(slots, device=lo.device)
+    bounds = dict(lo=lo.masked_fill(none, 1), hi=hi.masked_fill(none, 0), at=at)
+    return {name: x[None].to(torch.int32) for name, x in bounds.items()}
+
 # %% ../../nbs/10d_block_flex.ipynb #fdea1b79
 def from_flex(
     block_mask: "BlockMask",
@@ -157,19 +173,12 @@ def from_flex(
             "queries")
     partial, full, ragged = _flex_tables(block_mask)
     lo, hi, held = _intervals(block_mask, partial)
-    if ragged.any():
-        cut, tested = (x.any(0).any(-1).repeat_interleave(BM) for x in (ragged, partial))
-        if (cut & tested).any(): raise ValueError(_RAGGED)
-        lo[cut], hi[cut] = 0, M
-    none = lo > hi
-    lo, hi = lo.masked_fill(none, 1), hi.masked_fill(none, 0)
-    at = torch.arange(partial.shape[-1] * BN, device=lo.device)
-    bounds = {name: x[None].to(torch.int32) for name, x in (("lo", lo), ("hi", hi), ("at", at))}
+    if ragged.any(): _attend_all(lo, hi, partial, ragged, BM, M)
     kinds = (held | ragged).to(torch.int8) + 2 * full.to(torch.int8)
-    groups = tuple(block_mask.kv_num_blocks.shape[:2])
     return lists_from_kinds(
         kinds, block_size=(BM, BN), num_queries=N, num_keys=M, q_tokens=None, k_tokens=None,
-        groups=groups, **bounds)
+        groups=tuple(block_mask.kv_num_blocks.shape[:2]),
+        **_bounds(lo, hi, partial.shape[-1] * BN))
 
 # %% ../../nbs/10d_block_flex.ipynb #fbd5496e
 type.__setattr__(BlockLists, "to_flex", to_flex)

@@ -60,23 +60,36 @@ def _chunks(row: np.ndarray, work: np.ndarray) -> Iterator[slice]:
     first = begin[np.flatnonzero(np.diff(chunk, prepend=-1))]
     return map(slice, first, np.append(first[1:], len(row)))
 
+# %% ../../nbs/10a_block_planner.ipynb #b9e5e7f2
+def _key_tables(pattern, cell, tokens, block: int) -> tuple[np.ndarray, np.ndarray]:
+    "By cell of the grid: the block that its token lies in as a key, and this token."
+    slot = np.flatnonzero(tokens >= 0)
+    token = tokens[slot]
+    at = cell[token]
+    return _table(pattern, at, slot // block), _table(pattern, at, token)
+
+# %% ../../nbs/10a_block_planner.ipynb #201880bf
+def _attended_cells(axes, coordinates) -> np.ndarray: # (queries, keys)
+    "The cells that queries attend, in a flat table: one key on each axis, in all combinations."
+    cells = np.zeros((len(coordinates[0]), 1), np.int64)
+    for keys, x in zip(axes, coordinates):
+        cells = (cells[:, :, None] + keys[x, None]).reshape(len(cells), -1)
+    return cells
+
 # %% ../../nbs/10a_block_planner.ipynb #474b3f65
 def _interval_pairs(pattern, order, tokens, block_size, causal) -> Iterator[tuple]:
     "Yields rows (queries, 1) and key blocks (queries, keys): one for each pair."
     cell = np.empty_like(order)  # of each token
     cell[order] = _cells(pattern, order)
-    q_slot, k_slot = (np.flatnonzero(side >= 0) for side in tokens)
-    query, key = tokens[0][q_slot], tokens[1][k_slot]
-    block = _table(pattern, cell[key], k_slot // block_size[1])
-    token = _table(pattern, cell[key], key)
-    x, row = np.unravel_index(cell[query], pattern.grid), q_slot // block_size[0]
+    block, token = _key_tables(pattern, cell, tokens[1], block_size[1])
     steps = [stride // block.itemsize for stride in block.strides]
     axes = [step * _axis_keys(pattern, axis) for axis, step in enumerate(steps)]
+    slot = np.flatnonzero(tokens[0] >= 0)
+    query, row = tokens[0][slot], slot // block_size[0]
+    x = np.stack(np.unravel_index(cell[query], pattern.grid))
     work = np.full(len(query), prod(keys.shape[1] for keys in axes))
     for part in _chunks(row, work):
-        cells = np.zeros((part.stop - part.start, 1), np.int64)
-        for keys, at in zip(axes, x):
-            cells = (cells[:, :, None] + keys[at[part], None]).reshape(len(cells), -1)
+        cells = _attended_cells(axes, x[:, part])
         column = block.ravel()[cells]
         if causal: column = np.where(token.ravel()[cells] <= query[part, None], column, -1)
         yield row[part, None], column, None

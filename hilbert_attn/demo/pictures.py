@@ -32,7 +32,7 @@ def draw_curve(
     width = min(6.4, 12 * cols / rows)
     fig, (ax,) = new_figure(panel=(width, width * rows / cols), pictures=True)
     ax.imshow(_dimmed(photo), extent=(0, cols, rows, 0))
-    thick = 1.3 * min(1.6, max(0.3, 64 / max(photo.grid)))
+    thick = min(2.08, max(0.39, 83.2 / max(photo.grid)))  # points: finer on finer grids
     plot_curve(ax, photo.grid, "hilbert", linewidths=thick)
     n = rows * cols
     ax.collections[0].set_clim(-0.12 * n, 1.06 * n)  # without the darkest colours

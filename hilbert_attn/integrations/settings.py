@@ -280,6 +280,16 @@ def _cells_attention(
     return dilated_attention(
         q, k, v, lengths, rates, backend=settings.backend, return_lse=return_lse, **options)
 
+# %% ../../nbs/14_integrations.ipynb #97631eff
+def _prefix_rows(
+    key_mask: Tensor, # bool (B, N)
+    prefix: int, # tokens in front
+    causal: bool,
+) -> Tensor: # bool (B, 1, prefix, keys)
+    "Which keys the prefix attends: all; if causal, those of the prefix that are not later."
+    if not causal: return key_mask[:, None, None].expand(-1, -1, prefix, -1)
+    return key_mask[:, None, None, :prefix].expand(-1, -1, prefix, -1).tril()
+
 # %% ../../nbs/14_integrations.ipynb #d7c52356
 def _with_prefix(
     q: Tensor, # queries (B, H, N, D), prefix first
@@ -293,18 +303,16 @@ def _with_prefix(
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "Attention of tokens that have a place, and of those in front that have none."
     p, few = settings.prefix_tokens, partial(few_attention, dropout_p=dropout_p, scale=scale)
-    last = p if causal else q.shape[2]  # what the prefix sees
     cells_mask = None if key_mask is None else key_mask[:, p:]
     k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
     cells = q[:, :, p:], k[:, :, p:], v[:, :, p:]
     out, lse = _cells_attention(
         *cells, settings, causal, cells_mask, dropout_p, scale, return_lse=True)
     if key_mask is None: key_mask = q.new_ones(1, q.shape[2], dtype=torch.bool)
-    seen = key_mask[:, None, None, :]
-    part, part_lse = few(q[:, :, p:], k[:, :, :p], v[:, :, :p], seen[..., :p])
+    part, part_lse = few(q[:, :, p:], k[:, :, :p], v[:, :, :p], key_mask[:, None, None, :p])
     out, lse = merge_attention([out, part], [lse, part_lse])
-    rows = seen[..., :last].expand(-1, -1, p, -1)
-    if causal: rows = rows.tril()
+    rows = _prefix_rows(key_mask, p, causal)
+    last = rows.shape[-1]
     own, own_lse = few(q[:, :, :p], k[:, :, :last], v[:, :, :last], rows)
     return torch.cat([own.to(out.dtype), out], 2), torch.cat([own_lse, lse], 2)
 

@@ -1,4 +1,4 @@
-"""Of 00_curves."""
+"""Of 00b_curves."""
 import torch
 
 from exercises import differs, exercise, first
