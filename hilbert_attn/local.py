@@ -91,6 +91,7 @@ def _runs(pattern: AxisPattern, axis: int, side: int) -> list[_Run]:
     for residue, classes, low, high in axis_classes(pattern, axis):
         borders: Any = find_boxes(low, high)
         if side: borders = np.append(np.arange(0, len(low), side), len(low))
+        if pattern.sinks: borders = np.union1d(borders, np.count_nonzero(low == 0))
         for numbers in _stretches(borders, low, high):
             found.append(_Run(residue, classes, dilation, *numbers))
     return found
@@ -431,13 +432,20 @@ def _for_all(
     dtype: torch.dtype, # of the computation
 ) -> Iterator[Tile]:
     "What the tokens of the grid see beyond their tiles: to be mixed in."
-    cells = prod(pattern.grid)
-    return rectangles(q, k, range(cells), range(cells, k.shape[2]), key_mask, dtype)
+    cells, rest = prod(pattern.grid), (key_mask, dtype)
+    yield from rectangles(q, k, range(cells), range(cells, k.shape[2]), *rest)
+    yield from rectangles(q, k, _late(pattern), range(pattern.sinks), *rest)
+
+# %% ../nbs/11_local.ipynb #5f0c4b01
+def _late(pattern: AxisPattern) -> range:
+    "The places that see the sinks beside their tiles."
+    return pattern.late if isinstance(pattern, SlidePattern) and pattern.sinks else range(0)
 
 # %% ../nbs/11_local.ipynb #5f0c1b02
 def _room_dtype(pattern: AxisPattern, q: Tensor, k: Tensor) -> torch.dtype:
     "Results of several parts are added up in the precision of sums."
-    return lse_dtype(q.dtype) if k.shape[2] > prod(pattern.grid) else q.dtype
+    several = k.shape[2] > prod(pattern.grid) or _late(pattern)
+    return lse_dtype(q.dtype) if several else q.dtype
 
 # %% ../nbs/11_local.ipynb #6112e38f
 def _local_forward(
@@ -533,8 +541,11 @@ def _tiles_op(order, kind, numbers, group, most, keys, device) -> list[Tensor]:
     pattern = _decoded(kind, tuple(numbers))
     cells, tokens = prod(pattern.grid), _tokens(pattern, order, keys)
     row = torch.arange(keys, device=device) if tokens is None else tokens.to(device)
-    units = [(unit, row[cells:]) for unit in _chunks(pattern, group, most)]
-    if pattern.shared: units.append((_shared_unit(pattern), row[cells:]))
+    behind, late = row[cells:], _late(pattern)
+    with_sinks = torch.cat([row[:pattern.sinks], behind]) if late else behind
+    units = [(unit, with_sinks if unit.runs[0].q[0] in late else behind)
+             for unit in _chunks(pattern, group, most)]
+    if pattern.shared: units.append((_shared_unit(pattern), behind))
     found = []
     for unit, always in units:
         queries, others = (_read(row[None, None], unit, side, 1, row.dtype)[:, 0] for side in "qk")
@@ -826,8 +837,9 @@ def hilbert_slide_attention(
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
-    window: int, # `window // 2` positions on either side, fewer at the ends
+    window: int | tuple[int, int], # positions before and after; one number w: w // 2 each
     *,
+    sinks: int = 0, # first positions, which every query sees that is not before them
     curve: str | None = "hilbert", # decides which tokens are near; None: token order
     registers: tuple[Tensor, Tensor] | None = None, # keys and values (B, H_kv, R, D) for all
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
@@ -836,13 +848,14 @@ def hilbert_slide_attention(
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
 ) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D) in token order, or out and lse (B, H, N)
-    """Attention to the positions at most `window // 2` away along the curve (arXiv 2511.05832).
+    """Attention to the positions at most so far away along the curve (arXiv 2511.05832).
 
-    The curve is *global*: it changes the result.
-    Raises `ValueError` for arguments that do not fit."""
+    The curve is *global*: it changes the result. A decoder's window of w tokens, itself included,
+    is `window=(w - 1, 0), curve=None`; `sinks` are tokens at the start that stay in sight
+    (arXiv 2309.17453). Raises `ValueError` for arguments that do not fit."""
     call = _check(
         q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, return_lse=return_lse)
-    return _attend(call, SlidePattern(call.q.shape[2], window), grid, curve, backend)
+    return _attend(call, SlidePattern(call.q.shape[2], window, sinks), grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #00e14d86
 @shortcut
