@@ -9,15 +9,18 @@ __all__ = ['triton_branches', 'sdpa_branches', 'attend_branches', 'dilated_atten
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import log
-from typing import Any
+from itertools import accumulate, pairwise
+from math import log, prod
+from typing import Any, cast
 
 import torch
 from torch import Tensor, cat
 
 from .backends import (
     REGISTRY, attend, choose_backend, computes, family_of, known_length, shortcut)
-from .calls import Call, check_call, on_branches
+from .calls import Call, check_call, check_curve, check_order, on_branches
+from .common import whole_numbers
+from .curves import as_grid, curve_order
 from .operators import AttentionOperator, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import merge_attention
@@ -241,6 +244,159 @@ def attend_branches(
     out, lse = attend(replace(call, pattern=only.pattern), name)
     return out, lse + log(only.copies) if call.need_lse else None
 
+# %% ../nbs/08_dilated.ipynb #5f0c5a02
+def _documents(cu_seqlens: Tensor, n: int) -> Iterator[tuple[int, int, int]]:
+    "Number, first token and end of each document that is not empty."
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != n or borders != sorted(borders):
+        raise ValueError(
+            f"cu_seqlens={borders}: expected borders that begin with 0, never fall, and end with "
+            f"N={n}")
+    for i, (first, end) in enumerate(pairwise(borders)):
+        if first < end: yield i, first, end
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a03
+def _rows_of(first: int, end: int, *tensors: Tensor | None) -> list: # as many
+    "The rows of a document: of (B, H, N, ...), or of a key mask (B, N)."
+    return [x if x is None else x[:, first:end] if x.ndim == 2 else x[:, :, first:end]
+            for x in tensors]
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a04
+def _order_of(first: int, end: int, order: Tensor | None) -> Tensor | None: # int64 (end - first,)
+    "The order inside a document."
+    if order is None: return None
+    own = order[first:end] - first
+    if bool(((own >= 0) & (own < end - first)).all()): return own
+    raise ValueError(
+        f"order: positions {first} to {end} of a document hold tokens of another one; with "
+        "cu_seqlens each document keeps its place")
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a05
+def _seeds_of(i: int, seeds: Tensor | None, mixture: _Mixture) -> Tensor | None:
+    "Each document drops other weights."
+    branches = len(mixture.copies)
+    return None if seeds is None else seeds[i * branches:(i + 1) * branches]
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a06
+def _packed_forward(
+    q, k, v, order, key_mask, seeds, cu_seqlens, *settings) -> tuple[Tensor, Tensor]:
+    mixture, out, lse = _Mixture(*settings), torch.empty_like(q), new_lse(q)
+    for i, *where in _documents(cu_seqlens, q.shape[2]):
+        *rows, seen = _rows_of(*where, q, k, v, key_mask)
+        own = mixture.where(rows[0], _order_of(*where, order))
+        parts = _forward_on_tiles(*rows, own, seen, _seeds_of(i, seeds, mixture), mixture)
+        for x, part in zip(_rows_of(*where, out, lse), parts): x.copy_(part)
+    return out, lse
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a07
+def _packed_backward(
+    dout, dlse, q, k, v, out, lse, order, key_mask, seeds, cu_seqlens, *settings,
+) -> tuple[Tensor, ...]:
+    mixture, grads = _Mixture(*settings), [torch.empty_like(x) for x in (q, k, v)]
+    for i, *where in _documents(cu_seqlens, q.shape[2]):
+        *rows, seen = _rows_of(*where, dout, dlse, q, k, v, out, lse, key_mask)
+        own = _order_of(*where, order)
+        shares = _shares(*rows, own, seen, _seeds_of(i, seeds, mixture), mixture)
+        for x, share in zip(_rows_of(*where, *grads), shares): x.copy_(share)
+    return tuple(grads)
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a08
+def _packed_pairs(q, k, v, order, key_mask, seeds, cu_seqlens, *settings) -> int:
+    "Attended pairs, over batches and heads; all of them where borders are not known."
+    if cu_seqlens.device.type == "meta": return q.shape[0] * q.shape[1] * q.shape[2] ** 2
+    rows = [_rows_of(*where, q)[0] for _, *where in _documents(cu_seqlens, q.shape[2])]
+    return sum(_mixture_pairs(x, k, v, order, key_mask, seeds, *settings) for x in rows)
+
+
+_packed_attention = AttentionOperator(
+    "packed", _packed_forward, _packed_backward, ["order", "key_mask", "seeds", "cu_seqlens"],
+    "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, "
+    "bool causal, float scale, float dropout_p, bool triton", pairs=_packed_pairs)
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a0a
+def _one_at_a_time(call: Call, how: tuple, cu_seqlens: Tensor, backend: str) -> tuple[Tensor, Any]:
+    "Each document as its own call."
+    outs, lses, heads = [], [], call.q.shape[1]
+    for _, first, end in _documents(cu_seqlens, call.q.shape[2]):
+        q, k, v, seen = _rows_of(first, end, call.q, call.k, call.v, call.key_mask)
+        pattern = DilatedPattern.for_heads(end - first, heads, *how)
+        order = _order_of(first, end, call.order)
+        own = replace(call, q=q, k=k, v=v, key_mask=seen, pattern=pattern, order=order)
+        out, lse = attend_branches(own, backend)
+        outs.append(out)
+        lses.append(lse)
+    return cat(outs, 2), cat(lses, 2) if call.need_lse else None
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a0b
+def _on_heads(call: Call, run: Any) -> tuple[Tensor, Tensor]: # out, lse
+    "A call with branches on heads of their own, as calls with one branch each."
+    pattern, results = call.pattern, []
+    for branch in pattern.branches:
+        first, last = branch.heads
+        group = call.q.shape[1] // call.k.shape[1]
+        k, v = (_kv_heads(x, first, last, group) for x in (call.k, call.v))
+        one = replace(branch, heads=(0, last - first))
+        own = replace(pattern, num_heads=last - first, branches=(one,))
+        results.append(run(replace(call, q=call.q[:, first:last], k=k, v=v, pattern=own)))
+    outs, lses = zip(*results)
+    return cat(outs, 1), cat(lses, 1)
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a0c
+def _packed(call: Call, how: tuple, cu_seqlens: Tensor, backend: str) -> tuple[Tensor, Any]:
+    "Several documents: in one operator on the CPU, elsewhere one after the other."
+    device, fused = call.q.device, call.custom_backward
+    name, _ = choose_backend(backend, device, None, fused, "branches")
+    if name != "sdpa" or not fused or device.type not in ("cpu", "meta"):
+        return _one_at_a_time(call, how, cu_seqlens, backend)
+    pattern = DilatedPattern.for_heads(*call.sizes, *how)
+    call = replace(call.hidden(), pattern=pattern)
+
+    def run(own: Call) -> tuple[Tensor, Tensor]:
+        seeds = own.seeds(len(own.pattern.branches) * (len(cu_seqlens) - 1))
+        inputs = own.q, own.k, own.v, own.order, own.key_mask, seeds, cu_seqlens
+        return _packed_attention(*inputs, *_settings(own, triton=False))
+
+    return run(call) if pattern.combine == "lse" else _on_heads(call, run)
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a0d
+def _borders(grid: Any, cu_seqlens: Any, n: int) -> Tensor: # int (documents + 1,), on the CPU
+    "Where documents begin and end, from their borders or from the grids of pictures."
+    if cu_seqlens is None:
+        sizes = [prod(as_grid(one)) for one in grid]
+        if sum(sizes) != n:
+            raise ValueError(
+                f"grid={grid!r} has {sum(sizes)} cells and q has N={n} tokens: they must agree")
+        return torch.tensor([0, *accumulate(sizes)], device="cpu")
+    if not isinstance(cu_seqlens, Tensor):
+        return torch.tensor(whole_numbers("cu_seqlens", cu_seqlens, 0), device="cpu")
+    if cu_seqlens.ndim == 1 and len(cu_seqlens) > 1:
+        if cu_seqlens.dtype in (torch.int32, torch.int64): return cu_seqlens.cpu()
+    raise ValueError(
+        f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: expected int32 or "
+        "int64 of shape (documents + 1,)")
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a0f
+def _several_grids(grid: Any) -> bool:
+    "One for each picture, instead of one for all tokens?"
+    return isinstance(grid, (list, tuple)) and any(isinstance(x, (list, tuple)) for x in grid)
+
+# %% ../nbs/08_dilated.ipynb #5f0c5a0e
+def _in_documents(call: Call, grid: Any, curve: str | None, order: Any, cu_seqlens: Any) -> tuple:
+    "The call with its order, and the borders. Raises `ValueError`."
+    n, device, pictures = call.q.shape[2], call.q.device, _several_grids(grid)
+    if cu_seqlens is not None and grid is not None:
+        raise ValueError(f"grid={grid!r} is given with cu_seqlens: give one of them")
+    if order is not None: order = check_order(order, n, device)
+    elif pictures and check_curve(curve) not in (None, "row_major"):
+        own = [curve_order(one, curve, device) for one in grid]
+        starts = accumulate(map(len, own), initial=0)
+        order = cat([x + start for x, start in zip(own, starts)])
+    elif not pictures and curve is not None:
+        raise ValueError(
+            f"curve={curve!r} with cu_seqlens: give curve=None where documents are in the order "
+            "wanted, an order, or grid=[...] with one grid for each picture")
+    return replace(call, order=order), _borders(grid, cu_seqlens, n)
+
 # %% ../nbs/08_dilated.ipynb #4ba06f35
 @shortcut
 def dilated_attention(
@@ -253,9 +409,11 @@ def dilated_attention(
     combine: str = "lse", # one softmax over all keys; "heads": heads are dealt out to branches
     dilation_mode: str | None = None, # None: "longnet" for "lse", "residue" for "heads"; or "keys"
     offsets: int | Sequence[int] | None = None, # of keys, modulo each rate; None: the mode's (h)
-    grid: int | Sequence[int] | None = None, # N, (H, W) or (T, H, W), row-major; None: a sequence
+    # N, (H, W) or (T, H, W), row-major; None: a sequence; several: pictures one behind the other
+    grid: int | Sequence[int] | Sequence[Sequence[int]] | None = None,
     curve: str | None = "hilbert", # a name in `CURVES` or "tile:S"; None: in the order wanted
     order: Tensor | None = None, # int64 (N,), any permutation, instead of a curve
+    cu_seqlens: Tensor | Sequence[int] | None = None, # documents' borders: 0, ..., N; None: one
     causal: bool = False, # key token index <= query token index, whatever the curve
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
@@ -268,12 +426,16 @@ def dilated_attention(
     Differentiable in q, k, v through output and LSE, which is in float32 or float64. With
     `combine="lse"` it is one softmax over the multiset of all branches' keys. A query that no
     branch covers gets output 0 and LSE -inf. The order is *global*: it decides which tokens share
-    a segment. Raises `ValueError` for arguments that do not fit, and `RuntimeError` where a forced
-    backend cannot run."""
+    a segment. Several documents (`cu_seqlens`) or pictures (`grid=[(16, 16), (8, 24)]`, each with
+    a curve of its own) are attended each as if alone. Raises `ValueError` for arguments that do
+    not fit, and `RuntimeError` where a forced backend cannot run."""
     call = check_call(q, k, v, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
                       return_lse=return_lse)
     how = segment_lengths, dilation_rates, combine, dilation_mode, offsets
-    call = on_branches(call, *how, grid=grid, curve=curve, order=order)
+    if cu_seqlens is not None or _several_grids(grid):
+        call, borders = _in_documents(call, grid, curve, order, cu_seqlens)
+        return call.result(*_packed(call, how, borders, backend))
+    call = on_branches(call, *how, grid=cast(Any, grid), curve=curve, order=order)
     return call.result(*attend_branches(call, backend))
 
 # %% ../nbs/08_dilated.ipynb #5f0c2b02
@@ -340,17 +502,8 @@ def prefix_branches(
     prefix: int, # leading tokens that attend all and are attended by all
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "Several branches behind a prefix, in one operator on dense kernels."
-    pattern: DilatedPattern = call.pattern
-    branches = pattern.branches
-    if pattern.combine == "lse" or len(branches) == 1:
-        inputs = call.q, call.k, call.v, call.order, call.key_mask, call.seeds(len(branches) + 1)
-        return _prefix_attention(*inputs, *_settings(call, triton=False), prefix)
-    results, group = [], call.q.shape[1] // call.k.shape[1]
-    for branch in branches:
-        first, last = branch.heads
-        k, v = (_kv_heads(x, first, last, group) for x in (call.k, call.v))
-        own = replace(pattern, num_heads=last - first, branches=(branch,))
-        some = replace(call, q=call.q[:, first:last], k=k, v=v, pattern=own)
-        results.append(prefix_branches(some, prefix))
-    outs, lses = zip(*results)
-    return cat(outs, 1), cat(lses, 1)
+    branches = call.pattern.branches
+    if call.pattern.combine == "heads" and len(branches) > 1:
+        return _on_heads(call, lambda own: prefix_branches(own, prefix))
+    inputs = call.q, call.k, call.v, call.order, call.key_mask, call.seeds(len(branches) + 1)
+    return _prefix_attention(*inputs, *_settings(call, triton=False), prefix)
