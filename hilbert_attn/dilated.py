@@ -19,7 +19,7 @@ from torch import Tensor, cat
 from .backends import (
     REGISTRY, attend, choose_backend, computes, family_of, known_length, shortcut)
 from .calls import Call, check_call, check_curve, check_order, on_branches
-from .common import whole_numbers
+from .common import is_plain, whole_numbers
 from .curves import as_grid, curve_order
 from .operators import AttentionOperator, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
@@ -303,7 +303,7 @@ def _packed_backward(
 # %% ../nbs/08_dilated.ipynb #5f0c5a08
 def _packed_pairs(q, k, v, order, key_mask, seeds, cu_seqlens, *settings) -> int:
     "Attended pairs, over batches and heads; all of them where borders are not known."
-    if cu_seqlens.device.type == "meta": return q.shape[0] * q.shape[1] * q.shape[2] ** 2
+    if not is_plain(cu_seqlens): return q.shape[0] * q.shape[1] * q.shape[2] ** 2
     rows = [_rows_of(*where, q)[0] for _, *where in _documents(cu_seqlens, q.shape[2])]
     return sum(_mixture_pairs(x, k, v, order, key_mask, seeds, *settings) for x in rows)
 

@@ -50,6 +50,11 @@ def decoder(q, k, v, **options):
     return ha.hilbert_slide_attention(q, k, v, q.shape[2], **how, **options)
 
 
+def packed(q, k, v, **options):
+    borders = [0, q.shape[2] // 3, q.shape[2]]
+    return ha.dilated_attention(q, k, v, 16, 1, cu_seqlens=borders, curve=None, **options)
+
+
 def causal_ring(q, k, v):
     order = ha.curve_order(q.shape[2], device=q.device)
     return ha.ring_attention(q, k, v, segment_size=16, causal=True, order=order)
@@ -64,7 +69,7 @@ DROPPING = dict(  # functions that can drop weights
     by_heads=partial(ha.dilated_attention, segment_lengths=[16, 2048], dilation_rates=[1, 2],
                      combine="heads"),
     blocks=blocks, causal_blocks=causal_blocks, window=window, neighborhood=neighborhood,
-    curve_window=curve_window, slide=slide, decoder=decoder,
+    curve_window=curve_window, slide=slide, decoder=decoder, packed=packed,
     tiles=partial(ha.tiles_shared_attention, tiles=3, offset=2, shared=2))
 RINGS = dict(
     ring=partial(ha.ring_attention, segment_size=16, dilation_rate=2), causal_ring=causal_ring,
