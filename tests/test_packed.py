@@ -268,3 +268,35 @@ class Kept:
     def __call__(self, x):
         self.sizes.append(x.numel())
         return x
+
+
+def test_one_graph_for_prefixes_of_any_length():
+    count = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    settings = HilbertSettings((8, 32), (1, 2), prefix_tokens=3)
+
+    def f(q, k, v): return prefix_attention(q, k, v, settings, causal=True)
+
+    compiled = torch.compile(f, fullgraph=True, backend=count)
+    for n in (300, 41, 77, 512):
+        x = [y.requires_grad_() for y in inputs(0, 1, 2, 1, n, 16, torch.float32)]
+        out, expected = compiled(*x), f(*x)
+        assert torch.allclose(out, expected, atol=1e-6)
+        for a, b in zip(*(torch.autograd.grad(y.sin().sum(), x) for y in (out, expected))):
+            assert torch.allclose(a, b, atol=1e-6)
+    assert count.frame_count <= 2
+
+
+def test_prefixes_under_transforms():
+    x = inputs(0, 1, 2, 1, 13, 4, torch.float64)
+    settings = HilbertSettings(4, prefix_tokens=2)
+    def f(*x): return prefix_attention(*x, settings)
+    def loss(*x): return f(*x).sin().sum()
+
+    leaves = [y.clone().requires_grad_() for y in x]
+    grads = torch.func.grad(loss, (0, 1, 2))(*x)
+    assert all(map(torch.allclose, grads, torch.autograd.grad(loss(*leaves), leaves)))
+    mapped = torch.func.vmap(f)(*(torch.stack([y, 2 * y]) for y in x))
+    assert torch.allclose(mapped[1], f(*(2 * y for y in x)))
+    _, tangent = torch.func.jvp(lambda q: f(q, *x[1:]), (x[0],), (torch.ones_like(x[0]),))
+    assert tangent.isfinite().all() and (tangent != 0).any()
