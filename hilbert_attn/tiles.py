@@ -208,6 +208,12 @@ class Dropout:
             grads[2][at] = weights.masked_fill_(dropped, 0).mT @ upstream
         return grads
 
+# %% ../nbs/05b_tiles.ipynb #5f0c1a06
+def _weight(lse: Tensor, part_lse: Tensor) -> Tensor: # (..., M, 1)
+    "The part's share of the output."
+    weight = (part_lse - lse).sigmoid_().nan_to_num_(0.0)  # NaN: neither side has keys
+    return weight[..., None]
+
 # %% ../nbs/05b_tiles.ipynb #1703e554
 def mix(
     out: Tensor, # so far (..., M, D)
@@ -216,8 +222,7 @@ def mix(
     part_lse: Tensor, # (..., M)
 ) -> tuple[Tensor, Tensor]: # out, lse
     "Attention to the keys of both; not differentiable, see `merge_attention`."
-    weight = (part_lse - lse).sigmoid_().nan_to_num_(0.0)  # NaN: neither side has keys
-    return out.lerp(part, weight[..., None]), torch.logaddexp(lse, part_lse)
+    return out.lerp(part, _weight(lse, part_lse)), torch.logaddexp(lse, part_lse)
 
 # %% ../nbs/05b_tiles.ipynb #656baf52
 def like(
@@ -389,8 +394,7 @@ class Rectangle(Tile):
 
     def mix(self, out, lse, part, part_lse):
         before, seen = self._rows(out), self._rows(lse)
-        weight = (part_lse - seen).sigmoid_().nan_to_num_(0.0)  # as in the function `mix`
-        before.lerp_(part, weight[..., None])
+        before.lerp_(part, _weight(seen, part_lse))
         seen.copy_(torch.logaddexp(seen, part_lse))
 
 # %% ../nbs/05b_tiles.ipynb #5f0c1a03
