@@ -245,15 +245,15 @@ def attend_branches(
     return out, lse + log(only.copies) if call.need_lse else None
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a02
-def _documents(cu_seqlens: Tensor, n: int) -> Iterator[tuple[int, int, int]]:
-    "Number, first token and end of each document that is not empty."
+def _documents(cu_seqlens: Tensor, n: int) -> Iterator[tuple[int, Any]]:
+    "Number, and first token and end, of each document that is not empty."
     borders = cu_seqlens.tolist()
     if borders[0] != 0 or borders[-1] != n or borders != sorted(borders):
         raise ValueError(
             f"cu_seqlens={borders}: expected borders that begin with 0, never fall, and end with "
             f"N={n}")
     for i, (first, end) in enumerate(pairwise(borders)):
-        if first < end: yield i, first, end
+        if first < end: yield i, (first, end)
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a03
 def _rows_of(first: int, end: int, *tensors: Tensor | None) -> list: # as many
@@ -262,9 +262,10 @@ def _rows_of(first: int, end: int, *tensors: Tensor | None) -> list: # as many
             for x in tensors]
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a04
-def _order_of(first: int, end: int, order: Tensor | None) -> Tensor | None: # int64 (end - first,)
+def _order_of(where: tuple[int, int], order: Tensor | None) -> Tensor | None: # int64
     "The order inside a document."
     if order is None: return None
+    first, end = where
     own = order[first:end] - first
     if bool(((own >= 0) & (own < end - first)).all()): return own
     raise ValueError(
@@ -281,10 +282,11 @@ def _seeds_of(i: int, seeds: Tensor | None, mixture: _Mixture) -> Tensor | None:
 def _packed_forward(
     q, k, v, order, key_mask, seeds, cu_seqlens, *settings) -> tuple[Tensor, Tensor]:
     mixture, out, lse = _Mixture(*settings), torch.empty_like(q), new_lse(q)
-    for i, *where in _documents(cu_seqlens, q.shape[2]):
+    for i, where in _documents(cu_seqlens, q.shape[2]):
         *rows, seen = _rows_of(*where, q, k, v, key_mask)
-        own = mixture.where(rows[0], _order_of(*where, order))
-        parts = _forward_on_tiles(*rows, own, seen, _seeds_of(i, seeds, mixture), mixture)
+        own = mixture.where(rows[0], _order_of(where, order))
+        given: Any = *rows, own, seen, _seeds_of(i, seeds, mixture), mixture
+        parts = _forward_on_tiles(*given)
         for x, part in zip(_rows_of(*where, out, lse), parts): x.copy_(part)
     return out, lse
 
@@ -293,10 +295,11 @@ def _packed_backward(
     dout, dlse, q, k, v, out, lse, order, key_mask, seeds, cu_seqlens, *settings,
 ) -> tuple[Tensor, ...]:
     mixture, grads = _Mixture(*settings), [torch.empty_like(x) for x in (q, k, v)]
-    for i, *where in _documents(cu_seqlens, q.shape[2]):
+    for i, where in _documents(cu_seqlens, q.shape[2]):
         *rows, seen = _rows_of(*where, dout, dlse, q, k, v, out, lse, key_mask)
-        own = _order_of(*where, order)
-        shares = _shares(*rows, own, seen, _seeds_of(i, seeds, mixture), mixture)
+        own = _order_of(where, order)
+        given: Any = *rows, own, seen, _seeds_of(i, seeds, mixture), mixture
+        shares = _shares(*given)
         for x, share in zip(_rows_of(*where, *grads), shares): x.copy_(share)
     return tuple(grads)
 
@@ -304,7 +307,7 @@ def _packed_backward(
 def _packed_pairs(q, k, v, order, key_mask, seeds, cu_seqlens, *settings) -> int:
     "Attended pairs, over batches and heads; all of them where borders are not known."
     if not is_plain(cu_seqlens): return q.shape[0] * q.shape[1] * q.shape[2] ** 2
-    rows = [_rows_of(*where, q)[0] for _, *where in _documents(cu_seqlens, q.shape[2])]
+    rows = [_rows_of(*where, q)[0] for _, where in _documents(cu_seqlens, q.shape[2])]
     return sum(_mixture_pairs(x, k, v, order, key_mask, seeds, *settings) for x in rows)
 
 
@@ -317,10 +320,10 @@ _packed_attention = AttentionOperator(
 def _one_at_a_time(call: Call, how: tuple, cu_seqlens: Tensor, backend: str) -> tuple[Tensor, Any]:
     "Each document as its own call."
     outs, lses, heads = [], [], call.q.shape[1]
-    for _, first, end in _documents(cu_seqlens, call.q.shape[2]):
+    for _, (first, end) in _documents(cu_seqlens, call.q.shape[2]):
         q, k, v, seen = _rows_of(first, end, call.q, call.k, call.v, call.key_mask)
         pattern = DilatedPattern.for_heads(end - first, heads, *how)
-        order = _order_of(first, end, call.order)
+        order = _order_of((first, end), call.order)
         own = replace(call, q=q, k=k, v=v, key_mask=seen, pattern=pattern, order=order)
         out, lse = attend_branches(own, backend)
         outs.append(out)
@@ -388,7 +391,7 @@ def _in_documents(call: Call, grid: Any, curve: str | None, order: Any, cu_seqle
         raise ValueError(f"grid={grid!r} is given with cu_seqlens: give one of them")
     if order is not None: order = check_order(order, n, device)
     elif pictures and check_curve(curve) not in (None, "row_major"):
-        own = [curve_order(one, curve, device) for one in grid]
+        own = [curve_order(one, cast(str, curve), device) for one in grid]
         starts = accumulate(map(len, own), initial=0)
         order = cat([x + start for x, start in zip(own, starts)])
     elif not pictures and curve is not None:
@@ -459,7 +462,8 @@ def _prefix_forward(q, k, v, order, key_mask, seeds, *settings) -> tuple[Tensor,
     out = torch.zeros_like(q, dtype=lse.dtype)
     *cells, seen = _behind(prefix, q, k, v, key_mask)
     order = mixture.where(cells[0], order)
-    results = _forward_on_tiles(*cells, order, seen, seeds, mixture)
+    given: Any = *cells, order, seen, seeds, mixture
+    results = _forward_on_tiles(*given)
     for x, part in zip((out, lse), results): x[:, :, prefix:] = part
     tiles = _rectangles(q, k, key_mask, mixture, prefix, lse.dtype)
     attend_tiles(
@@ -473,7 +477,8 @@ def _prefix_backward(
     mixture = _Mixture(*others)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
     *cells, seen = _behind(prefix, dout, dlse, q, k, v, out, lse, key_mask)
-    shares = _shares(*cells, order, seen, seeds, mixture)
+    given: Any = *cells, order, seen, seeds, mixture
+    shares = _shares(*given)
     for x, part in zip(grads, shares): x[:, :, prefix:] = part
     lse, dlse = without_empty_rows(lse, dlse)
     tiles = _rectangles(q, k, key_mask, mixture, prefix, lse.dtype)

@@ -463,11 +463,13 @@ def _local_forward(
     if not q.numel(): return out, lse
     tokens, dtype = _tokens(pattern, order, k.shape[2]), _room_dtype(pattern, q, k)
     for part in _parts(q, k, pattern, tokens):
-        inputs = queries, keys, values = *map(part.take, (q, k, v)),
+        queries, keys, values = map(part.take, (q, k, v))
         results = part.room(out, dtype), part.room(lse, lse.dtype)
         where = pattern, queries, keys, part.mask(key_mask), lse.dtype
-        attend_tiles(_tiles(*where), *inputs, *results, scale, dropout=dropout)
-        attend_tiles(_for_all(*where), *inputs, *results, scale, mixing=True, dropout=dropout)
+        given: Any = dict(q=queries, k=keys, v=values, scale=scale, dropout=dropout)
+        given |= dict(zip(("out", "lse"), results))
+        attend_tiles(_tiles(*where), **given)
+        attend_tiles(_for_all(*where), **given, mixing=True)
         for x, rows in zip((out, lse), results): part.put(x, rows)
     return out, lse
 
@@ -494,11 +496,13 @@ def _local_backward(
         tokens = _tokens(pattern, order, k.shape[2])
         for part in _parts(q, k, pattern, tokens):
             given = dout, dlse, q, k, v, out, lse
-            rows = [None if x is None else part.take(x) for x in given]
-            room = [part.room(x, dtype) for x, dtype in zip(grads, dtypes)]
+            rows: Any = [None if x is None else part.take(x) for x in given]
+            room: Any = [part.room(x, dtype) for x, dtype in zip(grads, dtypes)]
             where = pattern, rows[2], rows[3], part.mask(key_mask), lse.dtype
-            attend_tiles_backward(_tiles(*where), *rows, room, scale, dropout=dropout)
-            attend_tiles_backward(_for_all(*where), *rows, room, scale, True, dropout)
+            more: Any = dict(zip(("dout", "dlse", "q", "k", "v", "out", "lse"), rows))
+            more |= dict(grads=room, scale=scale, dropout=dropout)
+            attend_tiles_backward(_tiles(*where), **more)
+            attend_tiles_backward(_for_all(*where), **more, mixing=True)
             for x, found in zip(grads, room): part.put(x, found)
     dq, dk, dv = grads
     return dq, like(dk, k), like(dv, v)
