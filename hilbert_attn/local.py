@@ -33,7 +33,8 @@ from .patterns import (
 from .reference import masked_attention, reference_attention
 from .sdpa import masked_sdpa, sdpa_mask_attention
 from .tiles import (
-    Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
+    Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, rectangles,
+    without_empty_rows)
 
 # %% ../nbs/11_local.ipynb #596540c8
 @dataclass(frozen=True)
@@ -105,6 +106,7 @@ def _runs(pattern: AxisPattern, axis: int, side: int) -> list[_Run]:
     for residue, classes, low, high in axis_classes(pattern, axis):
         if side:
             borders = np.append(np.arange(0, len(low), side), len(low))
+            if pattern.sinks: borders = np.union1d(borders, np.count_nonzero(low == 0))
             tiles = _stretches(borders, low, high)
         else: tiles = _whole_tiles(low, high)
         found += [_Run(residue, classes, dilation, *numbers) for numbers in tiles]
@@ -220,21 +222,19 @@ def _on_lattice(part: Tensor, lattice: Tensor, axes: int) -> Tensor:
 
 # %% ../nbs/11_local.ipynb #832d6c0c
 def _read(
-    x: Tensor, # (B, H, cells and what everybody attends, ...)
+    x: Tensor, # (B, H, cells and others, ...)
     unit: _Unit,
     side: str, # "q" or "k"
     group: int, # heads that are stacked as further places
     dtype: torch.dtype,
 ) -> Tensor: # (T, H / group, places, ...)
-    "The tiles of `x` as one batch; behind the keys of each stand those that everybody attends."
+    "The tiles of `x` as one batch."
     lattice, axes = _lattice(x, unit, side, group), len(unit.runs)
     tiles, heads = prod(lattice.shape[:2 * axes + 1]), lattice.shape[2 * axes + 1]
-    places, always = group * (unit.queries if side == "q" else unit.keys), 0
-    if side == "k": always = x.shape[2] - unit.cells
-    if not always and x.dtype == dtype: return lattice.reshape(tiles, heads, places, *x.shape[3:])
-    batch = x.new_empty(tiles, heads, places + always, *x.shape[3:], dtype=dtype)
-    _on_lattice(batch[:, :, :places], lattice, axes).copy_(lattice)
-    if always: batch[:, :, places:].unflatten(0, (len(x), -1)).copy_(x[:, None, :, unit.cells:])
+    places = group * (unit.queries if side == "q" else unit.keys)
+    if x.dtype == dtype: return lattice.reshape(tiles, heads, places, *x.shape[3:])
+    batch = x.new_empty(tiles, heads, places, *x.shape[3:], dtype=dtype)
+    _on_lattice(batch, lattice, axes).copy_(lattice)
     return batch
 
 # %% ../nbs/11_local.ipynb #ddc3b7bc
@@ -246,10 +246,8 @@ def _write(x: Tensor, part: Tensor, unit: _Unit, group: int):
 # %% ../nbs/11_local.ipynb #21e7c0d6
 def _add(x: Tensor, part: Tensor, unit: _Unit):
     "Adds a batch of key tiles, which may overlap, to `x` (B, H_kv, cells and others, D)."
-    always = part[:, :, unit.keys:]
-    if always.shape[2]: x[:, :, unit.cells:] += always.unflatten(0, (len(x), -1)).sum(1)
     lattice = _lattice(x, unit, "k")
-    part = _on_lattice(part[:, :, :unit.keys], lattice, len(unit.runs))
+    part = _on_lattice(part, lattice, len(unit.runs))
     phases = []
     for run in unit.runs:
         _, stride, count = run.k
@@ -304,15 +302,17 @@ class _Part:
         own = self.own(x)
         return own if self.tokens is None else own.index_select(2, self.tokens[:own.shape[2]])
 
-    def room(self, x: Tensor) -> Tensor:
-        "Where results go: into `x` itself, or aside until they are put back into its order."
+    def room(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        "Where results go: into `x` itself, or aside until they are put where they belong."
         own = self.own(x)
-        return own if self.tokens is None else own.new_zeros(own.shape)
+        if self.tokens is None and own.dtype == dtype: return own
+        return own.new_zeros(own.shape, dtype=dtype)
 
     def put(self, x: Tensor, rows: Tensor):
-        if self.tokens is None: return
         own = self.own(x)
-        own.index_copy_(2, self.tokens[:own.shape[2]], rows)
+        if self.tokens is not None:
+            own.index_copy_(2, self.tokens[:own.shape[2]], rows.to(x.dtype))
+        elif rows.dtype != x.dtype: own.copy_(rows)
 
     def mask(self, key_mask: Tensor | None) -> Tensor | None: # bool (B, M)
         if key_mask is None or self.tokens is None:
@@ -333,7 +333,7 @@ def _parts(
     "Cuts a call so that neither one tile of all heads, nor tokens in order, exceed a chunk."
     B, heads, keys, D = k.shape
     widest = max(unit.keys for unit in _plan(pattern, q.shape[1] // heads))
-    most = _TILE_CHUNK // (D * (widest + keys - prod(pattern.grid)))
+    most = _TILE_CHUNK // (D * widest)
     if tokens is not None: most = min(most, _ORDER_CHUNK // (keys * D))
     h = min(heads, max(1, most))
     b = min(B, max(1, most // heads))
@@ -374,11 +374,10 @@ def _shared_unit(pattern: AxisPattern) -> _Unit:
 
 # %% ../nbs/11_local.ipynb #ee63b497
 @lru_cache(maxsize=64)
-def _chunks(pattern: AxisPattern, group: int, most: int, always: int) -> tuple[_Unit, ...]:
-    "The units of a call, at most so many keys at a time; of a tile, `always` more than its own."
+def _chunks(pattern: AxisPattern, group: int, most: int) -> tuple[_Unit, ...]:
+    "The units of a call, at most so many keys at a time."
     found: list[_Unit] = []
-    for unit in _plan(pattern, group): found += _cut(unit, max(1, most // (unit.keys + always)))
-    if pattern.shared: found.append(_shared_unit(pattern))
+    for unit in _plan(pattern, group): found += _cut(unit, max(1, most // unit.keys))
     return tuple(found)
 
 # %% ../nbs/11_local.ipynb #377719c1
@@ -397,20 +396,18 @@ class _LocalTile(Tile):
         self.shape = *batches[0].shape[:2], rows[0].shape[2], batches[0].shape[2]
         return rows, batches
 
-    def _allowed(self) -> Tensor | None: # bool, broadcastable to (T, heads, M, J + R)
+    def _allowed(self) -> Tensor | None: # bool, broadcastable to (T, heads, M, J)
         mask, unit = self.unit.mask, self.unit
         allowed = None
         if mask is not None:
-            always = self.shape[3] - unit.keys
-            allowed = F.pad(torch.from_numpy(mask), (0, always), value=True)
-            allowed = allowed.repeat(self.group, 1)[None, None]
+            allowed = torch.from_numpy(mask).repeat(self.group, 1)[None, None]
         if self.key_mask is None: return allowed
         seen = _read(self.key_mask[:, None], unit, "k", 1, torch.bool)[:, :, None]
         allowed = seen if allowed is None else seen & allowed
         self.no_keys = ~allowed.any(-1)
         return allowed
 
-    def bias(self) -> Tensor | None: # (T, heads, M, J + R), strided over what it is not about
+    def bias(self) -> Tensor | None: # (T, heads, M, J), strided over what it is not about
         allowed = self._allowed()
         if allowed is None: return None
         bias = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
@@ -435,11 +432,36 @@ def _tiles(
     key_mask: Tensor | None, # bool (B, M)
     dtype: torch.dtype, # of the computation
 ) -> Iterator[Tile]:
-    "All tiles of a part, as many at a time as fit into a chunk."
-    group, always = q.shape[1] // k.shape[1], k.shape[2] - prod(pattern.grid)
+    "All tiles of a part, as many at a time as fit into a chunk; and the shared tokens."
+    group = q.shape[1] // k.shape[1]
     most = _TILE_CHUNK // max(1, k.shape[0] * k.shape[1] * k.shape[3])
-    for unit in _chunks(pattern, group, most, always):
-        yield _LocalTile(unit, group, key_mask, dtype)
+    for unit in _chunks(pattern, group, most): yield _LocalTile(unit, group, key_mask, dtype)
+    shared, everything = range(prod(pattern.grid), q.shape[2]), range(k.shape[2])
+    yield from rectangles(q, k, shared, everything, key_mask, dtype)
+
+# %% ../nbs/11_local.ipynb #5f0c1b01
+def _for_all(
+    pattern: AxisPattern,
+    q: Tensor, # (B, H, N, D), of a part
+    k: Tensor, # (B, H_kv, M, D)
+    key_mask: Tensor | None, # bool (B, M)
+    dtype: torch.dtype, # of the computation
+) -> Iterator[Tile]:
+    "What the tokens of the grid see beyond their tiles: to be mixed in."
+    cells, rest = prod(pattern.grid), (key_mask, dtype)
+    yield from rectangles(q, k, range(cells), range(cells, k.shape[2]), *rest)
+    yield from rectangles(q, k, _late(pattern), range(pattern.sinks), *rest)
+
+# %% ../nbs/11_local.ipynb #5f0c4b01
+def _late(pattern: AxisPattern) -> range:
+    "The places that see the sinks beside their tiles."
+    return pattern.late if isinstance(pattern, SlidePattern) and pattern.sinks else range(0)
+
+# %% ../nbs/11_local.ipynb #5f0c1b02
+def _room_dtype(pattern: AxisPattern, q: Tensor, k: Tensor) -> torch.dtype:
+    "Results of several parts are added up in the precision of sums."
+    several = k.shape[2] > prod(pattern.grid) or _late(pattern)
+    return lse_dtype(q.dtype) if several else q.dtype
 
 # %% ../nbs/11_local.ipynb #6112e38f
 def _local_forward(
@@ -455,12 +477,15 @@ def _local_forward(
     "Output and LSE on the CPU, some tiles at a time."
     out, lse = torch.empty_like(q), new_lse(q)
     if not q.numel(): return out, lse
-    tokens = _tokens(pattern, order, k.shape[2])
+    tokens, dtype = _tokens(pattern, order, k.shape[2]), _room_dtype(pattern, q, k)
     for part in _parts(q, k, pattern, tokens):
         queries, keys, values = map(part.take, (q, k, v))
-        results = part.room(out), part.room(lse)
-        tiles = _tiles(pattern, queries, keys, part.mask(key_mask), lse.dtype)
-        attend_tiles(tiles, queries, keys, values, *results, scale, dropout=dropout)
+        results = part.room(out, dtype), part.room(lse, lse.dtype)
+        where = pattern, queries, keys, part.mask(key_mask), lse.dtype
+        given: Any = dict(q=queries, k=keys, v=values, scale=scale, dropout=dropout)
+        given |= dict(zip(("out", "lse"), results))
+        attend_tiles(_tiles(*where), **given)
+        attend_tiles(_for_all(*where), **given, mixing=True)
         for x, rows in zip((out, lse), results): part.put(x, rows)
     return out, lse
 
@@ -481,17 +506,19 @@ def _local_backward(
 ) -> tuple[Tensor, Tensor, Tensor]: # dq, dk, dv
     "Gradients of q, k, v on the CPU, some tiles at a time."
     grads = torch.empty_like(q), *(torch.zeros_like(x, dtype=lse.dtype) for x in (k, v))
+    dtypes = _room_dtype(pattern, q, k), lse.dtype, lse.dtype
     if q.numel():
         lse, dlse = without_empty_rows(lse, dlse)
         tokens = _tokens(pattern, order, k.shape[2])
         for part in _parts(q, k, pattern, tokens):
-            queries, keys, values = map(part.take, (q, k, v))
-            tiles = _tiles(pattern, queries, keys, part.mask(key_mask), lse.dtype)
-            room, upstream = [part.room(x) for x in grads], part.take(dout)
-            norms = None if dlse is None else part.take(dlse)
-            attend_tiles_backward(
-                tiles, upstream, norms, queries, keys, values,
-                part.take(out), part.take(lse), room, scale, dropout=dropout)
+            given = dout, dlse, q, k, v, out, lse
+            rows: Any = [None if x is None else part.take(x) for x in given]
+            room: Any = [part.room(x, dtype) for x, dtype in zip(grads, dtypes)]
+            where = pattern, rows[2], rows[3], part.mask(key_mask), lse.dtype
+            more: Any = dict(zip(("dout", "dlse", "q", "k", "v", "out", "lse"), rows))
+            more |= dict(grads=room, scale=scale, dropout=dropout)
+            attend_tiles_backward(_tiles(*where), **more)
+            attend_tiles_backward(_for_all(*where), **more, mixing=True)
             for x, found in zip(grads, room): part.put(x, found)
     dq, dk, dv = grads
     return dq, like(dk, k), like(dv, v)
@@ -534,13 +561,18 @@ def _tiles_op(order, kind, numbers, group, most, keys, device) -> list[Tensor]:
     pattern = _decoded(kind, tuple(numbers))
     cells, tokens = prod(pattern.grid), _tokens(pattern, order, keys)
     row = torch.arange(keys, device=device) if tokens is None else tokens.to(device)
+    behind, late = row[cells:], _late(pattern)
+    with_sinks = torch.cat([row[:pattern.sinks], behind]) if late else behind
+    units = [(unit, with_sinks if unit.runs[0].q[0] in late else behind)
+             for unit in _chunks(pattern, group, most)]
+    if pattern.shared: units.append((_shared_unit(pattern), behind))
     found = []
-    for unit in _chunks(pattern, group, most, keys - cells):
-        rows = (_read(row[None, None], unit, side, 1, torch.int64)[:, 0] for side in "qk")
-        queries, others = (x.clone(memory_format=torch.contiguous_format) for x in rows)
+    for unit, always in units:
+        queries, others = (_read(row[None, None], unit, side, 1, row.dtype)[:, 0] for side in "qk")
+        others = torch.cat([others, always.expand(len(others), -1)], 1)
         seen = np.ones((1, unit.keys), bool) if unit.mask is None else unit.mask
-        mask = F.pad(torch.tensor(seen), (0, keys - cells), value=True)
-        found += [queries, others, mask.to(device)]
+        mask = F.pad(torch.tensor(seen), (0, len(always)), value=True)
+        found += [queries.clone(memory_format=torch.contiguous_format), others, mask.to(device)]
     return found
 
 
@@ -836,8 +868,9 @@ def hilbert_slide_attention(
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
-    window: int, # `window // 2` positions on either side, fewer at the ends
+    window: int | tuple[int, int], # positions before and after; one number w: w // 2 each
     *,
+    sinks: int = 0, # first positions, which every query sees that is not before them
     curve: str | None = "hilbert", # decides which tokens are near; None: token order
     registers: tuple[Tensor, Tensor] | None = None, # keys and values (B, H_kv, R, D) for all
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
@@ -846,13 +879,14 @@ def hilbert_slide_attention(
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
 ) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D) in token order, or out and lse (B, H, N)
-    """Attention to the positions at most `window // 2` away along the curve (arXiv 2511.05832).
+    """Attention to the positions at most so far away along the curve (arXiv 2511.05832).
 
-    The curve is *global*: it changes the result.
-    Raises `ValueError` for arguments that do not fit."""
+    The curve is *global*: it changes the result. A decoder's window of w tokens, itself included,
+    is `window=(w - 1, 0), curve=None`; `sinks` are tokens at the start that stay in sight
+    (arXiv 2309.17453). Raises `ValueError` for arguments that do not fit."""
     call = _check(
         q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, return_lse=return_lse)
-    return _attend(call, SlidePattern(call.q.shape[2], window), grid, curve, backend)
+    return _attend(call, SlidePattern(call.q.shape[2], window, sinks), grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #00e14d86
 @shortcut

@@ -437,6 +437,7 @@ class AxisPattern:
     in_stretches: ClassVar[bool] = False # do stretches of queries attend the same keys?
     dilation: tuple[int, ...] = () # between neighbouring places of an axis; (): 1
     shared: int = 0 # tokens before those of the grid that attend all and are attended by all
+    sinks: int = 0 # first places of each axis, seen too by whose keys begin behind them
 
     if TYPE_CHECKING:  # fields of the one, properties of the other
         @property
@@ -452,14 +453,15 @@ class AxisPattern:
 
     def _axis_mask(self, axis: int) -> Tensor: # bool (n, n)
         place, first, last = map(torch.from_numpy, self.axis_bounds(axis))
-        return (first[:, None] <= place) & (place <= last[:, None])
+        mask = (first[:, None] <= place) & (place <= last[:, None])
+        return mask | (first[:, None] > 0) & (place < self.sinks)
 
     def pairs(self, num_heads: int = 1) -> int:
         "Counts the attended pairs, summed over the heads: the product of the counts on each axis."
         cells, counts = prod(self.grid), []
         for axis in range(len(self.grid)):
             _, first, last = self.axis_bounds(axis)
-            counts.append(int((last - first + 1).sum()))
+            counts.append(int((last - first + 1).sum() + self.sinks * (first > 0).sum()))
         return num_heads * (prod(counts) + self.shared * (self.seq_len + cells))
 
     @property
@@ -583,27 +585,51 @@ class NeighborhoodPattern(AxisPattern):
             last = first + k - 1
         return begin + member, begin + first, begin + last
 
+# %% ../nbs/01_patterns.ipynb #5f0c4a01
+def _reaches(window: Any) -> tuple[int, int]: # before and after
+    "How far a window reaches to either side, from one number or two."
+    if isinstance(window, (list, tuple)):
+        if len(window) != 2:
+            raise ValueError(f"window={window!r}: expected one number, or (before, after)")
+        before, after = (whole_number("window", x, 0) for x in window)
+        return before, after
+    half = whole_number("window", window, 1) // 2
+    return half, half
+
 # %% ../nbs/01_patterns.ipynb #4b253cb2
 @dataclass(frozen=True)
 class SlidePattern(AxisPattern):
-    """A window that slides along the curve: positions at most `window // 2` apart.
+    """A window that slides along positions, and first ones that stay in sight.
 
-    After Longformer (arXiv 2004.05150), which slides along a text."""
+    A query at position p sees the positions from p - before to p + after, and of the first
+    `sinks` positions all that are not later than that. After Longformer (arXiv 2004.05150) and
+    attention sinks (2309.17453)."""
     seq_len: int # N
-    window: int # window // 2 positions on either side
+    window: tuple[int, int] # before and after; one number w is w // 2 on either side
+    sinks: int = 0 # first positions that no query loses sight of
     along_curve = True
 
     def __post_init__(self):
-        for name in ("seq_len", "window"):
-            _set(self, **{name: whole_number(name, getattr(self, name), 1)})
+        _set(self, seq_len=whole_number("seq_len", self.seq_len, 1))
+        _set(self, window=_reaches(self.window))
+        _set(self, sinks=whole_number("sinks", self.sinks, 0))
+
+    if TYPE_CHECKING:
+        def __init__(self, seq_len: int, window: int | Sequence[int], sinks: int = 0): ...
 
     @property
     def grid(self) -> tuple[int, ...]: return (self.seq_len,)
 
+    @property
+    def late(self) -> range:
+        "The positions whose window begins behind the sinks."
+        return range(min(self.window[0] + self.sinks + 1, self.seq_len), self.seq_len)
+
     def axis_bounds(self, axis: int) -> AxisBounds:
-        "The positions that a slide reaches, fewer at the ends."
-        place, reach = np.arange(self.seq_len), self.window // 2
-        return place, (place - reach).clip(0), (place + reach).clip(max=self.seq_len - 1)
+        "The positions that a slide reaches, fewer at the ends; a window grows into the sinks."
+        place, (before, after) = np.arange(self.seq_len), self.window
+        first = np.where(place < self.late.start, 0, place - before)
+        return place, first, (place + after).clip(max=self.seq_len - 1)
 
 # %% ../nbs/01_patterns.ipynb #49944a8f
 @dataclass(frozen=True)
@@ -678,7 +704,7 @@ def attends_boxes(
     pattern: AxisPattern, # of a grid
 ) -> bool:
     "Does every query attend a box of which it is a member, on every axis?"
-    return all(
+    return not pattern.sinks and all(
         find_boxes(low, high) is not None
         for axis in range(len(pattern.grid))
         for _, _, low, high in axis_classes(pattern, axis))

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rows_apart', 'flash', 'flash_backward', 'dense_backward', 'Dropout', 'mix', 'like', 'Tile', 'attend_tiles',
-           'attend_tiles_backward', 'without_empty_rows', 'new_lse']
+           'attend_tiles_backward', 'without_empty_rows', 'new_lse', 'Rectangle', 'rectangles']
 
 # %% ../nbs/05b_tiles.ipynb #1cc63c5a
 from collections.abc import Iterable, Iterator, Sequence
@@ -208,6 +208,12 @@ class Dropout:
             grads[2][at] = weights.masked_fill_(dropped, 0).mT @ upstream
         return grads
 
+# %% ../nbs/05b_tiles.ipynb #5f0c1a06
+def _weight(lse: Tensor, part_lse: Tensor) -> Tensor: # (..., M, 1)
+    "The part's share of the output."
+    weight = (part_lse - lse).sigmoid_().nan_to_num_(0.0)  # NaN: neither side has keys
+    return weight[..., None]
+
 # %% ../nbs/05b_tiles.ipynb #1703e554
 def mix(
     out: Tensor, # so far (..., M, D)
@@ -216,8 +222,7 @@ def mix(
     part_lse: Tensor, # (..., M)
 ) -> tuple[Tensor, Tensor]: # out, lse
     "Attention to the keys of both; not differentiable, see `merge_attention`."
-    weight = (part_lse - lse).sigmoid_().nan_to_num_(0.0)  # NaN: neither side has keys
-    return out.lerp(part, weight[..., None]), torch.logaddexp(lse, part_lse)
+    return out.lerp(part, _weight(lse, part_lse)), torch.logaddexp(lse, part_lse)
 
 # %% ../nbs/05b_tiles.ipynb #656baf52
 def like(
@@ -342,3 +347,76 @@ def new_lse(
 ) -> Tensor: # (B, H, N), -inf
     "The log-sum-exp of queries that have seen no key yet."
     return q.new_full(q.shape[:3], -torch.inf, dtype=lse_dtype(q.dtype))
+
+# %% ../nbs/05b_tiles.ipynb #5f0c1a02
+class Rectangle(Tile):
+    "Queries and keys that all see each other, or those before them, read and mixed in place."
+
+    def __init__(
+        self,
+        heads: slice, # query heads, as many as there are key/value heads
+        queries: slice, # rows of the queries' tensors
+        keys: slice, # rows of the keys' tensors
+        key_mask: Tensor | None, # bool (B, M), of all keys
+        dtype: torch.dtype, # of the computation
+        triangular: bool = False, # causal: key place <= query place
+    ):
+        self.heads, self.queries, self.keys, self.dtype = heads, queries, keys, dtype
+        self.seen = None if key_mask is None else key_mask[:, None, keys]
+        self.triangular = triangular
+
+    def _rows(self, x: Tensor) -> Tensor: return x[:, self.heads, self.queries]
+
+    def read(self, queries, keys):
+        rows: list[Any] = [None if x is None else self._rows(x).to(self.dtype) for x in queries]
+        batches = [x[:, :, self.keys].to(self.dtype) for x in keys]
+        self.shape = *rows[0].shape[:3], batches[0].shape[2]
+        return rows, batches
+
+    def bias(self):
+        if self.seen is None: return None
+        bias = torch.zeros_like(self.seen, dtype=self.dtype).masked_fill_(~self.seen, -torch.inf)
+        return bias[:, :, None].expand(self.shape)
+
+    def empty(self):
+        if self.seen is None: return None
+        if self.triangular: return self.seen.cumsum(-1) == 0
+        return ~self.seen.any(-1, keepdim=True)
+
+    def write(self, x, batch, model, add=False):
+        rows = self._rows(x)
+        rows.add_(batch) if add else rows.copy_(batch)
+        return x
+
+    def add(self, x, batch, model, add=False):
+        x[:, :, self.keys].add_(batch)
+        return x
+
+    def mix(self, out, lse, part, part_lse):
+        before, seen = self._rows(out), self._rows(lse)
+        before.lerp_(part, _weight(seen, part_lse))
+        seen.copy_(torch.logaddexp(seen, part_lse))
+
+# %% ../nbs/05b_tiles.ipynb #5f0c1a03
+_ROW_CHUNK = 1 << 19  # elements of q that are attended at a time: 2 MiB of float32
+
+
+def rectangles(
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # (B, H_kv, M, D)
+    queries: range, # rows of q
+    keys: range, # rows of k
+    key_mask: Tensor | None, # bool (B, M)
+    dtype: torch.dtype, # of the computation
+    triangular: bool = False, # causal: key place <= query place
+) -> Iterator[Rectangle]:
+    "All pairs of these queries and keys, some queries at a time; none where a side is empty."
+    if not queries or not keys: return
+    group, step = q.shape[1] // k.shape[1], len(queries)
+    if not triangular: step = max(64, _ROW_CHUNK // (k.shape[0] * k.shape[1] * k.shape[3]))
+    for first in range(queries.start, queries.stop, step):
+        rows = slice(first, min(first + step, queries.stop))
+        for member in range(group):
+            heads = slice(member, None, group)
+            yield Rectangle(
+                heads, rows, slice(keys.start, keys.stop), key_mask, dtype, triangular)

@@ -135,7 +135,9 @@ def patterns(draw, max_n: int = 90):
         window = tuple(draw(st.integers(1, g + 2)) for g in grid)
         return WindowPattern(grid, window, tuple(draw(st.integers(0, w - 1)) for w in window))
     if kind == "neighborhood": return draw(neighborhoods(grid))
-    if kind == "slide": return SlidePattern(n, draw(st.integers(1, n + 3)))
+    if kind == "slide":
+        reach = st.integers(0, n + 3)
+        return SlidePattern(n, (draw(reach), draw(reach)), draw(st.integers(0, 5)))
     if kind == "segment": return draw(segments(n))
     shared = draw(st.integers(0, min(n - 1, 20)))
     tiles, offset = draw(st.integers(1, n - shared)), draw(st.integers(0, 2 * n))
@@ -225,7 +227,7 @@ def keys_of(pattern, position: torch.Tensor, query: int) -> torch.Tensor: # bool
         x, y = divmod(query, GRID[1])
         return (pattern._axis_mask(0)[x][:, None] & pattern._axis_mask(1)[y]).flatten()
     if isinstance(pattern, SlidePattern):
-        return (position - position[query]).abs() <= pattern.window // 2
+        return (position - position[query]).abs() <= pattern.window[0]
     if isinstance(pattern, TilesSharedPattern):
         sizes = torch.tensor(pattern.tile_sizes())
         tile = torch.repeat_interleave(torch.arange(pattern.tiles), sizes)

@@ -111,13 +111,11 @@ def hilbert_window_keys(grid, window, curve):
     )
 
 
-def hilbert_slide_keys(grid, window, curve):
-    return torch.tensor(
-        [
-            [abs(a - b) <= window // 2 for b in positions(grid, curve)]
-            for a in positions(grid, curve)
-        ]
-    )
+def hilbert_slide_keys(grid, window, curve, sinks=0):
+    before, after = (window // 2, window // 2) if isinstance(window, int) else window
+    places = positions(grid, curve)
+    return torch.tensor([
+        [b <= a + after and (b >= a - before or b < sinks) for b in places] for a in places])
 
 
 def tiles_shared_keys(grid, tiles, offset, shared, curve) -> torch.Tensor:
@@ -194,7 +192,7 @@ class LocalCase:
         if self.name == "hilbert_window":
             return hilbert_window_keys(self.grid, o["window"], self.curve)
         if self.name == "hilbert_slide":
-            return hilbert_slide_keys(self.grid, o["window"], self.curve)
+            return hilbert_slide_keys(self.grid, o["window"], self.curve, o.get("sinks", 0))
         return tiles_shared_keys(self.grid, o["tiles"], o["offset"], o["shared"], self.curve)
 
     def call(self, q, k, v, **more):
@@ -292,6 +290,10 @@ def local_options(draw, name: str, grid: tuple[int, ...]) -> dict:
         )
     else:
         options = dict(window=draw(st.integers(1, n + 5)))
+    if name == "hilbert_slide" and draw(st.booleans()):
+        reach = st.integers(0, max(1, n // 3))
+        after = draw(st.sampled_from((0, 1))) and draw(reach)
+        options = dict(window=(draw(reach), after), sinks=draw(st.integers(0, 6)))
     return options
 
 
@@ -366,6 +368,11 @@ def test_the_other_paths_equal_the_oracle(case, path):
         case.check(backend=path)
 
 
+@examples(40, 300)
+@given(local_cases(names=("hilbert_slide",)))
+def test_slides_equal_the_oracle(case): case.check(backend="sdpa")
+
+
 @needs_triton
 @examples(25, 80)
 @given(
@@ -389,6 +396,7 @@ def test_triton_equals_the_oracle(case, block_size):
         ("neighborhood", dict(kernel_size=(3, 4), dilation=(1, 2), causal=(True, False))),
         ("hilbert_window", dict(window=20)),
         ("hilbert_slide", dict(window=9)),
+        ("hilbert_slide", dict(window=(7, 0), sinks=3)),
         ("tiles_shared", dict(tiles=3, offset=7, shared=3)),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
@@ -637,6 +645,7 @@ OPERATOR_CASES = [
     WindowPattern((3, 5), (2, 3), (1, 2)),
     NeighborhoodPattern((3, 5), (2, 2), (1, 2), (True, False)),
     SlidePattern(13, 4),
+    SlidePattern(13, (3, 0), 2),
     TilesSharedPattern(15, 3, 0, 2),
     StretchPattern(13, 4),
     PatchPattern(4, (7, 1, 5)),
@@ -775,6 +784,7 @@ def test_dropout():
     NeighborhoodPattern((70, 90), (13, 7), (3, 1), (False, True)),
     WindowPattern((65, 33), (8, 5), (3, 0)),
     SlidePattern(100_000, 256),
+    SlidePattern(100_000, (511, 0), 4),
     TilesSharedPattern(10_007, 13),
     NeighborhoodPattern((9, 40, 40), (3, 5, 5), (1, 2, 1)),
 ], ids=lambda p: type(p).__name__)
@@ -784,7 +794,8 @@ def test_plans_are_small_and_count_right(pattern):
 
     plan = local._plan(pattern)
     assert sum(u.tiles * u.queries for u in plan) == math.prod(pattern.grid)
-    assert sum(u.tiles * pairs(u) for u in plan) == pattern.pairs()
+    sinks = pattern.sinks * len(local._late(pattern))
+    assert sum(u.tiles * pairs(u) for u in plan) + sinks == pattern.pairs()
     assert len(plan) <= 12 ** len(pattern.grid)
     for most in (1, 7):
         parts = [part for unit in plan[:3] for part in local._cut(unit, most)]
@@ -847,6 +858,11 @@ def test_bad_window_arguments(bad, named):
         lambda *x: neighborhood_attention(*x, (2, 8), 3),
         lambda *x: hilbert_window_attention(*x, (4, 4), 0),
         lambda *x: hilbert_slide_attention(*x, (4, 4), 0),
+        lambda *x: hilbert_slide_attention(*x, (4, 4), (3, -1)),
+        lambda *x: hilbert_slide_attention(*x, (4, 4), (3, 0, 1)),
+        lambda *x: hilbert_slide_attention(*x, (4, 4), (3, 0.5)),
+        lambda *x: hilbert_slide_attention(*x, (4, 4), 3, sinks=-1),
+        lambda *x: hilbert_slide_attention(*x, (4, 4), 3, sinks=1.5),
         lambda *x: hilbert_slide_attention(*x, (4, 3), 4),
         lambda *x: tiles_shared_attention(*x, tiles=0),
         lambda *x: tiles_shared_attention(*x, tiles=17),

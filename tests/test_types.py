@@ -182,7 +182,7 @@ PASSED_ON = [  # what passes its options on, to what, and which of them it sets 
     (h.hilbert_attention_kernel, attention_forward, set()),
     (h.standard_attention_kernel, attention_forward, {"order"}),
     (h.explain_backend, h.hilbert_attention, {"v", "return_lse"}),
-    (h.explain_backend, h.dilated_attention, {"v", "return_lse"}),
+    (h.explain_backend, h.dilated_attention, {"v", "return_lse", "cu_seqlens"}),
 ]
 
 

@@ -51,6 +51,16 @@ def points(q, k, v, **options):
     return point_attention(q, k, v, order, patch_size=16, **options)
 
 
+def decoder(q, k, v, **options):
+    how = dict(window=(8, 0), sinks=3, curve=None)
+    return ha.hilbert_slide_attention(q, k, v, q.shape[2], **how, **options)
+
+
+def packed(q, k, v, **options):
+    borders = [0, q.shape[2] // 3, q.shape[2]]
+    return ha.dilated_attention(q, k, v, 16, 1, cu_seqlens=borders, curve=None, **options)
+
+
 def causal_ring(q, k, v):
     order = ha.curve_order(q.shape[2], device=q.device)
     return ha.ring_attention(q, k, v, segment_size=16, causal=True, order=order)
@@ -65,7 +75,7 @@ DROPPING = dict(  # functions that can drop weights
     by_heads=partial(ha.dilated_attention, segment_lengths=[16, 2048], dilation_rates=[1, 2],
                      combine="heads"),
     blocks=blocks, causal_blocks=causal_blocks, window=window, neighborhood=neighborhood,
-    curve_window=curve_window, slide=slide, points=points,
+    curve_window=curve_window, slide=slide, decoder=decoder, packed=packed, points=points,
     tiles=partial(ha.tiles_shared_attention, tiles=3, offset=2, shared=2))
 RINGS = dict(
     ring=partial(ha.ring_attention, segment_size=16, dilation_rate=2), causal_ring=causal_ring,

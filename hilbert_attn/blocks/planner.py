@@ -165,7 +165,7 @@ def _slide_pairs(first, last, tokens: np.ndarray, block_size, causal) -> Iterato
         if causal:
             least = np.where(end == last[i], from_start[end], to_end[begin])
             pairs = np.where(most[column] <= tokens[i], pairs, least <= tokens[i])
-        yield row[i], column, pairs
+        if len(i): yield row[i], column, pairs
 
 # %% ../../nbs/10a_block_planner.ipynb #dca60609
 def _packed(sizes: np.ndarray, block: int) -> np.ndarray:
@@ -229,6 +229,14 @@ def _places(pattern: AxisPattern, order: np.ndarray) -> np.ndarray: # int64 (3, 
     tables = map(pattern.axis_bounds, range(len(coordinates)))
     return np.stack([[of[x] for of in three] for three, x in zip(tables, coordinates)], 1)
 
+# %% ../../nbs/10a_block_planner.ipynb #5f0c4c01
+def _with_sinks(places: np.ndarray, sinks: int) -> np.ndarray: # int64 (3, 2, tokens)
+    "A window and the first positions as two rules: not behind its end, and in it or a sink."
+    (place,), (first,), (last,) = places
+    end, start = np.full_like(place, len(place)), np.zeros_like(place)
+    known = np.where(place < sinks, end, place)
+    return np.array([[place, known], [start, first], [last, end]])
+
 # %% ../../nbs/10a_block_planner.ipynb #88f61c18
 def _plan_intervals(pattern, order, block_size, causal) -> _Plan:
     "Positions are slots; or residue classes one behind the other, each along the order."
@@ -239,6 +247,10 @@ def _plan_intervals(pattern, order, block_size, causal) -> _Plan:
     if pattern.along_curve and sees_itself.all():
         tokens = [_padded(order, block) for block in block_size]
         pairs = _slide_pairs(first[0], last[0], order, block_size, causal)
+        if pattern.sinks:
+            seen = np.where(first[0] > 0, pattern.sinks - 1, -1)  # the last one
+            sinks = _slide_pairs(np.zeros_like(seen), seen, order, block_size, causal)
+            pairs, places = chain(pairs, sinks), _with_sinks(places, pattern.sinks)
     else:
         dilation = pattern.dilation or (1,) * len(pattern.grid)
         coordinates = np.unravel_index(_cells(pattern, order), pattern.grid)
@@ -294,12 +306,21 @@ def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
     lo, at = own[:, None][:, :mixed]  # no axis, where a block holds tokens of one section only
     return _Plan(tokens, _section_pairs(parts[0], parts[1], causal), at, lo, lo)
 
+# %% ../../nbs/10a_block_planner.ipynb #5f0c4c02
+def _once(row: np.ndarray, column: np.ndarray, pairs: np.ndarray) -> tuple: # the same three
+    "Adds up what several rules (a window and its sinks) found in one block."
+    width = column.max(initial=0) + 1
+    key, first, block = np.unique(
+        row * width + column, return_index=True, return_inverse=True)
+    if len(key) == len(row): return row, column, pairs
+    return row[first], column[first], np.bincount(block, pairs)
+
 # %% ../../nbs/10a_block_planner.ipynb #41c1cdad
 def _visited_blocks(plan: _Plan, found: Iterable[tuple], block_size) -> tuple:
     "The blocks that hold pairs: row, column, full."
     queries = (plan.tokens[0] >= 0).reshape(-1, block_size[0]).sum(1)
     tallies = [np.zeros((3, 0), np.int64), *(_tally(*chunk) for chunk in found)]
-    row, column, pairs = map(np.concatenate, zip(*tallies))
+    row, column, pairs = _once(*map(np.concatenate, zip(*tallies)))
     return row, column, pairs == queries[row] * block_size[1]
 
 # %% ../../nbs/10a_block_planner.ipynb #dcc3ae44

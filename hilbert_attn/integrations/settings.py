@@ -17,11 +17,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..backends import check_backend_name
-from ..calls import autocast_inputs, check_curve, check_tensors
+from ..backends import check_backend_name, choose_backend
+from ..calls import autocast_inputs, check_call, check_curve, check_tensors
 from ..common import hide_masked, whole_number, whole_numbers
 from ..curves import as_grid, curve_order, inverse_order
-from ..dilated import dilated_attention
+from ..dilated import dilated_attention, prefix_branches
 from ..modules import one_of
 from ..patterns import DilatedPattern
 from ..reference import masked_attention, merge_attention
@@ -316,6 +316,29 @@ def _with_prefix(
     own, own_lse = few(q[:, :, :p], k[:, :, :last], v[:, :, :last], rows)
     return torch.cat([own.to(out.dtype), out], 2), torch.cat([own_lse, lse], 2)
 
+# %% ../../nbs/14_integrations.ipynb #5f0c3a02
+def _in_one_operator(
+    q: Tensor, # queries (B, H, N, D), prefix first
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    settings: HilbertSettings,
+    causal: bool,
+    key_mask: Tensor | None, # bool (B, N)
+    dropout_p: float,
+    scale: float | None,
+) -> tuple[Tensor, Tensor] | None: # out, lse; None where there is no such operator
+    "The same in one operator, with its own backward."
+    call = check_call(
+        q, k, v, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
+        return_lse=True)
+    if q.device.type != "cpu" or not call.custom_backward: return None
+    if choose_backend(settings.backend, q.device)[0] != "sdpa": return None
+    cells, curve = q.shape[2] - settings.prefix_tokens, settings.order_name
+    pattern, grid = settings.pattern(cells, q.shape[1]), settings.grid
+    order = None if curve is None else curve_order(cells if grid is None else grid, curve)
+    call = replace(call.hidden(), pattern=pattern, order=order)
+    return prefix_branches(call, settings.prefix_tokens)
+
 # %% ../../nbs/14_integrations.ipynb #3d10b39d
 def _shapes_only(
     q: Tensor, # queries (B, H, N, D) on the meta device
@@ -356,7 +379,7 @@ def prefix_attention(
             f"key_mask has shape {shape}: expected (B, N) = {(batch, n)}")
     call = settings, causal, key_mask, dropout_p, scale
     if not settings.prefix_tokens: return _cells_attention(q, k, v, *call, return_lse)
-    out, lse = _with_prefix(q, k, v, *call)
+    out, lse = _in_one_operator(q, k, v, *call) or _with_prefix(q, k, v, *call)
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/14_integrations.ipynb #c2dc356b
