@@ -9,6 +9,7 @@ from hilbert_attn.blocks.schedule import SparsePatternConfig
 
 # Layers.
 from hilbert_attn.branched import DilatedAttention, HilbertAttentionMixin, HilbertDilatedAttention
+from hilbert_attn.common import after_import
 
 # Curves.
 from hilbert_attn.curves import curve_order, hilbert_decode, hilbert_encode, inverse_order
@@ -100,7 +101,10 @@ _HOMES = {
 }
 
 
-def __dir__() -> list[str]: return sorted({*globals(), *_HOMES})
+_MODULES = {path.partition(".")[0] for table in (_LATER, _ELSEWHERE) for path in table}
+
+
+def __dir__() -> list[str]: return sorted({*globals(), *_HOMES, *_MODULES})
 
 
 if TYPE_CHECKING:
@@ -173,9 +177,22 @@ if TYPE_CHECKING:
     from hilbert_attn.ring_layers import RingDilatedAttention as RingDilatedAttention
 else:
     def __getattr__(name: str) -> Any:
+        from importlib import import_module
+        if name in _MODULES: return import_module(f"hilbert_attn.{name}")
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        from importlib import import_module
         found = getattr(import_module(f"hilbert_attn.{_HOMES[name]}"), name)
         globals()[name] = found  # the next time, nobody asks here
         return found
+
+
+def _once_imported(module: str, function: str) -> None:
+    "Calls a function of our integrations as soon as another package's module is there."
+    def call() -> None:
+        from importlib import import_module
+        getattr(import_module("hilbert_attn.integrations.transformers"), function)()
+    after_import(module, call)
+
+
+_once_imported("transformers.modeling_utils", "register_quietly")
+_once_imported("peft.peft_model", "extend_peft")

@@ -465,22 +465,32 @@ def attend(
 _short_calls = Cache(tensors=lambda value: value[0].tensors) # of (`ShortCall`, policy)
 
 
-def _is_short(q: Any, k: Any, v: Any) -> bool:
+def _is_short(q: Any, k: Any, v: Any, backend: Any) -> bool:
     "Plain tensors of few tokens on a CPU, with nothing around the call that changes it?"
+    if type(backend) is not str or backend != "auto": return False
     if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu): return False
     if q.ndim != 4 or q.shape[2] > LONGEST_KEPT: return False
     if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None: return False
     return not torch.is_autocast_enabled("cpu") and _forced("auto")[0] == "auto"
 
 # %% ../nbs/07_backends.ipynb #0c520b03
+def _is_word(x: Any) -> bool:
+    "A number or text of Python's own types, or None, or a few of them? NumPy's lose their type."
+    if type(x) in (list, tuple): return len(x) < 64 and all(type(y) in _WORDS for y in x)
+    return type(x) in _WORDS
+
+
+_WORDS = (int, float, bool, str, type(None))
+
+
 def _options_key(
     values: Sequence[Any], # of all arguments but q, k, v
     names: Iterable[str], # of those that were given by name
 ) -> bytes | None: # equal for equal options; None: some are neither plain nor tensors
     "Numbers, texts and lists of them, each with its type: 1, 1.0 and True are three."
-    plain = [b"tensor" if isinstance(x, Tensor) else x for x in values]
-    try: return marshal.dumps((plain, *names), 2)  # of this format equal values are equal bytes
-    except ValueError: return None
+    if not all(isinstance(x, Tensor) or _is_word(x) for x in values): return None
+    plain = [... if isinstance(x, Tensor) else x for x in values]
+    return marshal.dumps((plain, *names), 2)  # of this format equal values are equal bytes
 
 # %% ../nbs/07_backends.ipynb #0c520b04
 _Function = TypeVar("_Function", bound=Callable)
@@ -492,7 +502,8 @@ def shortcut(
     "A decorator: a call that came down to one SDPA with a kept mask is that SDPA from then on."
     @wraps(function)
     def call(q, k, v, *args, **options):
-        if torch.compiler.is_compiling() or not _is_short(q, k, v):
+        if torch.compiler.is_compiling() or not _is_short(
+                q, k, v, options.get("backend", "auto")):
             return function(q, k, v, *args, **options)
         values = *args, *options.values()
         tensors = [x for x in values if isinstance(x, Tensor)]

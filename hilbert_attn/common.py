@@ -4,15 +4,17 @@
 
 # %% auto #0
 __all__ = ['whole_number', 'whole_numbers', 'true_or_false', 'check_word', 'unit_stride', 'hide_masked', 'is_plain', 'known_now',
-           'outside_graphs', 'Cache', 'remembered', 'define_operator']
+           'outside_graphs', 'Cache', 'remembered', 'define_operator', 'after_import']
 
 # %% ../nbs/00a_common.ipynb #afb463c6
 import os
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache, wraps
+from importlib.abc import MetaPathFinder
 from numbers import Integral
 from typing import Any, TypeVar
 
@@ -124,11 +126,16 @@ def outside_graphs() -> Iterator[None]:
     with _disable_current_modes(), temporarily_clear_interpreter_stack(): yield
 
 # %% ../nbs/00a_common.ipynb #364ed6f7
-def _writes(tensors: Sequence[Tensor]) -> tuple[int, ...]: return tuple(x._version for x in tensors)
+def _writes(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    "What changes when PyTorch writes into them, or gives them other memory."
+    return [(x._version, x.data_ptr()) for x in tensors]
 
 # %% ../nbs/00a_common.ipynb #d6224ab9
 class Cache:
-    "The most recently used values, each with the tensors that it holds; safe in threads and forks."
+    """The most recently used values, each with the tensors that it holds and was made from.
+
+    Safe in threads and forks. A write into one of them that PyTorch does not count, through NumPy
+    or `.data`, goes unseen: then give a new tensor."""
 
     def __init__(
         self,
@@ -192,8 +199,9 @@ class Cache:
 
     @property
     def nbytes(self) -> int:
-        "Bytes of all tensors that are kept."
-        return sum(x.nbytes for value, *_ in self.entries.values() for x in self.tensors(value))
+        "Bytes of all tensors that are kept, or kept alive."
+        held = (x for _, watched, _ in self.entries.values() for x in watched)
+        return sum({id(x): x.nbytes for x in held}.values())
 
 # %% ../nbs/00a_common.ipynb #2b7a60bd
 _Result = TypeVar("_Result")
@@ -224,3 +232,37 @@ def define_operator(
     libraries[name] = library = torch.library.Library("hilbert_attn", "FRAGMENT")
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     return library
+
+# %% ../nbs/00a_common.ipynb #5a76214c
+class _AfterImport(MetaPathFinder):
+    "Calls a function once a module has been imported."
+
+    def __init__(self, name: str, then: Callable[[], Any]): self.name, self.then = name, then
+
+    def find_spec(self, fullname, path=None, target=None):
+        "The spec of others, whose loader calls `then` at the end."
+        if fullname != self.name: return None
+        def alike(finder): return isinstance(finder, _AfterImport) and finder.name == self.name
+        others = [finder for finder in sys.meta_path if not alike(finder)]
+        specs = (finder.find_spec(fullname, path, target) for finder in others
+                 if hasattr(finder, "find_spec"))
+        spec = next(filter(None, specs), None)
+        if spec is None or spec.loader is None:
+            return spec
+        loader: Any = spec.loader
+        run = loader.exec_module
+        def run_then(module):
+            run(module)
+            self.then()
+        loader.exec_module = run_then
+        return spec
+
+# %% ../nbs/00a_common.ipynb #5577c1ee
+def after_import(
+    name: str, # of a module
+    then: Callable[[], Any],
+):
+    "Calls a function as soon as a module has been imported, which may be now."
+    if name in sys.modules: then()
+    else:
+        sys.meta_path.insert(0, _AfterImport(name, then))

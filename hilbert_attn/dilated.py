@@ -389,9 +389,10 @@ def _in_documents(call: Call, grid: Any, curve: str | None, order: Any, cu_seqle
     n, device, pictures = call.q.shape[2], call.q.device, _several_grids(grid)
     if cu_seqlens is not None and grid is not None:
         raise ValueError(f"grid={grid!r} is given with cu_seqlens: give one of them")
+    check_curve(curve)
     if order is not None: order = check_order(order, n, device)
-    elif pictures and check_curve(curve) not in (None, "row_major"):
-        own = [curve_order(one, cast(str, curve), device) for one in grid]
+    elif pictures and curve not in (None, "row_major"):
+        own = [curve_order(one, curve, device) for one in grid]
         starts = accumulate(map(len, own), initial=0)
         order = cat([x + start for x, start in zip(own, starts)])
     elif not pictures and curve is not None:

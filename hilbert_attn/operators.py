@@ -87,7 +87,7 @@ def _register_vmap(op: Any, library: torch.library.Library):
 # %% ../nbs/02b_operators.ipynb #f6924302
 _NO_SECOND = (
     "the gradient of this attention cannot be differentiated again: "
-    "where second derivatives are needed, use backend='sdpa_mask'")
+    "where second derivatives are needed, use backend='reference'")
 _NO_TANGENT = (
     "this attention has no forward-mode derivative: "
     "for torch.func.jvp and dual numbers, use backend='sdpa_mask'")

@@ -55,7 +55,7 @@ class Lattice:
         "The tiles of a tensor, without a copy."
         (b, h, n, *rest), dims = x.stride(), self.tiles + self.places
         sizes = *x.shape[:2], *(count for count, _ in dims), *x.shape[3:]
-        strides = b, h, *(n * stride for _, stride in dims), *rest
+        strides = b, h, *(n * stride if count > 1 else 0 for count, stride in dims), *rest
         return x.as_strided(sizes, strides, x.storage_offset() + n * self.start)
 
 # %% ../nbs/01_patterns.ipynb #0b0de002
@@ -586,14 +586,17 @@ class NeighborhoodPattern(AxisPattern):
         return begin + member, begin + first, begin + last
 
 # %% ../nbs/01_patterns.ipynb #5f0c4a01
+_FARTHEST = 1 << 40 # beyond any sequence
+
+
 def _reaches(window: Any) -> tuple[int, int]: # before and after
     "How far a window reaches to either side, from one number or two."
     if isinstance(window, (list, tuple)):
         if len(window) != 2:
             raise ValueError(f"window={window!r}: expected one number, or (before, after)")
-        before, after = (whole_number("window", x, 0) for x in window)
+        before, after = (min(whole_number("window", x, 0), _FARTHEST) for x in window)
         return before, after
-    half = whole_number("window", window, 1) // 2
+    half = min(whole_number("window", window, 1) // 2, _FARTHEST)
     return half, half
 
 # %% ../nbs/01_patterns.ipynb #4b253cb2
@@ -665,7 +668,7 @@ class TilesSharedPattern(AxisPattern):
     def axis_bounds(self, axis: int) -> AxisBounds:
         "The tile of each position, on the axis turned so that the first tile comes first."
         (n,), sizes = self.grid, self.tile_sizes()
-        place, end = (np.arange(n) - self.offset) % n, np.cumsum(sizes)
+        place, end = (np.arange(n) - self.offset % n) % n, np.cumsum(sizes)
         first, last = np.repeat(end - sizes, sizes), np.repeat(end - 1, sizes)
         return place, first[place], last[place]
 

@@ -9,6 +9,7 @@ __all__ = ['POINT_CURVES', 'point_order', 'PatchPattern', 'point_attention', 'Or
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -154,7 +155,8 @@ def _cloud_sizes(n: int, batch: Tensor | None, cu_seqlens: Any) -> tuple[int, ..
         raise ValueError("batch and cu_seqlens are both given: expected one of them")
     given: Any = cu_seqlens if batch is None else batch
     read = _sizes_of_borders if batch is None else _sizes_of_batch
-    if not isinstance(given, Tensor): return read(given, n)
+    if not isinstance(given, Tensor) or batch is None and given.device.type == "cpu":
+        return read(given, n)
     return _sizes.get((n, read), lambda: read(given, n), given)
 
 # %% ../nbs/11b_points.ipynb #b13d8c9e
@@ -184,7 +186,7 @@ def _check_coords(coords: Any):
 def _check_grid_size(grid_size: Any):
     "Raises `ValueError` unless it is None, or positive and finite."
     if grid_size is None: return
-    number = isinstance(grid_size, (int, float)) and not isinstance(grid_size, bool)
+    number = isinstance(grid_size, Real) and not isinstance(grid_size, bool)
     if number and 0 < grid_size < float("inf"): return
     raise ValueError(f"grid_size={grid_size!r}: expected a positive number, or None")
 
@@ -231,6 +233,8 @@ def _cells(
         size = (high - low).amax(1, keepdim=True) / (_FINEST - 1)
         size = size.masked_fill(size == 0, 1)
     else: size = torch.full_like(low[:, :1], grid_size)
+    if not bool(((high - low) / size < 2.0 ** 62).all()):
+        raise ValueError("coords span more cells than can be counted: take a larger grid_size")
 
     def cells(x, own):
         return ((x.double() - low[own]) / size[own]).floor().long()

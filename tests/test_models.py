@@ -490,7 +490,7 @@ def test_adapters_bring_their_settings(hf, tmp_path, monkeypatch):
     monkeypatch.setitem(
         sys.modules, "peft.peft_model", SimpleNamespace(PeftModel=PeftModel)
     )
-    of_transformers._extend_peft()
+    of_transformers.extend_peft()
     PeftModel(h.use_hilbert_attention(llama(hf), segment_size=4)).save_pretrained(
         tmp_path
     )

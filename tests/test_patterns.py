@@ -1,5 +1,6 @@
 """Patterns: groups, counts and masks say the same, and masks say what the definition says."""
 
+import sys
 import tracemalloc
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hilbert_attn import hilbert_attention
 from hilbert_attn.curves import curve_order, inverse_order
 from hilbert_attn.patterns import (
     DILATION_MODES,
@@ -241,3 +243,16 @@ def test_pairs_are_counted_without_the_mask(make):
     assert peak < 100 * n  # bytes: a few integers per token
     few = make(1000).pairs()
     assert few == make(1000).mask().sum() and abs(pairs - few * n / 1000) < 0.05 * pairs
+
+
+def test_reaches_and_offsets_that_no_sequence_has():
+    most = sys.maxsize
+    assert SlidePattern(5, (most, most)).mask().all() and SlidePattern(5, most).mask().all()
+    assert SlidePattern(5, (0, most)).pairs() == 15
+    for offset in (-most, most):
+        same = TilesSharedPattern(10, 3, offset % 10)
+        assert torch.equal(TilesSharedPattern(10, 3, offset).mask(), same.mask())
+    x = torch.randn(1, 2, 40, 8)
+    whole = hilbert_attention(x, x, x)
+    for size in (most, 1 << 61):
+        torch.testing.assert_close(hilbert_attention(x, x, x, segment_size=size), whole)

@@ -29,7 +29,7 @@ from hilbert_attn.points import (
 from hilbert_attn.reference import assert_matches_oracle
 
 try:
-    from test_triton import DEVICE, poison, quick_interpreter  # noqa: F401
+    from test_triton import DEVICE, poison
     HAS_TRITON = True
 except pytest.skip.Exception: DEVICE, poison, HAS_TRITON = "cpu", None, False
 

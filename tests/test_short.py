@@ -1,4 +1,5 @@
 """Short sequences on a CPU: one SDPA call with a mask that was made once, for every function."""
+import numpy as np
 import pytest
 import torch
 
@@ -338,3 +339,36 @@ def test_orders_and_masks_that_are_written_into():
         change()
         assert not torch.allclose(run(), first)
         torch.testing.assert_close(run(), run(backend="reference"), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("option, first, second, refused", (
+    ("causal", np.bool_(True), np.int8(1), "causal"),
+    ("segment_size", np.int64(4), np.array([[4]]), "segment_size"),
+    ("scale", np.int64(1), np.int64(1).view(np.float64), None),
+))
+def test_numbers_of_numpy_keep_their_types(option, first, second, refused):
+    x = [torch.randn(1, 2, 16, 8) for _ in "qkv"]
+    hilbert_attention(*x, **dict(segment_size=4) | {option: first})
+    def again(): return hilbert_attention(*x, **dict(segment_size=4) | {option: second})
+    if refused is None:
+        kept = again()
+        backends._short_calls.clear()
+        assert torch.equal(kept, again())
+        return
+    with pytest.raises(ValueError, match=refused): again()
+
+
+def test_an_order_in_other_memory_is_another_one():
+    x, order = inputs(), torch.arange(48)
+    first = hilbert_attention(*x, order=order, segment_size=10)
+    order.data = torch.arange(48).roll(3)
+    again = hilbert_attention(*x, order=order, segment_size=10)
+    assert not torch.equal(again, first)
+
+
+def test_a_backend_that_is_named_does_not_ask_the_environment(monkeypatch):
+    monkeypatch.setenv("HILBERT_ATTN_BACKEND", "typo")
+    x = inputs()
+    hilbert_attention(*x, segment_size=10, backend="sdpa")
+    with pytest.raises(ValueError, match="HILBERT_ATTN_BACKEND='typo'"):
+        hilbert_attention(*x, segment_size=10)

@@ -221,6 +221,7 @@ class _Plan:
     at: np.ndarray # (A, N): by token, the coordinate of a key
     lo: np.ndarray # (A, N): the least that a query attends
     hi: np.ndarray # (A, N): the greatest
+    several: bool = False # do several rules list pairs, maybe of one block?
 
 # %% ../../nbs/10a_block_planner.ipynb #a4589f93
 def _places(pattern: AxisPattern, order: np.ndarray) -> np.ndarray: # int64 (3, A, tokens)
@@ -259,7 +260,8 @@ def _plan_intervals(pattern, order, block_size, causal) -> _Plan:
         pairs = _interval_pairs(pattern, order, tokens, block_size, causal)
     by_token = np.empty_like(places)
     by_token[:, :, order] = places
-    return _Plan(tokens, pairs, *by_token)
+    at, lo, hi = by_token
+    return _Plan(tokens, pairs, at, lo, hi, pattern.sinks > 0)
 
 # %% ../../nbs/10a_block_planner.ipynb #eb70e937
 def _boxes(pattern: AxisPattern, order: np.ndarray) -> np.ndarray:
@@ -320,7 +322,8 @@ def _visited_blocks(plan: _Plan, found: Iterable[tuple], block_size) -> tuple:
     "The blocks that hold pairs: row, column, full."
     queries = (plan.tokens[0] >= 0).reshape(-1, block_size[0]).sum(1)
     tallies = [np.zeros((3, 0), np.int64), *(_tally(*chunk) for chunk in found)]
-    row, column, pairs = _once(*map(np.concatenate, zip(*tallies)))
+    row, column, pairs = map(np.concatenate, zip(*tallies))
+    if plan.several: row, column, pairs = _once(row, column, pairs)
     return row, column, pairs == queries[row] * block_size[1]
 
 # %% ../../nbs/10a_block_planner.ipynb #dcc3ae44

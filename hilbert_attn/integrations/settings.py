@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..backends import check_backend_name, choose_backend
 from ..calls import autocast_inputs, check_call, check_curve, check_tensors
-from ..common import hide_masked, whole_number, whole_numbers
+from ..common import hide_masked, true_or_false, whole_number, whole_numbers
 from ..curves import as_grid, curve_order, inverse_order
 from ..dilated import dilated_attention, prefix_branches
 from ..modules import one_of
@@ -373,10 +373,10 @@ def prefix_attention(
     batch, _, n, _ = q.shape
     _check_length(settings, n)
     if on_meta: return _shapes_only(q, k, v, return_lse)
-    if key_mask is not None and key_mask.shape != (batch, n):
-        shape = tuple(key_mask.shape)
-        raise ValueError(
-            f"key_mask has shape {shape}: expected (B, N) = {(batch, n)}")
+    true_or_false("return_lse", return_lse)
+    if key_mask is not None and getattr(key_mask, "shape", None) != (batch, n):
+        given = getattr(key_mask, "shape", type(key_mask).__name__)
+        raise ValueError(f"key_mask is {given}: expected a tensor (B, N) = {(batch, n)}")
     call = settings, causal, key_mask, dropout_p, scale
     if not settings.prefix_tokens: return _cells_attention(q, k, v, *call, return_lse)
     out, lse = _in_one_operator(q, k, v, *call) or _with_prefix(q, k, v, *call)

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from functools import wraps
-from importlib.abc import MetaPathFinder
 from inspect import signature
 from math import prod
 from pathlib import Path
@@ -608,47 +607,11 @@ def register_hilbert_attention(
     _extend_transformers(transformers)
     return name
 
-# %% ../../nbs/14c_transformers.ipynb #5a76214c
-class _AfterImport(MetaPathFinder):
-    "Calls a function once a module has been imported."
-
-    def __init__(self, name: str, then: Callable[[], Any]): self.name, self.then = name, then
-
-    def find_spec(self, fullname, path=None, target=None):
-        "The spec of others, whose loader calls `then` at the end."
-        if fullname != self.name: return None
-        others = [finder for finder in sys.meta_path if finder is not self]
-        specs = (finder.find_spec(fullname, path, target) for finder in others
-                 if hasattr(finder, "find_spec"))
-        spec = next(filter(None, specs), None)
-        if spec is None or spec.loader is None:
-            return spec
-        loader: Any = spec.loader
-        run = loader.exec_module
-        def run_then(module):
-            run(module)
-            self.then()
-        loader.exec_module = run_then
-        return spec
-
-# %% ../../nbs/14c_transformers.ipynb #5577c1ee
-def after_import(
-    name: str, # of a module
-    then: Callable[[], Any],
-):
-    "Calls a function as soon as a module has been imported, which may be now."
-    if name in sys.modules: then()
-    else:
-        sys.meta_path.insert(0, _AfterImport(name, then))
-
 # %% ../../nbs/14c_transformers.ipynb #4d224a87
-def _register_quietly():
+def register_quietly():
     "What importing both packages does; a transformers that is too old is told on request."
     try: register_hilbert_attention()
     except ImportError: pass
-
-
-after_import("transformers.modeling_utils", _register_quietly)
 
 # %% ../../nbs/14c_transformers.ipynb #518ec6c2
 def _configs(
@@ -709,7 +672,7 @@ def _restore_from_adapter(
             f"that it is loaded into has {own.to_dict()}: use one of them")
 
 # %% ../../nbs/14c_transformers.ipynb #f5b02c4c
-def _extend_peft():
+def extend_peft():
     "Adds to peft what adapters of switched models need to be saved and restored."
     peft: Any = sys.modules["peft.peft_model"]
     model = peft.PeftModel
@@ -732,9 +695,6 @@ def _extend_peft():
         return result
 
     model.save_pretrained, model.load_adapter = save_pretrained, load_adapter
-
-
-after_import("peft.peft_model", _extend_peft)
 
 # %% ../../nbs/14c_transformers.ipynb #c5da82e5
 Model = TypeVar("Model", bound=nn.Module)
