@@ -87,7 +87,7 @@ class BlockLists:
     # int32 (A, nQ * BM): on each axis, the least coordinate that a query attends
     lo: Tensor | None = None
     hi: Tensor | None = None # int32 (A, nQ * BM): the greatest
-    # int32 (A, nK * BN): coordinates of a key; ALWAYS in at[0]: every query of a partial block
+    # int32 (A, nK * BN): coordinates >= 0 of a key; ALWAYS in at[0]: every query of a partial block
     # attends it
     at: Tensor | None = None
     # in partial blocks, a key must also have a token index <= the query's, registers excepted

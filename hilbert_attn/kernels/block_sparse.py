@@ -105,9 +105,11 @@ def _load_bounds(layout, slot, n_slots, AXES: tl.constexpr):
 # %% ../../nbs/10b_block_kernels.ipynb #e7a45409
 @triton.jit
 def _room(lo, hi, at, K_DIM: tl.constexpr):
-    """Of a coordinate of keys between the bounds of queries: negative where it is outside. Bounds
-    below 0 are as good as 0 and -1, and all are less than NEVER, so that nothing overflows."""
-    at = tl.expand_dims(at, K_DIM)
+    """Of a coordinate of keys between the bounds of queries: negative where it is outside.
+
+    Coordinates are 0 or more, and a key that all see stands at 0 here; bounds below 0 are as good
+    as 0 and -1. So nothing overflows, and nothing is as low as what `_asked` asks of such a key."""
+    at = tl.expand_dims(tl.maximum(at, 0), K_DIM)
     lo, hi = tl.maximum(lo, 0), tl.maximum(hi, -1)
     return (at - tl.expand_dims(lo, 1 - K_DIM)) | (tl.expand_dims(hi, 1 - K_DIM) - at)
 
