@@ -14,7 +14,6 @@ from gpu.report import beside, with_prediction, write
 from hilbert_attn.bench.gpu_model import (
     GPUS,
     GROUPS,
-    GROUPS_OF_AMPERE,
     LOOPS,
     Work,
     _loops_of,
@@ -57,17 +56,18 @@ def test_loops_are_those_of_the_stored_table(compiled):
 
 
 def test_groups_are_those_of_the_stored_table(compiled):
-    cases = [(f"{kernel}-sm90-bf16-D{d}-rows{keys}", loop)
-             for (kernel, d, keys), loop in GROUPS.items()]
-    ampere = zip(("small-sm80-bf16-D64-rows128", "small-sm80-bf16-D96-rows32"),
-                 GROUPS_OF_AMPERE.values(), strict=True)
-    for case, loop in (*cases, *ampere):
-        row, count = compiled[case], compiled[case]["instructions"]
-        if row["loops"]:
-            pieces, inner = loop.tile.block_n // loop.tile.block_m, row["loops"][0][0]
-            count = inner + round((count - inner) / pieces)
-        assert (row["registers"], row["shared"], count) == (
-            loop.registers, loop.shared, loop.instructions), case
+    rows = dict.fromkeys(GROUPS, ("sm90-bf16-D{}-rows64", "sm90-bf16-D{}-rows128"))
+    rows["small", 64] += ("sm80-bf16-D{}-rows128",)
+    rows["small", 128] += ("sm80-bf16-D96-rows32",)
+    for (kernel, d), loops in GROUPS.items():
+        for case, loop in zip(rows[kernel, d], loops, strict=True):
+            row = compiled[f"{kernel}-{case.format(d)}"]
+            count, pieces = row["instructions"], loop.tile.block_n // loop.tile.block_m
+            if row["loops"]:
+                inner = row["loops"][0][0]
+                count = inner + round((count - inner) / pieces)
+            assert (row["registers"], row["shared"], count) == (
+                loop.registers, loop.shared, loop.instructions), case
 
 
 def test_gpus_take_what_they_can_run():
@@ -111,7 +111,7 @@ def test_programs_are_limited_by_registers_and_by_shared_memory():
     plain, wide = LOOPS["forward", 64, False][0], LOOPS["forward", 128, False][0]
     assert programs_at_once(GPUS["H200"], plain) == 2 == programs_at_once(GPUS["A100"], plain)
     assert programs_at_once(GPUS["H200"], wide) == 1
-    few = GROUPS["forward", 64, 64]  # 24 KiB and 80 registers of 4 warps
+    few = GROUPS["forward", 64][0]  # 24 KiB and 80 registers of 4 warps
     assert programs_at_once(GPUS["H200"], few) == 6
 
 
