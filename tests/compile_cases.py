@@ -1,5 +1,6 @@
 """Kernels, specialisations and architectures that are compiled without a GPU."""
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -133,12 +134,29 @@ def small_groups() -> list[Case]:
     cases += [Case("small", 90, head_dim=128, rows=128, traits=traits, order=order)
               for traits in ((), *((trait,) for trait in TRAITS)) for order in (False, True)]
     cases += [Case("small", 90, head_dim=d, rows=rows, mode="keys", traits=traits)
-              for d in (64, 128) for rows in (64, 128) for traits in ((), ("HAS_DROPOUT",))]
+              for d, rows, traits in product((64, 128), (64, 128), ((), ("HAS_DROPOUT",)))
+              if (d, rows) != (64, 128) or not traits]
     cases += [Case("small", 80, rows=128, order=True), Case("small", 80, head_dim=128, rows=64),
               Case("small", 80, rows=64, mode="keys"), Case("small", 90, head_dim=80, rows=64),
               Case("small", 80, head_dim=128, rows=64, mode="keys", traits=("HAS_DROPOUT",)),
               Case("small", 90, head_dim=48, rows=128), Case("small", 100, head_dim=128, rows=128)]
-    return cases + [Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]
+    cases += [Case("small", 80, rows=128), Case("small", 80, head_dim=96, rows=32)]
+    cases += [Case("small", 90, rows=128), Case("small", 90, "fp32", rows=16)]
+    return cases + list(gradients_of_small_groups())
+
+
+def gradients_of_small_groups() -> Iterator[Case]:
+    "The largest groups that `fit_small` takes, with everything that they may meet at once."
+    archs, dims, modes = (80, 90, 100, 120), (32, 48, 64, 80, 96, 112, 128), ("residue", "keys")
+    settings = product(archs, ("bf16", "fp32"), dims, modes, (False, True))
+    for i, (arch, dtype, d, mode, dropout) in enumerate(settings):
+        key = mode == "residue", d, DTYPES[dtype], (arch // 10, arch % 10), dropout
+        taken = [keys for keys in (32, 64, 128) if backward.fit_small(keys, *key)]
+        if dtype == "fp32" or d not in (64, 128): taken = taken[-1:]
+        traits = tuple(TRAITS) if dropout else ("CAUSAL", "HAS_KEY_MASK")
+        for keys in taken:
+            order = (i // 2 + keys // 64) % 2 == 1
+            yield Case("small", arch, dtype, d, order, keys, mode, traits)
 
 
 def kernels_of_blocks() -> list[Case]:

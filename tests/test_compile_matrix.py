@@ -16,7 +16,7 @@ from compile_cases import KERNELS, Case, matrix, sampled
 from hilbert_attn.kernels.tuning import tiles
 
 HERE = Path(__file__).parent
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 EVERY = matrix()
 SAMPLE = sampled(EVERY)
@@ -79,16 +79,22 @@ def rare(case: Case):
     return case if case in SAMPLE else pytest.param(case, marks=pytest.mark.full)
 
 
+def narrow(case: Case) -> bool:
+    "Whether 256 threads share 16 rows of 16 columns: an element each."
+    return case.kernel == "small" and case.arch in (80, 120) and case.head_dim == 48
+
+
 @pytest.mark.timeout(3600 if FULL else 600)
 @pytest.mark.parametrize("case", [rare(case) for case in EVERY], ids=[str(case) for case in EVERY])
 def test_compiles(compiled, case):
     result = compiled[case]
     assert "failed" not in result, result.get("failed")
     assert result["shared"] <= SHARED_LIMIT[case.arch], f"{result['shared']} bytes of shared memory"
-    if not case.half: return
-    assert result["mma"] + result["wgmma"] + result["tcgen05"] > 0, "no matrix unit"
-    assert {80: result["mma"], 90: result["wgmma"], 100: True}[case.arch] > 0
-    assert result["scalar_loads"] == 0, "rows are not read in 16-byte pieces"
+    if case.half:
+        assert result["mma"] + result["wgmma"] + result["tcgen05"] > 0, "no matrix unit"
+        assert {90: result["wgmma"], 100: True}.get(case.arch, result["mma"]) > 0
+        assert result["scalar_loads"] == 0 or narrow(case), "rows are not read in 16-byte pieces"
+    elif case.kernel != "small": return
     if case.head_dim > 128: return
     spilled = f"{result['stack']} bytes spilled, at {result['registers']} registers"
     assert result["spilled"] == result["stack"] == 0, spilled

@@ -1,10 +1,12 @@
 """What GPUs should do, on paper: figures that compilers gave, floors that no prediction beats."""
 import json
 import sys
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 from gpu.report import beside, with_prediction, write
@@ -14,12 +16,16 @@ from hilbert_attn.bench.gpu_model import (
     GROUPS,
     LOOPS,
     Work,
+    _loops_of,
+    _runs_on,
     gpu_of,
     kernel_seconds,
+    kernels_of,
     predicted_ms,
     programs_at_once,
     tile_cycles,
 )
+from hilbert_attn.kernels.backward import fit_small
 
 STORED = Path(__file__).parent.parent / "nbs" / "results" / "kernels.jsonl"
 KINDS = "forward", "forward+backward"
@@ -50,19 +56,62 @@ def test_loops_are_those_of_the_stored_table(compiled):
 
 
 def test_groups_are_those_of_the_stored_table(compiled):
-    for (kernel, d, keys), loop in GROUPS.items():
-        row = compiled[f"{kernel}-sm90-bf16-D{d}-rows{keys}"]
-        count = row["instructions"]
-        if row["loops"]: count = row["loops"][0][0] + round((count - row["loops"][0][0]) / 4)
-        assert (row["registers"], row["shared"], count) == (
-            loop.registers, loop.shared, loop.instructions)
+    rows = dict.fromkeys(GROUPS, ("sm90-bf16-D{}-rows64", "sm90-bf16-D{}-rows128"))
+    rows["small", 64] += ("sm80-bf16-D{}-rows128",)
+    rows["small", 128] += ("sm80-bf16-D96-rows32",)
+    for (kernel, d), loops in GROUPS.items():
+        for case, loop in zip(rows[kernel, d], loops, strict=True):
+            row = compiled[f"{kernel}-{case.format(d)}"]
+            count, pieces = row["instructions"], loop.tile.block_n // loop.tile.block_m
+            if row["loops"]:
+                inner = row["loops"][0][0]
+                count = inner + round((count - inner) / pieces)
+            assert (row["registers"], row["shared"], count) == (
+                loop.registers, loop.shared, loop.instructions), case
+
+
+def test_gpus_take_what_they_can_run():
+    for d, order in product((64, 128), (False, True)):
+        work = Work.of_groups(32768, 4096, 8, d, order=order)
+        for kernel in ("forward", "dq", "dkv"):
+            loops = _loops_of(GPUS["A100"], kernel, work)
+            assert loops and not any(loop.tile.tma for loop in loops)
+            assert max(loop.shared for loop in loops) <= 163 << 10
+            assert _loops_of(GPUS["H100"], kernel, work) == LOOPS[kernel, d, order]
+    plain = LOOPS["forward", 128, False][0]
+    assert not _runs_on(GPUS["A100"], replace(plain, shared=196624))
+    assert not _runs_on(GPUS["A100"], replace(plain, tile=replace(plain.tile, tma=True)))
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_the_small_kernel_and_its_tile_are_those_of_the_backward(gpu):
+    for keys, d in product((16, 32, 33, 64, 65, 128, 129), (32, 48, 64, 80, 96, 112, 128, 256)):
+        work = Work.of_groups(32768, keys, 8, d)
+        fit = fit_small(keys, True, d, torch.bfloat16, gpu.capability)
+        backward = kernels_of(gpu, work, "forward+backward")[1:]
+        assert backward == (["small"] if fit else ["dq", "dkv"])
+        if fit: assert [loop.tile for loop in _loops_of(gpu, "small", work)] == [fit.tile]
+
+
+@pytest.mark.parametrize("keys, same, d, arch, dropout", [
+    (128, True, 64, (9, 0), True), (128, True, 32, (9, 0), True), (64, False, 96, (9, 0), False),
+    (33, True, 96, (8, 0), False), (16, False, 80, (8, 0), False), (128, True, 128, (12, 0), False),
+    (16, True, 64, (12, 0), True)])
+def test_groups_that_would_spill_take_two_kernels(keys, same, d, arch, dropout):
+    assert fit_small(keys, same, d, torch.bfloat16, arch, dropout) is None
+
+
+@pytest.mark.parametrize("arch", [(8, 0), (9, 0), (10, 0), (12, 0)])
+def test_float32_with_dropout_takes_two_kernels(arch):
+    assert fit_small(16, True, 64, torch.float32, arch)
+    assert fit_small(16, True, 64, torch.float32, arch, dropout=True) is None
 
 
 def test_programs_are_limited_by_registers_and_by_shared_memory():
     plain, wide = LOOPS["forward", 64, False][0], LOOPS["forward", 128, False][0]
     assert programs_at_once(GPUS["H200"], plain) == 2 == programs_at_once(GPUS["A100"], plain)
     assert programs_at_once(GPUS["H200"], wide) == 1
-    few = GROUPS["forward", 64, 64]  # 24 KiB and 80 registers of 4 warps
+    few = GROUPS["forward", 64][0]  # 24 KiB and 80 registers of 4 warps
     assert programs_at_once(GPUS["H200"], few) == 6
 
 
@@ -95,7 +144,9 @@ def test_small_groups_wait_for_memory_and_take_one_kernel():
 def test_devices_are_known_by_their_names():
     assert gpu_of("NVIDIA H200").name == "H200"
     assert gpu_of("NVIDIA A100-SXM4-80GB").name == "A100"
-    assert gpu_of("none, interpreted on CPU") is None
+    assert gpu_of("NVIDIA H100 80GB HBM3").name == "H100"
+    for other in ("none, interpreted on CPU", "NVIDIA GH200 480GB", "NVIDIA H100 PCIe",
+                  "NVIDIA A100-SXM4-40GB", "NVIDIA H100 NVL"): assert gpu_of(other) is None
 
 
 CASE = dict(name="N32768", n=32768, h=16, kv=16, d=64, w=4096, r=4, order=True)

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['GPUS', 'LOOPS', 'GROUPS', 'GPU', 'gpu_of', 'Loop', 'programs_at_once', 'tile_cycles', 'Work', 'kernel_seconds',
-           'kernels_of', 'predicted_ms', 'predictions']
+           'kernels_of', 'predicted_ms']
 
 # %% ../../nbs/15j_gpu_model.ipynb #d4c3f6a5
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from ..kernels.backward import fit_small
+from ..kernels.forward import Fit
 from ..kernels.tuning import Tile, tiles
 
 # %% ../../nbs/15j_gpu_model.ipynb #07a6c9d8
@@ -18,6 +21,8 @@ from ..kernels.tuning import Tile, tiles
 class GPU:
     "What a data sheet says."
     name: str
+    device: str # as torch tells it
+    capability: tuple[int, int]
     multiprocessors: int
     clock: float # cycles a second
     matrix: int # operations of bf16 products a cycle and multiprocessor
@@ -26,22 +31,22 @@ class GPU:
 
 # %% ../../nbs/15j_gpu_model.ipynb #18b7dae9
 GPUS = {gpu.name: gpu for gpu in (
-    GPU("A100", 108, 1.41e9, 2048, 2.04e12, 164 << 10),
-    GPU("H100", 132, 1.83e9, 4096, 3.35e12, 228 << 10),
-    GPU("H200", 132, 1.83e9, 4096, 4.8e12, 228 << 10),
-    GPU("B200", 148, 1.86e9, 8192, 8.0e12, 228 << 10))}
+    GPU("A100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 1.41e9, 2048, 2.04e12, 164 << 10),
+    GPU("H100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 1.83e9, 4096, 3.35e12, 228 << 10),
+    GPU("H200", "NVIDIA H200", (9, 0), 132, 1.83e9, 4096, 4.8e12, 228 << 10),
+    GPU("B200", "NVIDIA B200", (10, 0), 148, 1.86e9, 8192, 8.0e12, 228 << 10))}
 
 # %% ../../nbs/15j_gpu_model.ipynb #29c8ebfa
 def gpu_of(
     device_name: str, # as torch tells it, such as "NVIDIA H200"
 ) -> GPU | None: # None where there is no data sheet here
-    "The data sheet of a device."
-    return next((gpu for name, gpu in GPUS.items() if name in device_name), None)
+    "The data sheet of a device; other parts of its family differ in memory, clock or number."
+    return next((gpu for gpu in GPUS.values() if gpu.device == device_name), None)
 
 # %% ../../nbs/15j_gpu_model.ipynb #5cfb1e2d
 @dataclass(frozen=True)
 class Loop:
-    "A kernel's inner loop, compiled for sm_90."
+    "A kernel's inner loop, as compiled."
     tile: Tile
     registers: int # a thread
     shared: int # bytes a program
@@ -75,15 +80,13 @@ LOOPS = {(kernel, d, order): _loops(kernel, rows) for kernel, d, order, rows in 
     ("dkv", 128, True, "32x128w8s3 242 99072 377"))}
 
 # %% ../../nbs/15j_gpu_model.ipynb #8f2e4150
-GROUPS = {(kernel, d, keys): _loops(kernel, row)[0] for kernel, d, keys, row in (
-    ("forward", 64, 64, "64x64w4s3 78 24576 880"),
-    ("forward", 64, 128, "128x128w8s3 110 49152 1168"),
-    ("forward", 128, 64, "64x64w4s3 128 49152 1152"),
-    ("forward", 128, 128, "128x128w8s3 138 98304 1432"),
-    ("small", 64, 64, "64x64w4s1 139 32768 1448"),
-    ("small", 64, 128, "128x128w8s1 182 65536 1920"),
-    ("small", 128, 64, "64x64w8s1 139 65536 1520"),
-    ("small", 128, 128, "32x128w8s1 240 122880 899"))}
+GROUPS = {(kernel, d): _loops(kernel, rows) for kernel, d, rows in (
+    ("forward", 64, "64x64w4s3 78 24576 880 128x128w8s3 110 49152 1168"),
+    ("forward", 128, "64x64w4s3 128 49152 1152 128x128w8s3 138 98304 1432"),
+    ("small", 64, """64x64w4s1 139 32768 1448 128x128w8s1 182 65536 1920
+                     16x128w8s1 232 45056 685"""),
+    ("small", 128, """64x64w8s1 139 65536 1520 32x128w8s1 240 122880 899
+                      32x32w4s1 186 26624 1416"""))}  # the third of each for sm_80
 
 # %% ../../nbs/15j_gpu_model.ipynb #a1415372
 _OF_MATRIX, _OF_ISSUE, _OF_MEMORY, _LAUNCH = 0.85, 0.7, 0.9, 3e-6
@@ -91,10 +94,10 @@ _OF_MATRIX, _OF_ISSUE, _OF_MEMORY, _LAUNCH = 0.85, 0.7, 0.9, 3e-6
 def programs_at_once(
     gpu: GPU,
     loop: Loop, # of the kernel
-) -> int: # 1 or more; what does not fit there would run with fewer stages
+) -> int: # 0 where its shared memory is too little for one
     "How many programs a multiprocessor holds."
     registers = -(-loop.registers // 8) * 8 * 32 * loop.tile.num_warps
-    return max(1, min(65536 // registers, gpu.shared // (loop.shared + 1024)))
+    return min(65536 // registers, gpu.shared // (loop.shared + 1024))
 
 # %% ../../nbs/15j_gpu_model.ipynb #b2526483
 def tile_cycles(
@@ -131,12 +134,24 @@ class Work:
 _TENSORS = dict(forward=(2, 2), dq=(4, 2), dkv=(2, 4), small=(4, 4))  # like q, and like k
 
 
-def _loops_of(kernel: str, work: Work) -> list[Loop]:
-    "What the tuner could choose from."
+def _runs_on(gpu: GPU, loop: Loop) -> bool:
+    "Whether it can: tensor descriptors need compute capability 9.0."
+    return programs_at_once(gpu, loop) > 0 and (gpu.capability >= (9, 0) or not loop.tile.tma)
+
+# %% ../../nbs/15j_gpu_model.ipynb #d47486a6
+def _small_fit(gpu: GPU, work: Work) -> Fit | None:
+    "What the backward asks: does one kernel do it, and with which tile?"
+    return fit_small(work.keys, True, work.head_dim, torch.bfloat16, gpu.capability)
+
+# %% ../../nbs/15j_gpu_model.ipynb #d47486a7
+def _loops_of(gpu: GPU, kernel: str, work: Work) -> list[Loop]:
+    "What the tuner could choose from, or the one tile of small groups."
     d = 64 if work.head_dim <= 64 else 128
-    if kernel == "small" or kernel == "forward" and work.keys <= 128:
-        return [GROUPS[kernel, d, 64 if work.keys <= 64 else 128]]
-    return LOOPS[kernel, d, work.order]
+    if kernel == "small":
+        tile = _small_fit(gpu, work).tile
+        return [loop for loop in GROUPS[kernel, d] if loop.tile == tile]
+    if kernel == "forward" and work.keys <= 128: return [GROUPS[kernel, d][work.keys > 64]]
+    return [loop for loop in LOOPS[kernel, d, work.order] if _runs_on(gpu, loop)]
 
 # %% ../../nbs/15j_gpu_model.ipynb #e58597b5
 def _tiles_of(kernel: str, loop: Loop, work: Work) -> float:
@@ -156,18 +171,19 @@ def kernel_seconds(
     rows = like_q * work.heads + like_k * work.kv_heads
     moved = 2 * rows * work.tokens * work.head_dim / (_OF_MEMORY * gpu.memory)
     cycles = [_tiles_of(kernel, loop, work) * tile_cycles(gpu, loop, work.head_dim)
-              for loop in _loops_of(kernel, work)]
+              for loop in _loops_of(gpu, kernel, work)]
     busy = min(cycles) / (gpu.multiprocessors * gpu.clock)
     return max(busy, moved) + _LAUNCH, "arithmetic" if busy > moved else "memory"
 
 # %% ../../nbs/15j_gpu_model.ipynb #f696a8c7
 def kernels_of(
+    gpu: GPU,
     work: Work,
     kind: str, # "forward" or "forward+backward"
 ) -> list[str]:
     "What is launched."
     if kind == "forward": return ["forward"]
-    return ["forward", *(["small"] if work.keys <= 128 else ["dq", "dkv"])]
+    return ["forward", *(["small"] if _small_fit(gpu, work) else ["dq", "dkv"])]
 
 # %% ../../nbs/15j_gpu_model.ipynb #07a7b9d8
 def predicted_ms(
@@ -176,23 +192,4 @@ def predicted_ms(
     kind: str, # "forward" or "forward+backward"
 ) -> float: # milliseconds
     "What a call should take, Python apart."
-    return 1e3 * sum(kernel_seconds(gpu, kernel, work)[0] for kernel in kernels_of(work, kind))
-
-# %% ../../nbs/15j_gpu_model.ipynb #6d0d1f3e
-def predictions(
-    gpus: list[GPU],
-    head_dims: tuple[int, ...] = (64, 128),
-    groups: tuple[int, ...] = (64, 128, 256, 1024, 4096), # keys of a group
-) -> Iterator[dict]: # a row for each GPU, head dim, order and group
-    "Milliseconds and TFLOP/s, forward and backward."
-    settings = [(gpu, d, order, keys) for gpu in gpus for d in head_dims
-                for order in (False, True) for keys in groups]
-    for gpu, d, order, keys in settings:
-        work = Work.of_groups(131072, keys, 16, d, order=order)
-        forward, both = (predicted_ms(gpu, work, kind) for kind in ("forward", "forward+backward"))
-        waits = [kernel_seconds(gpu, kernel, work)[1] for kernel in kernels_of(work, "forward")]
-        operations = work.pairs * d / 1e9
-        yield dict(
-            gpu=gpu.name, D=d, order=order, keys=keys, forward_ms=forward,
-            forward_tflops=4 * operations / forward, backward_ms=both - forward,
-            backward_tflops=10 * operations / (both - forward), forward_waits_for=waits[0])
+    return 1e3 * sum(kernel_seconds(gpu, kernel, work)[0] for kernel in kernels_of(gpu, work, kind))

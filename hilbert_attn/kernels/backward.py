@@ -236,16 +236,25 @@ def _small_kernel(
             ACC, S)
     steps.store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
 
+# %% ../../nbs/04_triton_backward.ipynb #5d2e81c7
+def _multiplies_shared(capability: tuple[int, int]) -> bool:
+    "Do matrix units read their operands from shared memory, not from registers?"
+    return (9, 0) <= capability < (12, 0)
+
 # %% ../../nbs/04_triton_backward.ipynb #c566217e
 def _most_keys(
     head_dim: int, dtype: torch.dtype, capability: tuple[int, int], same: bool, dropout: bool,
 ) -> int:
     "Of a group whose gradients fit the registers of one program; found by compiling."
     if capability < (8, 0): return 32
-    if not is_half(dtype): return 32 if head_dim <= 64 and same else 0
+    if dropout and capability >= (12, 0): return 0
+    if not is_half(dtype): return 32 if head_dim <= 64 and same and not dropout else 0
     if head_dim > 128: return 0
-    if head_dim <= 64: return 64 if dropout and capability < (9, 0) else 128
-    return 128 if head_dim == 128 and capability >= (9, 0) else 64
+    if head_dim <= 64: return 64 if dropout else 128
+    shared = _multiplies_shared(capability)
+    if head_dim == 128: return 128 if shared else 64
+    if not same: return 0
+    return 64 if shared else 32
 
 # %% ../../nbs/04_triton_backward.ipynb #81f3a6bc
 def fit_small(
@@ -257,15 +266,16 @@ def fit_small(
     dropout: bool = False, # the generator needs registers
 ) -> Fit | None: # None where the keys of a group are too many for one program
     "The tile of `_small_kernel`: square, with whole groups in it; or all keys, and some queries."
-    simulated, old = capability < (8, 0), capability < (9, 0)
+    simulated, shared = capability < (8, 0), _multiplies_shared(capability)
     limit = _most_keys(head_dim, dtype, capability, same, dropout)
     if keys > limit: return None
     block = max(16 if simulated else min(64, limit), pow2(keys))
-    square = 16 if simulated else 64 if old or head_dim > 64 else 128
+    square = 16 if simulated else 128 if shared and head_dim <= 64 else 64
     if same and block <= square:
         warps = 8 if block * max(head_dim, 64) > 64 * 64 else 4
         return Fit(Tile(block, block, warps, 1), block // pow2(keys), True)
-    rows = 16 if old or dropout and head_dim > 64 else 32
+    rows = 64 if capability >= (10, 0) and block * head_dim <= 64 * 64 else 32
+    if not shared or dropout and head_dim > 64: rows = 16
     return Fit(Tile(rows, block, 8, 1), 1, False)
 
 # %% ../../nbs/04_triton_backward.ipynb #6a3e86b0
