@@ -148,8 +148,8 @@ def _loops_of(gpu: GPU, kernel: str, work: Work) -> list[Loop]:
     "What the tuner could choose from, or the one tile of small groups."
     d = 64 if work.head_dim <= 64 else 128
     if kernel == "small":
-        tile = _small_fit(gpu, work).tile
-        return [loop for loop in GROUPS[kernel, d] if loop.tile == tile]
+        fit = _small_fit(gpu, work)
+        return [loop for loop in GROUPS[kernel, d] if fit and loop.tile == fit.tile]
     if kernel == "forward" and work.keys <= 128: return [GROUPS[kernel, d][work.keys > 64]]
     return [loop for loop in LOOPS[kernel, d, work.order] if _runs_on(gpu, loop)]
 
