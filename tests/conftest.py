@@ -15,7 +15,7 @@ if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
     torch.set_num_threads(threads)
 
 common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
-settings.register_profile("ci", max_examples=300 if FULL else 100, derandomize=True, **common)
+settings.register_profile("ci", max_examples=300 if FULL else 50, derandomize=True, **common)
 settings.register_profile("slow", max_examples=5000, **common)
 profile = os.environ.get("HYPOTHESIS_PROFILE", "ci")
 settings.load_profile(profile)

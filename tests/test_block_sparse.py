@@ -11,7 +11,7 @@ import torch
 from cases import LAYOUTS, laid_out
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from sampling import sampled
+from sampling import examples, sampled
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -187,7 +187,7 @@ def assert_exact(lists: BlockLists, mask: torch.Tensor):
 def test_lists_are_exact(case): assert_exact(case.lists(), case.mask())
 
 
-@settings(max_examples=100)
+@examples(50, 300)
 @given(layouts(40))
 def test_the_slow_builder_agrees(case):
     lists = case.lists()
@@ -375,12 +375,12 @@ def calls(
         draw(st.sampled_from((None, 0.3))), draw(st.booleans()))
 
 
-@settings(max_examples=250)
+@examples(100, 300)
 @given(calls())
 def test_equals_the_oracle(call): poison(lambda: call.check(block_sdpa_attention))
 
 
-@settings(max_examples=150)
+@examples(60, 300)
 @given(call=calls())
 def test_equals_the_oracle_in_small_pieces(call):
     chunk, engine._CHUNK = engine._CHUNK, 700
@@ -435,7 +435,7 @@ def any_lists(draw):
     return lists_from_kinds(one.kinds() * kept, groups=groups, **sizes, **layout)
 
 
-@settings(max_examples=150)
+@examples(60, 300)
 @given(any_lists(), st.booleans())
 def test_any_lists_equal_the_oracle(lists, masked):
     generator = torch.Generator().manual_seed(0)
@@ -842,7 +842,7 @@ def masked_calls(draw):
         draw(st.booleans()), draw(st.integers(0, 999)))
 
 
-@settings(max_examples=150)
+@examples(60, 300)
 @given(masked_calls(), st.sampled_from(("reference", "sdpa_mask", "sdpa", "auto")))
 def test_block_masks_equal_the_oracle(call, backend):
     b, h, kv, n, extra, (BM, BN), leading, curve, causal, masked, seed = call
