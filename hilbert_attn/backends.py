@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import wraps
+from functools import partial, wraps
 from types import MappingProxyType
 from typing import Any, TypeVar, Unpack, get_type_hints
 
@@ -474,13 +474,13 @@ def _is_short(q: Any, k: Any, v: Any, backend: Any) -> bool:
     return not torch.is_autocast_enabled("cpu") and _forced("auto")[0] == "auto"
 
 # %% ../nbs/07_backends.ipynb #0c520b03
+_WORDS = (int, float, bool, str, type(None))  # Python's own; NumPy's would lose their type
+
+
 def _is_word(x: Any) -> bool:
-    "A number or text of Python's own types, or None, or a few of them? NumPy's lose their type."
+    "A number, a text or None, or a few of them?"
     if type(x) in (list, tuple): return len(x) < 64 and all(type(y) in _WORDS for y in x)
     return type(x) in _WORDS
-
-
-_WORDS = (int, float, bool, str, type(None))
 
 
 def _options_key(
@@ -492,6 +492,20 @@ def _options_key(
     plain = [... if isinstance(x, Tensor) else x for x in values]
     return marshal.dumps((plain, *names), 2)  # of this format equal values are equal bytes
 
+# %% ../nbs/07_backends.ipynb #0c520b05
+def _short_key(
+    function: Callable,
+    qkv: Sequence[Any],
+    values: Sequence[Any], # of all other arguments
+    options: Mapping[str, Any], # those that were given by name
+) -> tuple | None: # hashable; None: not such a call
+    "What a short call is kept under: function, options, threads, shapes."
+    if not _is_short(*qkv, options.get("backend", "auto")): return None
+    words = _options_key(values, options)
+    if words is None: return None
+    about = [(x.shape, x.dtype, x.device) for x in qkv]
+    return function, words, torch.get_num_threads(), *about
+
 # %% ../nbs/07_backends.ipynb #0c520b04
 _Function = TypeVar("_Function", bound=Callable)
 
@@ -502,19 +516,15 @@ def shortcut(
     "A decorator: a call that came down to one SDPA with a kept mask is that SDPA from then on."
     @wraps(function)
     def call(q, k, v, *args, **options):
-        if torch.compiler.is_compiling() or not _is_short(
-                q, k, v, options.get("backend", "auto")):
-            return function(q, k, v, *args, **options)
+        compute = partial(function, q, k, v, *args, **options)
+        if torch.compiler.is_compiling(): return compute()
         values = *args, *options.values()
+        key = _short_key(function, (q, k, v), values, options)
         tensors = [x for x in values if isinstance(x, Tensor)]
-        options_key = _options_key(values, options)
-        if options_key is None or not _short_calls.may_keep(*tensors):
-            return function(q, k, v, *args, **options)
-        about = [(x.shape, x.dtype, x.device) for x in (q, k, v)]
-        key = function, options_key, torch.get_num_threads(), *about
+        if key is None or not _short_calls.may_keep(*tensors): return compute()
         kept = _short_calls.find(key, *tensors)
         if kept is not None and kept[0][1] is POLICY: return kept[0][0](q, k, v)
-        with noted_calls() as notes: out = function(q, k, v, *args, **options)
+        with noted_calls() as notes: out = compute()
         if len(notes) == 1 and all(a is b for a, b in zip(notes[0], (q, k, v, out))):
             _short_calls.keep(key, (notes[0][-1], POLICY), *tensors)
         return out

@@ -34,8 +34,10 @@ from .ring_layers import RingLayer, check_ring_call
 
 # %% ../nbs/12e_block_layers.ipynb #12e0a007
 def _local_window(seq_len: int, block: int, sparsity: float) -> int: # tokens
-    kept = (1 - sparsity) * -(-seq_len // block)
-    on_a_side = max(0, round((kept - 1) / 2))
+    million = 10**6
+    blocks = -(-seq_len // block)
+    kept = round((1 - sparsity) * million) * blocks  # in millionths
+    on_a_side = kept // (2 * million)
     return 2 * block * on_a_side
 
 # %% ../nbs/12e_block_layers.ipynb #e686114e

@@ -12,6 +12,7 @@ __all__ = ['DILATION_MODES', 'COMBINES', 'AxisBounds', 'Lattice', 'default_mode'
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from importlib import import_module
 from itertools import accumulate, islice
 from math import prod
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, cast
@@ -432,7 +433,8 @@ AxisBounds = tuple[np.ndarray, np.ndarray, np.ndarray] # place, first, last: int
 
 class AxisPattern:
     "Patterns that are products of their axes; a subclass has fields, a grid and `axis_bounds`."
-    kinds: ClassVar[dict[str, Callable[..., "AxisPattern"]]] = {}
+    kinds: ClassVar[dict[str, Callable[..., "AxisPattern"]]] = {} # by `kind`
+    kind: ClassVar[str] # module and name of the class
     along_curve: ClassVar[bool] = False # are the coordinates positions, so that an order matters?
     in_stretches: ClassVar[bool] = False # do stretches of queries attend the same keys?
     dilation: tuple[int, ...] = () # between neighbouring places of an axis; (): 1
@@ -445,7 +447,9 @@ class AxisPattern:
         @property
         def grid(self) -> tuple[int, ...]: ... # without what is shared
 
-    def __init_subclass__(cls): AxisPattern.kinds[cls.__name__] = cls
+    def __init_subclass__(cls):
+        cls.kind = f"{cls.__module__}.{cls.__name__}"
+        AxisPattern.kinds[cls.kind] = cls
 
     def axis_bounds(self, axis: int) -> AxisBounds: # by coordinate
         "A place for each coordinate: a query attends the coordinates at places first ... last."
@@ -715,21 +719,23 @@ def attends_boxes(
 # %% ../nbs/01_patterns.ipynb #28023aba
 def encode_pattern(
     pattern: AxisPattern, # of a grid
-) -> tuple[str, list[int]]: # name, whole numbers
-    "The name of its class and its fields, as an operator can take them."
+) -> tuple[str, list[int]]: # kind, whole numbers
+    "Its class by name and its fields, as an operator can take them."
     numbers: list[int] = []
     for field in fields(cast(Any, pattern)):
         value = getattr(pattern, field.name)
         values = value if isinstance(value, tuple) else (value,)
         numbers += [int(x) if isinstance(x, bool) else x for x in values]
-    return type(pattern).__name__, numbers
+    return pattern.kind, numbers
 
 # %% ../nbs/01_patterns.ipynb #2331fdce
 def decode_pattern(
-    kind: str, # name of the class
+    kind: str, # of the class
     numbers: Sequence[int], # its fields, one after another
 ) -> AxisPattern:
     "The pattern that was encoded; of a field per axis there are as many numbers as axes."
+    if kind not in AxisPattern.kinds:  # a graph may be loaded before the module is
+        import_module(kind.rpartition(".")[0])
     cls = cast(Any, AxisPattern.kinds[kind])
     types = [field.type for field in fields(cls)]
     single = types.count(int)

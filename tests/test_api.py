@@ -490,10 +490,10 @@ def test_auto_goes_by_its_rules(settings, kind):
     assert next(rule.type for rule in AUTO_RULES if rule.holds(config)) == kind
 
 
-WINDOWS = [(0.0, 512), (0.5, 256), (0.6, 256), (0.7, 128), (0.9, 0)]
+WINDOWS = [(0.0, 640), (0.5, 256), (0.6, 256), (0.7, 128), (0.8, 128), (0.9, 0)]
 
 
 @pytest.mark.parametrize("sparsity, window", WINDOWS)
 def test_a_window_of_blocks_is_the_nearest_to_the_sparsity(sparsity, window):
-    "Of ten blocks of 64: the query's own, and as many on either side."
+    "Of ten blocks of 64: the query's own, and as many on either side; the wider of two as near."
     assert _local_window(640, 64, sparsity) == window

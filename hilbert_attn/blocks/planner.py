@@ -416,10 +416,10 @@ def _lists(
         return _list_cache.get((pattern, *options), build, order)
 
 # %% ../../nbs/10a_block_planner.ipynb #0e739056
-def _constant_lists(pattern: str, arguments: tuple, curve: str | None, *options) -> BlockLists:
+def _constant_lists(kind: str, arguments: tuple, curve: str | None, *options) -> BlockLists:
     "Block lists as a constant of a compiled or exported graph."
     kinds = AxisPattern.kinds | {"SegmentPattern": SegmentPattern}
-    return _lists(kinds[pattern](*arguments), None, curve, options)
+    return _lists(kinds[kind](*arguments), None, curve, options)
 
 
 # what torch.compiler.assume_constant_result does, after importing the compiler, which takes seconds
@@ -455,7 +455,8 @@ def block_lists(
         whole_number("registers", registers, 0), true_or_false("grouped", grouped), device)
     if torch.compiler.is_compiling() and order is None:
         arguments = tuple(getattr(pattern, f.name) for f in fields(cast(Any, pattern)))
-        return _constant_lists(type(pattern).__name__, arguments, curve, *options)
+        kind = getattr(pattern, "kind", "SegmentPattern")
+        return _constant_lists(kind, arguments, curve, *options)
     if order is not None:
         n = pattern.seq_len - getattr(pattern, "shared", 0)
         order = check_order(order, n, order.device if isinstance(order, Tensor) else device)
