@@ -6,11 +6,13 @@ kept, as a kernel would.
 import os
 import sys
 import traceback
+from contextlib import nullcontext
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from interpreter import interpreted, quick
 
 PRELOADED = ["torch", "numpy", "IPython", "execnb.shell", "matplotlib.pyplot"]
 
@@ -32,7 +34,9 @@ def _run(path: Path, folder: Path, first: str) -> list[dict]:
 
 
 def _send(connection: Connection, *arguments):
-    try: connection.send((_run(*arguments), ""))
+    try:
+        with quick() if interpreted() else nullcontext():
+            connection.send((_run(*arguments), ""))
     except BaseException as error: connection.send((None, str(error)))
 
 

@@ -77,7 +77,9 @@ def test_export_and_clean_leave_no_difference(tree, paths):
     assert not stale, f"run `make export`: {stale}"
 
 
+@pytest.mark.full
 def test_readme_quickstart_and_contributing_are_fresh(tree):
+    "As `.ci/run` sees too: `make export` leaves no difference."
     done = run(sys.executable, "tools/make_readme.py", "--check", cwd=tree)
     assert done.returncode == 0, done.stderr
 

@@ -9,6 +9,7 @@ import torch
 from cases import EXAMPLES, Case, Memory, cases, layouts, placed, random_tensors, spoilt, upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sampling import FULL
 from test_local import LocalCase, kernels, local_cases
 
 import hilbert_attn.local as local
@@ -28,6 +29,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 with_expression = pytest.mark.parametrize("backend", (*BACKENDS, "expression"))
 needs_triton = pytest.mark.skipif(not kernels, reason="triton is not installed")
 many = settings(max_examples=EXAMPLES)
+in_triton = settings(max_examples=EXAMPLES if FULL else 20)  # its interpreter is slow
 
 
 def few_programs(case):
@@ -58,7 +60,7 @@ def test_segments(backend, case: Case): check_segments(backend, case)
 
 
 @needs_triton
-@many
+@in_triton
 @given(case=cases(max_n=20, head_dims=(16,)).map(few_programs))
 def test_segments_on_triton(case: Case): check_segments("triton", case)
 
@@ -106,7 +108,7 @@ def test_mixtures(backend, branches: Branches): check_mixture(backend, branches)
 
 
 @needs_triton
-@many
+@in_triton
 @given(branches=mixtures(max_n=16, head_dims=(16,)))
 def test_mixtures_on_triton(branches: Branches):
     check_mixture("triton", replace(branches, case=few_programs(branches.case)))
@@ -123,7 +125,7 @@ def test_local(name, backend, data):
 
 @needs_triton
 @pytest.mark.parametrize("name", LOCAL)
-@many
+@in_triton
 @given(data=st.data())
 def test_local_on_triton(name, data):
     limits = dict(max_n=24, head_dims=(16,), dtypes=(torch.float32, torch.float64))
@@ -178,7 +180,7 @@ def test_blocks(backend, blocks: Blocks): check_blocks(backend, blocks)
 
 
 @needs_triton
-@many
+@in_triton
 @given(blocks=block_cases(max_n=40, head_dims=(16,)))
 def test_blocks_on_triton(blocks: Blocks):
     check_blocks("triton", replace(blocks, case=few_programs(blocks.case)))

@@ -347,7 +347,7 @@ def local_cases(
     )
 
 
-@examples(200, 600)
+@examples(100, 600)
 @given(local_cases())
 def test_equals_the_oracle(case): case.check(backend="sdpa")
 

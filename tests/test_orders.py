@@ -32,6 +32,12 @@ TRAININGS = sum(map(len, orders.VARIANTS.values()))
 def photos(): return orders.Photos(QUICK["photos"])
 
 
+@pytest.fixture(scope="module")
+def at_once() -> dict:
+    "The whole experiment with two steps a training."
+    return orders.run_suite(TINY, True, store=False)
+
+
 @pytest.mark.parametrize("task", orders.VARIANTS)
 def test_all_variants_of_a_seed_start_alike_and_see_the_same_data(task):
     data = orders.DATA[task](QUICK[task])
@@ -122,7 +128,7 @@ def test_learning_rate_rises_and_falls():
     )
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
+def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, at_once):
     lines = []
 
     def stop_after_three(line):
@@ -139,7 +145,6 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     assert len(more) == TRAININGS - 3 and not orders.missing(whole)
     (stored,) = load_runs("orders", tmp_path)
     assert stored == json.loads(json.dumps(whole))
-    at_once = orders.run_suite(TINY, True, store=False)
     for task in orders.VARIANTS:
         assert at_once[task] == whole[task]
     assert {"truth", "dense", "hilbert, shifted"} <= set(whole["pictures"])
@@ -149,16 +154,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path):
     )
 
 
-def test_times_are_added_to_the_run(tmp_path):
+def test_times_are_added_to_the_run(tmp_path, at_once):
     with pytest.raises(RuntimeError, match="train first"):
         orders.add_times(TINY, tmp_path)
-    run = orders.run_suite(TINY, True, store=False)
-    path = orders._store(run, tmp_path)
+    path = orders._store(at_once, tmp_path)
     (timed,) = json.loads(orders.add_times(TINY, tmp_path).read_text())
     assert path.exists() and {(r["task"], r["variant"]) for r in timed["timing"]} == {
         (t, v.name) for t, vs in orders.VARIANTS.items() if t != "long" for v in vs
     }
-    assert all(r["median"] > 0 for r in timed["timing"]) and timed["photos"] == run["photos"]
+    assert all(r["median"] > 0 for r in timed["timing"]) and timed["photos"] == at_once["photos"]
 
 
 def _run(
@@ -307,6 +311,7 @@ def test_the_stored_run_is_whole():
     )
 
 
+@pytest.mark.full
 def test_quick_from_the_command_line_writes_nothing_unless_told(tmp_path):
     found = subprocess.run(
         [sys.executable, str(ROOT / "tools" / "train_orders.py"), "--quick"],
