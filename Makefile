@@ -72,22 +72,22 @@ $(BIN)/python:
 
 $(BIN)/.runtime: $(SETUP) | $(BIN)/python
 	@echo "Installing hilbert_attn and what it needs to run into .venv: this takes a few minutes once."
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e .
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e .
 	@touch $@
 
 $(BIN)/.demo: $(SETUP) | $(BIN)/python
 	@echo "Installing hilbert_attn and what the demo needs into .venv: this takes a few minutes once."
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[demo]"
 	@touch $(BIN)/.runtime $@
 
 $(BIN)/.docs: $(SETUP) | $(BIN)/python
 	@echo "Installing hilbert_attn and what its site is built with into .venv: this takes a few minutes once."
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[docs]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[docs]"
 	@touch $(BIN)/.runtime $@
 
 $(BIN)/.all: $(SETUP) | $(BIN)/python
 	@echo "Installing hilbert_attn and everything that its notebooks, tests and site need into .venv: this takes a few minutes once."
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[all]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[all]"
 	@touch $(BIN)/.runtime $(BIN)/.demo $(BIN)/.docs $@
 
 .PHONY: help quickstart demo test full lint mutate lab docs export readme wheel newcomer gpu study clean distclean
