@@ -49,6 +49,10 @@ readme: $(BIN)/.all  ## write README.md, examples/quickstart.py and CONTRIBUTING
 wheel: $(BIN)/.all  ## build source distribution and wheel into dist/
 	$(BIN)/python -m build
 
+release: $(BIN)/.all  ## build, check and try what is uploaded, with Python 3.11 to 3.13 (ARGS=--rehearse for a version without a date)
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[release]"
+	$(BIN)/python tools/release.py $(ARGS)
+
 newcomer: $(BIN)/.runtime  ## time the path from a fresh clone to attention, pictures and site, into nbs/results/ (ARGS=--worktree to try uncommitted files)
 	$(BIN)/python tools/newcomer.py $(ARGS)
 
@@ -90,4 +94,4 @@ $(BIN)/.all: $(SETUP) | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[all]"
 	@touch $(BIN)/.runtime $(BIN)/.demo $(BIN)/.docs $@
 
-.PHONY: help quickstart demo test full lint mutate lab docs export readme wheel newcomer gpu study clean distclean
+.PHONY: help quickstart demo test full lint mutate lab docs export readme wheel release newcomer gpu study clean distclean

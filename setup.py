@@ -21,6 +21,6 @@ setup(
     description=config["description"],
     keywords=config["keywords"].split(),
     install_requires=lines("requirements"),
-    extras_require={"demo": demo, "transformers": transformers, "diffusers": diffusers, "experiments": demo + experiments, "docs": docs, "dev": dev, "all": list(dict.fromkeys(dev + docs))},
+    extras_require={"demo": demo, "transformers": transformers, "diffusers": diffusers, "experiments": demo + experiments, "docs": docs, "release": lines("release_requirements"), "dev": dev, "all": list(dict.fromkeys(dev + docs))},
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": ["hilbert_attn = hilbert_attn._modidx:d"]},
 )

@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
+from . import __version__
+
 # %% ../nbs/17_cli.ipynb #ea6a8786
 def _demo(args):
     "Attention on a photo."
@@ -231,6 +233,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="`hilbert-attn COMMAND --help` tells more about a command.",
         formatter_class=_Layout,
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     named: Any = dict(title="commands", dest="command", metavar="COMMAND", required=True)
     commands = parser.add_subparsers(**named)
     for name, (run, options, short, about) in _COMMANDS.items():

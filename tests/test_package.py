@@ -157,7 +157,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
             and requirement.marker.evaluate({"extra": extra})}
         for extra in about.metadata.get_all("Provides-Extra")}
     assert extras.keys() == {
-        "demo", "transformers", "diffusers", "experiments", "docs", "dev", "all"}
+        "demo", "transformers", "diffusers", "experiments", "docs", "release", "dev", "all"}
     assert {"matplotlib", "pillow"} <= extras["demo"]
     assert extras["all"] == extras["dev"] | extras["docs"] >= extras["demo"]
 
@@ -225,7 +225,7 @@ def test_wheel_imports_in_an_empty_environment(inside):
     code = """
 import importlib, pkgutil, hilbert_attn
 for module in pkgutil.walk_packages(hilbert_attn.__path__, "hilbert_attn."):
-    importlib.import_module(module.name)
+    if module.name != "hilbert_attn.__main__": importlib.import_module(module.name)
 for name in hilbert_attn.__all__: getattr(hilbert_attn, name)
 for name in ("matplotlib", "PIL", "transformers", "nbdev", "pytest"):
     assert not importlib.util.find_spec(name), name
@@ -255,6 +255,8 @@ def test_program_in_an_empty_environment(inside):
     assert all(
         command in inside("hilbert-attn", "--help")
         for command in ("demo", "bench", "explain", "env"))
+    for program in (["hilbert-attn"], ["python", "-m", "hilbert_attn"]):
+        assert inside(*program, "--version") == f"hilbert-attn {hilbert_attn.__version__}\n"
     env = json.loads(inside("hilbert-attn", "env", "--json"))
     assert env["hilbert_attn"] == hilbert_attn.__version__
     assert "sdpa" in env["backends"]

@@ -233,7 +233,7 @@ def leads_to(links: list[str], address: str, server: str) -> set[tuple[str, str]
 
 
 def is_drawn(address: str) -> bool:
-    "Is a page looked at? Of the sources, which are made alike, one in eight, or in `make full` all."
+    "Is a page looked at? Of the sources, made alike, one in eight; in `make full` all."
     name = address.rpartition("/")[2]
     return FULL or not name.startswith("module_") or len(name) % 8 == 0
 
