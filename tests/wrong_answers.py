@@ -433,6 +433,62 @@ def slide(q_ptr, k_ptr, v_ptr, out_ptr, n, reach, scale,
 """,
         ],
     },
+    "02cc_inside_a_gpu": {
+        "matrix_instructions": [
+            r"""
+def matrix_instructions(BM, BN, D, warps): return 3 * D // 16
+""",
+            r"""
+def matrix_instructions(BM, BN, D, warps): return 2 * (D // 16) + BN // 16
+""",
+        ],
+        "programs_that_fit": [
+            r"""
+def programs_that_fit(warps, registers, shared):
+    if shared > 227 * 1024: return 0
+    limits = 65536 // (32 * warps * registers), 228 * 1024 // (shared + 1024), 64 // warps, 32
+    return min(limits)
+""",
+            r"""
+def programs_that_fit(warps, registers, shared):
+    if shared > 227 * 1024: return 0
+    given = (registers + 7) // 8 * 8
+    return min(65536 // (32 * warps * given), 228 * 1024 // max(shared, 1), 64 // warps, 32)
+""",
+            r"""
+def programs_that_fit(warps, registers, shared):
+    if shared > 227 * 1024: return 0
+    return min(65536 // (32 * warps * ((registers + 7) // 8 * 8)), 228 * 1024 // (shared + 1024))
+""",
+        ],
+        "keys_until_busy": [
+            r"""
+def keys_until_busy(tflops, tbs, heads, kv_heads): return tflops / tbs
+""",
+            r"""
+import math
+
+def keys_until_busy(tflops, tbs, heads, kv_heads): return math.ceil(2 * tflops / tbs)
+""",
+            r"""
+import math
+
+def keys_until_busy(tflops, tbs, heads, kv_heads):
+    return math.floor(tflops / tbs * (heads + kv_heads) / heads)
+""",
+        ],
+        "most_stages": [
+            r"""
+def most_stages(BM, BN, D, programs):
+    return (228 * 1024 // programs - 1024) // (4 * BN * D)
+""",
+            r"""
+def most_stages(BM, BN, D, programs):
+    room = 228 * 1024 // programs - 1024
+    return (room - 2 * BM * D) // (4 * BN * D)
+""",
+        ],
+    },
     "03_triton_forward": {
         "join": [
             r"""
