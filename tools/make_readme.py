@@ -35,6 +35,7 @@ QUICKSTART = "examples/quickstart.py"
 LOCAL = re.compile(r"\]\((?!\w+:|#|/)([^)#]*)(#[^)]*)?")
 STYLE = re.compile(r"<style.*?</style>\n?", re.S)
 HIDDEN = "hide-input"
+PICTURES = {"image/png", "image/jpeg", "image/svg+xml"}
 
 
 def alert(kind: str, title: str, body: str, collapsed: bool) -> str:
@@ -83,7 +84,7 @@ def plain(cell: NotebookNode, given: dict) -> None:
 def alts(cell: NotebookNode, given: dict, title: str) -> list[str]:
     "What its pictures show, in words."
     outputs = [output.get("data", {}) for output in cell.get("outputs", [])]
-    pictures = [data for data in outputs if {"image/png", "image/svg+xml"} & {*data}]
+    pictures = [data for data in outputs if PICTURES & {*data}]
     return [given.get("fig-alt") or given.get("fig-cap") or title] * len(pictures)
 
 
@@ -96,7 +97,7 @@ def page(target: str, name: str) -> dict[str, bytes]:
         words += alts(cell, given, front["title"])
         shown.append(cell)
     body, pictures = exported(shown, name)
-    body = re.sub(r"!\[(?:png|svg)\]", lambda _: f"![{words.pop(0)}]", body)
+    body = re.sub(r"!\[(?:png|jpeg|svg)\]", lambda _: f"![{words.pop(0)}]", body)
     source = f"<!-- Written by `make readme` from nbs/{name}.ipynb: edit that. -->"
     parts = [source, f"# {front['title']}", front.get("description", ""), body]
     text = re.sub(r"\n([ \t]*\n){2,}", "\n\n", "\n\n".join(parts))
