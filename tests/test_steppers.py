@@ -1,16 +1,20 @@
 """The steppers in a real browser: what they show is what the package computes."""
 import math
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from test_explorer import browser  # noqa: F401  a fixture
 
+from hilbert_attn import ring
 from hilbert_attn.curves import curve_order
-from hilbert_attn.patterns import SegmentPattern
+from hilbert_attn.patterns import NeighborhoodPattern, SegmentPattern, WindowPattern
+from hilbert_attn.ring_plan import shard_positions, shard_sizes
 
 FOLDER = Path(__file__).resolve().parent.parent / "nbs" / "explorer"
-NAMES = ["online", "recursion"]
+NAMES = ["online", "recursion", "ring", "tiles"]
 pytestmark = pytest.mark.browser
 
 
@@ -97,14 +101,101 @@ def test_the_recursion_is_the_curve(opened, m):
         assert f"It attends {seen} of {4 ** m} positions" in page.inner_text("#words")
 
 
+def sources(rank, world, monkeypatch):
+    "Whose keys the package's ring brings to a rank, round by round."
+    met = []
+    monkeypatch.setattr(ring, "ring_tasks", lambda *_: None)
+    call = SimpleNamespace(
+        ring=SimpleNamespace(rank=rank, size=world), plan=SimpleNamespace(sizes=[1] * world),
+        blocks=lambda tasks: tasks,
+        pass_on=lambda block, rows: (block, SimpleNamespace(wait=lambda: None)))
+    turn = SimpleNamespace(keys=lambda x: x)
+    ring._go_around(call, 0, turn, [torch.zeros(1)], lambda blocks, kv, src: met.append(src))
+    return met
+
+
+def pair_count(queries, keys, causal):
+    return int((keys <= queries[:, None]).sum()) if causal else len(queries) * len(keys)
+
+
+def test_the_ring_goes_around_as_ours(opened, monkeypatch):
+    page = opened("ring")
+    for world in (2, 3, 4, 6, 8):
+        page.select_option("#ranks", str(world))
+        assert page.get_attribute("#step", "max") == str(world - 1)
+        rounds = f"range({world}).map(s => holder(r, s, {world}))"
+        came = page.evaluate(f"range({world}).map(r => {rounds})")
+        assert came == [sources(rank, world, monkeypatch) for rank in range(world)]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+def test_ranks_of_the_ring_compute_what_they_hold(opened, layout):
+    page = opened("ring")
+    for world in (3, 8):
+        sizes = shard_sizes(48, world, layout)
+        held = [shard_positions(sizes, rank, layout) for rank in range(world)]
+        told = page.evaluate(f"range({world}).map(r => positions(r, {world}, '{layout}'))")
+        assert told == [positions.tolist() for positions in held]
+        for step, causal in product(range(world), (False, True)):
+            expected = [pair_count(queries, held[(rank - step) % world], causal)
+                        for rank, queries in enumerate(held)]
+            told = f"round({step}, {world}, '{layout}', {str(causal).lower()})"
+            assert page.evaluate(told) == expected
+
+
+def test_who_waits_in_the_ring(opened):
+    page = opened("ring")
+    page.focus("#step")
+    page.keyboard.press("End")
+    words = page.inner_text("#words")
+    assert "Round 4 of 4" in words and "3 of 4 ranks have nothing to compute" in words
+    assert "1176 of 1176 pairs" in words and "busy 58 % of the time" in words
+    page.check("[value=zigzag]")
+    assert "All ranks compute alike" in page.inner_text("#words")
+    assert "busy 100 % of the time" in page.inner_text("#words")
+
+
+@pytest.mark.parametrize("words, pattern", [
+    ("neighborhood 3", NeighborhoodPattern((32, 32), 3)),
+    ("neighborhood 7", NeighborhoodPattern((32, 32), 7)),
+    ("window 4", WindowPattern((32, 32), 4)),
+])
+def test_tiles_of_a_window_are_those_of_its_mask(opened, words, pattern):
+    page = opened("tiles")
+    for curve in ("hilbert", "row_major"):
+        order = curve_order((32, 32), curve)
+        mask = pattern.mask()[0][order][:, order].view(64, 16, 1024)
+        told = f"tiles('{words}', '{curve}').map(t => [t.queries, t.seen, t.visited, t.pairs])"
+        for rows, part, tile in zip(mask, order.view(64, 16), page.evaluate(told), strict=True):
+            queries, seen, visited, pairs = tile
+            assert queries == part.tolist()
+            assert sorted(seen) == order[rows.any(0)].sort().values.tolist()
+            assert visited == rows.any(0).view(64, 16).any(1).nonzero().flatten().tolist()
+            assert pairs == int(rows.sum())
+
+
+def test_the_keyboard_moves_the_tile(opened):
+    page = opened("tiles")
+    page.focus("#tile")
+    page.keyboard.press("Home")
+    first = page.inner_text("#said-along")
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#said-along") != first
+    page.select_option("#pattern", "window 4")
+    assert "Along hilbert: 1 of 64 tiles of keys, 100 %" in page.inner_text("#said-along")
+    assert "In rows: 4 of 64 tiles of keys, 25 %" in page.inner_text("#said-rows")
+    assert "rows cost 4.0 times as much" in page.inner_text("#words")
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("width", [390, 1400])
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_nothing_is_cut_off(opened, name, width, scheme):
-    page = opened(name, viewport=dict(width=width, height=900), color_scheme=scheme)
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-    ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
-    assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
+def test_nothing_is_cut_off(opened, name):
+    page = opened(name)
+    for width, scheme in product((390, 1400), ("light", "dark")):
+        page.set_viewport_size(dict(width=width, height=900))
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        assert (ground == "rgb(255, 255, 255)") == (scheme == "light")
 
 
 @pytest.mark.parametrize("name", NAMES)

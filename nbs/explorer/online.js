@@ -45,13 +45,12 @@ function run(seen, tile, way) {
   return {m, l, alpha, acc, out, exact: exact(seen, way === "masked" ? tile : 0)};
 }
 
-const $ = id => document.getElementById(id);
 const number = x => Number.isNaN(x) ? "NaN" : Math.abs(x) === Infinity ? (x > 0 ? "∞" : "-∞")
   : Math.abs(x) >= 1e4 ? x.toExponential(2) : x.toFixed(3);
 
 function draw() {
   const seen = +$("seen").value, tile = +$("tile").value;
-  const way = document.querySelector("[name=way]:checked").value;
+  const way = chosen("way");
   const now = run(seen, tile, way);
   for (const name of ["m", "alpha", "l"]) $(name).textContent = number(now[name]);
   for (const name of ["acc", "out", "exact"]) $(name).textContent = now[name].map(number).join(", ");
@@ -70,5 +69,4 @@ function draw() {
   $("bars").innerHTML = bars.join("") + line;
 }
 
-for (const part of document.querySelectorAll("input, select")) part.addEventListener("input", draw);
-draw();
+onInput(draw);

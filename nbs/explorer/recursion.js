@@ -17,8 +17,6 @@ function keys(p, n, w, r) {  // the positions that p attends, its own residue of
   return found;
 }
 
-const $ = id => document.getElementById(id);
-
 function choices(select, numbers) {
   const kept = +select.value;
   select.innerHTML = numbers.map(x => `<option>${x}</option>`).join("");
@@ -26,14 +24,14 @@ function choices(select, numbers) {
 }
 
 function settle() {
-  const n = 4 ** +document.querySelector("[name=m]:checked").value;
+  const n = 4 ** +chosen("m");
   choices($("w"), [2, 4, 8, 16, 32, 64].filter(w => w <= n));
   choices($("r"), [1, 2, 4, 8].filter(r => r <= +$("w").value));
   $("p").max = n - 1;
 }
 
 function draw() {
-  const m = +document.querySelector("[name=m]:checked").value, walk = hilbert(m), n = walk.length;
+  const m = +chosen("m"), walk = hilbert(m), n = walk.length;
   const p = +$("p").value, w = +$("w").value, r = +$("r").value, side = 320 / 2 ** m;
   const seen = new Set(keys(p, n, w, r)), segment = Math.floor(p / w);
   const at = ([i, j]) => `${(j + 0.5) * side},${(i + 0.5) * side}`;
@@ -55,10 +53,8 @@ function draw() {
     `It attends ${seen.size} of ${n} positions.`;
 }
 
-for (const part of document.querySelectorAll("input, select"))
-  part.addEventListener("input", () => { settle(); draw(); });
 settle();
 $("w").value = 4;
 settle();
 $("r").value = 1;
-draw();
+onInput(() => { settle(); draw(); });
