@@ -80,7 +80,7 @@ _ARCHITECTURES = (  # (capability from, name, dtype to prefer, mixed precision)
     ((8, 0), "Ampere", torch.bfloat16, True),
     ((7, 5), "Turing", torch.float16, True),
     ((7, 0), "Volta", torch.float16, True),
-    ((6, 0), "Pascal", torch.float32, False),  # float16 is 64 times slower; no tensor cores
+    ((6, 0), "Pascal", torch.float32, False),  # no tensor cores, and 6.1 has slow float16
     ((0, 0), "before Pascal", torch.float32, False),
 )
 

@@ -542,7 +542,9 @@ class StretchPattern(WindowPattern):
 # %% ../nbs/01_patterns.ipynb #b73f5d60
 @dataclass(frozen=True)
 class NeighborhoodPattern(AxisPattern):
-    """Exact neighbourhood attention: `kernel_size` keys of every query per axis, at borders too.
+    """Exact neighbourhood attention: `kernel_size` keys per axis, at borders too.
+
+    On a causal axis the coordinates up to the query's: fewer at the beginning.
 
     arXiv 2204.07143; dilated: 2209.15001."""
     grid: tuple[int, ...] # N, (H, W) or (T, H, W)

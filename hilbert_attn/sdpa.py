@@ -532,7 +532,15 @@ def _sdpa_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seed, *settin
         dout, dlse, q, k, v, out, lse, order, key_mask, pattern, causal, scale, dropout=dropout)
 
 # %% ../nbs/06_sdpa.ipynb #b2b88e94
-def segment_pairs(q: Tensor, k: Tensor, v: Tensor, order, key_mask, seed, *settings) -> int:
+def segment_pairs(
+    q: Tensor, # queries (B, H, N, D)
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    order: Tensor | None, # int64 (N,)
+    key_mask: Tensor | None, # bool (B, N)
+    seed: Tensor | None, # of dropout
+    *settings: Any, # segment size, rate, mode and offsets first
+) -> int:
     "Attended pairs, over batches and heads, of operators with these arguments."
     segment_size, dilation_rate, mode, offsets = settings[:4]
     pattern = _cached_pattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
