@@ -536,10 +536,10 @@ def segment_pairs(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
-    order: Tensor | None, # int64 (N,)
-    key_mask: Tensor | None, # bool (B, N)
-    seed: Tensor | None, # of dropout
-    *settings: Any, # segment size, rate, mode and offsets first
+    order, # int64 (N,) or None
+    key_mask, # bool (B, N) or None
+    seed, # of dropout, or None
+    *settings, # segment size, rate, mode and offsets first
 ) -> int:
     "Attended pairs, over batches and heads, of operators with these arguments."
     segment_size, dilation_rate, mode, offsets = settings[:4]
