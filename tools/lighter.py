@@ -79,13 +79,20 @@ def lighten_picture(path: Path) -> None:
         picture = opened.convert("RGBA")
     if picture.getextrema()[3] != (255, 255):
         return
-    picture = picture.convert("RGB")
-    few = picture.quantize(256, dither=Image.Dither.NONE)
-    found = few if difference(picture, few) < SHOWS_NO_DIFFERENCE else picture
+    found = with_palette(picture.convert("RGB"))
     before = path.read_bytes()
     found.save(path, optimize=True)
     if path.stat().st_size > len(before):
         path.write_bytes(before)
+
+
+def with_palette(picture: Image.Image) -> Image.Image:
+    "With as few colours as show no difference; the picture itself if 256 are not enough."
+    for colours in (64, 256):
+        few = picture.quantize(colours, dither=Image.Dither.NONE)
+        if difference(picture, few) < SHOWS_NO_DIFFERENCE:
+            return few
+    return picture
 
 
 def difference(one: Image.Image, other: Image.Image) -> float:
