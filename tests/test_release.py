@@ -33,6 +33,13 @@ def test_what_is_missing_is_told(date, citation, changes, told):
     assert [told in fault for fault in faults] == ([] if told is None else [True])
 
 
+def test_pythons_that_do_not_run_are_not_here(tmp_path):
+    (shim := tmp_path / "python").write_text("#!/bin/sh\nexit 127\n")
+    shim.chmod(0o755)
+    found = [release.runs(str(x)) for x in (sys.executable, shim, tmp_path / "none")]
+    assert found == [True, False, False]
+
+
 def test_a_command_that_fails_ends_it(tmp_path):
     with pytest.raises(SystemExit, match="failed"):
         release.run(sys.executable, "-c", "raise ValueError", cwd=tmp_path)

@@ -31,6 +31,12 @@ def run(*command: str | Path, cwd: Path = ROOT) -> str: # what it prints
     raise SystemExit(f"{called}\n{done.stdout}{done.stderr}release.py: the command above failed")
 
 
+def runs(python: str) -> bool:
+    "Is there such a program? A name on the path may lead to none."
+    try: return subprocess.run([python, "--version"], capture_output=True).returncode == 0
+    except OSError: return False
+
+
 def notes(changelog: str) -> tuple[str, str]: # date, text
     "The changelog's section of this version."
     found = SECTION.search(changelog)
@@ -85,7 +91,7 @@ def main() -> None:
     built = build(args.out)
     print(*built, sep="\n")
     for python in args.pythons:
-        if shutil.which(python) is None:
+        if not runs(python):
             print(f"{python}: not here, not tried")
             continue
         try_wheel(python, next(path for path in built if path.suffix == ".whl"))
