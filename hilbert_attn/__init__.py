@@ -92,6 +92,7 @@ _ELSEWHERE = {  # module -> names that can be had from here too, imported when a
     "reference": "reference_attention",
     "ring_layers": "RingDilatedAttention",
     "ring_plan": "plan_ring",
+    "schedule": "LayerSchedule",
 }
 _HOMES = {
     name: module
@@ -175,6 +176,7 @@ if TYPE_CHECKING:
     from hilbert_attn.ring_exchange import unshard_sequence as unshard_sequence
     from hilbert_attn.ring_plan import plan_ring as plan_ring
     from hilbert_attn.ring_layers import RingDilatedAttention as RingDilatedAttention
+    from hilbert_attn.schedule import LayerSchedule as LayerSchedule
 else:
     def __getattr__(name: str) -> Any:
         from importlib import import_module

@@ -23,6 +23,7 @@ from .common import (
 from .curves import hilbert_decode
 from .local import LocalPattern
 from .patterns import AxisBounds, AxisPattern
+from .schedule import LayerSchedule
 
 # %% ../nbs/11b_points.ipynb #6f7e047b
 _MOST_BITS = {2: 31, 3: 21}  # of a coordinate, so that a code fits int64
@@ -419,6 +420,15 @@ class OrderSchedule:
             found += [self.curves[i] for i in turn.tolist()]
         return found[:layers]
 
+    def drawn(
+        self,
+        layers: int, # how many
+        generator: torch.Generator | None = None, # None: torch's own
+    ) -> LayerSchedule:
+        "The same, drawn once: rules that a configuration file keeps."
+        names = self.names(layers, generator)
+        return LayerSchedule({":": [{"curve": name} for name in names]})
+
     def orders(
         self,
         make: Callable[[str], Tensor], # the order along a curve
@@ -426,6 +436,6 @@ class OrderSchedule:
         generator: torch.Generator | None = None, # None: torch's own
     ) -> list[Tensor]: # of each layer; those of the same curve are one tensor
         "The order of each layer."
-        names = self.names(layers, generator)
-        made = {name: make(name) for name in dict.fromkeys(names)}
-        return [made[name] for name in names]
+        if not whole_number("layers", layers, 0): return []
+        found = self.drawn(layers, generator).orders(make, layers)
+        return [order for order in found if order is not None]

@@ -17,7 +17,7 @@ from torch import Tensor
 from .settings import (
     HilbertOptions, HilbertSettings, placed, prefix_attention, settings_from)
 from .switch import (
-    Geometry, Switch, chosen, refuse_layers, remove_switch)
+    Geometry, Switch, check_schedule, chosen, refuse_layers, remove_switch)
 
 # %% ../../nbs/14e_diffusers.ipynb #a0001175
 def _check_grid(
@@ -222,6 +222,24 @@ def _know_the_way_back(model: nn.Module):
         if hasattr(type(part), "set_default_attn_processor"):
             part.set_default_attn_processor = partial(_set_default, part)
 
+# %% ../../nbs/14e_diffusers.ipynb #8ddc51c1
+def _switched(
+    layers: dict[str, Any], # name -> layer
+    settings: HilbertSettings,
+) -> dict[str, Any]: # those that the schedule does not leave dense
+    "Hands each layer its processor; one that was ours before, and is dense now, gets its own back."
+    count, taken = len(layers), {}
+    check_schedule(settings, count)
+    for number, (name, layer) in enumerate(layers.items()):
+        own, dense = layer.processor, settings.is_dense(number, count)
+        ours = isinstance(own, HilbertAttnProcessor)
+        if dense and ours: layer.set_processor(layer.hilbert_replaced)
+        if dense: continue
+        if not ours: layer.hilbert_replaced = own
+        layer.set_processor(HilbertAttnProcessor(settings.of_layer(number, count)))
+        taken[name] = layer
+    return taken
+
 # %% ../../nbs/14e_diffusers.ipynb #9ba161bd
 def use_hilbert_processor(
     model: nn.Module, # a model of diffusers
@@ -235,10 +253,10 @@ def use_hilbert_processor(
 
     Raises `ValueError`, before anything is changed, where a layer cannot take it, or where none
     is found; the first forward raises `RuntimeError` where a layer is not used."""
-    processor = HilbertAttnProcessor(settings, **options)
+    settings = settings_from(settings, options)
     owners: dict[int, Geometry] = {}
     found = _found_layers(model, include, exclude)
-    prefix = processor.settings.prefix_tokens
+    prefix = settings.prefix_tokens
     places = {name: _layer_geometry(model, name, prefix, owners) for name in found}
     reasons = {name: _why_not(layer, places[name]) for name, layer in found.items()}
     refuse_layers("take this processor", reasons)
@@ -246,11 +264,8 @@ def use_hilbert_processor(
         raise ValueError(
             f"{type(model).__name__} has no self-attention with a processor, "
             f"among include={include!r}, exclude={exclude!r}")
+    found = _switched(found, settings)
     known = {name: geometry for name, geometry in places.items() if geometry is not None}
-    for layer in found.values():
-        own = layer.processor
-        if not isinstance(own, HilbertAttnProcessor): layer.hilbert_replaced = own
-        layer.set_processor(processor)
     Switch(model, found, known, type(model).__name__)
     _know_the_way_back(model)
     return list(found)

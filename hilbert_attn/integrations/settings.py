@@ -19,12 +19,14 @@ from torch import Tensor
 
 from ..backends import check_backend_name, choose_backend
 from ..calls import autocast_inputs, check_call, check_curve, check_tensors
-from ..common import hide_masked, true_or_false, whole_number, whole_numbers
+from ..common import (
+    Cache, hide_masked, true_or_false, whole_number, whole_numbers)
 from ..curves import as_grid, curve_order, inverse_order
 from ..dilated import dilated_attention, prefix_branches
 from ..modules import one_of
 from ..patterns import DilatedPattern
 from ..reference import masked_attention, merge_attention
+from ..schedule import LayerSchedule
 
 # %% ../../nbs/14_integrations.ipynb #f66b6a88
 class HilbertOptions(TypedDict, total=False):
@@ -38,6 +40,8 @@ class HilbertOptions(TypedDict, total=False):
     curve: str | None
     prefix_tokens: int
     backend: str
+    shift: int
+    layers: LayerSchedule | Mapping[str, Any] | None
     segment_size: int | None
     dilation_rate: int | None
 
@@ -69,7 +73,8 @@ def _plain_fields(
         own = _ALIASES[alias]
         given = None if plain[own] == getattr(HilbertSettings, own) else plain[own]  # the default
         plain[own] = one_of(own, given, **{alias: _plain(alias, value)})
-    plain["prefix_tokens"] = whole_number("prefix_tokens", settings.prefix_tokens, least=0)
+    for name in ("prefix_tokens", "shift"):
+        plain[name] = whole_number(name, getattr(settings, name), least=0)
     return plain
 
 # %% ../../nbs/14_integrations.ipynb #b805548d
@@ -80,6 +85,29 @@ def _check_fields(settings: "HilbertSettings"):
     heads = len(settings.branches[0])
     if isinstance(settings.offsets, tuple): heads = len(settings.offsets)
     settings.pattern(1, heads)  # names the value that does not fit
+    if settings.layers is None: return
+    for options in settings.layers.options(): layer_settings(settings, options)
+
+# %% ../../nbs/14_integrations.ipynb #9f221114
+_OF_A_LAYER = ("segment_lengths", "dilation_rates", "combine", "dilation_mode", "offsets", "shift",
+               "curve", "backend", *_ALIASES)
+_DENSE = dict(segment_lengths=None, dilation_rates=1, combine="lse", dilation_mode="residue",
+              offsets=None, shift=0, curve=None)
+
+
+def layer_settings(
+    settings: "HilbertSettings",
+    options: Mapping[str, Any] | None, # of a `LayerSchedule`; None is dense
+) -> "HilbertSettings": # without a schedule
+    "Settings of one layer; a dense one is one segment. Raises `ValueError`."
+    options = _DENSE if options is None else options
+    unknown = ", ".join(repr(name) for name in options if name not in _OF_A_LAYER)
+    if unknown:
+        raise ValueError(
+            f"layers={settings.layers.rules}: {unknown} is no setting of a layer. "
+            f"Known ones: {', '.join(_OF_A_LAYER)}")
+    own = {_ALIASES.get(name, name): value for name, value in options.items()}
+    return replace(settings, layers=None, **own)
 
 # %% ../../nbs/14_integrations.ipynb #ece7a47a
 def _check_length(settings: "HilbertSettings", n: int):
@@ -106,11 +134,15 @@ class HilbertSettings:
     curve: str | None = "auto" # "auto": "hilbert" on a grid, None for a plain sequence
     prefix_tokens: int = 0 # leading tokens that attend all and are attended by all, in no segment
     backend: str = "auto" # as for `hilbert_attention`
+    shift: int = 0 # positions that segments are moved along the curve; the end joins the beginning
+    layers: LayerSchedule | Mapping[str, Any] | None = None # rules, where layers differ
     segment_size: InitVar[int | None] = None # alias of segment_lengths
     dilation_rate: InitVar[int | None] = None # alias of dilation_rates
 
     def __post_init__(self, segment_size, dilation_rate):
         plain = _plain_fields(self, segment_size=segment_size, dilation_rate=dilation_rate)
+        if self.layers is not None and not isinstance(self.layers, LayerSchedule):
+            plain["layers"] = LayerSchedule(self.layers)
         for name, value in plain.items(): object.__setattr__(self, name, value)
         _check_fields(self)
 
@@ -155,10 +187,25 @@ class HilbertSettings:
         keys, queries = torch.arange(n), torch.arange(first, n)
         return key_counts(self, keys, queries, n, num_heads, causal).expand(num_heads, -1, -1)
 
+    def of_layer(
+        self,
+        layer: int, # 0 … layers - 1
+        layers: int, # how many are switched
+    ) -> "HilbertSettings": # without a schedule
+        "What one layer does; a dense one is one segment."
+        if self.layers is None: return self
+        at = _of_layer if torch.compiler.is_compiling() else _kept_layer
+        return at(self, layer, layers)
+
+    def is_dense(self, layer: int, layers: int) -> bool:
+        "Does the schedule leave a layer its full attention?"
+        return self.layers is not None and self.layers.at(layer, layers) is None
+
     def to_dict(self) -> dict[str, Any]: # plain values only; fields at their default are left out
         "For a model's configuration file, or for `from_dict`."
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
+        if self.layers is not None: plain["layers"] = self.layers.rules
         return {f.name: plain[f.name] for f in fields(self) if values[f.name] != f.default}
 
     @classmethod
@@ -195,7 +242,11 @@ def _at(
     return replace(settings, grid=grid, prefix_tokens=prefix_tokens)
 
 
-_kept = lru_cache(1024)(_at)
+def _of_layer(settings: HilbertSettings, layer: int, layers: int) -> HilbertSettings:
+    return layer_settings(settings, settings.layers.at(layer, layers))
+
+
+_kept, _kept_layer = lru_cache(1024)(_at), lru_cache(1024)(_of_layer)
 
 # %% ../../nbs/14_integrations.ipynb #a71f81ed
 def placed(
@@ -208,6 +259,27 @@ def placed(
     return place(settings, grid, prefix_tokens)
 
 # %% ../../nbs/14_integrations.ipynb #8ae67b60
+_shifted = Cache(max_entries=64)
+
+
+def cell_order(
+    settings: HilbertSettings,
+    cells: int, # tokens behind the prefix
+    device: Any = None, # None is the CPU
+) -> Tensor | None: # int64 (cells,): the token at each position; None: as they lie
+    "The order along the curve, from where the first segment begins."
+    curve, shift, grid = settings.order_name, settings.shift, settings.grid
+    if curve is None and not shift: return None
+
+    def make():
+        if curve is None: order = torch.arange(cells, device=device or "cpu")
+        else: order = curve_order(cells if grid is None else grid, curve, device)
+        return order.roll(-shift) if shift else order
+
+    if not shift or torch.compiler.is_compiling(): return make()
+    return _shifted.get((cells, grid, curve, shift, str(device)), make)
+
+# %% ../../nbs/14_integrations.ipynb #f91bde5a
 def _positions(
     settings: HilbertSettings,
     tokens: Tensor, # int64 (K,): token indices
@@ -215,9 +287,8 @@ def _positions(
 ) -> Tensor: # int64 (K,); of no meaning for tokens of the prefix
     "Curve positions of tokens."
     at = tokens - settings.prefix_tokens
-    if settings.order_name is None: return at
-    grid = cells if settings.grid is None else settings.grid
-    return inverse_order(curve_order(grid, settings.order_name))[at.clamp(min=0)]
+    order = cell_order(settings, cells)
+    return at if order is None else inverse_order(order)[at.clamp(min=0)]
 
 # %% ../../nbs/14_integrations.ipynb #2b68cead
 def key_counts(
@@ -273,10 +344,11 @@ def _cells_attention(
 ) -> Any: # out (B, H, N, D), or (out, lse (B, H, N))
     "Attention of tokens that have a place."
     lengths, rates = settings.branches
+    order = cell_order(settings, q.shape[2], q.device) if settings.shift else None
     options: Any = dict(
         combine=settings.combine, dilation_mode=settings.dilation_mode, offsets=settings.offsets,
-        grid=settings.grid, curve=settings.order_name, causal=causal, key_mask=key_mask,
-        dropout_p=dropout_p, scale=scale)
+        grid=settings.grid, curve=settings.order_name, order=order, causal=causal,
+        key_mask=key_mask, dropout_p=dropout_p, scale=scale)
     return dilated_attention(
         q, k, v, lengths, rates, backend=settings.backend, return_lse=return_lse, **options)
 
@@ -333,9 +405,8 @@ def _in_one_operator(
         return_lse=True)
     if q.device.type != "cpu" or not call.custom_backward: return None
     if choose_backend(settings.backend, q.device)[0] != "sdpa": return None
-    cells, curve = q.shape[2] - settings.prefix_tokens, settings.order_name
-    pattern, grid = settings.pattern(cells, q.shape[1]), settings.grid
-    order = None if curve is None else curve_order(cells if grid is None else grid, curve)
+    cells = q.shape[2] - settings.prefix_tokens
+    pattern, order = settings.pattern(cells, q.shape[1]), cell_order(settings, cells)
     call = replace(call.hidden(), pattern=pattern, order=order)
     return prefix_branches(call, settings.prefix_tokens)
 
@@ -352,6 +423,9 @@ def _shapes_only(
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/14_integrations.ipynb #54afa2c5
+_WHICH_LAYER = "settings have layers=..., and this call is of no known layer: use of_layer(i, n)"
+
+
 def prefix_attention(
     q: Tensor, # queries (B, H, N, D), prefix first
     k: Tensor, # keys (B, H_kv, N, D)
@@ -371,6 +445,7 @@ def prefix_attention(
     if not on_meta: q, k, v = autocast_inputs(q, k, v)
     check_tensors(q, k, v)
     batch, _, n, _ = q.shape
+    if settings.layers is not None: raise ValueError(_WHICH_LAYER)
     _check_length(settings, n)
     if on_meta: return _shapes_only(q, k, v, return_lse)
     true_or_false("return_lse", return_lse)

@@ -184,8 +184,9 @@ class Site:
         self,
         name: str, # of the layer in the model
         geometry: Geometry,
+        number: tuple[int, int] = (0, 1), # of the layer, among how many that were switched
     ):
-        self.name, self.geometry = name, geometry
+        self.name, self.geometry, self.number = name, geometry, number
         self.calls = 0 # into the package, outside of compiled graphs
         self.entered = self.inside = False # ever; since the layer began
 
@@ -212,7 +213,8 @@ class Switch:
         what: str, # of whom, for messages
     ):
         self.what = what
-        self.sites = {name: Site(name, geometries[name]) for name in layers}
+        self.sites = {name: Site(name, geometries[name], (i, len(layers)))
+                      for i, name in enumerate(layers)}
         for module in model.modules():
             remove_hooks(module, Switch)
         for name, layer in layers.items():
@@ -258,6 +260,18 @@ def chosen(
     return {
         name: layer for name, layer in layers.items()
         if among(name, include) and not among(name, exclude)}
+
+# %% ../../nbs/14b_switched_models.ipynb #308fc7a9
+def check_schedule(
+    settings: HilbertSettings,
+    layers: int, # that are switched
+):
+    "Raises `ValueError` for a rule about no layer, and where all layers stay dense."
+    if settings.layers is None: return
+    each = [settings.of_layer(number, layers) for number in range(layers)]
+    if any(not settings.is_dense(number, layers) for number in range(len(each))): return
+    raise ValueError(
+        f"layers={settings.layers.rules}: all {layers} layers are dense, so nothing is switched")
 
 # %% ../../nbs/14b_switched_models.ipynb #2d1f8650
 def refuse_layers(

@@ -24,10 +24,11 @@ from torch import Tensor
 
 from ..calls import autocast_inputs
 from ..common import hide_masked
+from ..schedule import frozen
 from .settings import (
     HilbertOptions, HilbertSettings, few_attention, key_counts, prefix_attention, settings_from)
 from .switch import (
-    Geometry, Switch, check_stated, need, patch_layer, prefix_length)
+    Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length)
 
 # %% ../../nbs/14c_transformers.ipynb #327ed140
 _SETTING = "hilbert_attention"  # where a model's configuration keeps its settings
@@ -39,10 +40,9 @@ def _parse_settings(
     values: Mapping[str, Any], # of a configuration
 ) -> HilbertSettings:
     "The settings in a model's configuration; each is checked once."
-    plain = {key: tuple(x) if isinstance(x, list) else x for key, x in values.items()}
-    key = tuple(plain.items())
+    key = frozen(values)
     if key not in _PARSED:
-        _PARSED[key] = HilbertSettings.from_dict(plain)
+        _PARSED[key] = HilbertSettings.from_dict(values)
     return _PARSED[key]
 
 # %% ../../nbs/14c_transformers.ipynb #ef4518db
@@ -136,7 +136,7 @@ def _is_triangle(
         "sliding windows, prefixes, ...)")
 
 # %% ../../nbs/14c_transformers.ipynb #138c6a64
-def _split_mask(
+def split_mask(
     mask: Tensor, # (B, N) of our own mask function, or of four dimensions
     m: int, # queries
     n: int, # keys
@@ -170,7 +170,7 @@ def _who_attends(
     causal = bool(causal) and _said_by(module, "is_causal", True)
     keys = None
     if mask is not None:
-        causal, keys = _split_mask(mask, m, n, causal)
+        causal, keys = split_mask(mask, m, n, causal)
     if m > n or m < n and not causal:
         raise ValueError(
             f"{m} queries and {n} keys, not causal: keys of another sequence "
@@ -287,7 +287,7 @@ def _keys_in_reach(
 ) -> Tensor: # int64 (K,): token indices
     "Keys that may count for the last queries: nothing before the oldest segment, but the prefix."
     prefix, keys = settings.prefix_tokens, torch.arange(n)
-    if settings.order_name is not None: return keys
+    if settings.order_name is not None or settings.shift: return keys
     first = max(n - m - prefix, 0)  # position of the first query
     start = prefix + min(first // w * w for w in settings.branches[0])
     return torch.cat([keys[:prefix], keys[start:]])
@@ -300,11 +300,12 @@ def _keys_of_last(
     num_heads: int, # H
 ) -> tuple[Tensor, Tensor]: # int64 (K,): token indices; int64 (H or 1, M, K): how often each counts
     "The keys of the last queries. Raises `ValueError` where a new token would move the others."
-    if settings.order_name is not None and settings.grid is None:
+    curve, shift = settings.order_name, settings.shift
+    if settings.grid is None and (curve is not None or shift):
         raise ValueError(
-            f"curve={settings.order_name!r} over a sequence that grows ({m} "
+            f"curve={curve!r}, shift={shift} over a sequence that grows ({m} "
             f"queries, {n} keys): each new token would move the others along "
-            "the curve; set curve=None, or give the grid")
+            "the curve; set curve=None and shift=0, or give the grid")
     keys, queries = _keys_in_reach(settings, m, n), torch.arange(n - m, n)
     counts = key_counts(settings, keys, queries, n, num_heads, causal=True)
     used = counts.any(1).any(0)
@@ -347,7 +348,7 @@ def _enter(
             "call use_hilbert_attention(model), which sees how its tokens "
             "lie (a part that picks tokens from a grid, as V-JEPA2's "
             "predictor, cannot be: skip_predictor=True)")
-    return site.enter(settings, n)
+    return site.enter(settings.of_layer(*site.number), n)
 
 # %% ../../nbs/14c_transformers.ipynb #be8da988
 def _transformers_attention(name: str) -> Callable:
@@ -481,6 +482,7 @@ def _switch(
         settings = _parse_settings(own)  # so that torch.compile finds them checked
         if geometry.kind == "stated":
             check_stated(settings, None, geometry.why)
+        check_schedule(settings, len(layers))
     Switch(model, layers, dict.fromkeys(layers, geometry), name)
 
 # %% ../../nbs/14c_transformers.ipynb #0f9eecb1
