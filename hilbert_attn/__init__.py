@@ -84,7 +84,7 @@ _ELSEWHERE = {  # module -> names that can be had from here too, imported when a
     "blocks.engine": "block_stats",
     "blocks.lists": "BlockLists",
     "curves": "CURVES Locality locality segment_map",
-    "integrations": "convert_vit register_hilbert_attention",
+    "integrations": "convert_vit hilbert_attention_everywhere register_hilbert_attention",
     "modules": "HilbertOrder TransformerBlock apply_rotary rotary_embedding",
     "multihead": "DilatedSelfAttention",
     "patterns": "COMBINES DILATION_MODES",
@@ -157,6 +157,9 @@ if TYPE_CHECKING:
     from hilbert_attn.integrations import HilbertSettings as HilbertSettings
     from hilbert_attn.integrations import convert_attention as convert_attention
     from hilbert_attn.integrations import convert_vit as convert_vit
+    from hilbert_attn.integrations import (
+        hilbert_attention_everywhere as hilbert_attention_everywhere,
+    )
     from hilbert_attn.integrations import register_hilbert_attention as register_hilbert_attention
     from hilbert_attn.integrations import use_hilbert_attention as use_hilbert_attention
     from hilbert_attn.integrations import use_hilbert_processor as use_hilbert_processor

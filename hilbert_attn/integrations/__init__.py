@@ -1,4 +1,5 @@
 """Models that exist already: of transformers, PyTorch, timm, torchvision and diffusers."""
+from hilbert_attn.integrations.anywhere import hilbert_attention_everywhere
 from hilbert_attn.integrations.diffusers import (
     HilbertAttnProcessor,
     use_hilbert_processor,
@@ -15,6 +16,7 @@ from hilbert_attn.integrations.transformers import (
 )
 from hilbert_attn.integrations.vision import (
     FusedQKVAttention,
+    RotaryQKVAttention,
     convert_attention,
     convert_vit,
     vit_geometry,
@@ -26,8 +28,10 @@ __all__ = [
     "HilbertOptions",
     "HilbertSettings",
     "PrefixAttention",
+    "RotaryQKVAttention",
     "convert_attention",
     "convert_vit",
+    "hilbert_attention_everywhere",
     "prefix_attention",
     "register_hilbert_attention",
     "use_hilbert_attention",
