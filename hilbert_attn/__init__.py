@@ -191,13 +191,14 @@ else:
         return found
 
 
-def _once_imported(module: str, function: str) -> None:
+def _once_imported(module: str, ours: str, function: str) -> None:
     "Calls a function of our integrations as soon as another package's module is there."
     def call() -> None:
         from importlib import import_module
-        getattr(import_module("hilbert_attn.integrations.transformers"), function)()
+        getattr(import_module(f"hilbert_attn.integrations.{ours}"), function)()
     after_import(module, call)
 
 
-_once_imported("transformers.modeling_utils", "register_quietly")
-_once_imported("peft.peft_model", "extend_peft")
+_once_imported("transformers.modeling_utils", "transformers", "register_quietly")
+_once_imported("peft.peft_model", "transformers", "extend_peft")
+_once_imported("diffusers.models.modeling_utils", "diffusers", "extend_diffusers")

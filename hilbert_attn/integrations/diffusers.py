@@ -6,8 +6,9 @@
 __all__ = ['HilbertAttnProcessor', 'use_hilbert_processor']
 
 # %% ../../nbs/14e_diffusers.ipynb #38326345
+import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, wraps
 from math import prod
 from typing import Any, Unpack
 
@@ -212,6 +213,7 @@ def _set_default(
         if isinstance(getattr(layer, "processor", None), HilbertAttnProcessor):
             layer.set_processor(layer.hilbert_replaced)
     remove_switch(model)
+    _note(model, None)
     type(model).set_default_attn_processor(model)
 
 # %% ../../nbs/14e_diffusers.ipynb #89dbe7f4
@@ -221,6 +223,38 @@ def _know_the_way_back(model: nn.Module):
     for part in parts:
         if hasattr(type(part), "set_default_attn_processor"):
             part.set_default_attn_processor = partial(_set_default, part)
+
+# %% ../../nbs/14e_diffusers.ipynb #88618740
+_SETTING = "hilbert_attention"  # where a model's configuration keeps its settings
+
+
+def _note(
+    model: Any, # with a configuration
+    values: dict[str, Any] | None, # settings, include, exclude; None: as diffusers made it
+):
+    "Writes down what `use_hilbert_processor` was asked for."
+    noted = getattr(model, "config", {}).get(_SETTING)
+    if hasattr(model, "register_to_config") and (noted or values):
+        model.register_to_config(**{_SETTING: values})
+
+# %% ../../nbs/14e_diffusers.ipynb #fa9d4a70
+def extend_diffusers():
+    "Adds to diffusers what its models need to be restored."
+    base: Any = sys.modules["diffusers.models.modeling_utils"].ModelMixin
+    load = base.from_pretrained.__func__
+
+    @wraps(load)
+    def from_pretrained(cls, *args, **options):
+        result = load(cls, *args, **options)
+        model = result[0] if isinstance(result, tuple) else result
+        noted = getattr(model, "config", {}).get(_SETTING)
+        if noted is not None:
+            settings = HilbertSettings.from_dict(noted["settings"])
+            use_hilbert_processor(
+                model, settings, include=noted["include"], exclude=noted["exclude"])
+        return result
+
+    base.from_pretrained = classmethod(from_pretrained)
 
 # %% ../../nbs/14e_diffusers.ipynb #8ddc51c1
 def _switched(
@@ -268,4 +302,5 @@ def use_hilbert_processor(
     known = {name: geometry for name, geometry in places.items() if geometry is not None}
     Switch(model, found, known, type(model).__name__)
     _know_the_way_back(model)
+    _note(model, dict(settings=settings.to_dict(), include=include, exclude=exclude))
     return list(found)

@@ -145,6 +145,7 @@ def split_mask(
     "A mask as transformers hands it over. Raises `ValueError` where it is more than that."
     if mask.ndim == 2 and mask.shape[1] == n:
         return causal, mask.bool()
+    if mask.shape == (1, 1, 1, 1): return False, None  # of our own: everybody attends all
     if mask.ndim != 4 or mask.shape[-1] != n or mask.shape[-2] not in (1, m):
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)}: expected (B, 1, "
@@ -275,7 +276,8 @@ def _transformers_mask(
             raise ValueError(_UNSEEN if compiling else _PACKED)
         else: causal = mask_function is causal_function
         if attention_mask is None or not compiling and bool(keys.all()):
-            return None
+            # a layer that gets None, and does not say which way it looks, counts as causal
+            return None if causal else keys.new_ones(1, 1, 1, 1)
         return keys if causal else keys[:, None, None, :]
     return hilbert_mask
 
@@ -461,6 +463,7 @@ def _model_geometry(
 # %% ../../nbs/14c_transformers.ipynb #d1cb12dd
 def _switch(
     model: Any, # a `transformers.PreTrainedModel` whose configuration says so
+    complete: bool = True, # or may it be a part of a model that is being built?
 ):
     "Puts sites and hooks into a model. Raises `ValueError` where that cannot be right."
     name = type(model).__name__
@@ -480,7 +483,7 @@ def _switch(
     own = _said_by(model, _SETTING)
     if own is not None:
         settings = _parse_settings(own)  # so that torch.compile finds them checked
-        if geometry.kind == "stated":
+        if geometry.kind == "stated" and complete:
             check_stated(settings, None, geometry.why)
         check_schedule(settings, len(layers))
     Switch(model, layers, dict.fromkeys(layers, geometry), name)
@@ -488,6 +491,7 @@ def _switch(
 # %% ../../nbs/14c_transformers.ipynb #0f9eecb1
 def _switch_parts(
     model: Any, # a `transformers.PreTrainedModel`
+    complete: bool = True, # or may it be a part of a model that is being built?
 ):
     "Switches the outermost models inside one whose configuration names this attention."
     base = sys.modules["transformers.modeling_utils"].PreTrainedModel
@@ -497,7 +501,7 @@ def _switch_parts(
             continue
         if any(name.startswith(outer) for outer in done):
             continue
-        _switch(part)
+        _switch(part, complete)
         done.append(name + "." if name else "")
 
 # %% ../../nbs/14c_transformers.ipynb #49ddb97e
@@ -558,8 +562,10 @@ def _then(method: Callable, *after: Callable[[Any], None]) -> Callable:
 def _extend_transformers(transformers: Any):
     "Adds to transformers what its models need to be saved and restored. Twice is once."
     config, model = transformers.PreTrainedConfig, transformers.PreTrainedModel
+    # an encoder is built before the model around it, which knows how tokens lie
+    def switch_built(model): _switch_parts(model, complete=False)
     for cls, name, wrap in ((config, "to_dict", _save_with_name),
-                            (model, "post_init", lambda f: _then(f, _warn_if_dense, _switch_parts)),
+                            (model, "post_init", lambda f: _then(f, _warn_if_dense, switch_built)),
                             (model, "set_attn_implementation", lambda f: _then(f, _switch_parts))):
         if hasattr(getattr(cls, name), "of_hilbert"):
             continue

@@ -1,0 +1,192 @@
+"""One model class, switched and tried: what holds of it, in a row of nbs/results/models.json."""
+
+import copy
+import tempfile
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn as nn
+
+from hilbert_attn.common import hide_masked
+from hilbert_attn.integrations import diffusers as of_diffusers
+from hilbert_attn.integrations import settings as of_settings
+from hilbert_attn.integrations import transformers as of_transformers
+from hilbert_attn.reference import masked_attention
+
+EXACT, NOT_APPLICABLE = "exact", "not applicable"
+COLUMNS = ("switch", "forward", "backward", "second shape", "saved", "checkpointing", "compile")
+ONE = dict(segment_size=1 << 20)
+SEVERAL = dict(segment_size=5)
+
+
+@dataclass(frozen=True)
+class Case:
+    "A model class, and how it is built, switched, called and saved."
+    package: str
+    name: str
+    build: Callable[[], nn.Module] # a small model, made by chance
+    switch: Callable[..., object] # (model, **settings)
+    call: Callable[[nn.Module, bool], torch.Tensor] # (model, second shape?) -> its output
+    reload: Callable[[nn.Module, str, dict], nn.Module] # (model, folder, settings) -> loaded
+    checkpoint: Callable[[nn.Module], bool] # turns it on; False where there is none
+    kind: str = "text"
+    compiled: bool = False # in a few minutes a dozen can be
+    reshapes: bool = True # does it take another shape?
+
+
+class Differs(Exception):
+    "The numbers are not those of the model's own attention."
+
+
+def rand(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def built(case: Case) -> nn.Module:
+    "With weights large enough to matter, and nothing that is left to chance in training."
+    torch.manual_seed(0)
+    model = case.build().eval()
+    for i, p in enumerate(model.parameters()):
+        if p.is_floating_point(): p.data.add_(0.1 * rand(*p.shape, seed=i))
+    for module in model.modules():
+        for name in ("p", "attention_dropout", "dropout", "dropout_prob", "drop_prob", "layerdrop"):
+            if isinstance(getattr(module, name, None), float): setattr(module, name, 0.0)
+    return model
+
+
+def close(ours: torch.Tensor, expected: torch.Tensor, tolerance: float = 2e-5):
+    "Raises `Differs` beyond a share of the largest value."
+    if ours.shape != expected.shape: raise Differs(f"shape {ours.shape}, not {expected.shape}")
+    error = (ours - expected).abs().max() / expected.abs().max()
+    if not error <= tolerance: raise Differs(f"off by {error:.1e}")
+
+
+def gradient(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    loss = (out * rand(*out.shape, seed=3)).sum()
+    found = torch.autograd.grad(loss, leaves, materialize_grads=True)
+    return torch.cat([g.flatten() for g in found])
+
+
+def by_mask(q, k, v, settings, *, causal=False, key_mask=None, dropout_p=0.0, scale=None):
+    "`prefix_attention` by the dense mask of its definition."
+    counts = settings.counts(q.shape[2], q.shape[1], causal=causal)[None].to(q.device)
+    if key_mask is not None:
+        k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
+        counts = counts * key_mask[:, None, None]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return masked_attention(q, k, v, counts, scale)[0].to(q.dtype)
+
+
+@contextmanager
+def attention_by(function: Callable | None, seen: list):
+    "Calls into the package are seen, and answered by another function where one is given."
+    modules = of_transformers, of_settings, of_diffusers
+    before = [module.prefix_attention for module in modules]
+
+    def seeing(own):
+        def call(q, k, v, settings, **options):
+            seen.append(settings)
+            return (function or own)(q, k, v, settings, **options)
+        return call
+
+    for module, own in zip(modules, before): module.prefix_attention = seeing(own)
+    try: yield
+    finally:
+        for module, own in zip(modules, before): module.prefix_attention = own
+
+
+def sites(model: nn.Module) -> int:
+    "Layers that have to call the package."
+    return sum("hilbert_site" in module.__dict__ for module in model.modules())
+
+
+class Trial:
+    "A model, its switched twins, and the tries that make the columns."
+
+    def __init__(self, case: Case):
+        self.case, self.own = case, built(case)
+        self.one, self.several = copy.deepcopy(self.own), copy.deepcopy(self.own)
+        self.calls = self.layers = 0
+
+    def switch(self):
+        for model, settings in ((self.one, ONE), (self.several, SEVERAL)):
+            self.case.switch(model, **settings)
+        self.layers = sites(self.one)
+
+    def compared(self, second: bool):
+        "One segment is the model's own attention, several are a mask."
+        seen = []
+        with torch.no_grad():
+            expected = self.case.call(self.own, second)
+            with attention_by(None, seen): close(self.case.call(self.one, second), expected)
+            ours = self.case.call(self.several, second)
+            with attention_by(by_mask, []): masked = self.case.call(self.several, second)
+        close(ours, masked)
+        if (ours - expected).abs().max() < 1e-4 * expected.abs().max():
+            raise Differs("segments change nothing")
+        if not seen or len(seen) % self.layers:
+            raise Differs(f"{len(seen)} calls, {self.layers} layers")
+        self.calls = len(seen)
+
+    def forward(self): self.compared(False)
+
+    def second_shape(self):
+        return self.compared(True) if self.case.reshapes else NOT_APPLICABLE
+
+    def backward(self):
+        for model, attention, yardstick in ((self.one, None, self.own),
+                                            (self.several, by_mask, self.several)):
+            ours = gradient(model, self.case.call(model, False))
+            with attention_by(attention, []):
+                expected = gradient(yardstick, self.case.call(yardstick, False))
+            close(ours.norm(), expected.norm(), 1e-4)
+            close((ours - expected).norm() + expected.norm(), expected.norm(), 1e-4)
+
+    def saved(self):
+        with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+            again = self.case.reload(self.several, folder, SEVERAL).eval()
+            close(self.case.call(again, False), self.case.call(self.several, False))
+
+    def checkpointing(self):
+        model = copy.deepcopy(self.own)
+        self.case.switch(model, **SEVERAL)
+        found = []
+        for checkpointed in (False, True):
+            if checkpointed and not self.case.checkpoint(model): return NOT_APPLICABLE
+            torch.manual_seed(0)
+            np.random.seed(0)
+            found.append(gradient(model, self.case.call(model.train(), False)))
+        expected, ours = found
+        close((ours - expected).norm() + expected.norm(), expected.norm(), 1e-4)
+
+    def compile(self):
+        if not self.case.compiled: return "not tried"
+        torch._dynamo.reset()
+        graph = torch.compile(self.several, backend="eager")
+        with torch.no_grad():
+            close(self.case.call(graph, False), self.case.call(self.several, False))
+
+
+def outcome(step: Callable) -> str:
+    "What a try came to, in a few words."
+    try: return step() or EXACT
+    except Exception as e:
+        text = " ".join(str(e).split())
+        return f"error: {text[:200]}" if not isinstance(e, Differs) else f"differs: {text}"
+
+
+def tried(case: Case, columns=COLUMNS) -> dict[str, object]:
+    "The row of a model class; what comes behind a refused switch is not applicable."
+    row: dict[str, object] = dict(package=case.package, model=case.name, kind=case.kind)
+    row |= dict.fromkeys(columns, NOT_APPLICABLE)
+    trial = Trial(case)
+    row["switch"] = outcome(trial.switch)
+    if row["switch"] == EXACT:
+        row["switch"] = "switched"
+        for column in columns[1:]:
+            row[column] = outcome(getattr(trial, column.replace(" ", "_")))
+    return row | dict(layers=trial.layers, calls=trial.calls)
