@@ -26,9 +26,9 @@ COMPILED = {
 
 # transformers: what reads one token after another. Options stand beside SIZES and GROUPED.
 READING = """
-Llama Mistral Qwen2 Qwen3 Gemma Phi Phi3 StableLm Starcoder2 Olmo Olmo2 Olmo3 Cohere Cohere2
-Granite Glm Glm4 SmolLM3 Ernie4_5 Helium Nemotron Persimmon Arcee Apertus SeedOss Exaone4 OPT GPTNeoX
-GPTNeo GPTJ GPTBigCode CodeGen Bloom Falcon Mpt BioGpt XGLM HunYuanDenseV1 Mamba
+Llama Mistral Qwen2 Qwen3 Gemma GPT2 Phi Phi3 StableLm Starcoder2 Olmo Olmo2 Olmo3 Cohere Cohere2
+Granite Glm Glm4 SmolLM3 Ernie4_5 Helium Nemotron Persimmon Arcee Apertus SeedOss Exaone4 OPT
+GPTNeoX GPTNeo GPTJ GPTBigCode CodeGen Bloom Falcon Mpt BioGpt XGLM HunYuanDenseV1 Mamba
 Gemma2 Qwen2Moe Qwen3Moe Mixtral Olmoe GraniteMoe GptOss DeepseekV3 Dots1 Jamba MiniMax Ministral
 Doge Jais2 Bitnet DiffLlama RecurrentGemma Rwkv Lfm2 VaultGemma Glm4Moe
 """.split()
@@ -37,7 +37,7 @@ Bert Roberta XLMRoberta Camembert Electra DistilBert Albert ModernBert NomicBert
 Ernie Deberta DebertaV2 MPNet ConvBert RemBert BigBird Longformer Nystromformer Esm
 MegatronBert Splinter JinaEmbeddingsV3
 """.split()
-OTHER_TEXT = ["T5", "Bart", "MarianMT"]
+OTHER_TEXT = ["T5", "Bart", "M2M100"]
 SPECIAL = {
     "DistilBert": dict(dim=32, n_layers=2, n_heads=4, hidden_dim=64),
     "Albert": dict(embedding_size=16),
@@ -49,7 +49,7 @@ SPECIAL = {
                        v_head_dim=8, n_group=1, topk_group=1, first_k_dense_replace=1,
                        num_key_value_heads=4, head_dim=4),
     "Dots1": dict(n_shared_experts=1, n_group=1, topk_group=1),
-    "Qwen2Moe": dict(sliding_window=64),
+    "Qwen2Moe": dict(use_sliding_window=True, sliding_window=64),
     "Bart": dict(is_decoder=True, decoder_layers=2, d_model=32, decoder_attention_heads=4),
     "XGLM": dict(d_model=32, num_layers=2, attention_heads=4, ffn_dim=64),
     "OPT": dict(ffn_dim=64, word_embed_proj_dim=32),
@@ -75,8 +75,7 @@ SEEING = {
     "Siglip2VisionModel": ({}, SQUARE, WIDE),
     "ASTModel": (dict(frequency_stride=3, time_stride=3, max_length=20, num_mel_bins=16),
                  (1, 20, 16), None),
-    "VivitModel": (dict(num_frames=4, tubelet_size=[2, 4, 4]), (1, 4, 3, 16, 16),
-                   (1, 4, 3, 16, 32)),
+    "VivitModel": (dict(num_frames=4, tubelet_size=[2, 4, 4]), (1, 4, 3, 16, 16), None),
     "VideoMAEModel": (dict(num_frames=4), (1, 4, 3, 16, 16), None),
     "BeitModel": ({}, SQUARE, None),
     "Data2VecVisionModel": ({}, SQUARE, None),
@@ -119,9 +118,7 @@ def first_tensor(out) -> torch.Tensor:
 
 def hf_build(model: str, config: str, options: dict):
     hf = importlib.import_module("transformers")
-    cls = getattr(hf, config, None)
-    if cls is None: cls = getattr(hf, model).config_class
-    settings = cls(**options)
+    settings = getattr(hf, config)(**options)
     settings._attn_implementation = "eager"
     return getattr(hf, model)(settings)
 
@@ -164,22 +161,22 @@ def hf_case(model, config, options, call, kind, reshapes=True, **stated) -> Case
                 model in COMPILED, reshapes)
 
 
-def hf_names(name: str, hf) -> tuple[str, str]:
+def hf_names(name: str, known: set[str]) -> tuple[str, str]:
     "The class of a family, and of its configuration."
-    names = [f"{name}ForCausalLM", f"{name}LMHeadModel", f"{name}Model"]
-    if name in ENCODERS: names = [f"{name}Model"]
-    model = next((n for n in names if hasattr(hf, n)), names[0])
+    models = [f"{name}ForCausalLM", f"{name}LMHeadModel", f"{name}Model"]
+    if name in ENCODERS: models = [f"{name}Model"]
+    model = next((model for model in models if model in known), models[0])
     text = f"{name}TextConfig"
-    return model, text if hasattr(hf, text) else f"{name}Config"
+    return model, text if text in known else f"{name}Config"
 
 
 def hf_cases() -> list[Case]:
-    hf = importlib.import_module("transformers")
+    known = set(dir(importlib.import_module("transformers"))) # names; looking them up imports much
     found = []
     for name in (*READING, *ENCODERS, *OTHER_TEXT):
         options = SIZES | (GROUPED if name in READING else {}) | EXPERTS | SPECIAL.get(name, {})
-        model, config = hf_names(name, hf)
-        if hasattr(hf, model): found.append(hf_case(model, config, options, hf_text, "text"))
+        model, config = hf_names(name, known)
+        if model in known: found.append(hf_case(model, config, options, hf_text, "text"))
     for model, (options, *shapes) in SEEING.items():
         config = model.removesuffix("Model") + "Config"
         call = partial(hf_pixels, shapes)
@@ -199,7 +196,8 @@ vit_betwixt_patch16_rope_reg4_gap_256 beit_base_patch16_224 beitv2_base_patch16_
 swin_tiny_patch4_window7_224 cait_xxs24_224 xcit_nano_12_p16_224 volo_d1_224 mvitv2_tiny
 flexivit_small aimv2_large_patch14_224 naflexvit_base_patch16_gap samvit_base_patch16
 """.split()
-TIMM_SIZES = dict(embed_dim=48, depth=2, num_heads=2, img_size=(28, 42), patch_size=7, num_classes=5)
+TIMM_SIZES = dict(embed_dim=48, depth=2, num_heads=2, img_size=(28, 42), patch_size=7,
+                  num_classes=5)
 
 
 def timm_build(name: str):
@@ -226,8 +224,9 @@ def timm_case(name: str) -> Case:
         model.set_grad_checkpointing()
         return True
 
-    return Case("timm", name, partial(timm_build, name), convert_vit, timm_pixels, reload, checkpoint,
-                "vision", name in COMPILED)
+    build = partial(timm_build, name)
+    return Case("timm", name, build, convert_vit, timm_pixels, reload, checkpoint, "vision",
+                name in COMPILED)
 
 
 # diffusers

@@ -11,7 +11,11 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import hilbert_attn as h
-from hilbert_attn.integrations import HilbertSettings, hilbert_attention_everywhere, prefix_attention
+from hilbert_attn.integrations import (
+    HilbertSettings,
+    hilbert_attention_everywhere,
+    prefix_attention,
+)
 from hilbert_attn.schedule import LayerSchedule
 
 RULES = {"1::2": {"shift": 3}, "0": "dense"}

@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .settings import (
-    HilbertOptions, HilbertSettings, placed, prefix_attention, settings_from)
+    HilbertOptions, HilbertSettings, is_dense, placed, prefix_attention, settings_from)
 from .switch import (
     Geometry, Switch, check_schedule, chosen, refuse_layers, remove_switch)
 
@@ -265,7 +265,7 @@ def _switched(
     count, taken = len(layers), {}
     check_schedule(settings, count)
     for number, (name, layer) in enumerate(layers.items()):
-        own, dense = layer.processor, settings.is_dense(number, count)
+        own, dense = layer.processor, is_dense(settings, number, count)
         ours = isinstance(own, HilbertAttnProcessor)
         if dense and ours: layer.set_processor(layer.hilbert_replaced)
         if dense: continue

@@ -187,19 +187,9 @@ class HilbertSettings:
         keys, queries = torch.arange(n), torch.arange(first, n)
         return key_counts(self, keys, queries, n, num_heads, causal).expand(num_heads, -1, -1)
 
-    def of_layer(
-        self,
-        layer: int, # 0 … layers - 1
-        layers: int, # how many are switched
-    ) -> "HilbertSettings": # without a schedule
-        "What one layer does; a dense one is one segment."
-        if self.layers is None: return self
-        at = _of_layer if torch.compiler.is_compiling() else _kept_layer
-        return at(self, layer, layers)
-
-    def is_dense(self, layer: int, layers: int) -> bool:
-        "Does the schedule leave a layer its full attention?"
-        return self.layers is not None and self.layers.at(layer, layers) is None
+    def of_layer(self, layer: int, layers: int) -> "HilbertSettings":
+        "What layer 0 … layers - 1 does; a dense one is one segment."
+        return self if self.layers is None else one_layer(self, layer, layers)
 
     def to_dict(self) -> dict[str, Any]: # plain values only; fields at their default are left out
         "For a model's configuration file, or for `from_dict`."
@@ -247,6 +237,25 @@ def _of_layer(settings: HilbertSettings, layer: int, layers: int) -> HilbertSett
 
 
 _kept, _kept_layer = lru_cache(1024)(_at), lru_cache(1024)(_of_layer)
+
+
+def one_layer(
+    settings: HilbertSettings, # with a schedule
+    layer: int, # 0 … layers - 1
+    layers: int, # how many are switched
+) -> HilbertSettings: # without one
+    "Settings of one layer."
+    make = _of_layer if torch.compiler.is_compiling() else _kept_layer
+    return make(settings, layer, layers)
+
+
+def is_dense(
+    settings: HilbertSettings,
+    layer: int, # 0 … layers - 1
+    layers: int, # how many are switched
+) -> bool:
+    "Does a schedule leave a layer its full attention?"
+    return settings.layers is not None and settings.layers.at(layer, layers) is None
 
 # %% ../../nbs/14_integrations.ipynb #a71f81ed
 def placed(

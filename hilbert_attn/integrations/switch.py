@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .settings import HilbertSettings, placed
+from .settings import HilbertSettings, is_dense, placed
 
 # %% ../../nbs/14b_switched_models.ipynb #3fd81fb2
 def patch_layer(
@@ -269,7 +269,7 @@ def check_schedule(
     "Raises `ValueError` for a rule about no layer, and where all layers stay dense."
     if settings.layers is None: return
     each = [settings.of_layer(number, layers) for number in range(layers)]
-    if any(not settings.is_dense(number, layers) for number in range(len(each))): return
+    if any(not is_dense(settings, number, layers) for number in range(len(each))): return
     raise ValueError(
         f"layers={settings.layers.rules}: all {layers} layers are dense, so nothing is switched")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..curves import as_grid
 from .settings import (
-    HilbertOptions, HilbertSettings, PrefixAttention, settings_from)
+    HilbertOptions, HilbertSettings, PrefixAttention, is_dense, settings_from)
 from hilbert_attn.integrations.switch import (
     Geometry, Switch, check_schedule, check_stated, chosen, patch_layer, prefix_length,
     refuse_layers)
@@ -292,7 +292,7 @@ def _replace(
     "Replaces layers, and has the model prove that they are used."
     numbers = {key: i for i, key in enumerate(dict.fromkeys(map(id, found.values())))}
     check_schedule(settings, len(numbers))
-    kept = [key for key, i in numbers.items() if settings.is_dense(i, len(numbers))]
+    kept = [key for key, i in numbers.items() if is_dense(settings, i, len(numbers))]
     found = {name: layer for name, layer in found.items() if id(layer) not in kept}
     new = {id(layer): _replacement(layer, settings.of_layer(numbers[id(layer)], len(numbers)))
            for layer in found.values()}
