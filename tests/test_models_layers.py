@@ -11,6 +11,7 @@ from hilbert_attn.integrations import (
     FusedQKVAttention,
     HilbertAttnProcessor,
     HilbertSettings,
+    RotaryQKVAttention,
     convert_attention,
     convert_vit,
     use_hilbert_processor,
@@ -265,6 +266,112 @@ class Rotary(FusedAttention):
 def test_layers_of_unknown_kind_are_refused(layer, said):
     with pytest.raises(ValueError, match=said):
         convert_vit(SmallViT(layer), segment_size=4)
+
+
+# layers with rotary embeddings, as timm's
+
+
+def apply_rot_embed_cat(x, emb, half=False):
+    "As timm's: sines and cosines side by side, pairs of channels interleaved or in halves."
+    sin, cos = emb.chunk(2, -1)
+    if half:
+        first, second = x.chunk(2, -1)
+        turned = torch.cat([-second, first], -1)
+    else: turned = torch.stack([-x[..., 1::2], x[..., ::2]], -1).flatten(-2)
+    return x * cos + turned * sin
+
+
+class RotaryAttention(nn.Module):
+    "With the attributes and the arithmetic of timm's `EvaAttention` and `AttentionRope`."
+
+    def __init__(self, fused, biased, kv_heads=4, half=False):
+        super().__init__()
+        self.num_heads, self.scale, self.head_dim = 4, 8**-0.5, 8
+        self.num_prefix_tokens, self.rotate_half = 2, half
+        self.qkv = nn.Linear(32, 96, bias=False) if fused else None
+        sizes = dict(q_proj=32, k_proj=8 * kv_heads, v_proj=8 * kv_heads)
+        for name, size in sizes.items():
+            setattr(self, name, None if fused else nn.Linear(32, size))
+        self.q_bias = nn.Parameter(torch.randn(32)) if biased else None
+        self.v_bias = nn.Parameter(torch.randn(32)) if biased else None
+        self.register_buffer("k_bias", torch.zeros(32) if biased else None, persistent=False)
+        self.q_norm, self.k_norm, self.norm = nn.LayerNorm(8), nn.Identity(), nn.LayerNorm(32)
+        self.gate, self.proj = nn.Linear(32, 32), nn.Linear(32, 32)
+        self.attn_drop = self.proj_drop = nn.Dropout(0.0)
+
+    def projected(self, x):
+        if self.qkv is None: qkv = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        else:
+            bias = None
+            if self.q_bias is not None:
+                bias = torch.cat([self.q_bias, self.k_bias, self.v_bias])
+            qkv = F.linear(x, self.qkv.weight, bias).chunk(3, -1)
+        q, k, v = (y.unflatten(-1, (-1, 8)).transpose(1, 2) for y in qkv)
+        return self.q_norm(q), self.k_norm(k), v
+
+    def forward(self, x, rope=None, attn_mask=None, is_causal=False):
+        q, k, v = self.projected(x)
+        if rope is not None:
+            how = dict(half=self.rotate_half)
+            q = torch.cat([q[:, :, :2], apply_rot_embed_cat(q[:, :, 2:], rope, **how)], 2)
+            k = torch.cat([k[:, :, :2], apply_rot_embed_cat(k[:, :, 2:], rope, **how)], 2)
+        out = F.scaled_dot_product_attention(
+            q, k, v, attn_mask, is_causal=is_causal, enable_gqa=True)
+        out = self.norm(out.transpose(1, 2).flatten(2)) * self.gate(x).sigmoid()
+        return self.proj(out)
+
+
+class RotaryViT(nn.Module):
+    def __init__(self, *options, per_head=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.patch_embed, self.num_prefix_tokens = nn.Conv2d(3, 32, 4, 4), 2
+        self.prefix = nn.Parameter(torch.randn(1, 2, 32))
+        angles = torch.randn(*((4,) if per_head else ()), 24, 4).repeat_interleave(2, -1)
+        self.angles = torch.cat([angles.sin(), angles.cos()], -1)
+        self.blocks = nn.ModuleList([RotaryAttention(*options) for _ in range(2)])
+
+    def forward(self, x, mask=None):
+        x = self.patch_embed(x).flatten(2).mT
+        x = torch.cat([self.prefix.expand(len(x), -1, -1), x], 1)
+        for block in self.blocks: x = x + block(x, rope=self.angles, attn_mask=mask)
+        return x
+
+
+ROTARY = {
+    "EVA-02": (True, True),
+    "DINOv3": (True, False),
+    "separate": (False, False),
+    "grouped": (False, False, 2),
+    "half": (True, False, 4, True),
+    "mixed": (True, False),
+}
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@pytest.mark.parametrize("segment", [6, 24])
+def test_layers_with_rotary_embeddings(name, segment):
+    model = RotaryViT(*ROTARY[name], per_head=name == "mixed")
+    ours, x = copy.deepcopy(model), rand(2, 3, 16, 24)
+    assert convert_vit(ours, segment_size=segment) == ["blocks.0", "blocks.1"]
+    assert isinstance(ours.blocks[0], RotaryQKVAttention)
+    assert list(ours.state_dict()) == list(model.state_dict())
+    settings = HilbertSettings(segment_size=segment, grid=(4, 6), prefix_tokens=2)
+    mask = settings.counts(26, 1)[0] > 0
+    outs = ours(x), model(x, mask)
+    assert torch.allclose(*outs, atol=1e-5) and bool(mask.all()) == (segment == 24)
+    assert_close(gradients(ours, outs[0]), gradients(model, outs[1]), 1e-4)
+    with pytest.raises(ValueError, match="attn_mask"): ours(x, mask)
+    torch._dynamo.reset()
+    graph = torch.compile(ours, backend="eager", fullgraph=True)
+    assert torch.allclose(graph(x), outs[0], atol=1e-6)
+
+
+def test_what_a_rotary_layer_has_beside_is_refused():
+    model = RotaryViT(True, True)
+    model.blocks[0].relative_position_bias_table = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="relative_position_bias_table, of unknown use"):
+        convert_vit(model, segment_size=4)
 
 
 def test_a_vit_without_patches_needs_a_grid():

@@ -281,6 +281,30 @@ def test_processors_of_layers():
     model(rand(1, 4, 8, 8), torch.tensor([1]), torch.tensor([1]))
 
 
+def test_processors_are_restored(tmp_path):
+    "By the host's `from_pretrained`; the way back is kept too."
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    levels = dict(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1)
+    blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+                  up_block_types=("AttnUpBlock2D", "UpBlock2D"))
+    model = diffusers.UNet2DModel(**levels, **blocks, attention_head_dim=8).eval()
+    rules = {"0": "dense", "-1": {"segment_size": 5, "shift": 2}}
+    h.use_hilbert_processor(model, segment_size=8, layers=rules, exclude="mid_block*")
+    model.save_pretrained(tmp_path)
+    again, x = diffusers.UNet2DModel.from_pretrained(tmp_path).eval(), rand(1, 3, 16, 24)
+    with torch.no_grad():
+        assert torch.allclose(again(x, 3).sample, model(x, 3).sample, atol=1e-5)
+    assert again.config["hilbert_attention"]["settings"]["layers"] == rules
+    again.set_default_attn_processor()
+    again.save_pretrained(tmp_path)
+    plain = diffusers.UNet2DModel.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        assert not torch.allclose(plain(x, 3).sample, model(x, 3).sample, atol=1e-4)
+    kinds = {type(p).__name__ for p in plain.attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"}
+
+
 # a block in which PyTorch's attention goes along a curve
 
 BLOCK = dict(segment_size=6, grid=(4, 6), prefix_tokens=1)

@@ -112,8 +112,8 @@ _ROTATION = "apply_rot_embed_cat"
 def _rotation(layer: nn.Module) -> Any: # (x, angles, half) -> x; None where there is none
     "The function by which a layer of timm turns its queries and keys."
     forward: Any = unwrap(type(layer).forward)
-    if "rope" not in signature(forward).parameters: return None
-    return getattr(forward, "__globals__", {}).get(_ROTATION)
+    if _ROTATION not in getattr(getattr(forward, "__code__", None), "co_names", ()): return None
+    return forward.__globals__.get(_ROTATION)
 
 # %% ../../nbs/14d_vision.ipynb #d1ee2cca
 class RotaryQKVAttention(FusedQKVAttention):
