@@ -53,7 +53,7 @@ def built(case: Case) -> nn.Module:
         if p.is_floating_point(): p.data.add_(0.1 * rand(*p.shape, seed=i))
     for module in model.modules():
         for name in ("p", "attention_dropout", "dropout", "dropout_prob", "drop_prob", "layerdrop"):
-            if isinstance(getattr(module, name, None), float): setattr(module, name, 0.0)
+            if isinstance(vars(module).get(name), float): setattr(module, name, 0.0)
     return model
 
 

@@ -63,7 +63,8 @@ def save():
     for name, make in (("llama", llama), ("vit", vit), ("clip", clip)):
         model = make()
         part = model.vision_model if name == "clip" else model
-        hilbert_attn.use_hilbert_attention(part, segment_size=4)
+        layers = {"0": {"shift": 3}, "-1": "dense"} if name == "vit" else None
+        hilbert_attn.use_hilbert_attention(part, segment_size=4, layers=layers)
         torch.save(run(name, model), f"{folder}/{name}.pt")
         model.save_pretrained(f"{folder}/{name}")
         if name == "llama":

@@ -285,22 +285,28 @@ def test_processors_are_restored(tmp_path):
     "By the host's `from_pretrained`; the way back is kept too."
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
-    levels = dict(block_out_channels=(16, 32), norm_num_groups=8, layers_per_block=1)
-    blocks = dict(down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-                  up_block_types=("AttnUpBlock2D", "UpBlock2D"))
-    model = diffusers.UNet2DModel(**levels, **blocks, attention_head_dim=8).eval()
+    model = diffusers.UNet2DConditionModel(
+        block_out_channels=(16, 32),
+        norm_num_groups=8,
+        layers_per_block=1,
+        attention_head_dim=2,
+        cross_attention_dim=24,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    ).eval()
     rules = {"0": "dense", "-1": {"segment_size": 5, "shift": 2}}
     h.use_hilbert_processor(model, segment_size=8, layers=rules, exclude="mid_block*")
     model.save_pretrained(tmp_path)
-    again, x = diffusers.UNet2DModel.from_pretrained(tmp_path).eval(), rand(1, 3, 16, 24)
+    again = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
+    x = rand(1, 4, 16, 24), 3, rand(1, 5, 24)
     with torch.no_grad():
-        assert torch.allclose(again(x, 3).sample, model(x, 3).sample, atol=1e-5)
+        assert torch.allclose(again(*x).sample, model(*x).sample, atol=1e-5)
     assert again.config["hilbert_attention"]["settings"]["layers"] == rules
     again.set_default_attn_processor()
     again.save_pretrained(tmp_path)
-    plain = diffusers.UNet2DModel.from_pretrained(tmp_path).eval()
+    plain = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert not torch.allclose(plain(x, 3).sample, model(x, 3).sample, atol=1e-4)
+        assert not torch.allclose(plain(*x).sample, model(*x).sample, atol=1e-4)
     kinds = {type(p).__name__ for p in plain.attn_processors.values()}
     assert kinds == {"AttnProcessor2_0"}
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from functools import lru_cache, partial
 from math import prod
-from typing import Any, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack, cast
 
 import torch
 import torch.nn as nn
@@ -26,7 +26,7 @@ from ..dilated import dilated_attention, prefix_branches
 from ..modules import one_of
 from ..patterns import DilatedPattern
 from ..reference import masked_attention, merge_attention
-from ..schedule import LayerSchedule
+from ..schedule import LayerSchedule, Rules, schedule_from
 
 # %% ../../nbs/14_integrations.ipynb #f66b6a88
 class HilbertOptions(TypedDict, total=False):
@@ -41,7 +41,7 @@ class HilbertOptions(TypedDict, total=False):
     prefix_tokens: int
     backend: str
     shift: int
-    layers: LayerSchedule | Mapping[str, Any] | None
+    layers: LayerSchedule | Rules | None
     segment_size: int | None
     dilation_rate: int | None
 
@@ -85,14 +85,15 @@ def _check_fields(settings: "HilbertSettings"):
     heads = len(settings.branches[0])
     if isinstance(settings.offsets, tuple): heads = len(settings.offsets)
     settings.pattern(1, heads)  # names the value that does not fit
-    if settings.layers is None: return
-    for options in settings.layers.options(): layer_settings(settings, options)
+    schedule: Any = settings.layers
+    for options in schedule.options() if schedule else (): layer_settings(settings, options)
 
 # %% ../../nbs/14_integrations.ipynb #9f221114
 _OF_A_LAYER = ("segment_lengths", "dilation_rates", "combine", "dilation_mode", "offsets", "shift",
                "curve", "backend", *_ALIASES)
-_DENSE = dict(segment_lengths=None, dilation_rates=1, combine="lse", dilation_mode="residue",
-              offsets=None, shift=0, curve=None)
+_DENSE: dict[str, Any] = dict(
+    segment_lengths=None, dilation_rates=1, combine="lse", dilation_mode="residue", offsets=None,
+    shift=0, curve=None)
 
 
 def layer_settings(
@@ -100,13 +101,13 @@ def layer_settings(
     options: Mapping[str, Any] | None, # of a `LayerSchedule`; None is dense
 ) -> "HilbertSettings": # without a schedule
     "Settings of one layer; a dense one is one segment. Raises `ValueError`."
-    options = _DENSE if options is None else options
+    options, schedule = _DENSE if options is None else options, cast(Any, settings.layers)
     unknown = ", ".join(repr(name) for name in options if name not in _OF_A_LAYER)
     if unknown:
         raise ValueError(
-            f"layers={settings.layers.rules}: {unknown} is no setting of a layer. "
+            f"layers={schedule.rules}: {unknown} is no setting of a layer. "
             f"Known ones: {', '.join(_OF_A_LAYER)}")
-    own = {_ALIASES.get(name, name): value for name, value in options.items()}
+    own: dict[str, Any] = {_ALIASES.get(name, name): value for name, value in options.items()}
     return replace(settings, layers=None, **own)
 
 # %% ../../nbs/14_integrations.ipynb #ece7a47a
@@ -135,14 +136,13 @@ class HilbertSettings:
     prefix_tokens: int = 0 # leading tokens that attend all and are attended by all, in no segment
     backend: str = "auto" # as for `hilbert_attention`
     shift: int = 0 # positions that segments are moved along the curve; the end joins the beginning
-    layers: LayerSchedule | Mapping[str, Any] | None = None # rules, where layers differ
+    layers: LayerSchedule | Rules | None = None # rules, where layers differ
     segment_size: InitVar[int | None] = None # alias of segment_lengths
     dilation_rate: InitVar[int | None] = None # alias of dilation_rates
 
     def __post_init__(self, segment_size, dilation_rate):
         plain = _plain_fields(self, segment_size=segment_size, dilation_rate=dilation_rate)
-        if self.layers is not None and not isinstance(self.layers, LayerSchedule):
-            plain["layers"] = LayerSchedule(self.layers)
+        plain["layers"] = schedule_from(self.layers)
         for name, value in plain.items(): object.__setattr__(self, name, value)
         _check_fields(self)
 
@@ -195,7 +195,7 @@ class HilbertSettings:
         "For a model's configuration file, or for `from_dict`."
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
-        if self.layers is not None: plain["layers"] = self.layers.rules
+        if isinstance(self.layers, LayerSchedule): plain["layers"] = self.layers.rules
         return {f.name: plain[f.name] for f in fields(self) if values[f.name] != f.default}
 
     @classmethod
@@ -233,7 +233,8 @@ def _at(
 
 
 def _of_layer(settings: HilbertSettings, layer: int, layers: int) -> HilbertSettings:
-    return layer_settings(settings, settings.layers.at(layer, layers))
+    schedule: Any = settings.layers
+    return layer_settings(settings, schedule.at(layer, layers))
 
 
 _kept, _kept_layer = lru_cache(1024)(_at), lru_cache(1024)(_of_layer)
@@ -255,7 +256,8 @@ def is_dense(
     layers: int, # how many are switched
 ) -> bool:
     "Does a schedule leave a layer its full attention?"
-    return settings.layers is not None and settings.layers.at(layer, layers) is None
+    schedule: Any = settings.layers
+    return schedule is not None and schedule.at(layer, layers) is None
 
 # %% ../../nbs/14_integrations.ipynb #a71f81ed
 def placed(

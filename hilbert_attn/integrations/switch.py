@@ -267,11 +267,12 @@ def check_schedule(
     layers: int, # that are switched
 ):
     "Raises `ValueError` for a rule about no layer, and where all layers stay dense."
-    if settings.layers is None: return
+    schedule: Any = settings.layers
+    if schedule is None: return
     each = [settings.of_layer(number, layers) for number in range(layers)]
     if any(not is_dense(settings, number, layers) for number in range(len(each))): return
     raise ValueError(
-        f"layers={settings.layers.rules}: all {layers} layers are dense, so nothing is switched")
+        f"layers={schedule.rules}: all {layers} layers are dense, so nothing is switched")
 
 # %% ../../nbs/14b_switched_models.ipynb #2d1f8650
 def refuse_layers(
