@@ -301,7 +301,7 @@ def test_processors_are_restored(tmp_path):
     x = rand(1, 4, 16, 24), 3, rand(1, 5, 24)
     with torch.no_grad():
         assert torch.allclose(again(*x).sample, model(*x).sample, atol=1e-5)
-    assert again.config["hilbert_attention"]["settings"]["layers"] == rules
+    assert again.config["_hilbert_attention"]["settings"]["layers"] == rules
     again.set_default_attn_processor()
     again.save_pretrained(tmp_path)
     plain = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()

@@ -225,7 +225,7 @@ def _know_the_way_back(model: nn.Module):
             part.set_default_attn_processor = partial(_set_default, part)
 
 # %% ../../nbs/14e_diffusers.ipynb #88618740
-_SETTING = "hilbert_attention"  # where a model's configuration keeps its settings
+_SETTING = "_hilbert_attention"  # in a configuration; without a _ diffusers says it is ignored
 
 
 def _note(

@@ -485,7 +485,7 @@ def _switch(
         settings = _parse_settings(own)  # so that torch.compile finds them checked
         if geometry.kind == "stated" and complete:
             check_stated(settings, None, geometry.why)
-        check_schedule(settings, len(layers))
+        if complete: check_schedule(settings, len(layers))
     Switch(model, layers, dict.fromkeys(layers, geometry), name)
 
 # %% ../../nbs/14c_transformers.ipynb #0f9eecb1
