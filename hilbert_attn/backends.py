@@ -500,7 +500,8 @@ def _short_key(
     options: Mapping[str, Any], # those that were given by name
 ) -> tuple | None: # hashable; None: not such a call
     "What a short call is kept under: function, options, threads, shapes."
-    if not _is_short(*qkv, options.get("backend", "auto")): return None
+    q, k, v = qkv
+    if not _is_short(q, k, v, options.get("backend", "auto")): return None
     words = _options_key(values, options)
     if words is None: return None
     about = [(x.shape, x.dtype, x.device) for x in qkv]
