@@ -269,7 +269,7 @@ LAYOUTS = {
     "UNetMotionModel": Layout(_frames_grid, ("*motion_modules.*.attn1", "*motion_modules.*.attn2")),
 }
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #f21618b3
+# %% ../../nbs/14f_diffusion_transformers.ipynb #f97d566b
 class Door:
     "What a model is called with: the grid of its cells, and the denoising step."
 
@@ -292,14 +292,25 @@ class Door:
         "Reads the grid and the step of a call."
         given = dict(zip(self.names, args)) | kwargs
         self.grid = self.settings.grid or self.layout.grid(model.config, given)
-        if model.training: self.step = None
-        elif self.settings.counts_steps: self.count(float(torch.as_tensor(given["timestep"]).max()))
+        if not self.settings.counts_steps: return
+        if not torch.is_grad_enabled():
+            self.count(float(torch.as_tensor(given["timestep"]).max()))
+            return
+        self.step = None
+        if not model.training:
+            raise ValueError(
+                "dense_steps and step_shift: denoising steps are counted under torch.no_grad(); "
+                "call model.train() to train, where every call is sparse")
 
     def count(self, time: float):
         "The number of a denoising step, from its timestep."
         if self.step is None or self.time is None or time > self.time: self.step = 0
         elif time < self.time: self.step += 1
         self.time = time
+
+    def now(self) -> int | None: # None: none are counted
+        "The step of a layer's call; one that runs again is of a training."
+        return None if in_backward() else self.step
 
     def place(
         self,
@@ -320,10 +331,6 @@ class Door:
 
     def recalled(self, n: int) -> tuple[int, ...]:
         "The grid of a layer that runs again for its gradients. Raises `ValueError` if unsure."
-        if self.step is not None:
-            raise ValueError(
-                "gradient checkpointing and denoising steps: which step runs again is unknown; "
-                "call model.train(), or leave dense_steps and step_shift out")
         if len(self.seen[n]) == 1: return next(iter(self.seen[n]))
         raise ValueError(
             f"gradient checkpointing, and inputs of {n} tokens on {sorted(self.seen[n])}: which "
@@ -361,7 +368,7 @@ def _check_options(options: Mapping[str, Any]):
             f"the model's attention is called with {', '.join(beyond)}, which a pattern of "
             "cells cannot follow")
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #4889dc41
+# %% ../../nbs/14f_diffusion_transformers.ipynb #40e4ffba
 class Seam:
     "The attention of one layer, as its processor calls it."
 
@@ -378,7 +385,7 @@ class Seam:
     def stays_dense(self, query: Tensor, key: Tensor, tokens: int) -> bool:
         "Is this a call for another sequence, or in a step that stays dense?"
         if query.shape[tokens] != key.shape[tokens]: return True
-        step = self.door.step
+        step = self.door.now()
         early = step is not None and step < self.settings.dense_steps
         if early: self.site.excuse()
         return early
@@ -402,7 +409,7 @@ class Seam:
         self.site.mark()
         return joint_attention(
             q, k, v, self.settings, grid, text_first=text in ("before", "caption"),
-            offset=self.settings.offset(prod(grid), self.layer, self.door.step or 0),
+            offset=self.settings.offset(prod(grid), self.layer, self.door.now() or 0),
             key_mask=_key_mask(options.get("attn_mask"), text, (q.shape[0], n)),
             dropout_p=options.get("dropout_p", 0.0), scale=options.get("scale"))
 
