@@ -1,4 +1,5 @@
 """Diffusion transformers: their own attention, or a hand-made mask, of every architecture."""
+
 import copy
 import math
 import pickle
@@ -8,11 +9,21 @@ import torch
 from dit_cases import CASES, WORDS, Masked, built, given, tiles_mask
 
 from hilbert_attn import curve_order, use_hilbert_attention
-from hilbert_attn.integrations import DiTSettings, joint_attention, use_dense_attention
+from hilbert_attn.integrations import (
+    DiTSettings,
+    joint_attention,
+    use_dense_attention,
+)
 
-QUICK = "WanTransformer3DModel", "HunyuanVideoTransformer3DModel", "SD3Transformer2DModel"
+QUICK = (
+    "WanTransformer3DModel",
+    "HunyuanVideoTransformer3DModel",
+    "SD3Transformer2DModel",
+)
 ALL = [
-    pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in CASES]
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.full)
+    for name in CASES
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +32,11 @@ def diffusers():
 
 
 def sites(model):
-    return [m.hilbert_site for m in model.modules() if hasattr(m, "hilbert_site")]
+    return [
+        m.hilbert_site
+        for m in model.modules()
+        if hasattr(m, "hilbert_site")
+    ]
 
 
 def calls(model):
@@ -34,14 +49,20 @@ def results(model, inputs):
     out = model(**inputs).sample
     torch.manual_seed(7)
     (out * torch.randn_like(out)).sum().backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    grads = {
+        name: p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     return {"out": out.detach()} | grads
 
 
 def assert_equal(ours, theirs):
     assert ours.keys() == theirs.keys()
     for name, value in theirs.items():
-        assert (ours[name] - value).norm() <= 2e-6 * max(value.norm(), 1e-3), name
+        assert (ours[name] - value).norm() <= 2e-6 * max(
+            value.norm(), 1e-3
+        ), name
 
 
 def masks(name, which, tiles, layer_shift):
@@ -49,13 +70,22 @@ def masks(name, which, tiles, layer_shift):
     case, grid = CASES[name], CASES[name].grids[which]
     cells = math.prod(grid)
     text = 0 if case.text == "none" else WORDS + case.more
-    offsets = [round(i * layer_shift * cells / tiles) % cells for i in range(case.layers)]
-    return [tiles_mask(grid, tiles, offset, case.text, text) for offset in offsets]
+    offsets = [
+        round(i * layer_shift * cells / tiles) % cells
+        for i in range(case.layers)
+    ]
+    return [
+        tiles_mask(grid, tiles, offset, case.text, text)
+        for offset in offsets
+    ]
 
 
 @pytest.mark.parametrize("name", ALL)
 def test_one_tile_is_the_models_own_attention(diffusers, name):
-    own, model = built(diffusers, name), use_hilbert_attention(built(diffusers, name), tiles=1)
+    own, model = (
+        built(diffusers, name),
+        use_hilbert_attention(built(diffusers, name), tiles=1),
+    )
     for which in (0, 1):
         inputs = given(name, which)
         assert_equal(results(model, inputs), results(own, inputs))
@@ -70,7 +100,8 @@ def test_tiles_are_a_mask_by_hand(diffusers, name):
     use_hilbert_attention(model, tiles=3, layer_shift=shift)
     for which in (0, 1, 0):
         inputs = given(name, which)
-        with Masked(masks(name, which, 3, shift)) as dense: wanted = results(own, inputs)
+        with Masked(masks(name, which, 3, shift)) as dense:
+            wanted = results(own, inputs)
         assert dense.calls == CASES[name].layers
         ours = results(model, inputs)
         assert_equal(ours, wanted)
@@ -80,26 +111,38 @@ def test_tiles_are_a_mask_by_hand(diffusers, name):
 @pytest.mark.parametrize("name", ALL)
 def test_gradient_checkpointing(diffusers, name):
     "Two resolutions before the backward: each layer runs again on its own grid."
-    model = use_hilbert_attention(built(diffusers, name), tiles=3, layer_shift=0.5)
+    model = use_hilbert_attention(
+        built(diffusers, name), tiles=3, layer_shift=0.5
+    )
     inputs = given(name, 0), given(name, 1)
 
     def both():
         model.zero_grad()
         outs = [model(**x).sample for x in inputs]
         sum(out.square().sum() for out in outs).backward()
-        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {
+            name: p.grad
+            for name, p in model.named_parameters()
+            if p.grad is not None
+        }
 
     plain, before = both(), calls(model)
     model.enable_gradient_checkpointing()
     again = both()
     assert_equal(again, plain)
-    if name != "UNetMotionModel":  # it recomputes blocks as a whole, not all of them
+    if (
+        name != "UNetMotionModel"
+    ):  # it recomputes blocks as a whole, not all of them
         assert calls(model) == [3 * n for n in before]
 
 
 # steps, layers, ways back
 
-WAN, FLUX, QWEN = QUICK[0], "FluxTransformer2DModel", "QwenImageTransformer2DModel"
+WAN, FLUX, QWEN = (
+    QUICK[0],
+    "FluxTransformer2DModel",
+    "QwenImageTransformer2DModel",
+)
 VIDEO = QUICK[1]
 
 
@@ -113,7 +156,11 @@ def test_first_steps_stay_dense(diffusers):
         dense = []
         for time in (900.0, 900.0, 600.0, 600.0, 300.0, 300.0):
             inputs["timestep"] = torch.tensor([time])
-            change = (model(**inputs).sample - own(**inputs).sample).abs().max()
+            change = (
+                (model(**inputs).sample - own(**inputs).sample)
+                .abs()
+                .max()
+            )
             dense.append(change < 1e-9)
         assert dense == [True, True, True, True, False, False]
         assert calls(model) == [2 * (run + 1)] * 2
@@ -128,32 +175,57 @@ def test_tiles_move_from_step_to_step(diffusers):
     for step, time in enumerate((900.0, 600.0, 300.0)):
         inputs["timestep"] = torch.tensor([time])
         offset = round((0.25 + 0.5 * step) * cells / 3) % cells
-        with Masked([tiles_mask(grid, 3, offset, "none", 0)]): wanted = own(**inputs).sample
+        with Masked([tiles_mask(grid, 3, offset, "none", 0)]):
+            wanted = own(**inputs).sample
         assert (model(**inputs).sample - wanted).abs().max() < 1e-9
 
 
 def test_training_has_no_steps(diffusers):
     "Layers that run again are of the training, whatever was sampled in between."
-    model = use_hilbert_attention(built(diffusers, WAN), tiles=3, dense_steps=1, step_shift=0.5)
+    model = use_hilbert_attention(
+        built(diffusers, WAN), tiles=3, dense_steps=1, step_shift=0.5
+    )
     inputs = given(WAN)
-    with pytest.raises(ValueError, match="counted under torch.no_grad"): model(**inputs)
-    plain = results(use_hilbert_attention(built(diffusers, WAN), tiles=3), inputs)
+    with pytest.raises(ValueError, match="counted under torch.no_grad"):
+        model(**inputs)
+    plain = results(
+        use_hilbert_attention(built(diffusers, WAN), tiles=3), inputs
+    )
     model.train().enable_gradient_checkpointing()
     out = model(**inputs).sample
     for time in (900.0, 600.0):
-        with torch.no_grad(): model(**inputs | dict(timestep=torch.tensor([time])))
+        with torch.no_grad():
+            model(**inputs | dict(timestep=torch.tensor([time])))
     torch.manual_seed(7)
     (out * torch.randn_like(out)).sum().backward()
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    grads = {
+        name: p.grad
+        for name, p in model.named_parameters()
+        if p.grad is not None
+    }
     assert_equal({"out": out.detach()} | grads, plain)
 
 
-@pytest.mark.parametrize("layers, names", [
-    (0, ["blocks.0.attn1"]), (slice(1, None), ["blocks.1.attn1"]), ([-1], ["blocks.1.attn1"]),
-    ("blocks.0.*", ["blocks.0.attn1"]), (["blocks.1.attn1", 0], None), (None, None)])
+@pytest.mark.parametrize(
+    "layers, names",
+    [
+        (0, ["blocks.0.attn1"]),
+        (slice(1, None), ["blocks.1.attn1"]),
+        ([-1], ["blocks.1.attn1"]),
+        ("blocks.0.*", ["blocks.0.attn1"]),
+        (["blocks.1.attn1", 0], None),
+        (None, None),
+    ],
+)
 def test_layers_that_are_asked_for(diffusers, layers, names):
-    model = use_hilbert_attention(built(diffusers, WAN), tiles=3, layers=layers)
-    found = [name for name, m in model.named_modules() if hasattr(m, "hilbert_site")]
+    model = use_hilbert_attention(
+        built(diffusers, WAN), tiles=3, layers=layers
+    )
+    found = [
+        name
+        for name, m in model.named_modules()
+        if hasattr(m, "hilbert_site")
+    ]
     assert found == (names or ["blocks.0.attn1", "blocks.1.attn1"])
     model(**given(WAN))
     assert calls(model) == [1] * len(found)
@@ -161,26 +233,48 @@ def test_layers_that_are_asked_for(diffusers, layers, names):
 
 @torch.no_grad()
 def test_the_way_back(diffusers):
-    own, model, inputs = built(diffusers, VIDEO), built(diffusers, VIDEO), given(VIDEO)
-    use_hilbert_attention(use_hilbert_attention(model, tiles=2), tiles=5)  # twice is once
+    own, model, inputs = (
+        built(diffusers, VIDEO),
+        built(diffusers, VIDEO),
+        given(VIDEO),
+    )
+    use_hilbert_attention(
+        use_hilbert_attention(model, tiles=2), tiles=5
+    )  # twice is once
     assert not torch.equal(model(**inputs).sample, own(**inputs).sample)
     use_dense_attention(model)
     assert torch.equal(model(**inputs).sample, own(**inputs).sample)
-    assert not sites(model) and not model._forward_pre_hooks and not model._forward_hooks
-    kinds = {type(m.processor) for m in model.modules() if hasattr(m, "processor")}
-    assert kinds == {type(m.processor) for m in own.modules() if hasattr(m, "processor")}
+    assert (
+        not sites(model)
+        and not model._forward_pre_hooks
+        and not model._forward_hooks
+    )
+    kinds = {
+        type(m.processor)
+        for m in model.modules()
+        if hasattr(m, "processor")
+    }
+    assert kinds == {
+        type(m.processor)
+        for m in own.modules()
+        if hasattr(m, "processor")
+    }
 
 
 @torch.no_grad()
 def test_copies_have_seams_of_their_own(diffusers):
-    model = use_hilbert_attention(built(diffusers, WAN), tiles=3, layer_shift=0.5)
+    model = use_hilbert_attention(
+        built(diffusers, WAN), tiles=3, layer_shift=0.5
+    )
     inputs = [given(WAN, which) for which in (0, 1)]
     wanted = [model(**x).sample for x in inputs]
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         before = calls(model)
         for x, out in zip(inputs, wanted, strict=True):
             assert torch.equal(twin(**x).sample, out)
-        assert calls(model) == before and calls(twin) == [n + 2 for n in before]
+        assert calls(model) == before and calls(twin) == [
+            n + 2 for n in before
+        ]
 
 
 @torch.no_grad()
@@ -188,12 +282,21 @@ def test_a_pipeline(diffusers):
     "Its transformer is switched, and one that takes over later counts no first steps."
     first, second = built(diffusers, WAN), built(diffusers, WAN)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
-    pipe = diffusers.WanPipeline(None, None, None, scheduler, first, second, boundary_ratio=0.5)
+    pipe = diffusers.WanPipeline(
+        None, None, None, scheduler, first, second, boundary_ratio=0.5
+    )
     assert use_hilbert_attention(pipe, tiles=3, dense_steps=1) is pipe
     pipe.set_progress_bar_config(disable=True)
     prompt = given(WAN)["encoder_hidden_states"]
-    pipe(prompt_embeds=prompt, negative_prompt_embeds=prompt, height=64, width=96, num_frames=9,
-         num_inference_steps=4, output_type="latent")
+    pipe(
+        prompt_embeds=prompt,
+        negative_prompt_embeds=prompt,
+        height=64,
+        width=96,
+        num_frames=9,
+        num_inference_steps=4,
+        output_type="latent",
+    )
     assert calls(first) == [2, 2] and calls(second) == [4, 4]
     use_dense_attention(pipe)
     assert not sites(first) and not sites(second)
@@ -201,35 +304,63 @@ def test_a_pipeline(diffusers):
 
 # what is refused
 
+
 def test_a_layer_that_goes_on_without_us_is_named(diffusers):
     model = use_hilbert_attention(built(diffusers, WAN), tiles=3)
     model.blocks[1].attn1.set_processor(model.blocks[1].attn2.processor)
-    with pytest.raises(RuntimeError, match="blocks.1.attn1 ran without calling"):
+    with pytest.raises(
+        RuntimeError, match="blocks.1.attn1 ran without calling"
+    ):
         model(**given(WAN))
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(tiles=2, window=3), "tiles and window are given"),
-    (dict(segment_size=4, layer_shift=0.5), "layer_shift=0.5: segment_size has no tiles"),
-    (dict(tiles=0), "tiles=0"), (dict(dilation_rate=2), "'dilation_rate': no setting"),
-    (dict(curve="peano"), "peano"), (dict(tiles=2, layers="attn"), "layers='attn': none of the 2"),
-    (dict(tiles=2, layers=7), "layers=7: none of the 2"), (dict(tiles=2, dense_steps=-1), "-1"),
-    (dict(settings=DiTSettings(), tiles=2), "settings are given, and so are tiles"),
-])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(tiles=2, window=3), "tiles and window are given"),
+        (
+            dict(segment_size=4, layer_shift=0.5),
+            "layer_shift=0.5: segment_size has no tiles",
+        ),
+        (dict(tiles=0), "tiles=0"),
+        (dict(dilation_rate=2), "'dilation_rate': no setting"),
+        (dict(curve="peano"), "peano"),
+        (dict(tiles=2, layers="attn"), "layers='attn': none of the 2"),
+        (dict(tiles=2, layers=7), "layers=7: none of the 2"),
+        (dict(tiles=2, dense_steps=-1), "-1"),
+        (
+            dict(settings=DiTSettings(), tiles=2),
+            "settings are given, and so are tiles",
+        ),
+    ],
+)
 def test_bad_options(diffusers, options, message):
     model = built(diffusers, WAN)
-    with pytest.raises(ValueError, match=message): use_hilbert_attention(model, **options)
+    with pytest.raises(ValueError, match=message):
+        use_hilbert_attention(model, **options)
     assert not sites(model) and not model._forward_pre_hooks
 
 
 def test_unknown_models_are_refused(diffusers):
     sana = diffusers.SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_layers=1, attention_head_dim=8, num_attention_heads=2,
-        cross_attention_head_dim=8, num_cross_attention_heads=2, cross_attention_dim=16,
-        caption_channels=16, sample_size=8)
-    with pytest.raises(ValueError, match="SanaTransformer2DModel: .*linear"):
+        in_channels=4,
+        out_channels=4,
+        num_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        cross_attention_head_dim=8,
+        num_cross_attention_heads=2,
+        cross_attention_dim=16,
+        caption_channels=16,
+        sample_size=8,
+    )
+    with pytest.raises(
+        ValueError, match="SanaTransformer2DModel: .*linear"
+    ):
         use_hilbert_attention(sana, tiles=2)
-    with pytest.raises(ValueError, match="AutoencoderTiny: how its tokens lie is unknown"):
+    with pytest.raises(
+        ValueError, match="AutoencoderTiny: how its tokens lie is unknown"
+    ):
         use_hilbert_attention(diffusers.AutoencoderTiny(), tiles=2)
 
 
@@ -239,17 +370,27 @@ def test_grids_that_are_none(diffusers):
     flux = use_hilbert_attention(built(diffusers, FLUX), tiles=3)
     inputs = given(FLUX)
     inputs["img_ids"] = inputs["img_ids"].flip(0)
-    with pytest.raises(ValueError, match="row by row"): flux(**inputs)
+    with pytest.raises(ValueError, match="row by row"):
+        flux(**inputs)
     qwen = use_hilbert_attention(built(diffusers, QWEN), tiles=3)
     inputs = given(QWEN)
     inputs["img_shapes"] = [[(1, 4, 3), (1, 4, 3)]]
-    with pytest.raises(ValueError, match="several pictures"): qwen(**inputs)
-    wan = use_hilbert_attention(built(diffusers, WAN), tiles=3, grid=(4, 4, 3))
-    with pytest.raises(ValueError, match="24 tokens in a layer, but 48 cells"): wan(**given(WAN))
-    lumina = use_hilbert_attention(built(diffusers, "Lumina2Transformer2DModel"), tiles=3)
+    with pytest.raises(ValueError, match="several pictures"):
+        qwen(**inputs)
+    wan = use_hilbert_attention(
+        built(diffusers, WAN), tiles=3, grid=(4, 4, 3)
+    )
+    with pytest.raises(
+        ValueError, match="24 tokens in a layer, but 48 cells"
+    ):
+        wan(**given(WAN))
+    lumina = use_hilbert_attention(
+        built(diffusers, "Lumina2Transformer2DModel"), tiles=3
+    )
     inputs = CASES["Lumina2Transformer2DModel"].inputs((4, 6), batch=2)
     inputs["encoder_attention_mask"][1, -1] = False
-    with pytest.raises(ValueError, match="captions of different lengths"): lumina(**inputs)
+    with pytest.raises(ValueError, match="captions of different lengths"):
+        lumina(**inputs)
 
 
 @torch.no_grad()
@@ -259,22 +400,38 @@ def test_a_stated_grid_is_used(diffusers):
     inputs = given(FLUX)
     wanted = use_hilbert_attention(flux, tiles=3)(**inputs).sample
     use_hilbert_attention(other, tiles=3, grid=(4, 6))
-    inputs["img_ids"] = inputs["img_ids"] + 0.25  # which says nothing that is whole
-    close = use_hilbert_attention(flux, tiles=3, grid=(1, 4, 6))(**inputs).sample
+    inputs["img_ids"] = (
+        inputs["img_ids"] + 0.25
+    )  # which says nothing that is whole
+    close = use_hilbert_attention(flux, tiles=3, grid=(1, 4, 6))(
+        **inputs
+    ).sample
     assert (other(**inputs).sample - close).abs().max() < 1e-12
     assert wanted.shape == close.shape
 
 
 # the attention itself
 
+
 @pytest.mark.parametrize("text_first", (False, True))
-@pytest.mark.parametrize("options", (
-    dict(tiles=3), dict(segment_size=7), dict(window=4), dict(kernel_size=3)), ids=str)
+@pytest.mark.parametrize(
+    "options",
+    (
+        dict(tiles=3),
+        dict(segment_size=7),
+        dict(window=4),
+        dict(kernel_size=3),
+    ),
+    ids=str,
+)
 def test_every_pattern_with_a_text(options, text_first):
     "Grouped heads, keys that are masked on both sides, forward and backward."
     grid, text, cells = (4, 6), 5, 24
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, h, 29, 8, dtype=torch.float64).requires_grad_() for h in (4, 2, 2))
+    q, k, v = (
+        torch.randn(2, h, 29, 8, dtype=torch.float64).requires_grad_()
+        for h in (4, 2, 2)
+    )
     rank = torch.empty(cells, dtype=torch.int64)
     rank[curve_order(grid, "hilbert")] = torch.arange(cells)
     y, x = torch.arange(cells) // 6, torch.arange(cells) % 6
@@ -291,27 +448,44 @@ def test_every_pattern_with_a_text(options, text_first):
     }[next(iter(options))]
     mask = torch.ones(29, 29, dtype=torch.bool)
     first = text if text_first else 0
-    mask[first:first + cells, first:first + cells] = among
+    mask[first : first + cells, first : first + cells] = among
     keys = torch.rand(2, 29) < 0.8
     keys[:, first + 3] = keys[:, -first] = True  # no query is left alone
     mask = mask & keys[:, None, None]
     ours = joint_attention(
-        q, k, v, DiTSettings(**options), grid, text_first=text_first, key_mask=keys, scale=0.3)
+        q,
+        k,
+        v,
+        DiTSettings(**options),
+        grid,
+        text_first=text_first,
+        key_mask=keys,
+        scale=0.3,
+    )
     theirs = torch.nn.functional.scaled_dot_product_attention(
-        q, k, v, mask, scale=0.3, enable_gqa=True)
+        q, k, v, mask, scale=0.3, enable_gqa=True
+    )
     rows = mask.any(-1).expand(2, 4, 29)
     weights = torch.randn_like(ours) * rows[..., None]
     for a, b in zip(
         torch.autograd.grad((ours * weights).sum(), (q, k, v)),
-        torch.autograd.grad((theirs.nan_to_num() * weights).sum(), (q, k, v)), strict=True):
+        torch.autograd.grad(
+            (theirs.nan_to_num() * weights).sum(), (q, k, v)
+        ),
+        strict=True,
+    ):
         assert (a - b).abs().max() < 1e-9
     assert ((ours - theirs)[rows]).abs().max() < 1e-9
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", (WAN, VIDEO, "CogVideoXTransformer3DModel"))
+@pytest.mark.parametrize(
+    "name", (WAN, VIDEO, "CogVideoXTransformer3DModel")
+)
 def test_compiled_in_one_graph(diffusers, name):
-    model = use_hilbert_attention(built(diffusers, name), tiles=3, layer_shift=0.5)
+    model = use_hilbert_attention(
+        built(diffusers, name), tiles=3, layer_shift=0.5
+    )
     inputs = given(name)
     wanted = model(**inputs).sample
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -54,7 +54,7 @@ class ModelOptions(HilbertOptions, total=False):
     layers: Any
 
 # %% ../../nbs/14_integrations.ipynb #d59ccadd
-def _plain(
+def plain_numbers(
     name: str, # of the field, for messages
     value: Any, # None, a whole number, or several
 ) -> Any: # None, an int, or a tuple of them
@@ -74,13 +74,13 @@ def _plain_fields(
 ) -> dict[str, Any]: # name -> value
     "Fields that hold numbers, from whichever name they were given by."
     names = ("segment_lengths", "dilation_rates", "offsets", "grid")
-    plain = {name: _plain(name, getattr(settings, name)) for name in names}
+    plain = {name: plain_numbers(name, getattr(settings, name)) for name in names}
     if plain["grid"] is not None: plain["grid"] = as_grid(plain["grid"])
     for alias, value in aliases.items():
         if value is None: continue
         own = _ALIASES[alias]
         given = None if plain[own] == getattr(HilbertSettings, own) else plain[own]  # the default
-        plain[own] = one_of(own, given, **{alias: _plain(alias, value)})
+        plain[own] = one_of(own, given, **{alias: plain_numbers(alias, value)})
     plain["prefix_tokens"] = whole_number("prefix_tokens", settings.prefix_tokens, least=0)
     return plain
 

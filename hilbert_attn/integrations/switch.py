@@ -255,20 +255,23 @@ class Switch:
             "model still computes its own attention there")
 
 # %% ../../nbs/14b_switched_models.ipynb #e07c41d9
-_SWITCHES: list[tuple[Callable[[Any], bool], Callable]] = []
+_SWITCHES: dict[str, Callable] = {}
 
 
 def register_switch(
-    recognises: Callable[[Any], bool], # is a model of this library?
+    library: str, # top-level package that the models' classes come from
     switch: Callable, # what `use_hilbert_attention` calls then, with its own arguments
 ):
     "Makes the models of a library known."
-    _SWITCHES.append((recognises, switch))
+    _SWITCHES[library] = switch
 
 
-def switch_of(model: Any) -> Callable | None: # None: of a library that is not registered
+def switch_of(
+    model: Any,
+) -> Callable | None: # None: of a library that is not registered
     "What switches a model."
-    found = [switch for recognises, switch in _SWITCHES if recognises(model)]
+    libraries = [kind.__module__.partition(".")[0] for kind in type(model).__mro__]
+    found = [_SWITCHES[name] for name in libraries if name in _SWITCHES]
     return found[0] if found else None
 
 # %% ../../nbs/14b_switched_models.ipynb #1072269a
