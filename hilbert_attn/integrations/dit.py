@@ -6,7 +6,7 @@
 __all__ = ['LAYOUTS', 'DiTSettings', 'joint_attention', 'latent_grid', 'Layout', 'Door', 'Seam', 'rewired', 'own_processor',
            'use_dense_attention', 'switch_diffusion']
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #abe57b20
+# %% ../../nbs/14f_diffusion_transformers.ipynb #de4d6054
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
@@ -29,17 +29,17 @@ from ..curves import as_grid
 from ..local import (
     hilbert_slide_attention, hilbert_window_attention, neighborhood_attention,
     tiles_shared_attention)
-from .settings import plain_numbers
+from .settings import ModelSettings, plain_numbers
 from .switch import (
     Geometry, Site, Switch, in_backward, register_switch, remove_hooks, remove_switch)
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #52586f72
+# %% ../../nbs/14f_diffusion_transformers.ipynb #08e4ea74
 _PATTERNS = ("tiles", "segment_size", "window", "kernel_size")
 _SHIFTS = ("shift", "layer_shift", "step_shift")
 
 
 @dataclass(frozen=True)
-class DiTSettings:
+class DiTSettings(ModelSettings):
     "What self-attention among cells becomes. Raises `ValueError` for a field that does not fit."
     tiles: int | None = None # equal tiles of positions; 1, where no pattern is given
     segment_size: int | None = None # positions of a stretch; the last one may be shorter
@@ -104,9 +104,9 @@ def _check_fields(settings: "DiTSettings"):
     if settings.curve is not None: check_curve(settings.curve)
     check_backend_name(settings.backend)
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #8f2365bd
+# %% ../../nbs/14f_diffusion_transformers.ipynb #e13f81b8
 def _settings_from(
-    settings: DiTSettings | None,
+    settings: ModelSettings | None,
     options: Mapping[str, Any], # the fields, instead
 ) -> DiTSettings:
     "Settings from an object or from its fields. Raises `ValueError`."
@@ -126,8 +126,8 @@ def _settings_from(
             f"settings is a {type(settings).__name__}: diffusion transformers take DiTSettings")
     return settings
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #8488cc3f
-_BY_SIZE = {
+# %% ../../nbs/14f_diffusion_transformers.ipynb #1b32b57a
+_BY_SIZE: dict[str, Callable] = {
     "segment_size": hilbert_window_attention, "window": hilbert_slide_attention,
     "kernel_size": neighborhood_attention}
 
@@ -247,11 +247,11 @@ def _shapes_grid(config: Any, given: Mapping[str, Any]) -> tuple[int, ...]: # (T
             "common grid")
     return tuple(samples[0][0])
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #ba6156b3
+# %% ../../nbs/14f_diffusion_transformers.ipynb #d928e6fa
 def _stated_grid(config: Any, given: Mapping[str, Any]) -> tuple[int, ...] | None: # (T, H, W)
     "From three numbers."
-    grid = tuple(given.get(name) for name in ("num_frames", "height", "width"))
-    return None if None in grid else grid
+    grid: list[Any] = [given.get(name) for name in ("num_frames", "height", "width")]
+    return None if None in grid else tuple(int(side) for side in grid)
 
 
 def _frames_grid(config: Any, given: Mapping[str, Any]) -> tuple[int, ...]: # (T,)
@@ -286,7 +286,7 @@ LAYOUTS = {
     "UNetMotionModel": Layout(_frames_grid, ("*motion_modules.*.attn1", "*motion_modules.*.attn2")),
 }
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #f97d566b
+# %% ../../nbs/14f_diffusion_transformers.ipynb #bd918806
 class Door:
     "What a model is called with: the grid of its cells, and the denoising step."
 
@@ -308,7 +308,8 @@ class Door:
     def enter(self, model: Any, args: tuple, kwargs: dict):
         "Reads the grid and the step of a call."
         given = dict(zip(self.names, args)) | kwargs
-        self.grid = self.settings.grid or self.layout.grid(model.config, given)
+        stated = self.settings.grid
+        self.grid = as_grid(stated) if stated else self.layout.grid(model.config, given)
         if not self.settings.counts_steps: return
         if not torch.is_grad_enabled():
             self.count(float(torch.as_tensor(given["timestep"]).max()))
@@ -385,7 +386,7 @@ def _check_options(options: Mapping[str, Any]):
             f"the model's attention is called with {', '.join(beyond)}, which a pattern of "
             "cells cannot follow")
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #40e4ffba
+# %% ../../nbs/14f_diffusion_transformers.ipynb #9981d6f6
 class Seam:
     "The attention of one layer, as its processor calls it."
 
@@ -393,10 +394,10 @@ class Seam:
         self,
         settings: DiTSettings,
         door: Door, # of the model
+        site: Site, # of the layer
         layer: int, # number among the switched ones
     ):
-        self.settings, self.door, self.layer = settings, door, layer
-        self.site: Site | None = None # of the layer, once the switch is made
+        self.settings, self.door, self.site, self.layer = settings, door, site, layer
         self.own: Callable = F.scaled_dot_product_attention # what stood there
 
     def stays_dense(self, query: Tensor, key: Tensor, tokens: int) -> bool:
@@ -430,53 +431,54 @@ class Seam:
             key_mask=_key_mask(options.get("attn_mask"), text, (q.shape[0], n)),
             dropout_p=options.get("dropout_p", 0.0), scale=options.get("scale"))
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #9c9e1932
-def _names_in(
-    processor: Any,
+# %% ../../nbs/14f_diffusion_transformers.ipynb #bf83830f
+_DISPATCH, _SDPA = "dispatch_attention_fn", "scaled_dot_product_attention"
+
+
+def _attention_name(
+    call: Any, # a processor's
 ) -> str | None: # None where it calls neither
     "The name by which a processor calls its attention."
-    code = getattr(type(processor).__call__, "__code__", None)
+    code = getattr(call, "__code__", None)
     names = () if code is None else code.co_names
-    for name in ("dispatch_attention_fn", "scaled_dot_product_attention"):
-        if name in names: return name
-    return None
+    return next((name for name in (_DISPATCH, _SDPA) if name in names), None)
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #f69a2dbf
+# %% ../../nbs/14f_diffusion_transformers.ipynb #3eb723b5
 def _rewired(
     call: FunctionType, # a processor's
-    name: str, # by which it calls its attention
     seam: Seam,
 ) -> FunctionType:
     "The same code, in which that name is the seam's."
     # Without __name__, torch.compile looks names up here, and not in the module.
     names = {key: value for key, value in call.__globals__.items() if key != "__name__"}
-    if name == "dispatch_attention_fn":
-        seam.own, names[name] = names[name], seam.dispatch
+    if _attention_name(call) == _DISPATCH:
+        seam.own, names[_DISPATCH] = names[_DISPATCH], seam.dispatch
     else:
-        names["F"] = SimpleNamespace(**vars(F) | {name: seam.sdpa})
+        names["F"] = SimpleNamespace(**vars(F) | {_SDPA: seam.sdpa})
     twin = FunctionType(
         call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     twin.__kwdefaults__ = call.__kwdefaults__
     return twin
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #252db712
+# %% ../../nbs/14f_diffusion_transformers.ipynb #8eaa3ef5
 def rewired(
     processor: Any, # of diffusers
     seam: Seam, # of its layer
 ) -> Any: # a copy, with another attention in it
     "A processor that calls a seam instead of dense attention."
-    kind, twin = type(processor), copy(processor)
-    call = _rewired(kind.__call__, _names_in(processor), seam)
+    kind: Any = type(processor)
+    twin = copy(processor)
+    call = _rewired(kind.__call__, seam)
     twin.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__reduce__": _reduced})
     twin.hilbert_seam = seam
     return twin
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #99e7f64c
+# %% ../../nbs/14f_diffusion_transformers.ipynb #8c5a183e
 def own_processor(
     processor: Any, # a rewired one
 ) -> Any: # a copy
     "The processor as it was, with what was set on it since."
-    kind = type(processor).__base__
+    kind: Any = type(processor).__base__
     own = kind.__new__(kind)
     values = vars(processor).items()
     own.__dict__.update({name: value for name, value in values if name != "hilbert_seam"})
@@ -502,7 +504,7 @@ def _layout_of(model: nn.Module) -> Layout:
         f"{type(model).__name__}: how its tokens lie is unknown. Known are "
         f"{', '.join(LAYOUTS)}; UNets and DiT take use_hilbert_processor")
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #b120db5c
+# %% ../../nbs/14f_diffusion_transformers.ipynb #125a2c01
 def _self_attention(
     model: nn.Module,
     layout: Layout,
@@ -514,7 +516,7 @@ def _self_attention(
         and hasattr(layer, "processor") and not getattr(layer, "is_cross_attention", False)}
     unknown = [
         f"{name} ({type(layer.processor).__name__})" for name, layer in layers.items()
-        if _names_in(layer.processor) is None]
+        if _attention_name(type(layer.processor).__call__) is None]
     if unknown:
         raise ValueError(
             f"processors that call neither dispatch_attention_fn nor "
@@ -532,15 +534,15 @@ def _named(
     if isinstance(which, int): which = slice(which, which + 1 or None)
     return names[which]
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #4912e03c
+# %% ../../nbs/14f_diffusion_transformers.ipynb #c4bb8db2
 def _asked_for(
     layers: Mapping[str, Any], # name -> layer, in the order of the model
     which: str | int | slice | Sequence[str | int] | None, # names, numbers; None: all
 ) -> dict[str, Any]: # name -> layer
     "The layers that a user asks for. Raises `ValueError` where there is none."
-    names, several = list(layers), which
-    if which is None: several = [slice(None)]
-    if isinstance(which, (str, int, slice)): several = [which]
+    names = list(layers)
+    several: Any = slice(None) if which is None else which
+    if isinstance(several, (str, int, slice)): several = [several]
     wanted = {name for one in several for name in _named(names, one)}
     if wanted: return {name: layer for name, layer in layers.items() if name in wanted}
     known = f", {names[0]} to {names[-1]}" if names else ""
@@ -561,7 +563,7 @@ def _parts(
             "pipeline with one")
     return found
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #67a9f357
+# %% ../../nbs/14f_diffusion_transformers.ipynb #1c16be0e
 def _switch(
     model: nn.Module,
     settings: DiTSettings,
@@ -575,8 +577,7 @@ def _switch(
     geometry = Geometry("sequence")
     switch = Switch(model, layers, dict.fromkeys(layers, geometry), type(model).__name__)
     for number, (name, layer) in enumerate(layers.items()):
-        seam = Seam(settings, door, number)
-        seam.site = switch.sites[name]
+        seam = Seam(settings, door, switch.sites[name], number)
         layer.processor = rewired(layer.processor, seam)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #4f9ac47c

@@ -25,8 +25,8 @@ from torch import Tensor
 from ..calls import autocast_inputs
 from ..common import hide_masked
 from hilbert_attn.integrations.settings import (
-    HilbertOptions, HilbertSettings, ModelOptions, few_attention, key_counts, prefix_attention,
-    settings_from)
+    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, few_attention, key_counts,
+    prefix_attention, settings_from)
 from .switch import (
     Geometry, Switch, check_stated, need, patch_layer, prefix_length, switch_of)
 
@@ -703,7 +703,7 @@ Model = TypeVar("Model")
 # %% ../../nbs/14c_transformers.ipynb #c3f6ce92
 def use_hilbert_attention(
     model: "Model", # of transformers, one of peft around it, or of diffusers
-    settings: Any = None, # `HilbertSettings`, for diffusers `DiTSettings`; None: from `options`
+    settings: ModelSettings | None = None, # for diffusers, `DiTSettings`; None: from `options`
     *,
     name: str = "hilbert", # for `attn_implementation` of transformers
     **options: "Unpack[ModelOptions]", # fields of the settings, instead of `settings`
