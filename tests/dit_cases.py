@@ -137,6 +137,33 @@ def motion(grid, batch=1):
     )
 
 
+def less(inputs, *names):
+    "Inputs without some of them."
+    return lambda grid, batch=1: {
+        name: value
+        for name, value in inputs(grid, batch).items()
+        if name not in names
+    }
+
+
+def flux2(grid, batch=1):
+    given = less(flux, "pooled_projections")(grid, batch)
+    for name in ("img_ids", "txt_ids"):
+        given[name] = F.pad(given[name], (0, 1))
+    return given | dict(guidance=torch.full((batch,), 4.0).double())
+
+
+def hunyuan_image(grid, batch=1):
+    mask = torch.ones(batch, WORDS)
+    mask[:, -1] = 0
+    return dict(
+        hidden_states=rand(batch, 4, *grid),
+        timestep=torch.full((batch,), 500.0).double(),
+        encoder_hidden_states=words(batch, 16),
+        encoder_attention_mask=mask,
+    )
+
+
 @dataclass(frozen=True)
 class Case:
     "A model class, and what the test knows of it."
@@ -152,6 +179,13 @@ class Case:
 
 HEADS = dict(num_attention_heads=2, in_channels=4)
 FLAT, DEEP = ((4, 6), (6, 5)), ((2, 4, 3), (3, 2, 5))
+OF_FLUX = dict(
+    HEADS,
+    num_layers=1,
+    num_single_layers=1,
+    attention_head_dim=16,
+    joint_attention_dim=32,
+)
 CASES = {
     "FluxTransformer2DModel": Case(
         flux,
@@ -326,6 +360,75 @@ CASES = {
         FLAT,
         "before",
         8,
+    ),
+    "Flux2Transformer2DModel": Case(
+        flux2,
+        OF_FLUX
+        | dict(
+            timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4)
+        ),
+        2,
+        FLAT,
+        "before",
+    ),
+    "ChromaTransformer2DModel": Case(
+        less(flux, "pooled_projections"),
+        OF_FLUX
+        | dict(
+            axes_dims_rope=[4, 4, 8],
+            approximator_num_channels=8,
+            approximator_hidden_dim=16,
+            approximator_layers=1,
+        ),
+        2,
+        FLAT,
+        "before",
+    ),
+    "OvisImageTransformer2DModel": Case(
+        less(flux, "pooled_projections"),
+        OF_FLUX | dict(axes_dims_rope=(4, 4, 8), out_channels=4),
+        2,
+        FLAT,
+        "before",
+    ),
+    "LongCatImageTransformer2DModel": Case(
+        less(flux, "pooled_projections"),
+        OF_FLUX
+        | dict(axes_dims_rope=[4, 4, 8], pooled_projection_dim=32),
+        2,
+        FLAT,
+        "before",
+    ),
+    "HunyuanImageTransformer2DModel": Case(
+        hunyuan_image,
+        dict(
+            HEADS,
+            out_channels=4,
+            attention_head_dim=8,
+            num_layers=1,
+            num_single_layers=1,
+            num_refiner_layers=1,
+            text_embed_dim=16,
+            rope_axes_dim=(4, 4),
+        ),
+        2,
+        FLAT,
+        "after",
+    ),
+    "SkyReelsV2Transformer3DModel": Case(
+        wan,
+        dict(
+            HEADS,
+            attention_head_dim=12,
+            out_channels=4,
+            text_dim=16,
+            freq_dim=32,
+            ffn_dim=32,
+            num_layers=2,
+            rope_max_seq_len=32,
+        ),
+        2,
+        DEEP,
     ),
     "UNetMotionModel": Case(
         motion,

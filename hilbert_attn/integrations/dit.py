@@ -258,7 +258,7 @@ def _frames_grid(config: Any, given: Mapping[str, Any]) -> tuple[int, ...]: # (T
     "From a latent (B, C, T, H, W): temporal layers see the frames of one cell."
     return tuple(given["sample"].shape[2:3])
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #a1c6dd1b
+# %% ../../nbs/14f_diffusion_transformers.ipynb #74e2eb7d
 @dataclass(frozen=True)
 class Layout:
     "Where the tokens of an architecture lie."
@@ -271,10 +271,15 @@ _JOINT = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
 _FIRST, _WAN = ("transformer_blocks.*.attn1",), ("blocks.*.attn1",)
 LAYOUTS = {
     "FluxTransformer2DModel": Layout(_ids_grid, _JOINT, "before"),
+    "Flux2Transformer2DModel": Layout(_ids_grid, _JOINT, "before"),
+    "ChromaTransformer2DModel": Layout(_ids_grid, _JOINT, "before"),
+    "LongCatImageTransformer2DModel": Layout(_ids_grid, _JOINT, "before"),
+    "OvisImageTransformer2DModel": Layout(_ids_grid, _JOINT, "before"),
     "QwenImageTransformer2DModel": Layout(_shapes_grid, _JOINT, "before"),
     "WanTransformer3DModel": Layout(latent_grid, _WAN),
     "SkyReelsV2Transformer3DModel": Layout(latent_grid, _WAN),
     "HunyuanVideoTransformer3DModel": Layout(latent_grid, _JOINT, "after"),
+    "HunyuanImageTransformer2DModel": Layout(latent_grid, _JOINT, "after"),
     "LTXVideoTransformer3DModel": Layout(_stated_grid, _FIRST),
     "SD3Transformer2DModel": Layout(latent_grid, ("transformer_blocks.*.attn*",), "after"),
     "CogVideoXTransformer3DModel": Layout(_cogvideox_grid, _FIRST, "before"),
@@ -282,7 +287,6 @@ LAYOUTS = {
     "Lumina2Transformer2DModel": Layout(latent_grid, ("layers.*.attn",), "caption"),
     "AuraFlowTransformer2DModel": Layout(
         latent_grid, ("joint_transformer_blocks.*.attn", _JOINT[1]), "before"),
-    "AllegroTransformer3DModel": Layout(latent_grid, _FIRST),
     "UNetMotionModel": Layout(_frames_grid, ("*motion_modules.*.attn1", "*motion_modules.*.attn2")),
 }
 
