@@ -17,6 +17,7 @@ import pytest
 import hilbert_attn as h
 from hilbert_attn import backends, curves, options, patterns, ring_plan
 from hilbert_attn.block_layers import PLACEMENTS
+from hilbert_attn.integrations import DiTSettings
 from hilbert_attn.kernels.forward import attention_forward
 
 TESTS = Path(__file__).resolve().parent
@@ -153,6 +154,16 @@ def test_stubs_stand_out_of_the_way():
         assert typed <= {*folded} and folded == last, path.name
 
 
+def either_settings() -> Callable:
+    "All that `use_hilbert_attention` knows: the fields of both settings, and `layers`."
+    def front(layers): ...
+    both = named(h.HilbertSettings) | named(DiTSettings) | {"layers": Any}
+    kind = inspect.Parameter.KEYWORD_ONLY
+    front.__signature__ = inspect.Signature(
+        [inspect.Parameter(name, kind, annotation=hint) for name, hint in both.items()])
+    return front
+
+
 PASSED_ON = [  # what passes its options on, to what, and which of them it sets itself
     (h.HilbertAttentionCoreWithSDPA, h.HilbertAttentionCore, {"use_custom_backward", "backend"}),
     (h.HilbertDilatedAttention, h.DilatedAttention, set()),
@@ -175,7 +186,7 @@ PASSED_ON = [  # what passes its options on, to what, and which of them it sets 
     (h.create_dilated_attention, h.AttentionConfig, set()),
     (h.create_multihead_dilated_attention, h.AttentionConfig, set()),
     (h.create_self_attention, h.AttentionConfig, set()),
-    (h.use_hilbert_attention, h.HilbertSettings, set()),
+    (h.use_hilbert_attention, either_settings(), set()),
     (h.register_hilbert_attention, h.HilbertSettings, set()),
     (h.convert_attention, h.HilbertSettings, set()),
     (h.convert_vit, h.HilbertSettings, set()), (h.use_hilbert_processor, h.HilbertSettings, set()),

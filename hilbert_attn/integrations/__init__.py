@@ -4,6 +4,11 @@ from hilbert_attn.integrations.diffusers import (
     HilbertAttnProcessor,
     use_hilbert_processor,
 )
+from hilbert_attn.integrations.dit import (
+    DiTSettings,
+    joint_attention,
+    use_dense_attention,
+)
 from hilbert_attn.integrations.settings import (
     HilbertOptions,
     HilbertSettings,
@@ -23,6 +28,7 @@ from hilbert_attn.integrations.vision import (
 )
 
 __all__ = [
+    "DiTSettings",
     "FusedQKVAttention",
     "HilbertAttnProcessor",
     "HilbertOptions",
@@ -32,8 +38,10 @@ __all__ = [
     "convert_attention",
     "convert_vit",
     "hilbert_attention_everywhere",
+    "joint_attention",
     "prefix_attention",
     "register_hilbert_attention",
+    "use_dense_attention",
     "use_hilbert_attention",
     "use_hilbert_processor",
     "vit_geometry",

@@ -25,10 +25,11 @@ from torch import Tensor
 from ..calls import autocast_inputs
 from ..common import hide_masked
 from ..schedule import frozen
-from .settings import (
-    HilbertOptions, HilbertSettings, few_attention, key_counts, prefix_attention, settings_from)
+from hilbert_attn.integrations.settings import (
+    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, few_attention, key_counts,
+    prefix_attention, settings_from)
 from .switch import (
-    Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length)
+    Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, switch_of)
 
 # %% ../../nbs/14c_transformers.ipynb #327ed140
 _SETTING = "hilbert_attention"  # where a model's configuration keeps its settings
@@ -705,20 +706,23 @@ def extend_peft():
     model.save_pretrained, model.load_adapter = save_pretrained, load_adapter
 
 # %% ../../nbs/14c_transformers.ipynb #c5da82e5
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model")
 
 # %% ../../nbs/14c_transformers.ipynb #c3f6ce92
 def use_hilbert_attention(
-    model: "Model", # a `transformers.PreTrainedModel`, or one of peft around it
-    settings: HilbertSettings | None = None, # None: from `options`
+    model: "Model", # of transformers, one of peft around it, or of diffusers
+    settings: ModelSettings | None = None, # for diffusers, `DiTSettings`; None: from `options`
     *,
-    name: str = "hilbert", # for `attn_implementation`
-    **options: "Unpack[HilbertOptions]", # fields of `HilbertSettings`, instead of `settings`
+    name: str = "hilbert", # for `attn_implementation` of transformers
+    **options: "Unpack[ModelOptions]", # fields of the settings, instead of `settings`
 ) -> "Model": # the same
     """Switches a model of transformers; its configuration keeps the settings.
 
-    Grid and prefix of a vision model are read off each call. Raises `ValueError` where settings or
-    model do not fit; the first forward raises `RuntimeError` where a layer goes on without us."""
+    A transformer of diffusers, or a pipeline with one, takes the fields of `DiTSettings`, and
+    `layers`. Grid and prefix are read off each call. Raises `ValueError` where settings or model
+    do not fit; the first forward raises `RuntimeError` where a layer goes on without us."""
+    other = switch_of(model)
+    if other is not None: return other(model, settings, **options)
     transformers = need("transformers", "transformers")
     inner: Any = model
     if hasattr(inner, "get_base_model"):
