@@ -6,7 +6,7 @@
 Digits of scikit-learn move over a small canvas and bounce off its borders. A transformer of
 diffusers' Wan class, small and with random weights, learns to make such videos by flow matching; it
 is told the digit by two tokens of text. Three of them start with the same weights and see the same
-batches for the same number of seconds. One has dense attention. The others attend inside eight
+batches for the same number of seconds. One has dense attention. The others attend inside six
 tiles, cut along the Hilbert curve or along rows, which move by half a tile from layer to layer.
 Losses and videos are written to out/video_dit/.
 """
@@ -27,13 +27,13 @@ from tqdm import tqdm
 
 from hilbert_attn import use_hilbert_attention
 
-FRAMES, SIDE, DIGIT = 8, 24, 16 # of a video (FRAMES, SIDE, SIDE), and of a digit in it
+FRAMES, SIDE, DIGIT = 6, 20, 14 # of a video (FRAMES, SIDE, SIDE), and of a digit in it
 PATCH = (1, 2, 2)
 TEXT = 16 # numbers of a text token
 ARMS = {
     "dense": None,
-    "Hilbert tiles": dict(tiles=8, layer_shift=0.5),
-    "row tiles": dict(tiles=8, layer_shift=0.5, curve="row_major"),
+    "Hilbert tiles": dict(tiles=6, layer_shift=0.5),
+    "row tiles": dict(tiles=6, layer_shift=0.5, curve="row_major"),
 }
 
 
@@ -181,11 +181,11 @@ def draw_videos(strips: dict[str, Tensor], path: Path):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=150, help="of training, for each network")
+    parser.add_argument("--seconds", type=float, default=160, help="of training, for each network")
     parser.add_argument("--steps", type=int, default=10**6, help="at most, for each network")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--rate", type=float, default=1e-3)
+    parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--every", type=int, default=25, help="steps between two checks")
     parser.add_argument("--out", type=Path, default=Path("out/video_dit"))
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
