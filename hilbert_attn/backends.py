@@ -171,7 +171,7 @@ def _needs_a_gpu(device: torch.device, capability: tuple[int, int] | None) -> st
 # %% ../nbs/07_backends.ipynb #badcb0ef
 FAMILIES = {  # of patterns: what a call is
     "segments": "segments", "branches": "several branches", "heads": "branches on heads apart",
-    "blocks": "lists of blocks", "local": "local patterns",
+    "blocks": "lists of blocks", "local": "local patterns", "cross": "segments of two sequences",
 }
 REGISTRY = {backend.name: backend for backend in (
     Backend(
@@ -549,6 +549,7 @@ def hilbert_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
 ) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or (out, lse (B, H, N)), in token order
@@ -559,7 +560,7 @@ def hilbert_attention(
     -inf. Raises `ValueError` for arguments that do not fit, and `RuntimeError` where a forced
     backend cannot run. Dilation as in LongNet (arXiv 2307.02486, section 3)."""
     call = check_call(q, k, v, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
-                      return_lse=return_lse)
+                      sink_logits=sink_logits, return_lse=return_lse)
     how = segment_size, dilation_rate, dilation_mode, offsets
     call = on_segments(call, *how, grid=grid, curve=curve, order=order)
     return call.result(*attend(call, backend))
