@@ -686,6 +686,13 @@ def family_of(
     if isinstance(pattern, SegmentPattern) or len(pattern.branches) == 1: return "segments"
     return "heads" if pattern.combine == "heads" else "branches"
 
+# %% ../nbs/07_backends.ipynb #c9b9853c
+def _widths(q: Tensor, v: Tensor) -> str:
+    "What to add to a reason where values are not as wide as queries and keys."
+    d, columns = q.shape[3], v.shape[3]
+    if d == columns: return ""
+    return f"; {columns} columns of values, and {d} of queries and keys: zeros fill up the narrower"
+
 # %% ../nbs/07_backends.ipynb #9da75183
 def _training(
     q: Tensor, kv_heads: int, device: torch.device, layers: int, memory: int | None,
@@ -704,6 +711,7 @@ def _training(
 def explain_backend(
     q: Tensor | Sequence[int], # queries, or only their shape (B, H, N, D)
     k: Tensor | Sequence[int] | None = None, # keys or their shape; None is like q
+    v: Tensor | Sequence[int] | None = None, # values or their shape; None is like k
     *,
     dtype: torch.dtype = torch.float32, # where q is only a shape
     device: torch.device | str = "cpu", # where q is only a shape
@@ -722,7 +730,10 @@ def explain_backend(
     device = q.device if isinstance(q, Tensor) else torch.device(device)
     q = _shaped(q, dtype)
     k = q if k is None else _shaped(k, q.dtype)
-    check_tensors(q, k, k)
+    v = k if v is None else _shaped(v, q.dtype)
+    check_tensors(q, k, v, widths=True)
+    widths = _widths(q, v)
+    q, k, v = (x.new_empty(*x.shape[:3], max(q.shape[3], v.shape[3])) for x in (q, k, v))
     batch, heads, n, d = q.shape
     pattern = _pattern(options, n, heads)
     task: dict[str, Any] = dict(
@@ -733,5 +744,5 @@ def explain_backend(
     moved = q.element_size() * 2 * (q.numel() + k.numel()) + 4 * batch * heads * n
     training: dict[str, Any] = {}
     if gradients: training = _training(q, k.shape[1], device, layers, memory, ranks)
-    return BackendChoice(name, reason, pairs, pattern.density, 4.0 * d * pairs, float(moved),
-                         rejected, **training)
+    return BackendChoice(name, reason + widths, pairs, pattern.density, 4.0 * d * pairs,
+                         float(moved), rejected, **training)

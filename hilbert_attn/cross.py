@@ -19,7 +19,7 @@ from .blocks.engine import attend_blocks, attend_blocks_backward, block_sdpa_att
 from .blocks.lists import BlockLists
 from .blocks.planner import cross_lists
 from .calls import Call, check_curve, check_order
-from .common import whole_number
+from .common import known_now, whole_number
 from .curves import as_grid, curve_order
 from .local import check_with_registers
 from .operators import AttentionOperator
@@ -203,5 +203,6 @@ def hilbert_cross_attention(
     orders = (_order("", n, grid, curve, order, device),
               _order("key_", m, key_grid, key_curve, key_order, device))
     pattern = CrossPattern(n, m, size)
+    if known_now(n) and pattern.is_dense: orders = None, None  # they change nothing
     call.pattern = CrossPlace(pattern, *orders, more)
     return call.result(*attend(call, backend, "cross"))

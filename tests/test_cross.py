@@ -11,15 +11,13 @@ from hypothesis import strategies as st
 from sampling import examples
 from torch.library import opcheck
 
-import hilbert_attn as ha
 import hilbert_attn.cross as cross_module
 from hilbert_attn import curve_order, hilbert_attention, hilbert_cross_attention
 from hilbert_attn.blocks.engine import block_stats
 from hilbert_attn.blocks.planner import cross_lists
-from hilbert_attn.calls import check_call
 from hilbert_attn.cross import sdpa_cross
 from hilbert_attn.patterns import CrossPattern
-from hilbert_attn.reference import assert_matches_oracle, masked_attention
+from hilbert_attn.reference import assert_matches_oracle
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKENDS = ("sdpa", "sdpa_mask", "reference", "expression")
@@ -208,7 +206,8 @@ def test_the_operator():
 
 
 def test_one_graph_for_all_lengths():
-    def cross(q, k, v): return hilbert_cross_attention(q, k, v, segment_size=8, sink_logits=q[0, :, 0, 0])
+    def cross(q, k, v):
+        return hilbert_cross_attention(q, k, v, segment_size=8, sink_logits=q[0, :, 0, 0])
     compiled = torch.compile(cross, fullgraph=True, dynamic=True, backend="aot_eager")
     for n, m in ((40, 24), (64, 16), (24, 56)):
         x, y = ([z.requires_grad_() for z in inputs(n, m)] for _ in "ab")
