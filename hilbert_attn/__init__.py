@@ -85,6 +85,7 @@ _ELSEWHERE = {  # module -> names that can be had from here too, imported when a
     "blocks.lists": "BlockLists",
     "cross": "hilbert_cross_attention",
     "curves": "CURVES Locality locality segment_map",
+    "decoding": "decode_attention",
     "integrations": "convert_vit hilbert_attention_everywhere register_hilbert_attention",
     "modules": "HilbertOrder TransformerBlock apply_rotary rotary_embedding",
     "multihead": "DilatedSelfAttention",
@@ -172,6 +173,7 @@ if TYPE_CHECKING:
     from hilbert_attn.patterns import COMBINES as COMBINES
     from hilbert_attn.patterns import CrossPattern as CrossPattern
     from hilbert_attn.patterns import DILATION_MODES as DILATION_MODES
+    from hilbert_attn.overloads import decode_attention as decode_attention
     from hilbert_attn.overloads import hilbert_cross_attention as hilbert_cross_attention
     from hilbert_attn.overloads import point_attention as point_attention
     from hilbert_attn.points import OrderSchedule as OrderSchedule

@@ -694,6 +694,67 @@ def hilbert_cross_attention(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 @overload
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: int | Tensor,
+    *,
+    starts: int | Tensor = ...,
+    segment_size: int | None = ...,
+    dilation_rate: int = ...,
+    dilation_mode: str | None = ...,
+    offsets: int | Sequence[int] | None = ...,
+    order: Tensor | None = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: int | Tensor,
+    *,
+    starts: int | Tensor = ...,
+    segment_size: int | None = ...,
+    dilation_rate: int = ...,
+    dilation_mode: str | None = ...,
+    offsets: int | Sequence[int] | None = ...,
+    order: Tensor | None = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: int | Tensor,
+    *,
+    starts: int | Tensor = ...,
+    segment_size: int | None = ...,
+    dilation_rate: int = ...,
+    dilation_mode: str | None = ...,
+    offsets: int | Sequence[int] | None = ...,
+    order: Tensor | None = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+@overload
 def point_attention(
     q: Tensor,
     k: Tensor,
