@@ -687,11 +687,13 @@ def family_of(
     return "heads" if pattern.combine == "heads" else "branches"
 
 # %% ../nbs/07_backends.ipynb #c9b9853c
-def _widths(q: Tensor, v: Tensor) -> str:
-    "What to add to a reason where values are not as wide as queries and keys."
+def _widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str]:
+    "Queries and keys as wide as they are computed, and what to add to the reason."
     d, columns = q.shape[3], v.shape[3]
-    if d == columns: return ""
-    return f"; {columns} columns of values, and {d} of queries and keys: zeros fill up the narrower"
+    if d == columns: return q, k, ""
+    wide = [x.new_empty(*x.shape[:3], max(d, columns)) for x in (q, k)]
+    why = f"; {columns} columns of values, and {d} of queries and keys: zeros fill up the narrower"
+    return wide[0], wide[1], why
 
 # %% ../nbs/07_backends.ipynb #9da75183
 def _training(
@@ -732,8 +734,7 @@ def explain_backend(
     k = q if k is None else _shaped(k, q.dtype)
     v = k if v is None else _shaped(v, q.dtype)
     check_tensors(q, k, v, widths=True)
-    widths = _widths(q, v)
-    q, k, v = (x.new_empty(*x.shape[:3], max(q.shape[3], v.shape[3])) for x in (q, k, v))
+    q, k, widths = _widened(q, k, v)
     batch, heads, n, d = q.shape
     pattern = _pattern(options, n, heads)
     task: dict[str, Any] = dict(

@@ -99,7 +99,8 @@ def attend_keys(
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, M, D), lse (B, H, M) or None
     "Attention of each query to the keys of its own row of a table."
     keys, seen = (x.expand(len(q), -1, -1, -1) for x in table)
-    k, v = (_rows(x, keys.where(seen, 0)) for x in (k, v))  # (B, G, M, K, D)
+    keys = keys.where(seen, 0).clamp(max=k.shape[2] - 1)
+    k, v = (_rows(x, keys) for x in (k, v))  # (B, G, M, K, D)
     k, v = (x.masked_fill(~seen[..., None], 0) for x in (k, v))  # row 0 may hold anything
     G, group = k.shape[1], q.shape[1] // k.shape[1]
     queries = q.unflatten(1, (G, group)).transpose(2, 3)  # (B, G, M, group, D)
@@ -122,12 +123,16 @@ def _numbers(name: str, values: Any, batch: int, device: torch.device) -> Any: #
         f"numbers of shape (B,) = ({batch},) on {device}")
 
 
+# %% ../nbs/11d_decoding.ipynb #181fadbd
+def _readable(x: Any) -> bool:
+    "Is this a number, or a tensor whose numbers cost nothing to read?"
+    if not isinstance(x, Tensor): return True
+    return not torch.compiler.is_compiling() and is_plain(x) and x.device.type == "cpu"
+
 # %% ../nbs/11d_decoding.ipynb #06a6f40f
 def _check_lengths(starts: Any, lengths: Any, few: int, capacity: int, order: Tensor | None):
     "Raises `ValueError` for numbers that can be read here and do not fit."
-    tensors = [x for x in (starts, lengths) if isinstance(x, Tensor)]
-    if tensors and torch.compiler.is_compiling(): return
-    if not all(is_plain(x) and x.device.type == "cpu" for x in tensors): return
+    if not _readable(starts) or not _readable(lengths): return
     fits = (starts >= 0) & (starts + few <= lengths) & (lengths <= capacity)
     longest = capacity if order is None else len(order)
     fits = fits & (lengths - starts <= longest)
@@ -156,8 +161,10 @@ def _check_order(order: Any, window: int | None, device: torch.device) -> Tensor
     return check_order(order, len(order) if isinstance(order, Tensor) else 0, device)
 
 # %% ../nbs/11d_decoding.ipynb #ba9fa257
-def _along(token: Tensor, order: Tensor, pattern: SegmentPattern) -> KeyTable: # of tokens
-    "The keys of tokens that have a place on a grid. Raises `ValueError`."
+def _keys_of(token: Tensor, pattern: Any, order: Tensor | None) -> KeyTable: # of tokens
+    "The keys of some tokens, which may have a place on a grid."
+    if isinstance(pattern, SlidePattern): return slide_keys(token, pattern)
+    if order is None: return segment_keys(token, pattern)
     keys, seen = segment_keys(inverse_order(order)[token], pattern)
     return KeyTable(order[keys.clamp(max=len(order) - 1)], seen)
 
@@ -169,13 +176,11 @@ def _table_attention(
     few, device = call.q.shape[2], call.q.device
     starts, lengths = (torch.as_tensor(x, device=device).view(-1, 1) for x in (starts, lengths))
     token = lengths - starts - few + torch.arange(few, device=device)  # of its own text
-    if order is not None: keys, seen = _along(token, order, pattern)
-    elif isinstance(pattern, SlidePattern): keys, seen = slide_keys(token, pattern)
-    else: keys, seen = segment_keys(token, pattern)
+    keys, seen = _keys_of(token, pattern, order)
     seen = seen & (keys <= token[:, None, :, None])
-    keys = (keys + starts[..., None, None]).clamp(max=call.k.shape[2] - 1)
+    table = KeyTable(keys + starts[..., None, None], seen)
     return attend_keys(
-        call.q, call.k, call.v, KeyTable(keys, seen), scale=call.scale, dropout_p=call.dropout_p,
+        call.q, call.k, call.v, table, scale=call.scale, dropout_p=call.dropout_p,
         need_lse=call.need_lse)
 
 # %% ../nbs/11d_decoding.ipynb #6f4c61c5

@@ -731,6 +731,13 @@ def triton_local(call: Call) -> tuple[Tensor, Tensor]: # out, lse
         call.q, call.k, call.v, call.key_mask, call.seeds(),
         *encode_pattern(laid.pattern), *layout, call.number, call.dropout_p)
 
+# %% ../nbs/11_local.ipynb #bb21de6d
+def _check_kind(name: str, x: Tensor, own: Tensor):
+    if x.dtype == own.dtype and x.device == own.device: return
+    raise ValueError(
+        f"registers: the {name} are {x.dtype} on {x.device} and "
+        f"those of tokens {own.dtype} on {own.device}: they must agree")
+
 # %% ../nbs/11_local.ipynb #31f420da
 def _check_registers(registers: Any, *tokens: Tensor):
     "Raises `ValueError` unless they are a pair of further rows, of keys and of values."
@@ -747,10 +754,7 @@ def _check_registers(registers: Any, *tokens: Tensor):
             raise ValueError(
                 f"registers: the {name} have shape {tuple(x.shape)}, expected (B, H_kv, R, D) = "
                 f"({B}, {heads}, R, {D}), the same R for keys and values")
-        if x.dtype != own.dtype or x.device != own.device:
-            raise ValueError(
-                f"registers: the {name} are {x.dtype} on {x.device} and "
-                f"those of tokens {own.dtype} on {own.device}: they must agree")
+        _check_kind(name, x, own)
 
 # %% ../nbs/11_local.ipynb #626ab07e
 def check_with_registers(

@@ -291,6 +291,11 @@ def _sections(pattern, order: np.ndarray) -> list[np.ndarray]:
     queries = segment if pattern.mode == "keys" else np.where(chosen, segment, nobody)
     return [queries, np.where(chosen, segment, nobody + 1)]
 
+# %% ../../nbs/10a_block_planner.ipynb #55a45179
+def _are_mixed(parts: Sequence[np.ndarray]) -> bool: # of `_parts`
+    "Does any block hold tokens of several sections?"
+    return any((np.diff(block) == 0).any() for block, *_ in parts)
+
 # %% ../../nbs/10a_block_planner.ipynb #1e6be33d
 def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
     "Sections side by side, in a grid only if asked to; shared tokens first, in their own blocks."
@@ -305,7 +310,7 @@ def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
     own = np.repeat([[nobody], [nobody + 1]], n, 1)  # of shared tokens
     own[:, order] = sections
     parts = [_parts(*side, n) for side in zip(tokens, own, block_size)]
-    mixed = any((np.diff(block) == 0).any() for block, *_ in parts)
+    mixed = _are_mixed(parts)
     lo, at = own[:, None][:, :mixed]  # no axis, where a block holds tokens of one section only
     return _Plan(tokens, _section_pairs(parts[0], parts[1], causal), at, lo, lo)
 
@@ -410,7 +415,7 @@ def _plan_cross(pattern: CrossPattern, orders, block_size) -> _Plan:
     tokens = [_side_by_side(*side) for side in zip(orders, sections, sizes, starts, block_size)]
     own = [section[np.argsort(order)] for section, order in zip(sections, orders)]  # by token
     parts = [_parts(*side, len(own[0])) for side in zip(tokens, own, block_size)]
-    mixed = any((np.diff(block) == 0).any() for block, *_ in parts)
+    mixed = _are_mixed(parts)
     lo, at = (section[None][:mixed] for section in own)
     return _Plan(tokens, _section_pairs(parts[0], parts[1], False), at, lo, lo)
 

@@ -312,8 +312,7 @@ def _chunk_attention(
     scale: float | None,
 ) -> Tensor: # (B, H, M, D)
     "Causal attention of many last queries, which share the keys that any of them needs."
-    m, n = q.shape[2], k.shape[2]
-    keys, counts = _keys_of_last(settings, m, n, q.shape[1])
+    keys, counts = _keys_of_last(settings, q.shape[2], k.shape[2], q.shape[1])
     counts, index = counts.to(q.device)[None], keys.to(k.device)
     k, v = k.index_select(2, index), v.index_select(2, index)
     if key_mask is not None:
@@ -405,6 +404,32 @@ def _step_attention(
     table = KeyTable(rows, seen)
     return attend_keys(q, k, v, table, scale=scale, dropout_p=dropout_p, need_lse=False)[0]
 
+# %% ../../nbs/14c_transformers.ipynb #61570422
+def _is_plain(
+    settings: HilbertSettings,
+    n: int, # tokens so far
+) -> bool:
+    "One branch over tokens as they come, no prefix, and a segment that has all its residues?"
+    lengths, rates = settings.branches
+    if len(lengths) > 1 or settings.prefix_tokens or settings.order_name is not None: return False
+    return rates[0] <= min(lengths[0], n)
+
+# %% ../../nbs/14c_transformers.ipynb #c1679e2a
+def _plain_step(
+    q: Tensor, # queries (B, H, M, D), the last of N tokens, few
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    settings: HilbertSettings,
+    dropout_p: float,
+    scale: float | None,
+) -> Any: # (B, H, M, D)
+    "A step in segments of one branch, without padding."
+    (w,), (r,), n = *settings.branches, k.shape[2]
+    how: Any = dict(dilation_mode=settings.dilation_mode, offsets=settings.offsets)
+    return decode_attention(
+        q, k, v, n, segment_size=min(w, n), dilation_rate=r, dropout_p=dropout_p, scale=scale,
+        **how)
+
 # %% ../../nbs/14c_transformers.ipynb #ce5a4928
 def cached_attention(
     q: Tensor, # queries (B, H, M, D), the last of N tokens
@@ -422,16 +447,10 @@ def cached_attention(
     together = settings.combine == "lse" or len(settings.branches[0]) == 1
     if growing or q.shape[2] > _FEW or not together:
         return _row_by_row(q, k, v, settings, key_mask, starts, *rest)
-    plain = not settings.prefix_tokens and len(settings.branches[0]) == 1
-    if plain and key_mask is None and settings.order_name is None:
-        (w,), (r,) = settings.branches
-        how = dict(dilation_mode=settings.dilation_mode, offsets=settings.offsets)
-        w = min(w, k.shape[2])
-        if r <= w:
-            return decode_attention(
-                q, k, v, k.shape[2], segment_size=w, dilation_rate=r, dropout_p=dropout_p,
-                scale=scale, **how)
+    if key_mask is None and _is_plain(settings, k.shape[2]):
+        return _plain_step(q, k, v, settings, *rest)
     return _step_attention(q, k, v, settings, key_mask, starts, *rest)
+
 
 # %% ../../nbs/14c_transformers.ipynb #629d5899
 def _enter(
