@@ -46,13 +46,15 @@ class CrossPlace:
 _LONGEST = 128 # of a block's sides, in slots
 
 
-def _block_size(pattern: CrossPattern, step: int) -> tuple[int, int]: # queries, keys
-    "Even shares of a segment, a multiple of `step`."
+def _block_size(pattern: CrossPattern, triton: bool) -> tuple[int, int]: # queries, keys
+    "Even shares of a segment; kernels' tiles divide powers of two best."
     n, m = pattern.num_queries, pattern.num_keys
     queries = min(pattern.segment_size, n)
     def share(size): return -(-size // -(-size // _LONGEST))
-    def stepped(size): return -(-size // step) * step
-    return stepped(share(queries)), stepped(share(-(-queries * m // n)))
+    sizes = share(queries), share(-(-queries * m // n))
+    if not triton: return sizes
+    def power(size): return max(16, 1 << (size - 1).bit_length())
+    return power(sizes[0]), power(sizes[1])
 
 # %% ../nbs/11c_cross.ipynb #0fdde636
 def _lists_of(
@@ -60,7 +62,7 @@ def _lists_of(
 ) -> BlockLists:
     "The blocks of a call; cached where they are built."
     pattern = CrossPattern(q.shape[2], k.shape[2] - registers, segment_size)
-    size, (order, key_order) = _block_size(pattern, 16 if triton else 1), orders
+    size, (order, key_order) = _block_size(pattern, triton), orders
     return cross_lists(
         pattern, order=order, key_order=key_order, block_size=size, registers=registers,
         device=q.device)

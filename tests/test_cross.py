@@ -159,9 +159,25 @@ def test_as_many_keys_as_queries_are_self_attention():
 @pytest.mark.parametrize("n, m, w", [(64, 64, 16), (64, 32, 16), (100, 300, 25), (48, 4, 12)])
 def test_segments_are_blocks_without_a_test(n, m, w):
     pattern = CrossPattern(n, m, w)
-    lists = cross_lists(pattern, block_size=cross_module._block_size(pattern, 1))
+    lists = cross_lists(pattern, block_size=cross_module._block_size(pattern, False))
     stats = block_stats(lists)
     assert (stats.partial, stats.wasted, stats.pairs) == (0, 0, pattern.pairs())
+
+
+def test_sides_of_blocks():
+    def sizes(n, m, w): return [cross_module._block_size(CrossPattern(n, m, w), x) for x in (0, 1)]
+    assert sizes(4096, 4096, 512) == [(128, 128), (128, 128)]
+    assert sizes(4096, 1024, 300) == [(100, 75), (128, 128)]
+    assert sizes(4096, 77, 600) == [(120, 12), (128, 16)]
+
+
+def test_one_segment_needs_no_order(monkeypatch):
+    found = []
+    def attend(call, *_): return found.append(call.pattern) or (call.q, None)
+    monkeypatch.setattr(cross_module, "attend", attend)
+    for w in (None, 60, 59): hilbert_cross_attention(Q, K, V, segment_size=w)
+    assert [place.order is None for place in found] == [True, True, False]
+    assert [place.key_order is None for place in found] == [True, True, False]
 
 
 def test_lists_hold_the_mask():
