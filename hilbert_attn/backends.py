@@ -647,6 +647,7 @@ class ExplainOptions(PatternOptions, total=False):
     segment_lengths: int | Sequence[int]
     dilation_rates: int | Sequence[int]
     combine: str
+    sink_logits: Tensor | None
 
 # %% ../nbs/07_backends.ipynb #db2faf98
 _ONE_BRANCH = ("segment_size", "dilation_rate")

@@ -112,8 +112,8 @@ def reference_cross(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     "The oracle."
     mask = call.pattern.mask(call.q.device)
     if call.key_mask is not None: mask = mask & call.key_mask[:, None, None]
-    wide = (x.double() for x in (call.q, call.k, call.v))
-    return call.narrow(*masked_attention(*wide, mask, call.scale, call.dropout_p))
+    q, k, v = (x.double() for x in (call.q, call.k, call.v))
+    return call.narrow(*masked_attention(q, k, v, mask, call.scale, call.dropout_p))
 
 # %% ../nbs/11c_cross.ipynb #9d7a3011
 @computes("sdpa_mask", "cross")

@@ -105,11 +105,10 @@ def attend_keys(
     G, group = k.shape[1], q.shape[1] // k.shape[1]
     queries = q.unflatten(1, (G, group)).transpose(2, 3)  # (B, G, M, group, D)
     mask = seen.expand(-1, G, -1, -1).flatten(0, 1)[:, :, None]
-    parts = (x.flatten(0, 1) for x in (queries, k, v))
-    found = _attend(*parts, mask, scale, dropout_p, need_lse)  # (B G, M, group, D)
+    queries, k, v = (x.flatten(0, 1) for x in (queries, k, v))
+    out, lse = _attend(queries, k, v, mask, scale, dropout_p, need_lse)  # (B G, M, group, D)
     def back(x): return x.unflatten(0, (-1, G)).transpose(2, 3).flatten(1, 2)
-    out, lse = (x if x is None else back(x) for x in found)
-    return out, lse
+    return back(out), back(lse) if need_lse else None
 
 
 # %% ../nbs/11d_decoding.ipynb #a0ff725a

@@ -32,11 +32,12 @@ DECODE_CONFIG: dict[str, Any] = dict(
     max_seconds=20)
 DECODE_QUICK = DECODE_CONFIG | dict(
     cached=512, windows=[8, 64], grid=[8, 8], segments=[16], repeats=3)
+_Calls = tuple[dict, dict[str, Any], Any] # settings; calls by name; what they must give
 STEP, SLICED = "decode_attention", "slice + SDPA"
 CROSS, SELF = "cross-attention", "self-attention"
 
 # %% ../../nbs/15hb_decode.ipynb #ad7a46e7
-def _steps(config: dict) -> Iterator[tuple[dict, dict[str, Callable], Any]]:
+def _steps(config: dict) -> Iterator[_Calls]:
     "Settings, calls and what they must give: one query over a cache."
     n, heads, d = config["cached"], config["heads"], config["head_dim"]
     g = torch.Generator().manual_seed(0)
@@ -52,7 +53,7 @@ def _steps(config: dict) -> Iterator[tuple[dict, dict[str, Callable], Any]]:
     yield dict(setting="all", keys=n), calls | {DENSE: whole}, whole()
 
 # %% ../../nbs/15hb_decode.ipynb #0f41dfd6
-def _ragged_steps(config: dict) -> Iterator[tuple[dict, dict[str, Callable], Any]]:
+def _ragged_steps(config: dict) -> Iterator[_Calls]:
     "The same where lengths are numbers on the device, with sinks."
     n, heads, d, sinks = (config[x] for x in ("cached", "heads", "head_dim", "sinks"))
     g = torch.Generator().manual_seed(1)
@@ -67,7 +68,7 @@ def _ragged_steps(config: dict) -> Iterator[tuple[dict, dict[str, Callable], Any
         yield about, calls, expected
 
 # %% ../../nbs/15hb_decode.ipynb #c2d33e56
-def _crosses(config: dict) -> Iterator[tuple[dict, dict[str, Callable], Any]]:
+def _crosses(config: dict) -> Iterator[_Calls]:
     "Cross-attention of a grid to itself, beside self-attention."
     (height, width), heads, d = config["grid"], config["heads"], config["head_dim"]
     g, n = torch.Generator().manual_seed(2), height * width

@@ -490,10 +490,11 @@ def _text_attention(
     "Causal attention of texts of which each begins behind its padding."
     options: Any = dict(causal=True, dropout_p=dropout_p, scale=scale)
     starts, n = _first_tokens(key_mask, settings), q.shape[2]
-    late = isinstance(starts, Tensor) and (torch.compiler.is_compiling() or bool(starts.any()))
-    if not late: return prefix_attention(q, k, v, settings, key_mask=key_mask, **options)
-    place = torch.arange(n, device=q.device)
-    there, back = ((place + move[:, None]) % n for move in (starts, -starts))
+    known = not torch.compiler.is_compiling()
+    if not isinstance(starts, Tensor) or known and not bool(starts.any()):
+        return prefix_attention(q, k, v, settings, key_mask=key_mask, **options)
+    place, late = torch.arange(n, device=q.device), starts[:, None]
+    there, back = (place + late) % n, (place - late) % n
     q, k, v = (_moved(x, there) for x in (q, k, v))
     seen = key_mask.gather(1, there)
     return _moved(prefix_attention(q, k, v, settings, key_mask=seen, **options), back)
