@@ -85,8 +85,13 @@ def test_sinks_are_a_score_of_a_softmax(backend, dtype):
     q, k, v = inputs(dtype=dtype, n=24)
     z, seen = sinks().to(dtype), torch.arange(24)[None] >= 8  # the first segment has no key
     out, lse = hilbert_attention(
-        q, k, v, curve=None, segment_size=8, key_mask=seen.expand(2, -1), sink_logits=z,
-        backend=backend, return_lse=True)
+        q, k, v,
+        curve=None,
+        segment_size=8,
+        key_mask=seen.expand(2, -1),
+        sink_logits=z,
+        backend=backend,
+        return_lse=True)
     mask = (torch.arange(24)[:, None] // 8 == torch.arange(24) // 8) & seen
     scores = (q.double() @ k.double().mT * WIDTH ** -0.5).masked_fill(~mask, -torch.inf)
     scores = torch.cat([scores, z.double()[:, None, None].expand(2, HEADS, 24, 1)], -1)

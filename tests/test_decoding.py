@@ -33,7 +33,7 @@ def sees(i, j, h, how):
 @dataclass
 class Step:
     "One call, described by small numbers."
-    heads: tuple[int, int] # H_kv, and query heads for each
+    heads: tuple[int, int] # H_kv, queries of each
     sizes: list[tuple[int, int]] # start and length of each row
     room: int
     few: int
@@ -60,8 +60,9 @@ class Step:
         g, (kv, group) = torch.Generator().manual_seed(self.seed), self.heads
         B = len(self.sizes)
         (q,) = random_tensors(B, [kv * group], self.few, self.d, self.dtype, g)
-        (k,) = random_tensors(B, [kv], self.room, self.d, self.dtype, g)
-        (v,) = random_tensors(B, [kv], self.room, self.dv, self.dtype, g)
+        rest = self.dtype, g
+        (k,) = random_tensors(B, [kv], self.room, self.d, *rest)
+        (v,) = random_tensors(B, [kv], self.room, self.dv, *rest)
         starts, lengths = torch.tensor(self.sizes).T
         if self.as_numbers: starts, lengths = self.sizes[0]
         def attention(q, k, v):
@@ -86,18 +87,31 @@ def steps(draw) -> Step:
     if alike: sizes = [sizes[0]] * len(sizes)
     room = max(end for _, end in sizes) + draw(st.integers(0, 4))
     if draw(st.booleans()):
-        how = dict(window=draw(st.integers(0, 12)), sinks=draw(st.integers(0, 4)))
+        how = dict(
+            window=draw(st.integers(0, 12)),
+            sinks=draw(st.integers(0, 4)))
     else:
         w = draw(st.none() | st.integers(1, 20))
         r = draw(st.sampled_from((1, 1, 2, 3)))
         mode = draw(st.sampled_from(DILATION_MODES))
-        how = dict(segment_size=w if w is None else max(w, r), dilation_rate=r, dilation_mode=mode)
+        how = dict(
+            segment_size=w and max(w, r),
+            dilation_rate=r,
+            dilation_mode=mode)
         if draw(st.booleans()): how["order"] = curve_order((6, 6))
     widths = st.sampled_from((8, 16))
     return Step(
-        heads=draw(st.sampled_from(GROUPS)), sizes=sizes, room=room, few=few, d=draw(widths),
-        dv=draw(widths), how=how, dtype=draw(st.sampled_from(DTYPES)), as_numbers=alike,
-        lse_grad=draw(st.booleans()), seed=draw(st.integers(0, 2**31)))
+        heads=draw(st.sampled_from(GROUPS)),
+        sizes=sizes,
+        room=room,
+        few=few,
+        d=draw(widths),
+        dv=draw(widths),
+        how=how,
+        dtype=draw(st.sampled_from(DTYPES)),
+        as_numbers=alike,
+        lse_grad=draw(st.booleans()),
+        seed=draw(st.integers(0, 2**31)))
 
 
 @examples(40, 300)
@@ -112,8 +126,11 @@ def cache(n=32, heads=(4, 2), few=1, b=2, dv=16, **options):
 
 
 @pytest.mark.parametrize("how", [
-    dict(segment_size=8), dict(segment_size=12, dilation_rate=3), dict(),
-    dict(segment_size=8, dilation_rate=2, dilation_mode="longnet")])
+    dict(),
+    dict(segment_size=8),
+    dict(segment_size=12, dilation_rate=3),
+    dict(segment_size=8, dilation_rate=2, dilation_mode="longnet"),
+])
 def test_a_text_token_by_token(how):
     (_, k, v), q = cache(), cache(few=32)[0]
     whole = hilbert_attention(q, k, v, curve=None, causal=True, **how, return_lse=True)
@@ -145,10 +162,14 @@ def test_padding_on_the_left_changes_nothing():
 def test_gradients(how):
     x = [y.requires_grad_() for y in cache(12, (2, 1), 2, dtype=torch.float64, b=1)]
     z = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    lengths, starts = torch.tensor([11]), torch.tensor([2])
     def step(q, k, v, z):
         return decode_attention(
-            q, k, v, torch.tensor([11]), starts=torch.tensor([2]), **how, sink_logits=z,
-            return_lse=True)
+            q, k, v, lengths,
+            starts=starts,
+            sink_logits=z,
+            return_lse=True,
+            **how)
     assert torch.autograd.gradcheck(step, (*x, z), fast_mode=True)
     def one(q, k, v): return decode_attention(q[:, :, :1], k, v, 11, **how)
     assert torch.autograd.gradcheck(one, x, fast_mode=True)
