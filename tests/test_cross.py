@@ -206,7 +206,7 @@ def double(*sizes): return [x.requires_grad_() for x in inputs(*sizes, dtype=tor
 def test_gradients():
     def cross(q, k, v): return hilbert_cross_attention(q, k, v, segment_size=5, return_lse=True)
     x = double(12, 7, 5, 3)
-    assert torch.autograd.gradcheck(cross, x)
+    assert torch.autograd.gradcheck(cross, x, fast_mode=True)
     seen = torch.arange(7)[None] != 2
     def seeded(q, k, v, *more):
         torch.manual_seed(0)
@@ -218,7 +218,7 @@ def test_gradients():
             key_mask=seen)
     def first(x): return x[:, :, :2].detach().clone()
     more = [first(y).requires_grad_() for y in x[1:]]
-    assert torch.autograd.gradcheck(seeded, x + more)
+    assert torch.autograd.gradcheck(seeded, x + more, fast_mode=True)
 
 
 def test_the_operator():
