@@ -245,6 +245,15 @@ def test_one_graph_for_all_lengths():
         for a, b in zip(x, y): torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_a_key_mask_of_tokens_alone_leaves_registers():
+    more = tuple(x[:, :, :3] for x in (K, V))
+    seen = torch.arange(35)[None] % 3 > 0
+    both = torch.cat([seen, torch.ones(1, 3, dtype=torch.bool)], 1)
+    found = [hilbert_cross_attention(Q, K, V, segment_size=9, registers=more, key_mask=mask)
+             for mask in (seen, both)]
+    assert torch.equal(*found)
+
+
 def test_half_precision_under_autocast():
     q, k, v = inputs()
     with torch.autocast("cpu", torch.bfloat16):

@@ -139,6 +139,16 @@ def test_a_text_token_by_token(how):
     torch.testing.assert_close(tuple(torch.cat(x, 2) for x in zip(*found)), whole)
 
 
+@pytest.mark.parametrize("mode", DILATION_MODES)
+def test_along_a_grid_that_fills_up(mode):
+    "Segments of 10 with rate 4: residues 2 and 3 have a member less."
+    (_, k, v), q = cache(30), cache(few=30)[0]
+    how = dict(segment_size=10, dilation_rate=4, dilation_mode=mode, order=curve_order((5, 6)))
+    whole = hilbert_attention(q, k, v, causal=True, **how)
+    found = [decode_attention(q[:, :, i:i + 1], k, v, i + 1, **how) for i in range(30)]
+    torch.testing.assert_close(torch.cat(found, 2), whole)
+
+
 def test_sinks_of_both_kinds_in_a_window():
     (_, k, v), q = cache(), cache(few=32)[0]
     z = torch.linspace(-1, 1, 4)
