@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn as nn
 
+import hilbert_attn.integrations.transformers as of_transformers
 from hilbert_attn.integrations import (
     HilbertSettings,
     register_hilbert_attention,
     use_hilbert_attention,
     vit_geometry,
 )
+from hilbert_attn.reference import masked_attention
 
 
 @pytest.fixture(scope="module")
@@ -245,6 +247,16 @@ def test_a_padded_prompt_generates_what_it_generates_alone(hf, settings, sizes):
         both = in_chunks(model, IDS, keys, sizes)[1:, 6:]
         alone = in_chunks(model, IDS[1:, 6:], keys[:1, 6:], (13,))
     assert (both - alone).abs().max() < 1e-4
+
+
+def test_a_step_leaves_out_what_is_masked_between(hf):
+    "Padding that stands behind a prompt lies in the middle once the text goes on."
+    settings, keys = HilbertSettings(segment_size=8), torch.ones(2, 22, dtype=torch.bool)
+    keys[1, 17:19] = False
+    q, k, v = rand(2, 4, 1, 16), rand(2, 2, 22, 16, seed=1), rand(2, 2, 22, 16, seed=2)
+    found = of_transformers.cached_attention(q, k, v, settings, keys, 0.0, None)
+    mask = (torch.arange(22) >= 16) & keys[:, None, None]
+    assert torch.allclose(found, masked_attention(q, k, v, mask)[0], atol=1e-5)
 
 
 def assert_chunks_are_the_whole(model, ids, sizes):
