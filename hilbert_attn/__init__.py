@@ -83,11 +83,13 @@ _ELSEWHERE = {  # module -> names that can be had from here too, imported when a
     "block_layers": "BlockSparseAttention RingBlockSparseAttention",
     "blocks.engine": "block_stats",
     "blocks.lists": "BlockLists",
+    "cross": "hilbert_cross_attention",
     "curves": "CURVES Locality locality segment_map",
+    "decoding": "decode_attention",
     "integrations": "convert_vit hilbert_attention_everywhere register_hilbert_attention",
     "modules": "HilbertOrder TransformerBlock apply_rotary rotary_embedding",
     "multihead": "DilatedSelfAttention",
-    "patterns": "COMBINES DILATION_MODES",
+    "patterns": "COMBINES CrossPattern DILATION_MODES",
     "points": "OrderSchedule PatchPattern point_attention point_order",
     "reference": "reference_attention",
     "ring_layers": "RingDilatedAttention",
@@ -169,7 +171,10 @@ if TYPE_CHECKING:
     from hilbert_attn.modules import rotary_embedding as rotary_embedding
     from hilbert_attn.multihead import DilatedSelfAttention as DilatedSelfAttention
     from hilbert_attn.patterns import COMBINES as COMBINES
+    from hilbert_attn.patterns import CrossPattern as CrossPattern
     from hilbert_attn.patterns import DILATION_MODES as DILATION_MODES
+    from hilbert_attn.overloads import decode_attention as decode_attention
+    from hilbert_attn.overloads import hilbert_cross_attention as hilbert_cross_attention
     from hilbert_attn.overloads import point_attention as point_attention
     from hilbert_attn.points import OrderSchedule as OrderSchedule
     from hilbert_attn.points import PatchPattern as PatchPattern

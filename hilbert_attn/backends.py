@@ -171,7 +171,7 @@ def _needs_a_gpu(device: torch.device, capability: tuple[int, int] | None) -> st
 # %% ../nbs/07_backends.ipynb #badcb0ef
 FAMILIES = {  # of patterns: what a call is
     "segments": "segments", "branches": "several branches", "heads": "branches on heads apart",
-    "blocks": "lists of blocks", "local": "local patterns",
+    "blocks": "lists of blocks", "local": "local patterns", "cross": "segments of two sequences",
 }
 REGISTRY = {backend.name: backend for backend in (
     Backend(
@@ -549,6 +549,7 @@ def hilbert_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
 ) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or (out, lse (B, H, N)), in token order
@@ -559,7 +560,7 @@ def hilbert_attention(
     -inf. Raises `ValueError` for arguments that do not fit, and `RuntimeError` where a forced
     backend cannot run. Dilation as in LongNet (arXiv 2307.02486, section 3)."""
     call = check_call(q, k, v, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
-                      return_lse=return_lse)
+                      sink_logits=sink_logits, return_lse=return_lse)
     how = segment_size, dilation_rate, dilation_mode, offsets
     call = on_segments(call, *how, grid=grid, curve=curve, order=order)
     return call.result(*attend(call, backend))
@@ -646,6 +647,7 @@ class ExplainOptions(PatternOptions, total=False):
     segment_lengths: int | Sequence[int]
     dilation_rates: int | Sequence[int]
     combine: str
+    sink_logits: Tensor | None
 
 # %% ../nbs/07_backends.ipynb #db2faf98
 _ONE_BRANCH = ("segment_size", "dilation_rate")
@@ -685,6 +687,15 @@ def family_of(
     if isinstance(pattern, SegmentPattern) or len(pattern.branches) == 1: return "segments"
     return "heads" if pattern.combine == "heads" else "branches"
 
+# %% ../nbs/07_backends.ipynb #c9b9853c
+def _widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str]:
+    "Queries and keys as wide as they are computed, and what to add to the reason."
+    d, columns = q.shape[3], v.shape[3]
+    if d == columns: return q, k, ""
+    wide = [x.new_empty(*x.shape[:3], max(d, columns)) for x in (q, k)]
+    why = f"; {columns} columns of values, and {d} of queries and keys: zeros fill up the narrower"
+    return wide[0], wide[1], why
+
 # %% ../nbs/07_backends.ipynb #9da75183
 def _training(
     q: Tensor, kv_heads: int, device: torch.device, layers: int, memory: int | None,
@@ -703,6 +714,7 @@ def _training(
 def explain_backend(
     q: Tensor | Sequence[int], # queries, or only their shape (B, H, N, D)
     k: Tensor | Sequence[int] | None = None, # keys or their shape; None is like q
+    v: Tensor | Sequence[int] | None = None, # values or their shape; None is like k
     *,
     dtype: torch.dtype = torch.float32, # where q is only a shape
     device: torch.device | str = "cpu", # where q is only a shape
@@ -721,7 +733,9 @@ def explain_backend(
     device = q.device if isinstance(q, Tensor) else torch.device(device)
     q = _shaped(q, dtype)
     k = q if k is None else _shaped(k, q.dtype)
-    check_tensors(q, k, k)
+    v = k if v is None else _shaped(v, q.dtype)
+    check_tensors(q, k, v, widths=True)
+    q, k, widths = _widened(q, k, v)
     batch, heads, n, d = q.shape
     pattern = _pattern(options, n, heads)
     task: dict[str, Any] = dict(
@@ -732,5 +746,5 @@ def explain_backend(
     moved = q.element_size() * 2 * (q.numel() + k.numel()) + 4 * batch * heads * n
     training: dict[str, Any] = {}
     if gradients: training = _training(q, k.shape[1], device, layers, memory, ranks)
-    return BackendChoice(name, reason, pairs, pattern.density, 4.0 * d * pairs, float(moved),
-                         rejected, **training)
+    return BackendChoice(name, reason + widths, pairs, pattern.density, 4.0 * d * pairs,
+                         float(moved), rejected, **training)

@@ -185,6 +185,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = None, # bool (B, M), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
 ) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or (out, lse (B, H, N)), in token order
@@ -197,6 +198,6 @@ def block_sparse_attention(
     arguments that do not fit, and `RuntimeError` where a forced backend cannot run."""
     call = check_call(
         q, k, v, registers=None, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
-        return_lse=return_lse)
+        sink_logits=sink_logits, return_lse=return_lse)
     lists = _resolve_lists(block_mask, block_size, order, call.causal, call.q, call.k)
     return call.result(*attend(call.along(lists), backend, "blocks"))

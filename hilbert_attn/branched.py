@@ -89,7 +89,7 @@ class DilatedAttention(AttentionLayer):
         call = check_call(q, k, v, **who, dropout_p=self.dropout_p,
                           custom_backward=self.use_custom_backward)
         call = on_branches(call, **self.settings(), **place)
-        return attend_branches(call, backend)[0].transpose(1, 2)
+        return call.result(*attend_branches(call, backend)).transpose(1, 2)
 
     def pairs(
         self,

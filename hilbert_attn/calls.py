@@ -14,6 +14,7 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -23,7 +24,7 @@ from .common import (
 from .curves import _parse_curve, as_grid, curve_order
 from .operators import draw_seeds, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
-from .reference import default_scale
+from .reference import default_scale, with_sinks
 
 # %% ../nbs/06b_calls.ipynb #0d9ec8b4
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -47,20 +48,30 @@ def _check_number_of_keys(n: int, m: int, registers: int | None):
     raise ValueError(f"q has N={n} tokens and k {m}: expected {expected}")
 
 # %% ../nbs/06b_calls.ipynb #d242dcc8
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, registers: int | None):
-    if k.shape != v.shape:
-        raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: they must agree")
+def _check_shapes(q: Tensor, k: Tensor, registers: int | None, crossed: bool):
     n, m = q.shape[2], k.shape[2]
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or registers == 0 and n != m:
+    same = registers == 0 and not crossed
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or same and n != m:
         shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
-        raise ValueError(f"{shapes}: B, N and D must agree")
-    if registers != 0: _check_number_of_keys(n, m, registers)
-    if n < 1 or q.shape[3] < 1:
-        raise ValueError(f"q has shape {tuple(q.shape)}: N and D must be at least 1")
+        raise ValueError(f"{shapes}: {'B, N and D' if same else 'B and D'} must agree")
+    if not crossed and registers != 0: _check_number_of_keys(n, m, registers)
+    if min(n, m) < 1 or q.shape[3] < 1:
+        shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
+        raise ValueError(f"{shapes}: N and D must be at least 1")
     if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q has {q.shape[1]} heads and k {k.shape[1]}: "
             "the query heads must be a multiple of the key/value heads")
+
+# %% ../nbs/06b_calls.ipynb #1de165d7
+def _check_values(k: Tensor, v: Tensor, widths: bool):
+    if k.shape == v.shape: return
+    rule = None
+    if not widths: rule = "they must agree"
+    elif k.shape[:3] != v.shape[:3]: rule = "they must agree in all but the last size"
+    elif v.shape[3] < 1: rule = "D must be at least 1"
+    if rule is None: return
+    raise ValueError(f"k has shape {tuple(k.shape)} and v {tuple(v.shape)}: {rule}")
 
 # %% ../nbs/06b_calls.ipynb #aa74103f
 def check_tensors(
@@ -68,10 +79,14 @@ def check_tensors(
     k: Tensor, # keys (B, H_kv, M, D)
     v: Tensor, # values (B, H_kv, M, D)
     registers: int | None = 0, # M - N: keys behind those of the tokens; None: any number
+    *,
+    crossed: bool = False, # are keys and values of another sequence? Then M is any number
+    widths: bool = False, # may values have other columns than queries and keys?
 ):
     "Shapes, dtypes and devices that fit each other; a `ValueError` for others."
     for name, x in (("q", q), ("k", k), ("v", v)): _check_each(name, x)
-    _check_shapes(q, k, v, registers)
+    _check_values(k, v, widths)
+    _check_shapes(q, k, registers, crossed)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(
             f"q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: "
@@ -205,6 +220,9 @@ class Call:
     pattern: Any = None # who attends whom; of the kind that the backend's function takes
     order: Tensor | None = None # int64 (N,): token index at each position; None: as they lie
     is_hidden: bool = False # do masked keys and values hold 0 already?
+    columns: int | None = None # of the values, where zeros were put behind them; None: all
+    sink_logits: Tensor | None = None # (H,), each a score in the sum of its head's weights
+    only_out: bool = False # is the LSE needed here alone?
 
     @property
     def sizes(self) -> tuple[int, int]: return self.q.shape[2], self.q.shape[1]  # N, H
@@ -261,7 +279,31 @@ class Call:
 
     def result(self, out: Tensor, lse: Any) -> Any: # out, or (out, lse)
         "What the caller asked for."
-        return (out, lse) if self.need_lse else out
+        if self.columns is not None: out = out[..., :self.columns]
+        if self.sink_logits is not None: out, lse = with_sinks(out, lse, self.sink_logits)
+        return (out, lse) if self.need_lse and not self.only_out else out
+
+# %% ../nbs/06b_calls.ipynb #7d69c424
+def _same_width(call: Call) -> Call:
+    "Zeros behind the narrower of queries and keys, and values."
+    d, columns = call.q.shape[3], call.v.shape[3]
+    def widened(x): return F.pad(x, (0, max(d, columns) - x.shape[3]))
+    q, k, v = map(widened, (call.q, call.k, call.v))
+    return replace(call, q=q, k=k, v=v, scale=call.number, columns=columns)
+
+# %% ../nbs/06b_calls.ipynb #40d84db1
+def _with_sinks(call: Call, sink_logits: Any) -> Call:
+    "A `ValueError` unless there is one for each head."
+    shape, device = (call.q.shape[1],), call.q.device
+    given = type(sink_logits).__name__
+    if isinstance(sink_logits, Tensor):
+        fits = sink_logits.is_floating_point() and sink_logits.device == device
+        if fits and sink_logits.shape == shape:
+            only_out = not call.need_lse
+            return replace(call, sink_logits=sink_logits, need_lse=True, only_out=only_out)
+        given = f"{sink_logits.dtype} {tuple(sink_logits.shape)} on {sink_logits.device}"
+    expected = f"floating-point numbers of shape (H,) = {shape} on {device}"
+    raise ValueError(f"sink_logits is {given}: expected {expected}")
 
 # %% ../nbs/06b_calls.ipynb #62df80ff
 def check_call(
@@ -270,22 +312,26 @@ def check_call(
     v: Tensor, # values (B, H_kv, M, D)
     *,
     registers: int | None = 0, # M - N; None: any number
+    crossed: bool = False, # are keys and values of another sequence? Then M is any number
     key_mask: Tensor | None = None, # bool (B, M), True = attend
     dropout_p: float = 0.0, # at least 0, less than 1
     scale: float | None = None, # positive; None is 1 / sqrt(D)
+    sink_logits: Tensor | None = None, # (H,), each a score in the sum of its head's weights
     causal: bool = False, # key token index <= query token index
     return_lse: bool = False, # is the log-sum-exp wanted?
     custom_backward: bool = True, # False: derivatives are left to PyTorch
 ) -> Call: # without a pattern
     "A call whose arguments fit each other, in the dtype of autocast. Raises `ValueError`."
     q, k, v = autocast_inputs(q, k, v)
-    check_tensors(q, k, v, registers)
-    sizes = "(B, N)" if registers == 0 else "(B, M)"
+    check_tensors(q, k, v, registers, crossed=crossed, widths=True)
+    sizes = "(B, N)" if registers == 0 and not crossed else "(B, M)"
     _check_key_mask(key_mask, (k.shape[0], k.shape[2]), sizes, q.device)
     numbers = _check_dropout(dropout_p), check_scale(scale)
     switches = true_or_false("causal", causal), true_or_false("return_lse", return_lse)
     fused = custom_backward and forward_ad._current_level < 0
-    return Call(q, k, v, key_mask, *numbers, *switches, fused)
+    call = Call(q, k, v, key_mask, *numbers, *switches, fused)
+    if v.shape[3] != q.shape[3]: call = _same_width(call)
+    return call if sink_logits is None else _with_sinks(call, sink_logits)
 
 # %% ../nbs/06b_calls.ipynb #8d0611db
 def on_segments(

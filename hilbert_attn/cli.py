@@ -25,7 +25,8 @@ def _demo(args):
     print(result)
 
 # %% ../nbs/17_cli.ipynb #a8e9f857
-_SUITES = "cpu", "memory", "curves", "crossover", "short", "dilated", "local", "ring", "gpu"
+_SUITES = (
+    "cpu", "memory", "curves", "crossover", "short", "decode", "dilated", "local", "ring", "gpu")
 
 
 def _bench(args):

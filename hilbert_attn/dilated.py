@@ -422,6 +422,7 @@ def dilated_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
 ) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or (out, lse (B, H, N)), in token order
@@ -434,7 +435,7 @@ def dilated_attention(
     a curve of its own) are attended each as if alone. Raises `ValueError` for arguments that do
     not fit, and `RuntimeError` where a forced backend cannot run."""
     call = check_call(q, k, v, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
-                      return_lse=return_lse)
+                      sink_logits=sink_logits, return_lse=return_lse)
     how = segment_lengths, dilation_rates, combine, dilation_mode, offsets
     if cu_seqlens is not None or _several_grids(grid):
         call, borders = _in_documents(call, grid, curve, order, cu_seqlens)

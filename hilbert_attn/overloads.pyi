@@ -26,6 +26,7 @@ def hilbert_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -46,6 +47,7 @@ def hilbert_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -66,6 +68,7 @@ def hilbert_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -89,6 +92,7 @@ def dilated_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -111,6 +115,7 @@ def dilated_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -133,6 +138,7 @@ def dilated_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -150,6 +156,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -166,6 +173,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -182,6 +190,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -200,6 +209,7 @@ def window_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -217,6 +227,7 @@ def window_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -234,6 +245,7 @@ def window_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -253,6 +265,7 @@ def neighborhood_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -271,6 +284,7 @@ def neighborhood_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -289,6 +303,7 @@ def neighborhood_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -306,6 +321,7 @@ def hilbert_window_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -322,6 +338,7 @@ def hilbert_window_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -338,6 +355,7 @@ def hilbert_window_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -356,6 +374,7 @@ def hilbert_slide_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -373,6 +392,7 @@ def hilbert_slide_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -390,6 +410,7 @@ def hilbert_slide_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -409,6 +430,7 @@ def tiles_shared_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -427,6 +449,7 @@ def tiles_shared_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -445,6 +468,7 @@ def tiles_shared_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
@@ -606,6 +630,131 @@ def block_sparse_ring_attention(
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 
 @overload
+def hilbert_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segment_size: int | None = ...,
+    grid: int | Sequence[int] | None = ...,
+    key_grid: int | Sequence[int] | None = ...,
+    curve: str | None = ...,
+    key_curve: str | None = ...,
+    order: Tensor | None = ...,
+    key_order: Tensor | None = ...,
+    registers: tuple[Tensor, Tensor] | None = ...,
+    key_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    backend: str = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def hilbert_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segment_size: int | None = ...,
+    grid: int | Sequence[int] | None = ...,
+    key_grid: int | Sequence[int] | None = ...,
+    curve: str | None = ...,
+    key_curve: str | None = ...,
+    order: Tensor | None = ...,
+    key_order: Tensor | None = ...,
+    registers: tuple[Tensor, Tensor] | None = ...,
+    key_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    backend: str = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def hilbert_cross_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    segment_size: int | None = ...,
+    grid: int | Sequence[int] | None = ...,
+    key_grid: int | Sequence[int] | None = ...,
+    curve: str | None = ...,
+    key_curve: str | None = ...,
+    order: Tensor | None = ...,
+    key_order: Tensor | None = ...,
+    registers: tuple[Tensor, Tensor] | None = ...,
+    key_mask: Tensor | None = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    backend: str = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+@overload
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: int | Tensor,
+    *,
+    starts: int | Tensor = ...,
+    segment_size: int | None = ...,
+    dilation_rate: int = ...,
+    dilation_mode: str | None = ...,
+    offsets: int | Sequence[int] | None = ...,
+    order: Tensor | None = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    return_lse: Literal[False] = ...,
+) -> Tensor: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: int | Tensor,
+    *,
+    starts: int | Tensor = ...,
+    segment_size: int | None = ...,
+    dilation_rate: int = ...,
+    dilation_mode: str | None = ...,
+    offsets: int | Sequence[int] | None = ...,
+    order: Tensor | None = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def decode_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: int | Tensor,
+    *,
+    starts: int | Tensor = ...,
+    segment_size: int | None = ...,
+    dilation_rate: int = ...,
+    dilation_mode: str | None = ...,
+    offsets: int | Sequence[int] | None = ...,
+    order: Tensor | None = ...,
+    window: int | None = ...,
+    sinks: int = ...,
+    dropout_p: float = ...,
+    scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
+    return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...
+
+@overload
 def point_attention(
     q: Tensor,
     k: Tensor,
@@ -618,6 +767,7 @@ def point_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
 ) -> Tensor: ...
@@ -634,6 +784,7 @@ def point_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: Literal[True],
 ) -> tuple[Tensor, Tensor]: ...
@@ -650,6 +801,7 @@ def point_attention(
     key_mask: Tensor | None = ...,
     dropout_p: float = ...,
     scale: float | None = ...,
+    sink_logits: Tensor | None = ...,
     backend: str = ...,
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: ...

@@ -6,7 +6,8 @@
 __all__ = ['DILATION_MODES', 'COMBINES', 'AxisBounds', 'Progression', 'Lattice', 'default_mode', 'SegmentPattern',
            'create_dilated_mask', 'attention_mask', 'Branch', 'branch_lists', 'even_sizes', 'DilatedPattern',
            'AxisPattern', 'WindowPattern', 'StretchPattern', 'NeighborhoodPattern', 'SlidePattern',
-           'TilesSharedPattern', 'axis_classes', 'find_boxes', 'attends_boxes', 'encode_pattern', 'decode_pattern']
+           'TilesSharedPattern', 'CrossPattern', 'axis_classes', 'find_boxes', 'attends_boxes', 'encode_pattern',
+           'decode_pattern']
 
 # %% ../nbs/01_patterns.ipynb #506d16f9
 from collections import Counter
@@ -677,6 +678,59 @@ class TilesSharedPattern(AxisPattern):
         place, end = (np.arange(n) - self.offset % n) % n, np.cumsum(sizes)
         first, last = np.repeat(end - sizes, sizes), np.repeat(end - 1, sizes)
         return place, first[place], last[place]
+
+# %% ../nbs/01_patterns.ipynb #406dc93b
+@dataclass(frozen=True)
+class CrossPattern:
+    "Segments of two sequences, as many of each: queries attend the keys of their own number."
+    num_queries: int # N
+    num_keys: int # M
+    segment_size: int # positions of queries per segment, w
+
+    def __post_init__(self):
+        for field in fields(self):
+            _set(self, **{field.name: whole_number(field.name, getattr(self, field.name), 1)})
+        n, m, w = self.num_queries, self.num_keys, self.segment_size
+        if w * m < n:
+            raise ValueError(
+                f"segment_size={w} cuts {n} queries into more segments than {m} keys can fill: "
+                f"must be at least {-(-n // m)}")
+
+    @property
+    def is_dense(self) -> bool: return self.segment_size >= self.num_queries
+
+    def borders(self) -> tuple[np.ndarray, np.ndarray]: # int64 (segments + 1,) of each
+        "Where segments of queries and of keys begin, and the end."
+        n, m, w = self.num_queries, self.num_keys, self.segment_size
+        queries = np.append(np.arange(0, n, w), n)
+        return queries, queries * m // n
+
+    def segments(self) -> tuple[np.ndarray, np.ndarray]: # int64 (N,), (M,)
+        "The segment of each position of queries and of keys."
+        sizes = map(np.diff, self.borders())
+        queries, keys = (np.repeat(np.arange(len(x)), x) for x in sizes)
+        return queries, keys
+
+    def pairs(self, num_heads: int = 1) -> int:
+        "Counts the attended pairs, summed over the heads."
+        queries, keys = map(np.diff, self.borders())
+        return num_heads * int(queries @ keys)
+
+    @property
+    def density(self) -> float:
+        "Attended pairs / (N M)."
+        return self.pairs() / (self.num_queries * self.num_keys)
+
+    def mask(
+        self,
+        order: Tensor | None = None, # int64 (N,): query at each position
+        key_order: Tensor | None = None, # int64 (M,): key at each position
+    ) -> Tensor: # bool (1, N, M)
+        "The dense mask."
+        sides = []
+        for segment, own in zip(map(torch.from_numpy, self.segments()), (order, key_order)):
+            sides.append(segment if own is None else segment[inverse_order(own).cpu()])
+        return (sides[0][:, None] == sides[1])[None]
 
 # %% ../nbs/01_patterns.ipynb #c678ccf1
 def axis_classes(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import hilbert_attn
-from hilbert_attn.bench import contenders, cpu, crossover, machine, memory, short, suites
+from hilbert_attn.bench import contenders, cpu, crossover, decode, machine, memory, short, suites
 from hilbert_attn.bench.contenders import (
     DENSE,
     GATHERED,
@@ -34,7 +34,7 @@ from hilbert_attn.bench.suites import (
     run_tables,
 )
 
-LOCAL = ("cpu", "memory", "curves", "crossover", "short", "dilated")
+LOCAL = ("cpu", "memory", "curves", "crossover", "short", "decode", "dilated")
 
 
 def fail(*_, **__):
@@ -198,6 +198,20 @@ def test_no_suite_measures_what_is_wrong(monkeypatch, name):
     monkeypatch.setattr(memory, "peak_memory", fail)
     with pytest.raises(RuntimeError, match="refusing to time"):
         run_suite(name, quick=True)
+
+
+@pytest.mark.parametrize("name", ["decode_attention", "hilbert_cross_attention"])
+def test_no_step_is_measured_that_is_wrong(monkeypatch, name):
+    right = getattr(decode, name)
+
+    def wrong(*arguments, **options):
+        factor = 1.001 if "window" in options or "segment_size" in options else 1.0
+        return factor * right(*arguments, **options)
+
+    monkeypatch.setattr(decode, name, wrong)
+    monkeypatch.setattr(decode, "measure", fail)
+    with pytest.raises(RuntimeError, match="refusing to time"):
+        run_suite("decode", quick=True)
 
 
 def test_no_layers_are_measured_whose_gradients_differ(monkeypatch):

@@ -915,7 +915,7 @@ THREE_GROUPS = lists_from_block_mask(MASK.expand(3, 1, 3, 3), 12, 12, (4, 4))
     ("scale=0", dict(scale=0)),
     ("N or more", dict(k=Q[:, :, :11], v=Q[:, :, :11])),
     ("heads", dict(k=Q[:, :3], v=Q[:, :3])),
-    ("must agree", dict(v=Q[:, :, :, :4])),
+    ("must agree", dict(v=Q[:, :, :4])),
     ("expected bool of shape (B, M) = (2, 13)",
      LONGER | dict(key_mask=torch.ones(2, 12, dtype=torch.bool))),
     ("known backends", dict(backend="cudnn")),

@@ -4,12 +4,14 @@ import pytest
 import torch
 import torch.nn as nn
 
+import hilbert_attn.integrations.transformers as of_transformers
 from hilbert_attn.integrations import (
     HilbertSettings,
     register_hilbert_attention,
     use_hilbert_attention,
     vit_geometry,
 )
+from hilbert_attn.reference import masked_attention
 
 
 @pytest.fixture(scope="module")
@@ -49,14 +51,15 @@ TEXT = {
     "BERT": ("BertConfig", dict(**SIZES, vocab_size=50)),
     "Mistral, wide window": ("MistralConfig", GROUPED | dict(sliding_window=64)),
 }
-_COUNTS = [None]  # the mask of `masked_eager`: (H, N, N)
+_COUNTS = [None]  # the mask of `masked_eager`: (H, N, N) or (B, H, N, N)
 
 
 def masked_eager(module, query, key, value, attention_mask, scaling=None, **options):
     "The yardstick: scores, mask, softmax."
     group = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(group, 1) for x in (key, value))
-    allowed = (_COUNTS[0] > 0)[None]
+    allowed = _COUNTS[0] > 0
+    allowed = allowed if allowed.ndim == 4 else allowed[None]
     if attention_mask is not None:
         allowed = allowed & attention_mask
     scores = query @ key.mT * scaling
@@ -170,6 +173,10 @@ def test_text_models(hf, name, padding):
     prefix = 2 if padding == "right" else 0
     s = HilbertSettings(segment_size=10, dilation_rate=3, prefix_tokens=prefix)
     _COUNTS[0] = s.counts(30, 4, causal=name != "BERT")
+    if padding == "left" and name != "BERT":  # segments begin with the text
+        late = torch.zeros_like(_COUNTS[0])
+        late[:, 11:, 11:] = _COUNTS[0][:, :19, :19]
+        _COUNTS[0] = torch.stack([_COUNTS[0], late])
     sparse = use_hilbert_attention(model(), s)
     expected = results(model("masked"), keep, **inputs)
     assert_same(results(sparse, keep, **inputs), expected)
@@ -196,8 +203,6 @@ GROWING = [
 @pytest.mark.parametrize("padding", [None, "left"])
 @pytest.mark.parametrize("settings", GROWING)
 def test_generation_from_a_cache_is_the_whole_sequence(hf, settings, padding):
-    if padding and "prefix_tokens" in settings:
-        settings = dict(segment_size=8)
     model, inputs = switched(hf, **settings), texts(13, padding)[0]
     done = model.generate(
         **inputs,
@@ -215,6 +220,43 @@ def test_generation_from_a_cache_is_the_whole_sequence(hf, settings, padding):
     with torch.no_grad():
         logits = model(done.sequences, **whole).logits[:, 12:-1]
     assert (torch.stack(done.logits, 1) - logits).abs().max() < 1e-4
+
+
+def in_chunks(model, ids, keys, sizes):
+    "Logits of a prompt in chunks of these sizes, and of what follows token by token."
+    position, cache, end, found = (keys.cumsum(1) - 1).clamp(min=0), None, 0, []
+    for size in (*sizes, *[1] * (ids.shape[1] - sum(sizes))):
+        part, end = slice(end, end + size), end + size
+        how = dict(attention_mask=keys[:, :end], position_ids=position[:, part])
+        out = model(ids[:, part], past_key_values=cache, use_cache=True, **how)
+        cache = out.past_key_values
+        found.append(out.logits)
+    return torch.cat(found, 1)
+
+
+BY_HEADS = dict(segment_lengths=(4, 16), dilation_rates=(1, 4), combine="heads")
+
+
+@pytest.mark.parametrize("sizes", [(19,), (10, 9), (4, 15)])
+@pytest.mark.parametrize("settings", [*GROWING, BY_HEADS])
+def test_a_padded_prompt_generates_what_it_generates_alone(hf, settings, sizes):
+    "Also where the first of its chunks is padding and nothing else."
+    model, keys = switched(hf, **settings), torch.ones(2, 30, dtype=torch.int64)
+    keys[1, :6] = 0
+    with torch.no_grad():
+        both = in_chunks(model, IDS, keys, sizes)[1:, 6:]
+        alone = in_chunks(model, IDS[1:, 6:], keys[:1, 6:], (13,))
+    assert (both - alone).abs().max() < 1e-4
+
+
+def test_a_step_leaves_out_what_is_masked_between(hf):
+    "Padding that stands behind a prompt lies in the middle once the text goes on."
+    settings, keys = HilbertSettings(segment_size=8), torch.ones(2, 22, dtype=torch.bool)
+    keys[1, 17:19] = False
+    q, k, v = rand(2, 4, 1, 16), rand(2, 2, 22, 16, seed=1), rand(2, 2, 22, 16, seed=2)
+    found = of_transformers.cached_attention(q, k, v, settings, keys, 0.0, None)
+    mask = (torch.arange(22) >= 16) & keys[:, None, None]
+    assert torch.allclose(found, masked_attention(q, k, v, mask)[0], atol=1e-5)
 
 
 def assert_chunks_are_the_whole(model, ids, sizes):
@@ -320,8 +362,6 @@ def test_caches_that_do_not_fit_are_refused(hf):
         switched(hf, segment_size=8).generate(
             IDS, cache_implementation="static", **SHORT
         )
-    with pytest.raises(ValueError, match="padding on the left"):
-        switched(hf, segment_size=8, prefix_tokens=1)(**texts(30, "left")[0])
 
 
 def test_scores_that_are_more_than_a_softmax_are_refused(hf):

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 import hilbert_attn as ha
 from hilbert_attn.api import ATTENTION_TYPES
+from hilbert_attn.cross import hilbert_cross_attention
 from hilbert_attn.points import point_attention
 
 HEADS, WIDTH = 2, 8  # H, D
@@ -61,6 +62,11 @@ def packed(q, k, v, **options):
     return ha.dilated_attention(q, k, v, 16, 1, cu_seqlens=borders, curve=None, **options)
 
 
+def cross(q, k, v, **options):
+    k, v = (x[:, :, ::2] for x in (k, v))
+    return hilbert_cross_attention(q, k, v, segment_size=16, **options)
+
+
 def causal_ring(q, k, v):
     order = ha.curve_order(q.shape[2], device=q.device)
     return ha.ring_attention(q, k, v, segment_size=16, causal=True, order=order)
@@ -76,6 +82,7 @@ DROPPING = dict(  # functions that can drop weights
                      combine="heads"),
     blocks=blocks, causal_blocks=causal_blocks, window=window, neighborhood=neighborhood,
     curve_window=curve_window, slide=slide, decoder=decoder, packed=packed, points=points,
+    cross=cross,
     tiles=partial(ha.tiles_shared_attention, tiles=3, offset=2, shared=2))
 RINGS = dict(
     ring=partial(ha.ring_attention, segment_size=16, dilation_rate=2), causal_ring=causal_ring,

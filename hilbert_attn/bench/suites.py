@@ -39,6 +39,7 @@ from hilbert_attn.bench.results import (
     BASELINES, Table, change_tables, colors_of, compare_runs, from_gpu_run, load_runs, pivot,
     plot_lines, plot_race, race_tables, target,
 )
+from .decode import bench_decode, decode_tables, plot_decode
 from .short import bench_short, plot_short, short_tables
 from ..curves import CURVES, _compute_order, curve_order, locality
 from ..dilated import dilated_attention
@@ -342,6 +343,11 @@ _ALL = (
         "short",
         "every function on short sequences, beside SDPA",
         bench_short, short_tables, plot_short,
+    ),
+    Suite(
+        "decode",
+        "a step over a cache by the keys it sees, and cross-attention beside self-attention",
+        bench_decode, decode_tables, plot_decode,
     ),
     Suite(
         "dilated",

@@ -24,12 +24,14 @@ from torch import Tensor
 
 from ..calls import autocast_inputs
 from ..common import hide_masked
-from ..schedule import frozen
+from ..curves import curve_order, inverse_order
+from ..decoding import KeyTable, attend_keys, decode_attention, segment_keys
 from hilbert_attn.integrations.settings import (
     HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, few_attention, key_counts,
     prefix_attention, settings_from)
 from .switch import (
     Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, switch_of)
+from ..schedule import frozen
 
 # %% ../../nbs/14c_transformers.ipynb #327ed140
 _SETTING = "hilbert_attention"  # where a model's configuration keeps its settings
@@ -180,20 +182,6 @@ def _who_attends(
             "'sdpa'")
     return causal, None if keys is None else keys.expand(batch, n)
 
-# %% ../../nbs/14c_transformers.ipynb #80024e87
-def _check_left_padding(
-    settings: HilbertSettings,
-    key_mask: Tensor | None, # bool (B, N)
-):
-    "Raises `ValueError` where the prefix of a causal model is padding."
-    prefix = settings.prefix_tokens
-    if not prefix or key_mask is None or torch.compiler.is_compiling():
-        return
-    if bool(key_mask[:, :prefix].all()): return
-    raise ValueError(
-        f"prefix_tokens={prefix} and padding on the left: the first "
-        "tokens are padding; pad on the right")
-
 # %% ../../nbs/14c_transformers.ipynb #d5354775
 def _neighbours_apart(
     mask_function: Callable, # (batch, head, query, key) -> attends
@@ -315,6 +303,135 @@ def _keys_of_last(
     return keys[used], counts[..., used]
 
 # %% ../../nbs/14c_transformers.ipynb #ea98776a
+def _chunk_attention(
+    q: Tensor, # queries (B, H, M, D), the last of N tokens
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    settings: HilbertSettings,
+    key_mask: Tensor | None, # bool (B, N)
+    dropout_p: float,
+    scale: float | None,
+) -> Tensor: # (B, H, M, D)
+    "Causal attention of many last queries, which share the keys that any of them needs."
+    keys, counts = _keys_of_last(settings, q.shape[2], k.shape[2], q.shape[1])
+    counts, index = counts.to(q.device)[None], keys.to(k.device)
+    k, v = k.index_select(2, index), v.index_select(2, index)
+    if key_mask is not None:
+        key_mask = key_mask.index_select(1, index)
+        k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
+        counts = counts * key_mask[:, None, None, :]
+    return few_attention(q, k, v, counts, dropout_p, scale)[0].to(q.dtype)
+
+# %% ../../nbs/14c_transformers.ipynb #bb41db2e
+def _first_tokens(
+    key_mask: Tensor | None, # bool (B, N)
+    settings: HilbertSettings,
+) -> Tensor | int: # int64 (B,), or 0 for all
+    "Where each row begins: behind its padding, where a sequence has no grid."
+    if key_mask is None or settings.order_name is not None: return 0
+    return key_mask.to(torch.int64).argmax(1)
+
+# %% ../../nbs/14c_transformers.ipynb #7163d8d5
+def _row_by_row(
+    q: Tensor, # queries (B, H, M, D), the last of N tokens
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    settings: HilbertSettings,
+    key_mask: Tensor | None, # bool (B, N)
+    starts: Tensor | int, # where each row begins
+    *rest: Any, # dropout_p, scale
+) -> Tensor: # (B, H, M, D)
+    "Rows that begin at one place together; queries that are padding give 0."
+    if not isinstance(starts, Tensor): return _chunk_attention(q, k, v, settings, key_mask, *rest)
+    outs, places, (m, n) = [], [], (q.shape[2], k.shape[2])
+    for start in starts.unique().tolist():
+        rows, few = (starts == start).nonzero()[:, 0], min(m, n - start)
+        keys, values = (x[rows, :, start:] for x in (k, v))
+        seen = None if key_mask is None else key_mask[rows, start:]
+        out = _chunk_attention(q[rows, :, m - few:], keys, values, settings, seen, *rest)
+        outs.append(nn.functional.pad(out, (0, 0, m - few, 0)))
+        places.append(rows)
+    return torch.cat(outs)[torch.cat(places).argsort()]
+
+# %% ../../nbs/14c_transformers.ipynb #68a6f519
+_FEW = 8  # queries that each read their own keys
+
+
+def _tokens_seen(
+    settings: HilbertSettings,
+    token: Tensor, # int64 (B, M): of the queries, counted from the start of each row
+    n: int, # tokens so far
+    num_heads: int, # H
+) -> KeyTable: # of tokens, counted likewise
+    "The keys of some tokens: of all branches, and the prefix."
+    prefix, sides = settings.prefix_tokens, settings.sides
+    cells = prod(sides) if sides else max(n - prefix, 1)
+    position = (token - prefix).clamp(min=0)
+    order = None
+    if settings.order_name is not None:
+        order = curve_order(sides, settings.order_name, token.device)
+        position = inverse_order(order)[position]
+    own, late = token[:, None, :, None], (token >= prefix)[:, None, :, None]
+    first = torch.arange(prefix, device=token.device).expand(*own.shape[:3], -1)
+    table = KeyTable(first, first <= own)
+    for branch in settings.pattern(cells, num_heads).branches:
+        keys, seen = segment_keys(position, branch.pattern)
+        if order is not None: keys = order[keys.clamp(max=cells - 1)]
+        keys = keys + prefix
+        part = KeyTable(keys, seen & late & (keys <= own))
+        for _ in range(branch.copies): table = table.and_also(part)
+    return table
+
+# %% ../../nbs/14c_transformers.ipynb #2594ee49
+def _step_attention(
+    q: Tensor, # queries (B, H, M, D), the last of N tokens, few
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    settings: HilbertSettings,
+    key_mask: Tensor | None, # bool (B, N)
+    starts: Tensor | int, # where each row begins
+    dropout_p: float,
+    scale: float | None,
+) -> Tensor: # (B, H, M, D)
+    "Attention of a few last queries, each to its own keys."
+    (_, heads, m, _), n, device = q.shape, k.shape[2], q.device
+    starts = torch.as_tensor(starts, device=device).view(-1, 1)
+    token = torch.arange(n - m, n, device=device) - starts
+    keys, seen = _tokens_seen(settings, token, n, heads)
+    rows = (keys + starts[..., None, None]).clamp(0, n - 1)
+    if key_mask is not None:
+        rows = rows.expand(len(q), -1, -1, -1)
+        seen = seen & key_mask.gather(1, rows.flatten(1)).view(rows.shape)
+    table = KeyTable(rows, seen)
+    return attend_keys(q, k, v, table, scale=scale, dropout_p=dropout_p, need_lse=False)[0]
+
+# %% ../../nbs/14c_transformers.ipynb #61570422
+def _is_plain(
+    settings: HilbertSettings,
+    n: int, # tokens so far
+) -> bool:
+    "One branch over tokens as they come, no prefix, and a segment that has all its residues?"
+    lengths, rates = settings.branches
+    if len(lengths) > 1 or settings.prefix_tokens or settings.order_name is not None: return False
+    return rates[0] <= min(lengths[0], n)
+
+# %% ../../nbs/14c_transformers.ipynb #c1679e2a
+def _plain_step(
+    q: Tensor, # queries (B, H, M, D), the last of N tokens, few
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    settings: HilbertSettings,
+    dropout_p: float,
+    scale: float | None,
+) -> Any: # (B, H, M, D)
+    "A step in segments of one branch, without padding."
+    (w,), (r,), n = *settings.branches, k.shape[2]
+    how: Any = dict(dilation_mode=settings.dilation_mode, offsets=settings.offsets)
+    return decode_attention(
+        q, k, v, n, segment_size=min(w, n), dilation_rate=r, dropout_p=dropout_p, scale=scale,
+        **how)
+
+# %% ../../nbs/14c_transformers.ipynb #ce5a4928
 def cached_attention(
     q: Tensor, # queries (B, H, M, D), the last of N tokens
     k: Tensor, # keys (B, H_kv, N, D)
@@ -325,16 +442,16 @@ def cached_attention(
     scale: float | None,
 ) -> Tensor: # (B, H, M, D)
     "Causal attention of the last queries of a sequence; only the keys they need are read."
-    m, n = q.shape[2], k.shape[2]
     q, k, v = autocast_inputs(q, k, v)
-    keys, counts = _keys_of_last(settings, m, n, q.shape[1])
-    counts, index = counts.to(q.device)[None], keys.to(k.device)
-    k, v = k.index_select(2, index), v.index_select(2, index)
-    if key_mask is not None:
-        key_mask = key_mask.index_select(1, index)
-        k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
-        counts = counts * key_mask[:, None, None, :]
-    return few_attention(q, k, v, counts, dropout_p, scale)[0].to(q.dtype)
+    starts, rest = _first_tokens(key_mask, settings), (dropout_p, scale)
+    growing = settings.order_name is not None and settings.grid is None  # an error below
+    together = settings.combine == "lse" or len(settings.branches[0]) == 1
+    if growing or q.shape[2] > _FEW or not together:
+        return _row_by_row(q, k, v, settings, key_mask, starts, *rest)
+    if key_mask is None and _is_plain(settings, k.shape[2]):
+        return _plain_step(q, k, v, settings, *rest)
+    return _step_attention(q, k, v, settings, key_mask, starts, *rest)
+
 
 # %% ../../nbs/14c_transformers.ipynb #629d5899
 def _enter(
@@ -353,6 +470,36 @@ def _enter(
             "predictor, cannot be: skip_predictor=True)")
     return site.enter(settings.of_layer(*site.number), n)
 
+# %% ../../nbs/14c_transformers.ipynb #14c3db55
+def _moved(
+    x: Tensor, # (B, H, N, D)
+    index: Tensor, # int64 (B, N)
+) -> Tensor:
+    "The rows of each entry of the batch at their places."
+    return x.gather(2, index[:, None, :, None].expand_as(x))
+
+
+def _text_attention(
+    q: Tensor, # queries (B, H, N, D)
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    settings: HilbertSettings,
+    key_mask: Tensor, # bool (B, N)
+    dropout_p: float,
+    scale: float | None,
+) -> Tensor: # (B, H, N, D)
+    "Causal attention of texts of which each begins behind its padding."
+    options: Any = dict(causal=True, dropout_p=dropout_p, scale=scale)
+    starts, n = _first_tokens(key_mask, settings), q.shape[2]
+    known = not torch.compiler.is_compiling()
+    if not isinstance(starts, Tensor) or known and not bool(starts.any()):
+        return prefix_attention(q, k, v, settings, key_mask=key_mask, **options)
+    place, late = torch.arange(n, device=q.device), starts[:, None]
+    there, back = (place + late) % n, (place - late) % n
+    q, k, v = (_moved(x, there) for x in (q, k, v))
+    seen = key_mask.gather(1, there)
+    return _moved(prefix_attention(q, k, v, settings, key_mask=seen, **options), back)
+
 # %% ../../nbs/14c_transformers.ipynb #be8da988
 def _transformers_attention(name: str) -> Callable:
     "The attention function for a registered name."
@@ -362,10 +509,11 @@ def _transformers_attention(name: str) -> Callable:
         _refuse(name, module, n, options)
         settings = _enter(module, name, n)
         causal, key_mask = _who_attends(module, query, n, attention_mask, is_causal)
-        if causal: _check_left_padding(settings, key_mask)
         whole = settings.prefix_tokens + max(prod(settings.sides), 1)
         if m < n or causal and n < whole:  # a sequence that grows
             out = cached_attention(query, key, value, settings, key_mask, dropout, scaling)
+        elif causal and key_mask is not None:
+            out = _text_attention(query, key, value, settings, key_mask, dropout, scaling)
         else:
             out = prefix_attention(query, key, value, settings, causal=causal, key_mask=key_mask,
                                    dropout_p=dropout, scale=scaling)

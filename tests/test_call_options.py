@@ -1,0 +1,125 @@
+"""What a call takes whatever its pattern: values of another width, and scores without a key."""
+import pytest
+import torch
+from transform_cases import DROPPING, HEADS, WIDTH
+
+from hilbert_attn import explain_backend, hilbert_attention, merge_attention
+from hilbert_attn.branched import DilatedAttention
+from hilbert_attn.integrations import HilbertSettings, prefix_attention
+from hilbert_attn.reference import masked_attention, with_sinks
+
+each_function = pytest.mark.parametrize("name", DROPPING)
+N = 48
+
+
+def inputs(columns=WIDTH, dtype=torch.float64, n=N, **options):
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, HEADS, n, WIDTH, dtype=dtype)
+    v = torch.randn(2, HEADS, n, columns, dtype=dtype)
+    return [x.clone().requires_grad_() for x in (q, k, v)]
+
+
+@each_function
+@pytest.mark.parametrize("columns", (5, 3 * WIDTH))
+def test_values_of_another_width(name, columns):
+    q, k, v = inputs(columns)
+    out, lse = DROPPING[name](q, k, v, return_lse=True)
+    parts = [DROPPING[name](q, k, x, return_lse=True)
+             for x in v.split(WIDTH, -1) if x.shape[-1] == WIDTH]
+    if not parts:  # narrower: zeros in the other columns
+        wider = torch.nn.functional.pad(v, (0, WIDTH - columns))
+        parts = [DROPPING[name](q, k, wider, return_lse=True)]
+    expected = torch.cat([x for x, _ in parts], -1)[..., :columns]
+    torch.testing.assert_close((out, lse), (expected, parts[0][1]))
+    upstream = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(x, (q, k, v), upstream) for x in (out, expected))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_values_of_another_width_in_a_layer():
+    q, k, v = (x.transpose(1, 2) for x in inputs(5, torch.float32))
+    out = DilatedAttention([16], [1])(q, k, v)
+    assert out.shape == (2, N, HEADS, 5)
+
+
+def test_where_values_must_be_as_wide():
+    q, k, v = inputs(5, torch.float32)
+    with pytest.raises(ValueError, match="k has shape .* and v .*: they must agree"):
+        prefix_attention(q, k, v, HilbertSettings(segment_size=8, prefix_tokens=2))
+
+
+def test_the_reason_speaks_of_columns():
+    wide = explain_backend((1, 2, 64, 192), v=(1, 2, 64, 128))
+    assert "128 columns of values, and 192 of queries and keys: zeros fill up" in str(wide)
+    assert wide.flops == 4.0 * 192 * wide.pairs
+    assert "columns" not in str(explain_backend((1, 2, 64, 192)))
+    with pytest.raises(ValueError, match="they must agree in all but the last size"):
+        explain_backend((1, 2, 64, 192), v=(1, 2, 63, 128))
+
+
+def sinks(**options): return torch.linspace(-1, 2, HEADS, dtype=torch.float64, **options)
+
+
+@each_function
+def test_sinks(name):
+    x, z = inputs(), sinks(requires_grad=True)
+    out, lse = DROPPING[name](*x, return_lse=True)
+    found, total = DROPPING[name](*x, sink_logits=z, return_lse=True)
+    share = (z[:, None] - total).exp()  # of the weights that goes nowhere
+    torch.testing.assert_close(found, out * (1 - share)[..., None])
+    torch.testing.assert_close(total, torch.stack([lse, z[:, None].expand_as(lse)]).logsumexp(0))
+    assert torch.equal(DROPPING[name](*x, sink_logits=z), found)
+
+
+@each_function
+def test_gradients_of_sinks(name):
+    def attention(q, k, v, z): return DROPPING[name](q, k, v, sink_logits=z, return_lse=True)
+    x = [*inputs(n=12), sinks(requires_grad=True)]
+    assert torch.autograd.gradcheck(attention, x, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ("sdpa", "sdpa_mask", "reference", "triton"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_sinks_are_a_score_of_a_softmax(backend, dtype):
+    if backend == "triton": pytest.importorskip("triton")
+    q, k, v = inputs(dtype=dtype, n=24)
+    z, seen = sinks().to(dtype), torch.arange(24)[None] >= 8  # the first segment has no key
+    out, lse = hilbert_attention(
+        q, k, v,
+        curve=None,
+        segment_size=8,
+        key_mask=seen.expand(2, -1),
+        sink_logits=z,
+        backend=backend,
+        return_lse=True)
+    mask = (torch.arange(24)[:, None] // 8 == torch.arange(24) // 8) & seen
+    scores = (q.double() @ k.double().mT * WIDTH ** -0.5).masked_fill(~mask, -torch.inf)
+    scores = torch.cat([scores, z.double()[:, None, None].expand(2, HEADS, 24, 1)], -1)
+    exact = scores.softmax(-1)[..., :-1] @ v.double()
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+    assert not out[:, :, :8].any()
+    gradients = torch.autograd.grad((out.float().sum() + lse.sum()), (q, k, v))
+    assert all(x.isfinite().all() for x in gradients)
+
+
+def test_sinks_of_rows_without_keys_have_gradients():
+    out, lse = torch.zeros(1, 1, 2, 3), torch.tensor([[[-torch.inf, 0.5]]], requires_grad=True)
+    for number in (0.3, -torch.inf):
+        z = torch.tensor([number], requires_grad=True)
+        found, total = with_sinks(out, lse, z)
+        assert not found.isnan().any() and total[0, 0, 0] == number
+        if number > -torch.inf:
+            grads = torch.autograd.grad(total.sum(), (lse, z))
+            assert all(x.isfinite().all() for x in grads) and grads[0][0, 0, 0] == 0
+
+
+def test_sinks_are_what_a_merge_with_a_value_of_zero_is():
+    q, k, v = inputs(n=9)
+    z = sinks()
+    out, lse = masked_attention(q, k, v, torch.ones(9, 9, dtype=torch.bool))
+    nothing = torch.zeros_like(out), z[:, None].expand_as(lse)
+    merged = merge_attention(*zip((out, lse), nothing))
+    torch.testing.assert_close(with_sinks(out, lse, z), merged)
