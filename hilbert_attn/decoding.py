@@ -99,7 +99,7 @@ def attend_keys(
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, M, D), lse (B, H, M) or None
     "Attention of each query to the keys of its own row of a table."
     keys, seen = (x.expand(len(q), -1, -1, -1) for x in table)
-    keys = keys.where(seen, 0).clamp(max=k.shape[2] - 1)
+    keys = keys.where(seen, 0).clamp(0, k.shape[2] - 1)
     k, v = (_rows(x, keys) for x in (k, v))  # (B, G, M, K, D)
     k, v = (x.masked_fill(~seen[..., None], 0) for x in (k, v))  # row 0 may hold anything
     G, group = k.shape[1], q.shape[1] // k.shape[1]
@@ -148,7 +148,8 @@ def _pattern(room: int, heads: int, segment: dict, window, sinks) -> SegmentPatt
     if window is None:
         if sinks: raise ValueError(f"sinks={sinks} without a window: segments have none")
         return SegmentPattern.for_heads(room, heads, **segment)
-    given = {name: x for name, x in segment.items() if x not in (None, 1)}
+    given = {name: x for name, x in segment.items() if x is not None}
+    if segment["dilation_rate"] == 1: given.pop("dilation_rate")
     if given: raise ValueError(f"window={window} and {given}: give a window or segments")
     return SlidePattern(room, (whole_number("window", window, 0), 0), sinks)
 
@@ -164,8 +165,9 @@ def _keys_of(token: Tensor, pattern: Any, order: Tensor | None) -> KeyTable: # o
     "The keys of some tokens, which may have a place on a grid."
     if isinstance(pattern, SlidePattern): return slide_keys(token, pattern)
     if order is None: return segment_keys(token, pattern)
-    keys, seen = segment_keys(inverse_order(order)[token], pattern)
-    return KeyTable(order[keys.clamp(max=len(order) - 1)], seen)
+    last = len(order) - 1
+    keys, seen = segment_keys(inverse_order(order)[token.clamp(0, last)], pattern)
+    return KeyTable(order[keys.clamp(max=last)], seen & (token <= last)[:, None, :, None])
 
 # %% ../nbs/11d_decoding.ipynb #a64b4ff8
 def _table_attention(
@@ -176,7 +178,8 @@ def _table_attention(
     starts, lengths = (torch.as_tensor(x, device=device).view(-1, 1) for x in (starts, lengths))
     token = lengths - starts - few + torch.arange(few, device=device)  # of its own text
     keys, seen = _keys_of(token, pattern, order)
-    seen = seen & (keys <= token[:, None, :, None])
+    own = token[:, None, :, None]
+    seen = seen & (keys >= 0) & (keys <= own) & (own >= 0)  # none, where no such token can be
     table = KeyTable(keys + starts[..., None, None], seen)
     return attend_keys(
         call.q, call.k, call.v, table, scale=call.scale, dropout_p=call.dropout_p,

@@ -43,7 +43,8 @@ def _add_mask(
     scale: float | None,
     dropout_p: float,
 ) -> Tensor: # (B, H, N, D)
-    dtype, gqa = q.dtype, q.shape[1] != k.shape[1]
+    dtype = q.dtype
+    gqa = True if q.shape[1] != k.shape[1] else False  # decided now, where sizes are symbols
     if bias is not None and bias.dtype not in (dtype, torch.bool):
         q, k, v = (x.to(bias.dtype) for x in (q, k, v))
     out = F.scaled_dot_product_attention(

@@ -247,3 +247,35 @@ BAD = [
 def test_bad_arguments(bad, message):
     with pytest.raises(ValueError, match=message):
         decode_attention(**dict(q=Q, k=K, v=V, lengths=8) | bad)
+
+
+@pytest.mark.parametrize("how", [
+    dict(segment_size=8), dict(window=5), dict(order=torch.arange(20).flip(0))])
+def test_lengths_that_no_check_can_read_touch_no_other_text(how):
+    "In a graph, a row without a token gives 0, and its neighbour what it gives alone."
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 2, 1, 8), *torch.randn(2, 2, 2, 32, 8)
+    step = torch.compile(lambda lengths: decode_attention(q, k, v, lengths, **how), backend="eager")
+    alone = decode_attention(q, k, v, torch.tensor([20, 5]), **how)
+    for lengths in ([20, 0], [0, 5]):
+        out = step(torch.tensor(lengths))
+        for row, length in enumerate(lengths):
+            expected = alone[row] if length else torch.zeros_like(alone[row])
+            torch.testing.assert_close(out[row], expected)
+
+
+def test_any_number_of_new_tokens_is_one_graph_more():
+    counter = CompileCounterWithBackend("eager")
+    step = torch.compile(
+        lambda q, k, v, lengths: decode_attention(q, k, v, lengths, segment_size=8),
+        backend=counter, fullgraph=True)
+    k, v, lengths = *torch.randn(2, 2, 2, 32, 8), torch.tensor([20, 15])
+    for few in (2, 3, 4, 5): step(torch.randn(2, 2, few, 8), k, v, lengths)
+    assert counter.frame_count <= 2
+
+
+def test_a_window_takes_no_argument_of_segments():
+    q, k, v = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, 9, 8)
+    for more in (dict(segment_size=1), dict(offsets=1), dict(dilation_rate=2)):
+        with pytest.raises(ValueError, match="give a window or segments"):
+            decode_attention(q, k, v, 9, window=4, **more)

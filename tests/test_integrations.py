@@ -1,5 +1,6 @@
 """What all integrations share: settings, and attention with tokens outside of the grid."""
 
+import json
 import subprocess
 import sys
 
@@ -281,3 +282,48 @@ WITHOUT = """if True:
 def test_nothing_is_imported_that_is_not_needed():
     "And what needs a package that is missing says what to install."
     subprocess.run([sys.executable, "-c", WITHOUT], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("how", [
+    dict(grid=(7, 6), shift=5, segment_size=8),
+    dict(grid=(7, 6), shift=5, segment_size=8, curve=None),
+    dict(grid=(4, 4), shift=3, segment_lengths=(4, 8), dilation_rates=(1, 2)),
+    dict(grid=(4, 4), shift=3, segment_size=4, prefix_tokens=2)])
+def test_steps_over_a_cache_know_the_shift(how):
+    from hilbert_attn.integrations.transformers import cached_attention
+    torch.manual_seed(0)
+    settings = HilbertSettings(**how)
+    n = settings.prefix_tokens + settings.sides[0] * settings.sides[1]
+    q, k, v = torch.randn(3, 1, 2, n, 8, dtype=torch.float64)
+    whole = prefix_attention(q, k, v, settings, causal=True)
+    for i in (3, n - 1):
+        so_far = k[:, :, :i + 1], v[:, :, :i + 1]
+        step = cached_attention(q[:, :, i:i + 1], *so_far, settings, None, 0.0, None)
+        torch.testing.assert_close(step, whole[:, :, i:i + 1])
+
+
+def test_a_shift_without_a_grid_is_refused_where_a_sequence_grows():
+    from hilbert_attn.integrations.transformers import cached_attention
+    q, k, v = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, 9, 8)
+    with pytest.raises(ValueError, match="would move the others"):
+        cached_attention(q, k, v, HilbertSettings(segment_size=4, shift=2), None, 0.0, None)
+
+
+def test_masked_tokens_of_a_grid_stay_where_they_are():
+    "A text begins behind its padding; a grid does not."
+    from hilbert_attn.integrations.transformers import _text_attention
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 42, 8, dtype=torch.float64)
+    mask = torch.arange(42)[None] >= 3
+    settings = HilbertSettings(grid=(6, 7), segment_size=8, curve=None)
+    expected = prefix_attention(q, k, v, settings, causal=True, key_mask=mask)
+    torch.testing.assert_close(_text_attention(q, k, v, settings, mask, 0.0, None), expected)
+
+
+def test_rules_keep_their_order_in_a_file_that_sorts_its_keys():
+    rules = {":": {"segment_size": 2}, "0": "dense"}
+    settings = HilbertSettings(segment_size=4, layers=rules)
+    stored = json.dumps(settings.to_dict(), sort_keys=True)
+    found = HilbertSettings.from_dict(json.loads(stored))
+    assert found == settings and list(found.layers.rules) == list(rules)
+    assert found.of_layer(0, 3).segment_lengths is None

@@ -151,7 +151,9 @@ class HilbertSettings(ModelSettings):
     curve: str | None = "auto" # "auto": "hilbert" on a grid, None for a plain sequence
     prefix_tokens: int = 0 # leading tokens that attend all and are attended by all, in no segment
     backend: str = "auto" # as for `hilbert_attention`
-    shift: int = 0 # positions that segments are moved along the curve; the end joins the beginning
+    # positions that segments are moved along the curve; the end, padding included, joins the
+    # beginning
+    shift: int = 0
     layers: LayerSchedule | Rules | None = None # rules, where layers differ
     segment_size: InitVar[int | None] = None # alias of segment_lengths
     dilation_rate: InitVar[int | None] = None # alias of dilation_rates
@@ -211,7 +213,8 @@ class HilbertSettings(ModelSettings):
         "For a model's configuration file, or for `from_dict`."
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         plain = {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
-        if isinstance(self.layers, LayerSchedule): plain["layers"] = self.layers.rules
+        if isinstance(self.layers, LayerSchedule):  # a file may sort the keys of a dictionary
+            plain["layers"] = [[layers, does] for layers, does in self.layers.rules.items()]
         return {f.name: plain[f.name] for f in fields(self) if values[f.name] != f.default}
 
     @classmethod
@@ -221,6 +224,8 @@ class HilbertSettings(ModelSettings):
         unknown = ", ".join(repr(name) for name in values if name not in known)
         if unknown:
             raise ValueError(f"{unknown}: no setting. Known ones: {', '.join(known)}")
+        rules = values.get("layers")
+        if isinstance(rules, (list, tuple)): values = dict(values) | dict(layers=dict(rules))
         return cls(**values)
 
 # %% ../../nbs/14_integrations.ipynb #fb58475d

@@ -24,11 +24,11 @@ from torch import Tensor
 
 from ..calls import autocast_inputs
 from ..common import hide_masked
-from ..curves import curve_order, inverse_order
+from ..curves import inverse_order
 from ..decoding import KeyTable, attend_keys, decode_attention, segment_keys
-from hilbert_attn.integrations.settings import (
-    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, few_attention, key_counts,
-    prefix_attention, settings_from)
+from .settings import (
+    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, cell_order, few_attention,
+    key_counts, prefix_attention, settings_from)
 from .switch import (
     Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, switch_of)
 from ..schedule import frozen
@@ -328,7 +328,7 @@ def _first_tokens(
     settings: HilbertSettings,
 ) -> Tensor | int: # int64 (B,), or 0 for all
     "Where each row begins: behind its padding, where a sequence has no grid."
-    if key_mask is None or settings.order_name is not None: return 0
+    if key_mask is None or settings.order_name is not None or settings.grid is not None: return 0
     return key_mask.to(torch.int64).argmax(1)
 
 # %% ../../nbs/14c_transformers.ipynb #7163d8d5
@@ -367,10 +367,8 @@ def _tokens_seen(
     prefix, sides = settings.prefix_tokens, settings.sides
     cells = prod(sides) if sides else max(n - prefix, 1)
     position = (token - prefix).clamp(min=0)
-    order = None
-    if settings.order_name is not None:
-        order = curve_order(sides, settings.order_name, token.device)
-        position = inverse_order(order)[position]
+    order = cell_order(settings, cells, token.device)
+    if order is not None: position = inverse_order(order)[position]
     own, late = token[:, None, :, None], (token >= prefix)[:, None, :, None]
     first = torch.arange(prefix, device=token.device).expand(*own.shape[:3], -1)
     table = KeyTable(first, first <= own)
@@ -410,9 +408,10 @@ def _is_plain(
     settings: HilbertSettings,
     n: int, # tokens so far
 ) -> bool:
-    "One branch over tokens as they come, no prefix, and a segment that has all its residues?"
+    "One branch over tokens as they come, none of them moved, in a segment with all residues?"
     lengths, rates = settings.branches
-    if len(lengths) > 1 or settings.prefix_tokens or settings.order_name is not None: return False
+    if len(lengths) > 1 or settings.prefix_tokens or settings.shift: return False
+    if settings.order_name is not None: return False
     return rates[0] <= min(lengths[0], n)
 
 # %% ../../nbs/14c_transformers.ipynb #c1679e2a
@@ -444,7 +443,8 @@ def cached_attention(
     "Causal attention of the last queries of a sequence; only the keys they need are read."
     q, k, v = autocast_inputs(q, k, v)
     starts, rest = _first_tokens(key_mask, settings), (dropout_p, scale)
-    growing = settings.order_name is not None and settings.grid is None  # an error below
+    moving = settings.order_name is not None or settings.shift
+    growing = moving and settings.grid is None  # an error below
     together = settings.combine == "lse" or len(settings.branches[0]) == 1
     if growing or q.shape[2] > _FEW or not together:
         return _row_by_row(q, k, v, settings, key_mask, starts, *rest)
