@@ -178,8 +178,8 @@ def _table_attention(
     starts, lengths = (torch.as_tensor(x, device=device).view(-1, 1) for x in (starts, lengths))
     token = lengths - starts - few + torch.arange(few, device=device)  # of its own text
     keys, seen = _keys_of(token, pattern, order)
-    own = token[:, None, :, None]
-    seen = seen & (keys >= 0) & (keys <= own) & (own >= 0)  # none, where no such token can be
+    seen = seen & (keys >= 0)  # none, where a place would be before its text
+    seen = seen & (keys <= token[:, None, :, None])
     table = KeyTable(keys + starts[..., None, None], seen)
     return attend_keys(
         call.q, call.k, call.v, table, scale=call.scale, dropout_p=call.dropout_p,
