@@ -344,6 +344,7 @@ FOLLOWED = {
     "triangle": (dict(attn_mask=TRIANGLE), TRIANGLE),
     "keys": (dict(attn_mask=KEYS), KEYS),
     "keys of all": (dict(attn_mask=KEYS[0, 0]), KEYS[0]),
+    "causal and keys": (dict(attn_mask=KEYS, is_causal=True), TRIANGLE & KEYS),
     "floats": (dict(attn_mask=torch.where(TRIANGLE & KEYS, 0.0, -torch.inf)), TRIANGLE & KEYS),
     "scale": (dict(scale=16 ** -0.5), torch.ones_like(TRIANGLE)),
 }

@@ -64,8 +64,12 @@ def _who_attends(
             "attn_mask under torch.compile: what is in it cannot be read while a graph is "
             "made; use is_causal=True, no mask, or no compilation")
     n = q.shape[2]
+    if n == 1: raise ValueError("a mask of one key: there are no segments")
     causal, keys = split_mask(_as_four(mask, n), n, n, is_causal)
+    causal = causal or is_causal  # PyTorch takes both
     if keys is None or bool(keys.all()): return causal, None
+    if keys.shape[0] not in (1, q.shape[0]):
+        raise ValueError(f"a mask of {keys.shape[0]} batches for {q.shape[0]} of queries")
     return causal, keys.expand(q.shape[0], n)
 
 # %% ../../nbs/14h_any_model.ipynb #4b04f40c
