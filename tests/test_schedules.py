@@ -448,6 +448,16 @@ def test_checkpointing_goes_around_a_block(reentrant):
         with hilbert_attention_everywhere(**BLOCK): checkpoint(attend, q, k, v, **how)
 
 
+def test_a_graph_that_checkpoints_is_refused():
+    def inside(q, k, v): return checkpoint(attend, attend(q, k, v), k, v, use_reentrant=False)
+
+    torch._dynamo.reset()
+    q, k, v = (x.requires_grad_() for x in qkv())
+    graph = torch.compile(inside, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="gradient checkpointing inside of this block"):
+        with hilbert_attention_everywhere(**BLOCK): graph(q, k, v)
+
+
 def test_layers_of_pytorch_are_named():
     layer, x = nn.MultiheadAttention(32, 4, batch_first=True).eval(), rand(2, 25, 32)
     with hilbert_attention_everywhere(**BLOCK) as calls:

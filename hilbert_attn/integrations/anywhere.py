@@ -12,6 +12,7 @@ from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -172,6 +173,9 @@ class hilbert_attention_everywhere(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None,
     ) -> Any:
         options = kwargs or {}
+        graph = torch.compiler.is_compiling()
+        if graph and func is torch.utils.checkpoint.checkpoint:  # a mode sees nothing inside
+            raise RuntimeError(_CHECKPOINTED)
         if func is F.multi_head_attention_forward:
             _count(self.left, _MULTIHEAD)
         if func is F.scaled_dot_product_attention:
