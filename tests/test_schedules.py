@@ -365,6 +365,7 @@ LEFT = {
     "5 tokens: grid=": (qkv(5), {}),
     "neither causal": (qkv(), dict(attn_mask=TRIANGLE.triu(-3))),
     "a bias on the scores": (qkv(), dict(attn_mask=rand(25, 25))),
+    "batches of 2, 1 and 1": (qkv()[:1] + [x[:1] for x in qkv()[1:]], {}),
     "3 dimensions": ([x[:, 0] for x in qkv()], {}),
 }
 
@@ -390,8 +391,26 @@ def test_a_block_without_a_call_says_so():
     assert torch.equal(attend(*qkv()), attend(*qkv()))
 
 
+def test_a_block_that_is_opened_again_counts_anew():
+    block = hilbert_attention_everywhere(**BLOCK)
+    with block: attend(*qkv())
+    with pytest.raises(RuntimeError, match="replaced no call"):
+        with block: attend(*qkv(5))
+    assert sum(block.left.values()) == 1
+
+
+def test_a_mask_of_one_key_is_left():
+    one, hidden = qkv(1), torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+    with hilbert_attention_everywhere(segment_size=4) as calls:
+        attend(*qkv())
+        assert torch.equal(attend(*one, hidden), torch.zeros(2, 4, 1, 16))
+    assert "one key" in str(calls)
+
+
 def test_fewer_heads_of_keys():
     q, k, v = qkv(kv_heads=2)
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        with hilbert_attention_everywhere(**BLOCK): attend(q, k, v)
     with hilbert_attention_everywhere(**BLOCK): ours = attend(q, k, v, enable_gqa=True)
     assert torch.allclose(ours, masked(q, k, v, MASK), atol=2e-6)
 
