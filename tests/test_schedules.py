@@ -16,6 +16,7 @@ from hilbert_attn.integrations import (
     hilbert_attention_everywhere,
     prefix_attention,
 )
+from hilbert_attn.integrations.switch import remove_unasked
 from hilbert_attn.schedule import LayerSchedule
 
 RULES = {"1::2": {"shift": 3}, "0": "dense"}
@@ -263,6 +264,38 @@ def test_layers_that_stay_dense_are_not_replaced():
     assert torch.allclose(model(x), expected, atol=1e-5)
     with pytest.raises(ValueError, match="all 4 layers are dense"):
         h.convert_attention(dense, segment_size=8, layers={":": "dense"})
+
+
+class Cut(nn.Module):
+    "A vision transformer at its smallest."
+    num_prefix_tokens = 0
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 32, 2, 2)
+        self.layers = nn.ModuleList(nn.MultiheadAttention(32, 4, batch_first=True)
+                                    for _ in range(2))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        for layer in self.layers: x = x + layer(x, x, x, need_weights=False)[0]
+        return x
+
+
+def test_layers_may_be_switched_in_several_calls():
+    "Each call's geometry goes on listening, and none does that no layer asks."
+    one = Cut().eval()
+    two = copy.deepcopy(one)
+    h.convert_vit(one, segment_size=4)
+    for name in ("layers.0", "layers.1"): h.convert_vit(two, segment_size=4, include=name)
+    for shape in ((8, 12), (12, 8)):
+        x = rand(1, 1, *shape)
+        assert torch.allclose(two(x), one(x), atol=1e-6)
+    sites = [layer.attention.hilbert_site for layer in two.layers]
+    assert sites[0].geometry is not sites[1].geometry and len(two.patches._forward_hooks) == 2
+    sites[0].geometry = sites[1].geometry
+    remove_unasked(two)
+    assert len(two.patches._forward_hooks) == 1
 
 
 def test_processors_of_layers():
