@@ -74,13 +74,27 @@ def test_a_rule_about_no_layer_is_an_error(rules):
 
 
 WRONG = [{}, "dense", {"a": "dense"}, {"::0": "dense"}, {"0:1:2:3": "dense"}, {"": "dense"},
-         {"0": "sparse"}, {"0": []}, {"0": [3]}, {"0": {1: 2}}]
+         {"0": "sparse"}, {"0": []}, {"0": [3]}, {"0": {1: 2}}, {0: "dense", "0": {"shift": 1}},
+         {"0": {"segment_size": 8, "segment_lengths": 4}}]
 
 
 @pytest.mark.parametrize("rules", WRONG)
 def test_rules_that_cannot_be_read(rules):
     with pytest.raises(ValueError, match="layers="):
         LayerSchedule(rules)
+
+
+@pytest.mark.parametrize("layer", [-1, 5])
+def test_a_layer_that_no_model_has_is_an_error(layer):
+    with pytest.raises(ValueError, match=f"layer={layer}"):
+        HilbertSettings(segment_size=8, layers=RULES).of_layer(layer, 5)
+
+
+def test_rules_are_copied():
+    given = {"0": [{"segment_lengths": [4, 8]}]}
+    schedule = LayerSchedule(given)
+    given["0"][0]["segment_lengths"].append(16)
+    assert schedule.at(0, 1) == {"segment_lengths": [4, 8]}
 
 
 def test_orders_of_layers_share_tensors():
