@@ -328,11 +328,9 @@ def test_processors_of_layers():
     model(rand(1, 4, 8, 8), torch.tensor([1]), torch.tensor([1]))
 
 
-def test_processors_are_restored(tmp_path):
-    "By the host's `from_pretrained`; the way back is kept too."
-    diffusers = pytest.importorskip("diffusers")
+def unet(diffusers):
     torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         block_out_channels=(16, 32),
         norm_num_groups=8,
         layers_per_block=1,
@@ -341,6 +339,30 @@ def test_processors_are_restored(tmp_path):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()
+
+
+def test_what_is_restored_is_what_stands_there(tmp_path):
+    "All calls of the helper, and none of them where other processors were set since."
+    diffusers = pytest.importorskip("diffusers")
+    model, x = unet(diffusers), (rand(1, 4, 16, 24), 3, rand(1, 5, 24))
+    load = diffusers.UNet2DConditionModel.from_pretrained
+    for include, size in (("down*", 8), ("up*", 6)):
+        h.use_hilbert_processor(model, segment_size=size, include=include)
+    for _ in range(2):  # once more from what was loaded
+        model.save_pretrained(tmp_path)
+        again = load(tmp_path).eval()
+        with torch.no_grad(): assert torch.allclose(again(*x).sample, model(*x).sample, atol=1e-5)
+        model = again
+    model.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
+    model.save_pretrained(tmp_path)
+    kinds = {type(p).__name__ for p in load(tmp_path).attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"}
+
+
+def test_processors_are_restored(tmp_path):
+    "By the host's `from_pretrained`; the way back is kept too."
+    diffusers = pytest.importorskip("diffusers")
+    model = unet(diffusers)
     rules = {"0": "dense", "-1": {"segment_size": 5, "shift": 2}}
     h.use_hilbert_processor(model, segment_size=8, layers=rules, exclude="mid_block*")
     model.save_pretrained(tmp_path)
