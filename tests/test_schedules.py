@@ -20,6 +20,7 @@ from hilbert_attn.integrations.switch import remove_unasked
 from hilbert_attn.schedule import LayerSchedule
 
 RULES = {"1::2": {"shift": 3}, "0": "dense"}
+PAIRS = [["1::2", {"shift": 3}], ["0", "dense"]]  # as in a file, where the order counts
 
 
 def rand(*shape, seed=0):
@@ -123,7 +124,7 @@ def test_a_schedule_drawn_for_points_can_be_stored():
 def test_settings_keep_a_schedule():
     settings = HilbertSettings(segment_size=8, layers=RULES)
     plain = json.loads(json.dumps(settings.to_dict()))
-    assert plain == {"segment_lengths": 8, "layers": RULES}
+    assert plain == {"segment_lengths": 8, "layers": PAIRS}
     again = HilbertSettings.from_dict(plain)
     assert again == settings and hash(again) == hash(settings)
     assert again != HilbertSettings(segment_size=8)
@@ -225,7 +226,7 @@ def gradient(model, out):
 def test_layers_of_a_language_model(hf, compiled):
     "Against eager attention under a mask of each layer, forward and backward."
     model = h.use_hilbert_attention(llama(hf), segment_size=8, layers=RULES)
-    assert model.config.hilbert_attention == dict(segment_lengths=8, layers=RULES)
+    assert model.config.hilbert_attention == dict(segment_lengths=8, layers=PAIRS)
     torch._dynamo.reset()
     call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     extra = dict(attention_mask=torch.ones_like(WORDS)) if compiled else {}
@@ -242,7 +243,7 @@ def test_a_schedule_is_restored(hf, tmp_path):
     model.save_pretrained(tmp_path)
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(WORDS).logits, model(WORDS).logits)
-    assert again.config.hilbert_attention["layers"] == RULES
+    assert again.config.hilbert_attention["layers"] == PAIRS
 
 
 def test_a_shift_and_a_sequence_that_grows(hf):
@@ -370,7 +371,8 @@ def test_processors_are_restored(tmp_path):
     x = rand(1, 4, 16, 24), 3, rand(1, 5, 24)
     with torch.no_grad():
         assert torch.allclose(again(*x).sample, model(*x).sample, atol=1e-5)
-    assert again.config["_hilbert_attention"]["settings"]["layers"] == rules
+    noted = again.config["_hilbert_attention"]["settings"]
+    assert noted["layers"] == [[layers, does] for layers, does in rules.items()]
     again.set_default_attn_processor()
     again.save_pretrained(tmp_path)
     plain = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
