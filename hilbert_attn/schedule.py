@@ -7,6 +7,7 @@ __all__ = ['DENSE', 'Option', 'Entry', 'Rules', 'frozen', 'LayerSchedule']
 
 # %% ../nbs/00d_schedules.ipynb #29402aec
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,21 @@ def _entries(
         raise ValueError(f"layers={{{layers!r}: []}}: expected at least one entry")
     return tuple(None if entry == DENSE else dict(entry) for entry in several)
 
+# %% ../nbs/00d_schedules.ipynb #5be4170c
+_ALIASES = {"segment_size": "segment_lengths", "dilation_rate": "dilation_rates"}
+
+
+def _check_aliases(
+    layers: str, # of the rule, for messages
+    options: Mapping[str, Any],
+):
+    "Raises `ValueError` for an option that is given under two names."
+    for alias, name in _ALIASES.items():
+        if alias not in options or name not in options: continue
+        raise ValueError(
+            f"layers={{{layers!r}: {options!r}}}: {alias} is another name of {name}; "
+            "give one of them")
+
 # %% ../nbs/00d_schedules.ipynb #1d3380b7
 @dataclass(frozen=True, eq=False)
 class LayerSchedule:
@@ -85,10 +101,12 @@ class LayerSchedule:
             raise ValueError(
                 f"layers={self.rules!r}: expected a dictionary with at least one rule, "
                 "as {'1::2': {'shift': 8}, '0': 'dense'}")
-        rules = {str(layers): does for layers, does in self.rules.items()}
+        rules = {str(layers): deepcopy(does) for layers, does in self.rules.items()}
+        if len(rules) < len(self.rules):
+            raise ValueError(f"layers={self.rules!r}: a number and its text are one rule")
         for layers, does in rules.items():
             _numbers(layers)
-            _entries(layers, does)
+            for options in _entries(layers, does): _check_aliases(layers, options or {})
         object.__setattr__(self, "rules", rules)
 
     def __eq__(self, other: object) -> bool:
@@ -106,7 +124,9 @@ class LayerSchedule:
         layer: int, # 0 … layers - 1
         layers: int, # how many the model has
     ) -> dict[str, Option] | None: # options; {} where no rule is about it; None is dense
-        "What one layer does."
+        "What one layer does. Raises `ValueError` for a layer that the model has not."
+        if not 0 <= layer < layers:
+            raise ValueError(f"layer={layer}: a model of {layers} has 0 … {layers - 1}")
         found: dict[str, Option] | None = {}
         for names, does in self.rules.items():
             among, entries = list(_selected(names, layers)), _entries(names, does)

@@ -16,9 +16,11 @@ from hilbert_attn.integrations import (
     hilbert_attention_everywhere,
     prefix_attention,
 )
+from hilbert_attn.integrations.switch import remove_unasked
 from hilbert_attn.schedule import LayerSchedule
 
 RULES = {"1::2": {"shift": 3}, "0": "dense"}
+PAIRS = [["1::2", {"shift": 3}], ["0", "dense"]]  # as in a file, where the order counts
 
 
 def rand(*shape, seed=0):
@@ -73,13 +75,27 @@ def test_a_rule_about_no_layer_is_an_error(rules):
 
 
 WRONG = [{}, "dense", {"a": "dense"}, {"::0": "dense"}, {"0:1:2:3": "dense"}, {"": "dense"},
-         {"0": "sparse"}, {"0": []}, {"0": [3]}, {"0": {1: 2}}]
+         {"0": "sparse"}, {"0": []}, {"0": [3]}, {"0": {1: 2}}, {0: "dense", "0": {"shift": 1}},
+         {"0": {"segment_size": 8, "segment_lengths": 4}}]
 
 
 @pytest.mark.parametrize("rules", WRONG)
 def test_rules_that_cannot_be_read(rules):
     with pytest.raises(ValueError, match="layers="):
         LayerSchedule(rules)
+
+
+@pytest.mark.parametrize("layer", [-1, 5])
+def test_a_layer_that_no_model_has_is_an_error(layer):
+    with pytest.raises(ValueError, match=f"layer={layer}"):
+        HilbertSettings(segment_size=8, layers=RULES).of_layer(layer, 5)
+
+
+def test_rules_are_copied():
+    given = {"0": [{"segment_lengths": [4, 8]}]}
+    schedule = LayerSchedule(given)
+    given["0"][0]["segment_lengths"].append(16)
+    assert schedule.at(0, 1) == {"segment_lengths": [4, 8]}
 
 
 def test_orders_of_layers_share_tensors():
@@ -108,7 +124,7 @@ def test_a_schedule_drawn_for_points_can_be_stored():
 def test_settings_keep_a_schedule():
     settings = HilbertSettings(segment_size=8, layers=RULES)
     plain = json.loads(json.dumps(settings.to_dict()))
-    assert plain == {"segment_lengths": 8, "layers": RULES}
+    assert plain == {"segment_lengths": 8, "layers": PAIRS}
     again = HilbertSettings.from_dict(plain)
     assert again == settings and hash(again) == hash(settings)
     assert again != HilbertSettings(segment_size=8)
@@ -210,7 +226,7 @@ def gradient(model, out):
 def test_layers_of_a_language_model(hf, compiled):
     "Against eager attention under a mask of each layer, forward and backward."
     model = h.use_hilbert_attention(llama(hf), segment_size=8, layers=RULES)
-    assert model.config.hilbert_attention == dict(segment_lengths=8, layers=RULES)
+    assert model.config.hilbert_attention == dict(segment_lengths=8, layers=PAIRS)
     torch._dynamo.reset()
     call = torch.compile(model, backend="eager", fullgraph=True) if compiled else model
     extra = dict(attention_mask=torch.ones_like(WORDS)) if compiled else {}
@@ -227,7 +243,7 @@ def test_a_schedule_is_restored(hf, tmp_path):
     model.save_pretrained(tmp_path)
     again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again(WORDS).logits, model(WORDS).logits)
-    assert again.config.hilbert_attention["layers"] == RULES
+    assert again.config.hilbert_attention["layers"] == PAIRS
 
 
 def test_a_shift_and_a_sequence_that_grows(hf):
@@ -265,6 +281,38 @@ def test_layers_that_stay_dense_are_not_replaced():
         h.convert_attention(dense, segment_size=8, layers={":": "dense"})
 
 
+class Cut(nn.Module):
+    "A vision transformer at its smallest."
+    num_prefix_tokens = 0
+
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 32, 2, 2)
+        self.layers = nn.ModuleList(nn.MultiheadAttention(32, 4, batch_first=True)
+                                    for _ in range(2))
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).mT
+        for layer in self.layers: x = x + layer(x, x, x, need_weights=False)[0]
+        return x
+
+
+def test_layers_may_be_switched_in_several_calls():
+    "Each call's geometry goes on listening, and none does that no layer asks."
+    one = Cut().eval()
+    two = copy.deepcopy(one)
+    h.convert_vit(one, segment_size=4)
+    for name in ("layers.0", "layers.1"): h.convert_vit(two, segment_size=4, include=name)
+    for shape in ((8, 12), (12, 8)):
+        x = rand(1, 1, *shape)
+        assert torch.allclose(two(x), one(x), atol=1e-6)
+    sites = [layer.attention.hilbert_site for layer in two.layers]
+    assert sites[0].geometry is not sites[1].geometry and len(two.patches._forward_hooks) == 2
+    sites[0].geometry = sites[1].geometry
+    remove_unasked(two)
+    assert len(two.patches._forward_hooks) == 1
+
+
 def test_processors_of_layers():
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
@@ -281,11 +329,9 @@ def test_processors_of_layers():
     model(rand(1, 4, 8, 8), torch.tensor([1]), torch.tensor([1]))
 
 
-def test_processors_are_restored(tmp_path):
-    "By the host's `from_pretrained`; the way back is kept too."
-    diffusers = pytest.importorskip("diffusers")
+def unet(diffusers):
     torch.manual_seed(0)
-    model = diffusers.UNet2DConditionModel(
+    return diffusers.UNet2DConditionModel(
         block_out_channels=(16, 32),
         norm_num_groups=8,
         layers_per_block=1,
@@ -294,6 +340,30 @@ def test_processors_are_restored(tmp_path):
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     ).eval()
+
+
+def test_what_is_restored_is_what_stands_there(tmp_path):
+    "All calls of the helper, and none of them where other processors were set since."
+    diffusers = pytest.importorskip("diffusers")
+    model, x = unet(diffusers), (rand(1, 4, 16, 24), 3, rand(1, 5, 24))
+    load = diffusers.UNet2DConditionModel.from_pretrained
+    for include, size in (("down*", 8), ("up*", 6)):
+        h.use_hilbert_processor(model, segment_size=size, include=include)
+    for _ in range(2):  # once more from what was loaded
+        model.save_pretrained(tmp_path)
+        again = load(tmp_path).eval()
+        with torch.no_grad(): assert torch.allclose(again(*x).sample, model(*x).sample, atol=1e-5)
+        model = again
+    model.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
+    model.save_pretrained(tmp_path)
+    kinds = {type(p).__name__ for p in load(tmp_path).attn_processors.values()}
+    assert kinds == {"AttnProcessor2_0"}
+
+
+def test_processors_are_restored(tmp_path):
+    "By the host's `from_pretrained`; the way back is kept too."
+    diffusers = pytest.importorskip("diffusers")
+    model = unet(diffusers)
     rules = {"0": "dense", "-1": {"segment_size": 5, "shift": 2}}
     h.use_hilbert_processor(model, segment_size=8, layers=rules, exclude="mid_block*")
     model.save_pretrained(tmp_path)
@@ -301,7 +371,8 @@ def test_processors_are_restored(tmp_path):
     x = rand(1, 4, 16, 24), 3, rand(1, 5, 24)
     with torch.no_grad():
         assert torch.allclose(again(*x).sample, model(*x).sample, atol=1e-5)
-    assert again.config["_hilbert_attention"]["settings"]["layers"] == rules
+    noted = again.config["_hilbert_attention"]["settings"]
+    assert noted["layers"] == [[layers, does] for layers, does in rules.items()]
     again.set_default_attn_processor()
     again.save_pretrained(tmp_path)
     plain = diffusers.UNet2DConditionModel.from_pretrained(tmp_path).eval()
@@ -344,6 +415,7 @@ FOLLOWED = {
     "triangle": (dict(attn_mask=TRIANGLE), TRIANGLE),
     "keys": (dict(attn_mask=KEYS), KEYS),
     "keys of all": (dict(attn_mask=KEYS[0, 0]), KEYS[0]),
+    "causal and keys": (dict(attn_mask=KEYS, is_causal=True), TRIANGLE & KEYS),
     "floats": (dict(attn_mask=torch.where(TRIANGLE & KEYS, 0.0, -torch.inf)), TRIANGLE & KEYS),
     "scale": (dict(scale=16 ** -0.5), torch.ones_like(TRIANGLE)),
 }
@@ -364,6 +436,7 @@ LEFT = {
     "5 tokens: grid=": (qkv(5), {}),
     "neither causal": (qkv(), dict(attn_mask=TRIANGLE.triu(-3))),
     "a bias on the scores": (qkv(), dict(attn_mask=rand(25, 25))),
+    "batches of 2, 1 and 1": (qkv()[:1] + [x[:1] for x in qkv()[1:]], {}),
     "3 dimensions": ([x[:, 0] for x in qkv()], {}),
 }
 
@@ -389,8 +462,26 @@ def test_a_block_without_a_call_says_so():
     assert torch.equal(attend(*qkv()), attend(*qkv()))
 
 
+def test_a_block_that_is_opened_again_counts_anew():
+    block = hilbert_attention_everywhere(**BLOCK)
+    with block: attend(*qkv())
+    with pytest.raises(RuntimeError, match="replaced no call"):
+        with block: attend(*qkv(5))
+    assert sum(block.left.values()) == 1
+
+
+def test_a_mask_of_one_key_is_left():
+    one, hidden = qkv(1), torch.zeros(1, 1, 1, 1, dtype=torch.bool)
+    with hilbert_attention_everywhere(segment_size=4) as calls:
+        attend(*qkv())
+        assert torch.equal(attend(*one, hidden), torch.zeros(2, 4, 1, 16))
+    assert "one key" in str(calls)
+
+
 def test_fewer_heads_of_keys():
     q, k, v = qkv(kv_heads=2)
+    with pytest.raises(RuntimeError, match="size of tensor a"):
+        with hilbert_attention_everywhere(**BLOCK): attend(q, k, v)
     with hilbert_attention_everywhere(**BLOCK): ours = attend(q, k, v, enable_gqa=True)
     assert torch.allclose(ours, masked(q, k, v, MASK), atol=2e-6)
 
@@ -445,6 +536,16 @@ def test_checkpointing_goes_around_a_block(reentrant):
     for x, grad in zip((q, k, v), expected): assert torch.allclose(x.grad, grad, atol=1e-5)
     with pytest.raises(RuntimeError, match="gradient checkpointing inside of this block"):
         with hilbert_attention_everywhere(**BLOCK): checkpoint(attend, q, k, v, **how)
+
+
+def test_a_graph_that_checkpoints_is_refused():
+    def inside(q, k, v): return checkpoint(attend, attend(q, k, v), k, v, use_reentrant=False)
+
+    torch._dynamo.reset()
+    q, k, v = (x.requires_grad_() for x in qkv())
+    graph = torch.compile(inside, backend="aot_eager")
+    with pytest.raises(RuntimeError, match="gradient checkpointing inside of this block"):
+        with hilbert_attention_everywhere(**BLOCK): graph(q, k, v)
 
 
 def test_layers_of_pytorch_are_named():

@@ -12,6 +12,7 @@ from typing import Any, Self, Unpack
 
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -28,12 +29,29 @@ def _as_four(
     mask = mask[(None,) * (4 - mask.ndim)]
     return mask.expand(*mask.shape[:3], n)
 
+# %% ../../nbs/14h_any_model.ipynb #6e1b83d0
+def _why_not_heads(
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # keys
+    v: Tensor, # values
+    enable_gqa: bool,
+) -> str | None: # None: they can
+    "Why batches and heads are left as they are: PyTorch broadcasts them, or raises."
+    if not q.shape[0] == k.shape[0] == v.shape[0]:
+        return f"batches of {q.shape[0]}, {k.shape[0]} and {v.shape[0]}"
+    heads, shared = q.shape[1], k.shape[1]
+    grouped = shared == 1 or enable_gqa and heads % shared == 0
+    if shared == v.shape[1] and (shared == heads or grouped): return None
+    return f"{heads}, {shared} and {v.shape[1]} heads, enable_gqa={enable_gqa}"
+
+
 # %% ../../nbs/14h_any_model.ipynb #3cbb9e4a
 def _why_not_shapes(
     settings: HilbertSettings,
     q: Tensor, # queries
     k: Tensor, # keys
     v: Tensor, # values
+    enable_gqa: bool, # fewer heads of keys, each for several of queries
 ) -> str | None: # None: it can
     "Why attention of tensors of these shapes is left as it is."
     if not q.ndim == k.ndim == v.ndim == 4:
@@ -43,6 +61,8 @@ def _why_not_shapes(
         return f"{m} queries and {n} keys: cross-attention, or a cache"
     if k.shape[-1] != v.shape[-1]:
         return f"keys of {k.shape[-1]} and values of {v.shape[-1]} channels"
+    why = _why_not_heads(q, k, v, enable_gqa)
+    if why is not None: return why
     cells, prefix = n - settings.prefix_tokens, settings.prefix_tokens
     if settings.grid is None and cells > 0: return None
     expected = 1 if settings.grid is None else torch.Size(settings.sides).numel()
@@ -64,8 +84,12 @@ def _who_attends(
             "attn_mask under torch.compile: what is in it cannot be read while a graph is "
             "made; use is_causal=True, no mask, or no compilation")
     n = q.shape[2]
+    if n == 1: raise ValueError("a mask of one key: there are no segments")
     causal, keys = split_mask(_as_four(mask, n), n, n, is_causal)
+    causal = causal or is_causal  # PyTorch takes both
     if keys is None or bool(keys.all()): return causal, None
+    if keys.shape[0] not in (1, q.shape[0]):
+        raise ValueError(f"a mask of {keys.shape[0]} batches for {q.shape[0]} of queries")
     return causal, keys.expand(q.shape[0], n)
 
 # %% ../../nbs/14h_any_model.ipynb #4b04f40c
@@ -110,7 +134,7 @@ def _answer(
     scale: float | None = None, enable_gqa: bool = False,
 ) -> Tensor | None: # None: it is left to PyTorch
     "One call of `F.scaled_dot_product_attention`, whose arguments these are."
-    why = _why_not_shapes(block.settings, query, key, value)
+    why = _why_not_shapes(block.settings, query, key, value, enable_gqa)
     if why is None:
         try: causal, keys = _who_attends(query, key, attn_mask, is_causal)
         except ValueError as e: why = str(e)
@@ -127,9 +151,9 @@ def _answer(
 class hilbert_attention_everywhere(TorchFunctionMode):
     """A block in which `F.scaled_dot_product_attention` goes along a curve, in this thread.
 
-    `replaced` and `left` count calls, by caller and kind or reason. Blocks may be nested: what the
-    inner one leaves is the outer one's. Raises `RuntimeError` at the end of a block that has
-    replaced no call."""
+    `replaced` and `left` count calls, by caller and kind or reason, since the block was opened.
+    Blocks may be nested: what the inner one leaves is the outer one's. Raises `RuntimeError` at
+    the end of a block that has replaced no call."""
 
     def __init__(
         self,
@@ -148,7 +172,9 @@ class hilbert_attention_everywhere(TorchFunctionMode):
         self.left: dict[str, int] = {}
 
     def __enter__(self) -> Self:
-        if not self.depth: self.checkpoints = _checkpoints()
+        if not self.depth:
+            self.checkpoints = _checkpoints()
+            self.replaced, self.left = {}, {}
         self.depth += 1
         super().__enter__()
         return self
@@ -168,6 +194,9 @@ class hilbert_attention_everywhere(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None,
     ) -> Any:
         options = kwargs or {}
+        graph = torch.compiler.is_compiling()
+        if graph and func is torch.utils.checkpoint.checkpoint:  # a mode sees nothing inside
+            raise RuntimeError(_CHECKPOINTED)
         if func is F.multi_head_attention_forward:
             _count(self.left, _MULTIHEAD)
         if func is F.scaled_dot_product_attention:

@@ -237,6 +237,16 @@ def _note(
     if hasattr(model, "register_to_config") and (noted or values):
         model.register_to_config(**{_SETTING: values})
 
+# %% ../../nbs/14e_diffusers.ipynb #b40c7d19
+def _calls(
+    noted: dict[str, Any] | None, # as in a configuration
+) -> list[dict[str, Any]]: # settings, include, exclude of each
+    "The calls of `use_hilbert_processor` that a note is about, in turn."
+    if noted is None: return []
+    last = {name: noted[name] for name in ("settings", "include", "exclude")}
+    return [*noted.get("earlier", []), last]
+
+
 # %% ../../nbs/14e_diffusers.ipynb #fa9d4a70
 def extend_diffusers():
     "Adds to diffusers what its models need to be restored."
@@ -248,13 +258,21 @@ def extend_diffusers():
         result = load(cls, *args, **options)
         model = result[0] if isinstance(result, tuple) else result
         noted = getattr(model, "config", {}).get(_SETTING)
-        if noted is not None:
-            settings = HilbertSettings.from_dict(noted["settings"])
+        for call in _calls(noted):
+            settings = HilbertSettings.from_dict(call["settings"])
             use_hilbert_processor(
-                model, settings, include=noted["include"], exclude=noted["exclude"])
+                model, settings, include=call["include"], exclude=call["exclude"])
         return result
 
-    base.from_pretrained = classmethod(from_pretrained)
+    save = base.save_pretrained
+
+    @wraps(save)
+    def save_pretrained(self, *args, **options):
+        kinds = {type(getattr(layer, "processor", None)) for layer in self.modules()}
+        if HilbertAttnProcessor not in kinds: _note(self, None)  # others were set since
+        return save(self, *args, **options)
+
+    base.from_pretrained, base.save_pretrained = classmethod(from_pretrained), save_pretrained
 
 # %% ../../nbs/14e_diffusers.ipynb #8ddc51c1
 def _switched(
@@ -302,5 +320,8 @@ def use_hilbert_processor(
     known = {name: geometry for name, geometry in places.items() if geometry is not None}
     Switch(model, found, known, type(model).__name__)
     _know_the_way_back(model)
-    _note(model, dict(settings=settings.to_dict(), include=include, exclude=exclude))
+    noted = getattr(model, "config", {}).get(_SETTING)
+    earlier = [call for call in _calls(noted) if include != "*" or exclude]
+    call = dict(settings=settings.to_dict(), include=include, exclude=exclude)
+    _note(model, call | (dict(earlier=earlier) if earlier else {}))
     return list(found)
