@@ -150,6 +150,7 @@ WAN, FLUX, QWEN = (
     "QwenImageTransformer2DModel",
 )
 VIDEO = QUICK[1]
+MOCHI, LUMINA = "MochiTransformer3DModel", "Lumina2Transformer2DModel"
 
 
 @torch.no_grad()
@@ -170,6 +171,21 @@ def test_first_steps_stay_dense(diffusers):
             dense.append(change < 1e-9)
         assert dense == [True, True, True, True, False, False]
         assert calls(model) == [2 * (run + 1)] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, times",
+    [(MOCHI, (0.0, 400.0, 800.0)), (LUMINA, (0.1, 0.5, 0.9))],
+)
+def test_steps_are_counted_where_timesteps_rise(diffusers, name, times):
+    "Two runs, each with one dense step."
+    model = use_hilbert_attention(built(diffusers, name), tiles=3, dense_steps=1)
+    inputs = given(name)
+    for time in times * 2:
+        inputs["timestep"] = torch.tensor([time]).double()
+        model(**inputs)
+    assert calls(model) == [4, 4]
 
 
 @torch.no_grad()

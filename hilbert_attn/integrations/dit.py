@@ -266,6 +266,7 @@ class Layout:
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, ...] | None]
     layers: tuple[str, ...] # names of self-attention; * stands for anything
     text: str = "none" # "before" the cells, "after" them, "caption" (before, of any length)
+    rises: bool = False # do timesteps rise while noise goes?
 
 
 _JOINT = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
@@ -284,8 +285,9 @@ LAYOUTS = {
     "LTXVideoTransformer3DModel": Layout(_stated_grid, _FIRST),
     "SD3Transformer2DModel": Layout(latent_grid, ("transformer_blocks.*.attn*",), "after"),
     "CogVideoXTransformer3DModel": Layout(_cogvideox_grid, _FIRST, "before"),
-    "MochiTransformer3DModel": Layout(latent_grid, _FIRST, "after"),
-    "Lumina2Transformer2DModel": Layout(latent_grid, ("layers.*.attn",), "caption"),
+    "MochiTransformer3DModel": Layout(latent_grid, _FIRST, "after", rises=True),
+    "Lumina2Transformer2DModel": Layout(
+        latent_grid, ("layers.*.attn",), "caption", rises=True),
     "AuraFlowTransformer2DModel": Layout(
         latent_grid, ("joint_transformer_blocks.*.attn", _JOINT[1]), "before"),
     "UNetMotionModel": Layout(_frames_grid, ("*motion_modules.*.attn1", "*motion_modules.*.attn2")),
@@ -327,6 +329,7 @@ class Door:
 
     def count(self, time: float):
         "The number of a denoising step, from its timestep."
+        if self.layout.rises: time = -time
         if self.step is None or self.time is None or time > self.time: self.step = 0
         elif time < self.time: self.step += 1
         self.time = time
