@@ -313,20 +313,38 @@ LAYOUTS = {
     "UNetMotionModel": Layout(_frames_grid, ("*motion_modules.*.attn1", "*motion_modules.*.attn2")),
 }
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b2
-def _processor_of(
-    model: nn.Module,
-    name: str, # of a layer
-) -> Any: # None where there is none
-    "What a layer attends by."
-    return getattr(model.get_submodule(name), "processor", None)
-
-# %% ../../nbs/14f_diffusion_transformers.ipynb #bd918806
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b3
 _RUNS_AGAIN = (
     "gradient checkpointing runs a call again that was no sparse one: in the forward it counted "
     "as a denoising step. Checkpoint with use_reentrant=False")
 
 
+def _agreed(
+    stated: tuple[int, ...] | None, # by the user
+    read: tuple[int, ...] | None, # off the call
+) -> tuple[int, ...] | None: # None: unknown
+    "The grid of a call. Raises `ValueError` where it is not the stated one."
+    if stated is None or read is None: return read or stated
+    if _long_sides(stated) == _long_sides(read): return stated
+    raise ValueError(
+        f"grid={stated}: the cells of this call lie on {read}; leave grid out to follow the calls")
+
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b2
+def _check_seams(
+    model: nn.Module,
+    layers: Sequence[str], # names of the switched ones
+):
+    "Raises `RuntimeError` where a layer was given another processor."
+    lost = [
+        name for name in layers
+        if not hasattr(getattr(model.get_submodule(name), "processor", None), "hilbert_seam")]
+    if not lost: return
+    raise RuntimeError(
+        f"{type(model).__name__} was switched, but {', '.join(lost)} got another processor "
+        "since (fuse_qkv_projections and set_attn_processor do that): call "
+        "use_hilbert_attention again, or use_dense_attention")
+
+# %% ../../nbs/14f_diffusion_transformers.ipynb #bd918806
 class Door:
     "What a model is called with: the grid of its cells, and the denoising step."
 
@@ -351,8 +369,11 @@ class Door:
         "Reads the grid and the step of a call."
         given = dict(zip(self.names, args)) | kwargs
         self.thread = None if torch.compiler.is_compiling() else get_ident()
-        self.check_seams(model)
-        self.grid = self.grid_of(model, given)
+        _check_seams(model, self.layers)
+        stated: Any = self.settings.grid
+        recorded = stated and torch.compiler.is_compiling()  # ids have no values in a graph
+        read = None if recorded else self.layout.grid(model.config, given)
+        self.grid = _agreed(stated, read)
         if not self.settings.counts_steps: return
         if in_backward() and self.step is not None: raise ValueError(_RUNS_AGAIN)
         if not torch.is_grad_enabled():
@@ -365,35 +386,10 @@ class Door:
                 "dense_steps and step_shift: denoising steps are counted under torch.no_grad(); "
                 "call model.train() to train, where every call is sparse")
 
-    def grid_of(
-        self,
-        model: Any,
-        given: Mapping[str, Any], # arguments of the call
-    ) -> tuple[int, ...] | None: # None: unknown
-        "The grid of a call. Raises `ValueError` where it is not the stated one."
-        stated = as_grid(self.settings.grid) if self.settings.grid else None
-        if stated and torch.compiler.is_compiling(): return stated  # ids are no numbers there
-        read = self.layout.grid(model.config, given)
-        if stated is None or read is None: return read or stated
-        if _long_sides(stated) == _long_sides(read): return stated
-        raise ValueError(
-            f"grid={stated}: the cells of this call lie on {read}; leave grid out to follow "
-            "the calls")
-
-    def check_seams(self, model: nn.Module):
-        "Raises `RuntimeError` where a switched layer was given another processor."
-        lost = [
-            name for name in self.layers
-            if not hasattr(_processor_of(model, name), "hilbert_seam")]
-        if not lost: return
-        raise RuntimeError(
-            f"{type(model).__name__} was switched, but {', '.join(lost)} got another processor "
-            "since (fuse_qkv_projections and set_attn_processor do that): call "
-            "use_hilbert_attention again, or use_dense_attention")
-
     def check_thread(self):
         "Raises `RuntimeError` where another thread has called the model meanwhile."
-        if torch.compiler.is_compiling() or self.thread in (None, get_ident()): return
+        if torch.compiler.is_compiling() or in_backward(): return
+        if self.thread in (None, get_ident()): return
         raise RuntimeError(
             "two threads call one switched model at the same time: grid and step are those of "
             "the last call, so give each thread a model of its own (copy.deepcopy)")
@@ -407,10 +403,9 @@ class Door:
 
     def now(self) -> int | None: # None: none are counted
         "The step of a layer's call; one that runs again is of a training."
-        if in_backward(): return None
         step = self.step
         self.check_thread()  # behind the reading: it was still ours
-        return step
+        return None if in_backward() else step
 
     def place(
         self,
@@ -418,7 +413,7 @@ class Door:
     ) -> tuple[int, ...]: # the grid of its cells
         "How they lie. Raises `ValueError` where that is unknown."
         grid = self.recalled(n) if in_backward() else self.grid
-        if not in_backward(): self.check_thread()
+        self.check_thread()
         if grid is None:
             raise ValueError(
                 "this call says nothing of how its tokens lie: give grid=(T, H, W) or (H, W)")
