@@ -344,6 +344,17 @@ def _check_seams(
         "since (fuse_qkv_projections and set_attn_processor do that): call "
         "use_hilbert_attention again, or use_dense_attention")
 
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b4
+def _check_thread(
+    entered: int | None, # the thread of the last call; None: of a graph
+):
+    "Raises `RuntimeError` where another thread has called the model meanwhile."
+    if entered is None or torch.compiler.is_compiling() or in_backward(): return
+    if entered == get_ident(): return
+    raise RuntimeError(
+        "two threads call one switched model at the same time: grid and step are those of "
+        "the last call, so give each thread a model of its own (copy.deepcopy)")
+
 # %% ../../nbs/14f_diffusion_transformers.ipynb #bd918806
 class Door:
     "What a model is called with: the grid of its cells, and the denoising step."
@@ -386,14 +397,6 @@ class Door:
                 "dense_steps and step_shift: denoising steps are counted under torch.no_grad(); "
                 "call model.train() to train, where every call is sparse")
 
-    def check_thread(self):
-        "Raises `RuntimeError` where another thread has called the model meanwhile."
-        if torch.compiler.is_compiling() or in_backward(): return
-        if self.thread in (None, get_ident()): return
-        raise RuntimeError(
-            "two threads call one switched model at the same time: grid and step are those of "
-            "the last call, so give each thread a model of its own (copy.deepcopy)")
-
     def count(self, time: float):
         "The number of a denoising step, from its timestep."
         if self.layout.rises: time = -time
@@ -404,7 +407,7 @@ class Door:
     def now(self) -> int | None: # None: none are counted
         "The step of a layer's call; one that runs again is of a training."
         step = self.step
-        self.check_thread()  # behind the reading: it was still ours
+        _check_thread(self.thread)  # behind the reading: it was still ours
         return None if in_backward() else step
 
     def place(
@@ -413,7 +416,7 @@ class Door:
     ) -> tuple[int, ...]: # the grid of its cells
         "How they lie. Raises `ValueError` where that is unknown."
         grid = self.recalled(n) if in_backward() else self.grid
-        self.check_thread()
+        _check_thread(self.thread)
         if grid is None:
             raise ValueError(
                 "this call says nothing of how its tokens lie: give grid=(T, H, W) or (H, W)")
