@@ -3,11 +3,13 @@
 import copy
 import math
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
 from dit_cases import CASES, WORDS, Masked, built, given, tiles_mask
+from torch.utils.checkpoint import checkpoint
 
 from hilbert_attn import curve_order, use_hilbert_attention
 from hilbert_attn.integrations import (
@@ -150,6 +152,8 @@ WAN, FLUX, QWEN = (
     "QwenImageTransformer2DModel",
 )
 VIDEO = QUICK[1]
+SD3, CHROMA = QUICK[2], "ChromaTransformer2DModel"
+MOCHI, LUMINA = "MochiTransformer3DModel", "Lumina2Transformer2DModel"
 
 
 @torch.no_grad()
@@ -170,6 +174,21 @@ def test_first_steps_stay_dense(diffusers):
             dense.append(change < 1e-9)
         assert dense == [True, True, True, True, False, False]
         assert calls(model) == [2 * (run + 1)] * 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name, times",
+    [(MOCHI, (0.0, 400.0, 800.0)), (LUMINA, (0.1, 0.5, 0.9))],
+)
+def test_steps_are_counted_where_timesteps_rise(diffusers, name, times):
+    "Two runs, each with one dense step."
+    model = use_hilbert_attention(built(diffusers, name), tiles=3, dense_steps=1)
+    inputs = given(name)
+    for time in times * 2:
+        inputs["timestep"] = torch.tensor([time]).double()
+        model(**inputs)
+    assert calls(model) == [4, 4]
 
 
 @torch.no_grad()
@@ -315,9 +334,109 @@ def test_a_layer_that_goes_on_without_us_is_named(diffusers):
     model = use_hilbert_attention(built(diffusers, WAN), tiles=3)
     model.blocks[1].attn1.set_processor(model.blocks[1].attn2.processor)
     with pytest.raises(
-        RuntimeError, match="blocks.1.attn1 ran without calling"
+        RuntimeError, match="blocks.1.attn1 got another processor"
     ):
         model(**given(WAN))
+
+
+@torch.no_grad()
+def test_processors_that_were_replaced_later_are_named(diffusers):
+    model = use_hilbert_attention(built(diffusers, SD3), tiles=3)
+    model(**given(SD3))
+    model.fuse_qkv_projections()
+    with pytest.raises(RuntimeError, match="blocks.0.attn, .* got another processor"):
+        model(**given(SD3))
+
+
+@torch.no_grad()
+def test_two_threads_at_once(diffusers):
+    "One thread after another is right; two at once are an error, not the grid of the other."
+    model = use_hilbert_attention(built(diffusers, WAN), tiles=3)
+    first, second = given(WAN, 0), given(WAN, 1)
+
+    def other(x):
+        with torch.no_grad(), ThreadPoolExecutor(1) as pool:
+            return pool.submit(torch.no_grad()(model), **x).result().sample
+
+    assert torch.equal(other(first), model(**first).sample)
+    meanwhile = []
+
+    def interrupt(layer, args):
+        handle.remove()
+        meanwhile.append(other(second))
+
+    handle = model.blocks[0].register_forward_pre_hook(interrupt)
+    with pytest.raises(RuntimeError, match="two threads"):
+        model(**first)
+    assert torch.equal(meanwhile[0], model(**second).sample)
+
+
+@torch.no_grad()
+def test_steps_are_counted_for_each_thread(diffusers):
+    "Two runs take turns; each has one dense step."
+    model = use_hilbert_attention(built(diffusers, WAN), tiles=3, dense_steps=1)
+    with ThreadPoolExecutor(1) as one, ThreadPoolExecutor(1) as two:
+        for time in (900.0, 600.0, 300.0):
+            inputs = given(WAN) | dict(timestep=torch.tensor([time]))
+            for pool in (one, two):
+                pool.submit(torch.no_grad()(model), **inputs).result()
+    assert calls(model) == [4, 4]
+
+
+def test_a_denoising_step_that_runs_again_is_refused(diffusers):
+    "A whole model under a checkpoint that records no gradients in the forward."
+    model = use_hilbert_attention(built(diffusers, WAN), tiles=3, dense_steps=1).train()
+    inputs = given(WAN)
+    x = inputs.pop("hidden_states").requires_grad_()
+    out = checkpoint(lambda x: model(x, **inputs).sample, x, use_reentrant=True)
+    with pytest.raises(ValueError, match="use_reentrant=False"):
+        out.sum().backward()
+    out = checkpoint(lambda x: model(x, **inputs).sample, x, use_reentrant=False)
+    out.sum().backward()
+    assert x.grad is not None
+
+
+def test_two_transformers_or_none(diffusers):
+    "Layers that only the first one has: neither is switched."
+    first = built(diffusers, WAN)
+    options = CASES[WAN].options | dict(num_layers=1)
+    second = diffusers.WanTransformer3DModel(**options)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.WanPipeline(None, None, None, scheduler, first, second)
+    with pytest.raises(ValueError, match="layers=1: none of the 1"):
+        use_hilbert_attention(pipe, tiles=2, layers=1)
+    assert not sites(first) and not first._forward_pre_hooks
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("grid", ((4, 4), (2, 12), (1, 6, 4)))
+def test_a_stated_grid_must_be_the_calls(diffusers, grid):
+    flux = use_hilbert_attention(built(diffusers, FLUX), tiles=3, grid=grid)
+    with pytest.raises(ValueError, match=r"grid=\(.*lie on \(1, 4, 6\)"):
+        flux(**given(FLUX))
+
+
+@torch.no_grad()
+def test_one_kernel_size_is_for_axes_with_cells(diffusers):
+    "A picture of Flux lies on (1, H, W)."
+    flux = built(diffusers, FLUX)
+    wanted = use_hilbert_attention(flux, kernel_size=(1, 3, 3))(**given(FLUX)).sample
+    assert torch.equal(use_hilbert_attention(flux, kernel_size=3)(**given(FLUX)).sample, wanted)
+
+
+@torch.no_grad()
+def test_masks_of_chroma(diffusers):
+    "A boolean one hides keys; one of numbers is added to the scores, and refused."
+    own, model = built(diffusers, CHROMA), built(diffusers, CHROMA)
+    use_hilbert_attention(model, tiles=1)
+    inputs = given(CHROMA)
+    mask = torch.ones(1, WORDS + 24, dtype=torch.bool)
+    mask[:, WORDS - 2 : WORDS] = False
+    wanted = own(**inputs, attention_mask=mask).sample
+    assert (model(**inputs, attention_mask=mask).sample - wanted).abs().max() < 1e-9
+    assert (model(**inputs).sample - wanted).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="expected a bool mask"):
+        model(**inputs, attention_mask=mask.double())
 
 
 def test_rules_for_layers(diffusers):
@@ -347,6 +466,11 @@ def test_rules_for_layers(diffusers):
         (dict(curve="peano"), "peano"),
         (dict(tiles=2, layers="attn"), "layers='attn': none of the 2"),
         (dict(tiles=2, layers=7), "layers=7: none of the 2"),
+        (dict(tiles=2, layers=[]), "none of the 2"),
+        (dict(tiles=2, layers=[0, 99]), "99 in it is none of the 2"),
+        (dict(tiles=2, layers=["blocks.0.*", "blokcs.1.attn1"]), "'blokcs.1.attn1' in it"),
+        (dict(tiles=2, tile_shift="a"), "tile_shift='a': must be a finite"),
+        (dict(tiles=2, layer_shift=math.nan), "layer_shift=nan: must be a finite"),
         (dict(tiles=2, dense_steps=-1), "-1"),
         (dict(tiles=2, layers={":": "dense"}), "all 2 layers are dense"),
         (dict(tiles=2, layers={"5": "dense"}), "no layer of a model that has 2"),
@@ -405,7 +529,7 @@ def test_grids_that_are_none(diffusers):
         built(diffusers, WAN), tiles=3, grid=(4, 4, 3)
     )
     with pytest.raises(
-        ValueError, match="24 tokens in a layer, but 48 cells"
+        ValueError, match=r"grid=\(4, 4, 3\): .* lie on \(2, 4, 3\)"
     ):
         wan(**given(WAN))
     lumina = use_hilbert_attention(
@@ -492,6 +616,21 @@ def test_every_pattern_with_a_text(pattern, size, text_first):
         strict=True,
     ):
         assert (a - b).abs().max() < 1e-9
+
+
+def test_masked_keys_may_hold_anything():
+    (q, k, v), keys, _ = joint_case("tiles", True)
+    hidden = ~keys[:, None, :, None]
+    call = dict(settings=DiTSettings(tiles=3), grid=(4, 6), text_first=True, key_mask=keys)
+    wanted = joint_attention(q, k, v, **call)
+    nan = (x.masked_fill(hidden, math.nan) for x in (k, v))
+    assert torch.equal(joint_attention(q, *nan, **call), wanted)
+
+
+def test_more_cells_than_tokens():
+    (q, k, v), _, _ = joint_case("tiles", True)
+    with pytest.raises(ValueError, match=r"grid=\(6, 6\): 36 cells, but q has only 29"):
+        joint_attention(q, k, v, DiTSettings(tiles=3), (6, 6))
 
 
 @pytest.mark.full

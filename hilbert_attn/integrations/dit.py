@@ -13,7 +13,9 @@ from copy import copy
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
-from math import prod
+from math import isfinite, prod
+from numbers import Real
+from threading import get_ident
 from types import FunctionType, SimpleNamespace
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calls import check_curve
-from ..common import whole_number
+from ..common import hide_masked, whole_number
 from ..backends import check_backend_name
 from ..curves import as_grid
 from ..local import (
@@ -93,6 +95,10 @@ def _check_fields(settings: "DiTSettings"):
     for name, least in (("tiles", 1), ("segment_size", 1), ("dense_steps", 0)):
         value = getattr(settings, name)
         if value is not None: whole_number(name, value, least)
+    for name in _SHIFTS:
+        value = getattr(settings, name)
+        if isinstance(value, Real) and isfinite(value): continue
+        raise ValueError(f"{name}={value!r}: must be a finite number of tiles")
     given = settings.pattern
     if len(given) > 1:
         raise ValueError(
@@ -127,6 +133,13 @@ def _settings_from(
             f"settings is a {type(settings).__name__}: diffusion transformers take DiTSettings")
     return settings
 
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b1
+def _long_sides(
+    grid: tuple[int, ...], # of the cells
+) -> tuple[int, ...]: # (1,) for one cell
+    "Without the axes of length 1, which say nothing of who is near."
+    return tuple(side for side in grid if side > 1) or (1,)
+
 # %% ../../nbs/14f_diffusion_transformers.ipynb #1b32b57a
 _BY_SIZE: dict[str, Callable] = {
     "segment_size": hilbert_window_attention, "window": hilbert_slide_attention,
@@ -148,7 +161,10 @@ def _cells_attention(
         return tiles_shared_attention(
             q, k, v, tiles=settings.tiles, offset=offset, grid=grid, **options)
     (name,) = settings.pattern
-    return _BY_SIZE[name](q, k, v, grid, getattr(settings, name), **options)
+    size = getattr(settings, name)
+    # One number is for every axis that has more than one cell: a picture is a video of one frame.
+    if name == "kernel_size" and isinstance(size, int): grid = _long_sides(grid)
+    return _BY_SIZE[name](q, k, v, grid, size, **options)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #9a67864a
 def _apart(
@@ -182,6 +198,8 @@ def joint_attention(
         _cells_attention, settings=settings, grid=grid, offset=offset, dropout_p=dropout_p,
         scale=scale)
     cells = prod(grid)
+    if cells > q.shape[2]:
+        raise ValueError(f"grid={grid}: {cells} cells, but q has only {q.shape[2]} tokens")
     if q.shape[2] == cells: return attend(q, k, v, key_mask=key_mask)
     apart = partial(_apart, cells=cells, text_first=text_first)
     (q_cells, q_text), (k_cells, k_text), (v_cells, v_text) = apart(q), apart(k), apart(v)
@@ -189,6 +207,7 @@ def joint_attention(
     if key_mask is not None:
         mask, rows = torch.cat(apart(key_mask, dim=1), 1), key_mask[:, None, None]
     out = attend(q_cells, k_cells, v_cells, registers=(k_text, v_text), key_mask=mask)
+    k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)  # a NaN there counts for nothing
     of_text = F.scaled_dot_product_attention(
         q_text, k, v, rows, dropout_p, scale=scale, enable_gqa=k.shape[1] != q.shape[1])
     return torch.cat([of_text, out] if text_first else [out, of_text], 2)
@@ -266,6 +285,8 @@ class Layout:
     grid: Callable[[Any, Mapping[str, Any]], tuple[int, ...] | None]
     layers: tuple[str, ...] # names of self-attention; * stands for anything
     text: str = "none" # "before" the cells, "after" them, "caption" (before, of any length)
+    pairs: bool = False # is the mask over keys handed on as (B, 1, N, N), times itself?
+    rises: bool = False # do timesteps rise while noise goes?
 
 
 _JOINT = ("transformer_blocks.*.attn", "single_transformer_blocks.*.attn")
@@ -273,7 +294,7 @@ _FIRST, _WAN = ("transformer_blocks.*.attn1",), ("blocks.*.attn1",)
 LAYOUTS = {
     "FluxTransformer2DModel": Layout(_ids_grid, _JOINT, "before"),
     "Flux2Transformer2DModel": Layout(_ids_grid, _JOINT, "before"),
-    "ChromaTransformer2DModel": Layout(_ids_grid, _JOINT, "before"),
+    "ChromaTransformer2DModel": Layout(_ids_grid, _JOINT, "before", pairs=True),
     "LongCatImageTransformer2DModel": Layout(_ids_grid, _JOINT, "before"),
     "OvisImageTransformer2DModel": Layout(_ids_grid, _JOINT, "before"),
     "QwenImageTransformer2DModel": Layout(_shapes_grid, _JOINT, "before"),
@@ -284,12 +305,55 @@ LAYOUTS = {
     "LTXVideoTransformer3DModel": Layout(_stated_grid, _FIRST),
     "SD3Transformer2DModel": Layout(latent_grid, ("transformer_blocks.*.attn*",), "after"),
     "CogVideoXTransformer3DModel": Layout(_cogvideox_grid, _FIRST, "before"),
-    "MochiTransformer3DModel": Layout(latent_grid, _FIRST, "after"),
-    "Lumina2Transformer2DModel": Layout(latent_grid, ("layers.*.attn",), "caption"),
+    "MochiTransformer3DModel": Layout(latent_grid, _FIRST, "after", rises=True),
+    "Lumina2Transformer2DModel": Layout(
+        latent_grid, ("layers.*.attn",), "caption", rises=True),
     "AuraFlowTransformer2DModel": Layout(
         latent_grid, ("joint_transformer_blocks.*.attn", _JOINT[1]), "before"),
     "UNetMotionModel": Layout(_frames_grid, ("*motion_modules.*.attn1", "*motion_modules.*.attn2")),
 }
+
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b3
+_RUNS_AGAIN = (
+    "gradient checkpointing runs a call again that was no sparse one: in the forward it counted "
+    "as a denoising step. Checkpoint with use_reentrant=False")
+
+
+def _agreed(
+    stated: tuple[int, ...] | None, # by the user
+    read: tuple[int, ...] | None, # off the call
+) -> tuple[int, ...] | None: # None: unknown
+    "The grid of a call. Raises `ValueError` where it is not the stated one."
+    if stated is None or read is None: return read or stated
+    if _long_sides(stated) == _long_sides(read): return stated
+    raise ValueError(
+        f"grid={stated}: the cells of this call lie on {read}; leave grid out to follow the calls")
+
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b2
+def _check_seams(
+    model: nn.Module,
+    layers: Sequence[str], # names of the switched ones
+):
+    "Raises `RuntimeError` where a layer was given another processor."
+    lost = [
+        name for name in layers
+        if not hasattr(getattr(model.get_submodule(name), "processor", None), "hilbert_seam")]
+    if not lost: return
+    raise RuntimeError(
+        f"{type(model).__name__} was switched, but {', '.join(lost)} got another processor "
+        "since (fuse_qkv_projections and set_attn_processor do that): call "
+        "use_hilbert_attention again, or use_dense_attention")
+
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b4
+def _check_thread(
+    entered: int | None, # the thread of the last call; None: of a graph
+):
+    "Raises `RuntimeError` where another thread has called the model meanwhile."
+    if entered is None or torch.compiler.is_compiling() or in_backward(): return
+    if entered == get_ident(): return
+    raise RuntimeError(
+        "two threads call one switched model at the same time: grid and step are those of "
+        "the last call, so give each thread a model of its own (copy.deepcopy)")
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #bd918806
 class Door:
@@ -300,26 +364,34 @@ class Door:
         model: nn.Module,
         layout: Layout,
         settings: DiTSettings,
+        layers: Sequence[str], # names of the switched ones
     ):
-        self.layout, self.settings = layout, settings
+        self.layout, self.settings, self.layers = layout, settings, tuple(layers)
         parameters = inspect.signature(type(model).forward).parameters
         self.names = tuple(parameters)[1:]
         self.grid: tuple[int, ...] | None = None
         self.seen: dict[int, set[tuple[int, ...]]] = {}
         self.step: int | None = None # None: none are counted
-        self.time: float | None = None
+        self.thread: int | None = None # of the last call; None: of a graph
+        self.runs: dict[int | None, tuple[int, float]] = {} # by thread: step, time
         model.register_forward_pre_hook(self.enter, with_kwargs=True)
 
     def enter(self, model: Any, args: tuple, kwargs: dict):
         "Reads the grid and the step of a call."
         given = dict(zip(self.names, args)) | kwargs
-        stated = self.settings.grid
-        self.grid = as_grid(stated) if stated else self.layout.grid(model.config, given)
+        self.thread = None if torch.compiler.is_compiling() else get_ident()
+        _check_seams(model, self.layers)
+        stated: Any = self.settings.grid
+        recorded = stated and torch.compiler.is_compiling()  # ids have no values in a graph
+        read = None if recorded else self.layout.grid(model.config, given)
+        self.grid = _agreed(stated, read)
         if not self.settings.counts_steps: return
+        if in_backward() and self.step is not None: raise ValueError(_RUNS_AGAIN)
         if not torch.is_grad_enabled():
             self.count(float(torch.as_tensor(given["timestep"]).max()))
             return
         self.step = None
+        self.runs.pop(self.thread, None)
         if not model.training:
             raise ValueError(
                 "dense_steps and step_shift: denoising steps are counted under torch.no_grad(); "
@@ -327,13 +399,16 @@ class Door:
 
     def count(self, time: float):
         "The number of a denoising step, from its timestep."
-        if self.step is None or self.time is None or time > self.time: self.step = 0
-        elif time < self.time: self.step += 1
-        self.time = time
+        if self.layout.rises: time = -time
+        step, last = self.runs.get(self.thread, (0, time))
+        self.step = 0 if time > last else step + (time < last)
+        self.runs[self.thread] = self.step, time
 
     def now(self) -> int | None: # None: none are counted
         "The step of a layer's call; one that runs again is of a training."
-        return None if in_backward() else self.step
+        step = self.step
+        _check_thread(self.thread)  # behind the reading: it was still ours
+        return None if in_backward() else step
 
     def place(
         self,
@@ -341,6 +416,7 @@ class Door:
     ) -> tuple[int, ...]: # the grid of its cells
         "How they lie. Raises `ValueError` where that is unknown."
         grid = self.recalled(n) if in_backward() else self.grid
+        _check_thread(self.thread)
         if grid is None:
             raise ValueError(
                 "this call says nothing of how its tokens lie: give grid=(T, H, W) or (H, W)")
@@ -354,23 +430,26 @@ class Door:
 
     def recalled(self, n: int) -> tuple[int, ...]:
         "The grid of a layer that runs again for its gradients. Raises `ValueError` if unsure."
-        if len(self.seen[n]) == 1: return next(iter(self.seen[n]))
+        seen = self.seen.get(n, set())
+        if not seen: raise ValueError(_RUNS_AGAIN)
+        if len(seen) == 1: return next(iter(seen))
         raise ValueError(
-            f"gradient checkpointing, and inputs of {n} tokens on {sorted(self.seen[n])}: which "
+            f"gradient checkpointing, and inputs of {n} tokens on {sorted(seen)}: which "
             "one runs again is unknown; use one of them, or no checkpointing")
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #2b26e2de
 def _key_mask(
     mask: Tensor | None, # as a processor hands it on
-    text: str, # of the layout
+    layout: Layout,
     shape: tuple[int, int], # (B, N)
 ) -> Tensor | None: # bool (B, N), True = attend
     "The keys that may be seen. Raises `ValueError` for a mask that differs between queries."
     if mask is None: return None
-    if text == "caption":
+    if layout.text == "caption":
         raise ValueError(
             "captions of different lengths in one batch: the cells begin elsewhere in each "
             "sample; give every caption the same length, or one sample at a time")
+    if layout.pairs and mask.ndim == 4: mask = mask.diagonal(dim1=2, dim2=3)[:, :, None]
     plain = mask[:, 0, 0] if mask.ndim == 4 and mask.shape[1:3] == (1, 1) else mask
     if mask.dtype == torch.bool and plain.ndim == 2 and plain.shape[1] == shape[1]:
         return plain.expand(shape)
@@ -427,13 +506,13 @@ class Seam:
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         "Attention along the curve. Raises `ValueError` for what it cannot follow."
         _check_options(options)
-        n, text = q.shape[2], self.door.layout.text
+        n, layout = q.shape[2], self.door.layout
         grid = self.door.place(n)
         self.site.mark()
         return joint_attention(
-            q, k, v, self.settings, grid, text_first=text in ("before", "caption"),
+            q, k, v, self.settings, grid, text_first=layout.text in ("before", "caption"),
             offset=self.settings.offset(prod(grid), self.layer, self.door.now() or 0),
-            key_mask=_key_mask(options.get("attn_mask"), text, (q.shape[0], n)),
+            key_mask=_key_mask(options.get("attn_mask"), layout, (q.shape[0], n)),
             dropout_p=options.get("dropout_p", 0.0), scale=options.get("scale"))
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #bf83830f
@@ -544,15 +623,19 @@ def _asked_for(
     layers: Mapping[str, Any], # name -> layer, in the order of the model
     which: str | int | slice | Sequence[str | int] | None, # names, numbers; None: all
 ) -> dict[str, Any]: # name -> layer
-    "The layers that a user asks for. Raises `ValueError` where there is none."
+    "The layers that a user asks for. Raises `ValueError` for an entry that means none."
     names = list(layers)
     several: Any = slice(None) if which is None else which
     if isinstance(several, (str, int, slice)): several = [several]
-    wanted = {name for one in several for name in _named(names, one)}
-    if wanted: return {name: layer for name, layer in layers.items() if name in wanted}
+    found = [_named(names, one) for one in several]
+    wanted = {name for some in found for name in some}
+    if found and all(found):
+        return {name: layer for name, layer in layers.items() if name in wanted}
+    empty = [one for one, some in zip(several, found, strict=True) if not some]
+    what = f"{empty[0]!r} in it is " if empty and several is which else ""
     known = f", {names[0]} to {names[-1]}" if names else ""
     raise ValueError(
-        f"layers={which!r}: none of the {len(names)} layers of self-attention{known}")
+        f"layers={which!r}: {what}none of the {len(names)} layers of self-attention{known}")
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0c0a2
 _OF_A_LAYER = (*_PATTERNS, "tile_shift", "curve", "backend")
@@ -604,18 +687,25 @@ def _parts(
     return found
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #1c16be0e
-def _switch(
+def _planned(
     model: nn.Module,
     settings: DiTSettings,
     which: Any, # layers
+) -> dict[str, DiTSettings]: # by name, of the layers to be switched
+    "What will be switched. Raises `ValueError` where that cannot be right; changes nothing."
+    return _each_layer(_self_attention(model, _layout_of(model)), settings, which)
+
+
+def _switch(
+    model: nn.Module,
+    settings: DiTSettings,
+    each: Mapping[str, DiTSettings], # by name, of the layers to be switched
 ):
-    "Switches one model. Raises `ValueError` where that cannot be right."
+    "Switches one model, as it was planned."
     layout = _layout_of(model)
-    layers = _self_attention(model, layout)
-    each = _each_layer(layers, settings, which)
-    layers = {name: layer for name, layer in layers.items() if name in each}
+    layers = {name: model.get_submodule(name) for name in each}
     use_dense_attention(model)
-    door = Door(model, layout, settings)
+    door = Door(model, layout, settings, list(layers))
     geometry = Geometry("sequence")
     switch = Switch(model, layers, dict.fromkeys(layers, geometry), type(model).__name__)
     for number, (name, layer) in enumerate(layers.items()):
@@ -649,9 +739,12 @@ def switch_diffusion(
     Raises `ValueError` where settings or model do not fit; the first forward raises `RuntimeError`
     where a layer goes on without us."""
     settings = _settings_from(settings, options)
-    for number, part in enumerate(_parts(model)):
-        # A second transformer takes over late: its first steps are not the first ones.
-        _switch(part, settings if number == 0 else replace(settings, dense_steps=0), layers)
+    parts = _parts(model)
+    # A second transformer takes over late: its first steps are not the first ones.
+    later = replace(settings, dense_steps=0)
+    each = [settings if number == 0 else later for number in range(len(parts))]
+    plans = [_planned(part, own, layers) for part, own in zip(parts, each, strict=True)]
+    for part, own, plan in zip(parts, each, plans, strict=True): _switch(part, own, plan)
     return model
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #4d54aca3
