@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import unit_stride
-from .operators import lse_dtype
+from .common import lse_dtype, unit_stride
 from .patterns import SegmentPattern
 from .reference import default_scale
 

@@ -19,8 +19,7 @@ from .blocks.lists import BlockLists, as_block_size
 from .blocks.planner import block_lists
 from .blocks.schedule import mask_lists
 from .calls import Call, check_call, check_order
-from .common import known_now
-from .operators import lse_dtype
+from .common import known_now, lse_dtype
 from .reference import masked_attention
 from .sdpa import KeptMask, attend_kept
 

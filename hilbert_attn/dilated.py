@@ -19,9 +19,9 @@ from torch import Tensor, cat
 from .backends import (
     REGISTRY, attend, choose_backend, computes, family_of, known_length, shortcut)
 from .calls import Call, check_call, check_curve, check_order, on_branches
-from .common import is_plain, whole_numbers
+from .common import is_plain, lse_dtype, whole_numbers
 from .curves import as_grid, curve_order
-from .operators import AttentionOperator, lse_dtype
+from .operators import AttentionOperator
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import merge_attention
 from .sdpa import attend_segments, attend_segments_backward

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .common import Cache
-from .operators import AttentionOperator, draw_seeds, lse_dtype
+from .common import Cache, lse_dtype
+from .operators import AttentionOperator, draw_seeds
 from .patterns import Lattice, Pattern, SegmentPattern, attention_mask
 from .reference import default_scale, masked_attention
 from .tiles import (

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import unit_stride
-from .operators import lse_dtype
+from .common import lse_dtype, unit_stride
 
 # %% ../nbs/05b_tiles.ipynb #9e4e1dab
 _aten_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
