@@ -104,6 +104,8 @@ def test_long_cells(head, length, long):
     ("#| exporti\nA = 1", False, True),
     ("#| exports\ndef f(): pass", True, False),
     ("#| export\nimport os\nfrom sys import path", False, False),
+    ("#| export\nimport os\nif TYPE_CHECKING: from sys import path", False, False),
+    ("#| export\nimport os\nif os: from sys import path", False, True),
     ("def f(): pass", False, False),
 ])
 def test_cells_that_nothing_introduces(text, after_prose, lacks):

@@ -128,8 +128,14 @@ def is_exported(cell: Source) -> bool:
 
 def lacks_prose(cell: Source) -> bool:
     "Exported, more than imports, and not at once behind the prose that says why it is there."
-    imports = all(isinstance(x, (ast.Import, ast.ImportFrom)) for x in cell.tree.body)
-    return is_exported(cell) and not imports and not cell.after_prose
+    if cell.after_prose or not is_exported(cell): return False
+    return not all(map(is_import, cell.tree.body))
+
+
+def is_import(statement: ast.stmt) -> bool:
+    "Or one for type checkers alone."
+    if isinstance(statement, ast.If): return ast.unparse(statement.test) == "TYPE_CHECKING"
+    return isinstance(statement, (ast.Import, ast.ImportFrom))
 
 
 def complaints(root: Path = ROOT) -> Counter:
