@@ -182,7 +182,7 @@ def _mask_lists(block_mask: Tensor, *rest) -> tuple[Tensor, ...]:
     return *found, *(x.flatten().to(torch.int32) for x in tokens)
 
 # %% ../../nbs/10e_block_schedule.ipynb #dd6ba435
-def _mask_lists_fake(block_mask, order, num_queries, num_keys, sizes, causal, curve):
+def _mask_lists_fake(block_mask, order, num_queries, num_keys, sizes, *_):
     "The same without numbers."
     *groups, nQ, nK = block_mask.shape
     def empty(*shape): return block_mask.new_empty(shape, dtype=torch.int32)
