@@ -426,8 +426,9 @@ def test_transforms_of_the_operators():
 
 
 def test_flops_of_the_operators():
-    x = operator_arguments()
-    pairs = SegmentPattern(20, 10, 2, "longnet", (0, 1)).pairs(2)
+    q, k, v, *rest = operator_arguments()
+    x = *(torch.cat([y, y]) for y in (q, k, v)), *rest
+    pairs = 2 * SegmentPattern(20, 10, 2, "longnet", (0, 1)).pairs(2)
     with FlopCounterMode(display=False) as forward: out = triton_forward(*x)[0]
     with FlopCounterMode(display=False) as backward: out.sum().backward()
     counts = forward.get_total_flops(), backward.get_total_flops()
