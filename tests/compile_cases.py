@@ -48,7 +48,7 @@ class Case:
             words += [f"axes{self.axes}", "x".join(map(str, self.block))]
         if t := self.tile:
             size = f"{t.block_m}x{t.block_n}w{t.num_warps}s{t.num_stages}"
-            words.append(size + "o" * t.overlap + "t" * t.tma)
+            words.append(size + "o" * t.overlap + "t" * t.tma + "p" * t.producer)
         return "-".join(words)
 
     def options(self, keys: int) -> dict:
@@ -177,6 +177,7 @@ def kernels_of_blocks() -> list[Case]:
 def choices(kernel: str, d: int, traits: tuple, order: bool, blocks: bool) -> list[Tile]:
     "What the tuner may take, the default first."
     words = ("blocks",) * blocks + ("order",) * order + tuple(TRAITS[t] for t in traits)
+    if kernel == "forward" and not words: words = "whole",
     work = Workload(kernel, d, 4096, (16, 16), torch.bfloat16, words, tma=not order)
     default = default_tile(kernel, d, torch.bfloat16, (9, 0), "HAS_DROPOUT" in traits)
     return work.candidates(default)[1:]

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -171,33 +172,52 @@ def test_gradients_of_small_groups(n, w, r, mode, traits):
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    "Names of kernels, in their order."
-    names, start = [], launch.start
+def launches(monkeypatch):
+    "Names of kernels, and what was known when they were compiled, in their order."
+    found, start = [], launch.start
 
-    def listen(kernel, *arguments, **constants):
-        names.append(kernel.fn.__name__)
-        return start(kernel, *arguments, **constants)
+    def listen(kernel, *arguments, S):
+        found.append((kernel.fn.__name__, S))
+        return start(kernel, *arguments, S=S)
 
     monkeypatch.setattr(launch, "start", listen)
-    return names
+    return found
+
+
+def names_of(launches): return [name for name, _ in launches]
 
 
 @pytest.mark.parametrize("mode", DILATION_MODES)
 @pytest.mark.parametrize("keys", [1, 16, 32, 33])
-def test_one_kernel_does_the_backward_of_small_groups(launched, mode, keys):
+def test_one_kernel_does_the_backward_of_small_groups(launches, mode, keys):
     most = 32 if steps.interpreted else 64
     pattern = SegmentPattern.for_heads(2 * keys, 1, 2 * keys, 2, mode)
     x = learning(heads([(1, 2 * keys)] * 3))
     Kernels.apply(*x, pattern, {}, None)[0].sum().backward()
     backward = ["_small_kernel"] if keys <= most else ["_dq_kernel", "_dkv_kernel"]
-    assert launched == ["_forward_kernel", *backward]
+    assert names_of(launches) == ["_forward_kernel", *backward]
 
 
-def test_tiles_of_two_kernels_mean_two_kernels(launched):
+@pytest.mark.parametrize("r, mode", [(1, "residue"), (2, "residue"), (2, "keys"), (2, "longnet")])
+def test_warps_that_only_load(launches, r, mode):
+    "Tiles of keys are whole, a tile of queries is cut off, heads have offsets of their own."
+    x, tile = heads([(2, 96), (1, 96), (1, 96)], dtype=torch.float16), Tile(32, 16, tma=True)
+    fields = 48 * r, r, mode, (0,) if mode == "residue" else (1, 0)
+
+    def attend(tile, **options): return attention_forward(*x, *fields, tile=tile, **options)
+
+    spared = replace(tile, producer=True)
+    poison(lambda: attend(spared))
+    assert same(attend(spared), attend(tile))
+    assert [S.PRODUCER for _, S in launches[-2:]] == [True, False]
+    attend(spared, causal=True)  # not every tile is attended by all
+    assert not launches[-1][1].PRODUCER
+
+
+def test_tiles_of_two_kernels_mean_two_kernels(launches):
     x = learning(heads([(1, 16)] * 3))
     Kernels.apply(*x, SegmentPattern(16, 16), {}, Tile(16, 16))[0].sum().backward()
-    assert launched == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
+    assert names_of(launches) == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
 
 
 def test_small_groups_of_gpus_fit_registers():
@@ -658,6 +678,7 @@ def test_candidates_are_those_that_nothing_spoils():
     assert not any(tile.overlap for tile in candidates("order", tma=True))
     for trait in ("dropout", "mask", "causal", "blocks"):
         assert len(candidates(trait, tma=True)) < len(described)
+    assert candidates("whole", tma=True) == [*described, *tuning.PRODUCERS]
     assert candidates("causal", kernel="dkv", tma=True) == [default]
 
 
