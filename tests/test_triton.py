@@ -214,6 +214,32 @@ def test_warps_that_only_load(launches, r, mode):
     assert not launches[-1][1].PRODUCER
 
 
+def spares_warps(capability=(9, 0), dtype=torch.bfloat16, d=64, w=1024, r=2, **options):
+    "Of a Hopper GPU, unless another is asked for."
+    q = torch.empty(1, 2, 4096, d, dtype=dtype, device="meta")
+    usual = dict.fromkeys(("order", "seed", "key_mask", "scale"))
+    usual |= dict(causal=False, dropout_p=0.0) | options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "capability", lambda device: capability)
+        return forward.SegmentCall(q, q, w, r, "residue", (0,), **usual).spares_warps(q)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(capability=(8, 0)), dict(capability=(10, 0)), dict(dtype=torch.float32), dict(d=32),
+    dict(w=1040), dict(w=4096, r=3), dict(causal=True), dict(dropout_p=0.1),
+    dict(key_mask=torch.ones(1, 4096, dtype=torch.bool)), dict(order=torch.arange(4096))])
+def test_warps_that_only_load_are_tried_for_whole_tiles_on_hopper(changes):
+    assert spares_warps() and spares_warps(d=128, w=512)
+    assert not spares_warps(**changes)
+
+
+def test_memory_for_descriptors_is_lent_for_one_launch():
+    from triton.runtime._allocation import _allocator
+    before = _allocator.get()
+    assert launch._with_memory(_allocator.get) is launch._memory
+    assert _allocator.get() is before
+
+
 def test_tiles_of_two_kernels_mean_two_kernels(launches):
     x = learning(heads([(1, 16)] * 3))
     Kernels.apply(*x, SegmentPattern(16, 16), {}, Tile(16, 16))[0].sum().backward()
