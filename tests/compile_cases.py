@@ -12,7 +12,7 @@ from gpu.compiling import Launch, recording
 
 from hilbert_attn.blocks.lists import lists_from_bounds
 from hilbert_attn.kernels import backward, block_sparse, forward
-from hilbert_attn.kernels.tuning import Tile, Workload, default_tile
+from hilbert_attn.kernels.tuning import PRODUCERS, Tile, Workload, default_tile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
           "fp64": torch.float64}
@@ -204,12 +204,19 @@ def may_describe(kernel: str, tile: Tile | None, traits: tuple) -> bool:
     return tile is None or not tile.tma or kernel == "dkv" or "HAS_KEY_MASK" not in traits
 
 
+def producers_of_other_modes() -> list[Case]:
+    return [Case("forward", 90, dtype, d, mode=mode, tile=tile)
+            for tile, (dtype, d, mode) in product(
+                PRODUCERS, (("bf16", 128, "keys"), ("fp16", 64, "longnet")))]
+
+
 def matrix() -> list[Case]:
     "All of it; most only where everything is tested."
     cases = kernels_of_segments() + small_groups() + kernels_of_blocks() + tiles_of_the_tuner()
+    cases += producers_of_other_modes()
     return list(dict.fromkeys(cases))
 
 
 def sampled(cases: list[Case]) -> list[Case]:
-    "One in thirty-one, which together hold every kernel, and every architecture."
-    return cases[::31]
+    "One in twenty-eight, which together hold every kernel, and a tile with a producer."
+    return cases[::28]

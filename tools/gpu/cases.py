@@ -62,13 +62,15 @@ def tile_cases(kinds=("segments", "blocks")) -> list[dict]:
     plain = [(*key, tile, False) for key, tiles in CANDIDATES.items() for tile in tiles]
     gathered = [(*key, tile, True) for key, tiles in GATHERED.items() for tile in tiles]
     spared = [("forward", d, tile, False) for d, tile in product((64, 128), PRODUCERS)]
-    found = []
+    found, spares_warps = [], [list(astuple(tile)) for tile in PRODUCERS]
     for kernel, d, tile, order in plain + gathered + spared:
         forced = dict(kernel=kernel, d=d, tile=list(astuple(tile)), heads=1, kv_heads=1)
         found.append(SEGMENTS | forced | dict(n=1024, w=512, r=2, order=order))
         curve = None if tile.tma else "hilbert"
         case = BLOCKS | forced | dict(pattern=["slide", 1000, 400], curve=curve)
         if case not in found and not tile.producer: found.append(case)
+    found += [case | dict(mode=mode) for case in found if case["tile"] in spares_warps
+              for mode in ("keys", "longnet")]
     return [case for case in found if ("blocks" if "pattern" in case else "segments") in kinds]
 
 
