@@ -51,6 +51,7 @@ from hilbert_attn.patterns import (
     TilesSharedPattern,
     WindowPattern,
     _axis_mask,
+    attention_mask,
 )
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
 
@@ -1018,6 +1019,41 @@ def test_from_flex_says_what_it_cannot():
     with pytest.raises(ValueError, match="as many keys"):
         BlockLists.from_flex(
             create_block_mask(MODS["causal"], None, None, 64, 32, device="cpu", BLOCK_SIZE=16))
+
+
+IMAGE = 24, 25  # 600 tokens: neither side of a block divides them
+ON_FLASH = {
+    "window": WindowPattern(IMAGE, (5, 8), (1, 2)),
+    "neighbourhood": NeighborhoodPattern(IMAGE, (9, 7), (2, 1), (True, False)),
+    "slide": SlidePattern(600, 91),
+    "tiles, shared": TilesSharedPattern(600, 3, 17, 70),
+    "segment": SegmentPattern(600, 500, 3),
+    "longnet": SegmentPattern(600, 200, 3, "longnet", (1,)),
+}
+
+
+@pytest.mark.parametrize("curve", (None, "hilbert"))
+@pytest.mark.parametrize("name", ON_FLASH)
+def test_blocks_of_flash_attention(name, curve):
+    "256 queries by 128 keys, as FlexAttention wants them on Blackwell."
+    pattern, causal = ON_FLASH[name], name in ("slide", "segment")
+    shape = IMAGE if name in ("window", "neighbourhood") else 600
+    if name == "tiles, shared": shape = 530  # the others stay where they are
+    order = curve_order(shape, curve) if curve else None
+    lists = block_lists(pattern, order=order, block_size=(256, 128), causal=causal)
+    q, k = lists.query_tokens().flatten(), lists.key_tokens().flatten()
+    expected = attention_mask(pattern, order=order, causal=causal).flatten(0, -3)[0]
+
+    flex, zero = lists.to_flex(), torch.tensor(0)
+    assert flex.BLOCK_SIZE == (256, 128) and len(q) % 256 == len(k) % 128 == 0
+    seen = flex.mask_mod(zero, zero, torch.arange(len(q))[:, None], torch.arange(len(k)))
+    there = q >= 0  # what other rows attend is dropped
+    assert torch.equal(seen[there], (expected[q[:, None], k] & (k >= 0))[there])
+    blocks = seen.view(-1, 256, len(k) // 128, 128).transpose(1, 2).flatten(2)
+    assert torch.equal(blocks.any(2), flex.to_dense()[0, 0] > 0)  # nothing else is visited
+    full = lists.kinds()[0] == 2
+    assert blocks[full].all() and flex.full_kv_num_blocks.sum() == full.sum()
+    assert flex.q_num_blocks is not None  # the backward walks columns
 
 
 @pytest.mark.parametrize("name", LISTS)
