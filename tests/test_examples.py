@@ -36,4 +36,8 @@ def test_video_dit(tmp_path):
 @pytest.mark.full
 def test_long_images(tmp_path):
     said = run("long_images.py", tmp_path)
-    assert said.count("right before") == 2 and "256 x 256, Hilbert: " in said
+    assert said.count("right before") == 3 and "256 x 256, Hilbert segments: " in said
+    out = tmp_path / "out" / "long_images"
+    found = json.loads((out / "results.json").read_text())["large"]
+    assert list(found) == ["dense", "Hilbert segments", "row segments"]
+    assert (out / "scenes.png").stat().st_size > 5000
