@@ -30,7 +30,10 @@ from hilbert_attn import use_hilbert_attention
 SMALL, LARGE, PATCH = 64, 256, 8
 CLUTTER = 5 # pieces of other digits on a canvas
 ARMS = { # settings of `use_hilbert_attention` at 256 x 256
-    "dense": None, "Hilbert segments": dict(curve="hilbert"), "row segments": dict(curve="row_major")}
+    "dense": None,
+    "Hilbert segments": dict(curve="hilbert"),
+    "row segments": dict(curve="row_major"),
+}
 
 
 class Scenes:

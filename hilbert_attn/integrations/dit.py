@@ -37,11 +37,11 @@ from ..schedule import LayerSchedule, Rules, schedule_from
 from .switch import (
     Geometry, Site, Switch, in_backward, register_switch, remove_hooks, remove_switch)
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #08e4ea74
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e011
 _PATTERNS = ("tiles", "segment_size", "window", "kernel_size")
 _SHIFTS = ("tile_shift", "layer_shift", "step_shift")
 
-
+# %% ../../nbs/14f_diffusion_transformers.ipynb #08e4ea74
 @dataclass(frozen=True)
 class DiTSettings(ModelSettings):
     "What self-attention among cells becomes. Raises `ValueError` for a field that does not fit."
@@ -592,11 +592,11 @@ class Reordering:
     ):
         self.door, self.way, self.curve = door, way, curve
         self.text_first = door.layout.text == "before"
-        modules = dict(model.named_modules())
         model.register_forward_pre_hook(self.enter, with_kwargs=True)
-        modules[way.into].register_forward_hook(self.go_in)
-        if way.rotary and way.rotary in modules: modules[way.rotary].register_forward_hook(self.turn)
-        modules[way.out].register_forward_pre_hook(self.come_out)
+        model.get_submodule(way.into).register_forward_hook(self.go_in)
+        model.get_submodule(way.out).register_forward_pre_hook(self.come_out)
+        if way.rotary and hasattr(model, way.rotary):
+            model.get_submodule(way.rotary).register_forward_hook(self.turn)
 
     def order(self, x: Tensor) -> Tensor: # (cells,)
         "Of the cells of this call, where `x` is. Raises `ValueError` where their grid is unknown."

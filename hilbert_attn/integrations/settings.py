@@ -165,26 +165,11 @@ class ModelSettings:
         if isinstance(rules, (list, tuple)): values = dict(values) | dict(layers=dict(rules))
         return cls(**values)
 
-# %% ../../nbs/14_integrations.ipynb #00ea94d5
-class _Meaning(ModelSettings):
-    "What the fields of `HilbertSettings` say together."
-    segment_lengths: int | Sequence[int] | None
-    dilation_rates: int | Sequence[int]
-    combine: str
-    dilation_mode: str
-    offsets: int | Sequence[int] | None
+# %% ../../nbs/14_integrations.ipynb #14a0f003
+class _Places(ModelSettings):
+    "How tokens lie, by the fields of `HilbertSettings`."
     grid: int | Sequence[int] | None
     curve: str | None
-
-    @property
-    def branches(self) -> tuple[list[int], list[int]]: # segment lengths and dilation rates
-        "One entry for each branch."
-        lengths, rates = self.segment_lengths, self.dilation_rates
-        if lengths is None: lengths = sys.maxsize
-        if isinstance(lengths, int): lengths = (lengths,)
-        if isinstance(rates, int):
-            rates = (rates,) * len(lengths)
-        return list(lengths), list(rates)
 
     @property
     def sides(self) -> tuple[int, ...]: # () without a grid
@@ -198,6 +183,25 @@ class _Meaning(ModelSettings):
         if curve == "auto":
             curve = None if self.grid is None else "hilbert"
         return None if curve == "row_major" else curve
+
+# %% ../../nbs/14_integrations.ipynb #00ea94d5
+class _Meaning(_Places):
+    "Who attends whom, by the fields of `HilbertSettings`."
+    segment_lengths: int | Sequence[int] | None
+    dilation_rates: int | Sequence[int]
+    combine: str
+    dilation_mode: str
+    offsets: int | Sequence[int] | None
+
+    @property
+    def branches(self) -> tuple[list[int], list[int]]: # segment lengths and dilation rates
+        "One entry for each branch."
+        lengths, rates = self.segment_lengths, self.dilation_rates
+        if lengths is None: lengths = sys.maxsize
+        if isinstance(lengths, int): lengths = (lengths,)
+        if isinstance(rates, int):
+            rates = (rates,) * len(lengths)
+        return list(lengths), list(rates)
 
     def pattern(self, cells: int, num_heads: int) -> DilatedPattern:
         "Who attends whom among the tokens behind the prefix, in curve positions."
