@@ -78,8 +78,10 @@ class DiTSettings(ModelSettings):
         step: int, # denoising step
     ) -> int: # in positions
         "Where the first tile starts."
-        tiles = self.tile_shift + layer * self.layer_shift + step * self.step_shift
-        return round(tiles * cells / (self.tiles or 1)) % cells
+        shift, tiles = self.tile_shift + layer * self.layer_shift, self.tiles or 1
+        start = round((shift + step * self.step_shift) * cells / tiles)
+        # where all are equally long, a shift by whole tiles changes nothing
+        return start % (cells if cells % tiles else cells // tiles)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #50c5bcb3
 def _plain_fields(
