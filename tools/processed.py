@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import nbformat
+import tables
 import yaml
 from nbdev.config import get_config
 from nbformat import NotebookNode
@@ -81,6 +82,15 @@ class Page:
                 if "text/markdown" in data:
                     data["text/markdown"] = convert(data["text/markdown"])
 
+    def each_table(self) -> None:
+        "Mend its tables, written, printed, and of pandas."
+        self.each_text(tables.mended_markdown)
+        for cell in self.notebook.cells:
+            for output in cell.get("outputs", []):
+                data = output.get("data", {})
+                if "text/html" in data:
+                    data["text/html"] = tables.mended(data["text/html"])
+
     def save(self) -> None:
         nbformat.write(self.notebook, self.path)
 
@@ -102,6 +112,7 @@ def finish(folder: Path) -> None:
         page.each_text(lambda text: links(text, pages))
         spare_mathjax(page)
         start_at_second_level(page)
+        page.each_table()
         page.notebook.cells = mended_cells(page)
     modules = exported_modules()
     for file, name in modules.items():
