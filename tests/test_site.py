@@ -2,6 +2,7 @@
 
 import re
 import statistics
+from html import unescape
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -80,6 +81,12 @@ class Link(NamedTuple):
 
 @pytest.fixture(scope="module")
 def links(pages) -> list[Link]:
+    found = all_links(pages)
+    assert len(found) > 500
+    return found
+
+
+def all_links(pages: Pages) -> list[Link]:
     found = []
     for name, cells in pages.items():
         text = INLINE.sub("", prose(cells))
@@ -87,7 +94,6 @@ def links(pages) -> list[Link]:
             found.append(Link(name, match[1], match[2], ""))
         for match in HTML_LINK.finditer(text):
             found.append(Link(name, "", match[1], match[0]))
-    assert len(found) > 500
     return found
 
 
@@ -124,8 +130,12 @@ def test_link_targets_exist(pages, links):
 
 def test_links_to_notebooks_as_files_are_marked(links):
     "Quarto takes them for links to pages otherwise, finds none, and fails."
+    check_downloads(links, len(exported()))
+
+
+def check_downloads(links: list[Link], count: int) -> None:
     downloads = [link for link in links if link.target.startswith("notebooks/")]
-    assert len(downloads) == len(exported())
+    assert len(downloads) == count
     assert all("data-noresolveinput" in link.tag for link in downloads)
 
 
@@ -158,8 +168,16 @@ def as_they_are(cells: list[dict]) -> list[str]:
 
 def test_markdown_that_is_shown_as_it_is_stands_alone(pages):
     "Without blank lines around it, Quarto runs it into the next table or picture."
-    shown = [text for cells in pages.values() for text in as_they_are(cells)]
+    shown = as_they_are_in(pages)
     assert len(shown) > 100
+    check_alone(shown)
+
+
+def as_they_are_in(pages: Pages) -> list[str]:
+    return [text for cells in pages.values() for text in as_they_are(cells)]
+
+
+def check_alone(shown: list[str]) -> None:
     for text in shown:
         assert re.fullmatch(r"\n\n\S.*\S\n\n", text, re.S), text[:400]
 
@@ -250,6 +268,112 @@ def lines(source: str) -> list[str]:
     return [line for line in kept if not line.startswith("# %% ")]
 
 
+# Each of these checks fails where the defect is that it is there for
+
+def planted(change) -> dict:
+    "A page in order, with a link to another, and what `change` makes of it."
+    def cell(kind, source, **more):
+        return dict(cell_type=kind, source=source, metadata={}, **more)
+
+    shown = [dict(output_type="stream", name="stdout", text="\n\n| a |\n| --- |\n\n")]
+    code = "#| output: asis\nprint(table)"
+    pages = {}
+    for name, title in (("00b_curves.ipynb", "Curves"), ("01_patterns.ipynb", "Patterns")):
+        head = f"---\ntitle: {title}\noutput-file: {title.lower()}.html\n---"
+        text = '## Order\n\n<a id="f" href="notebooks/00b_curves.ipynb" data-noresolveinput>get</a>'
+        text += "\n\n[Curves](00b_curves.ipynb#order) [f](#f)"
+        output = cell("code", code, outputs=[dict(shown[0])])
+        pages[name] = [cell("raw", head), cell("markdown", text), output]
+    change(pages["01_patterns.ipynb"])
+    return pages
+
+
+def in_text(old: str, new: str):
+    def change(cells):
+        cells[1]["source"] = cells[1]["source"].replace(old, new)
+
+    return change
+
+
+def run_into_the_next(cells):
+    cells[2]["outputs"][0]["text"] = cells[2]["outputs"][0]["text"].strip()
+
+
+def leave_empty(cells):
+    cells.insert(1, dict(cell_type="markdown", source="## Empty", metadata={}))
+
+
+DEFECTS = {
+    "a link that Quarto resolves": (in_text(" data-noresolveinput", ""), "marked"),
+    "a link to the published site": (
+        in_text("(00b_curves.ipynb", f"({PUBLISHED}/curves.html"), "published"),
+    "a link to a page that is gone": (in_text("(00b_curves", "(00b_gone"), "targets"),
+    "an anchor that is gone": (in_text("#order", "#_private"), "anchors"),
+    "a link that says a file's name": (in_text("[Curves]", "[00b_curves]"), "titles"),
+    "a table that runs into a plot": (run_into_the_next, "alone"),
+    "an empty section": (leave_empty, "empty"),
+}
+
+
+def verdicts(pages: Pages) -> dict[str, bool]:
+    "Which of the checks hold."
+    found = all_links(pages)
+    downloads = {link.page for link in found if link.target.startswith("notebooks/")}
+    checks = {
+        "published": lambda: test_no_link_between_pages_goes_around_by_the_published_site(found),
+        "targets": lambda: test_link_targets_exist(pages, found),
+        "anchors": lambda: test_anchors_exist(pages, found),
+        "titles": lambda: test_links_say_titles(pages, found),
+        "marked": lambda: check_downloads(found, len(downloads)),
+        "alone": lambda: check_alone(as_they_are_in(pages)),
+        "empty": lambda: test_no_section_is_empty(pages),
+    }
+    return {name: holds(check) for name, check in checks.items()}
+
+
+def holds(check) -> bool:
+    try:
+        check()
+    except AssertionError:
+        return False
+    return True
+
+
+def test_a_page_in_order_passes():
+    assert all(verdicts(planted(lambda cells: None)).values())
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_defect_is_noticed(defect):
+    change, check = DEFECTS[defect]
+    found = verdicts(planted(change))
+    assert [name for name, holds in found.items() if not holds] == [check]
+
+
+# Pictures
+
+
+def pictured(cells: list[dict]) -> list[tuple[str, str]]:
+    "The code that shows pictures, and what it says of them."
+    found = []
+    for cell in cells:
+        kinds = [kind for output in cell.get("outputs", []) for kind in output.get("data", {})]
+        if any(kind.startswith("image/") for kind in kinds):
+            source = joined(cell["source"])
+            alt = re.search(r"^#\| fig-(?:alt|cap): (.+)", source, re.M)
+            found.append((source, alt[1] if alt else ""))
+    return found
+
+
+def test_pictures_say_what_is_to_be_seen():
+    shown = {path.name: pictured(read_cells(path)) for path in NBS.glob("*.ipynb")}
+    alts = [alt for found in shown.values() for _, alt in found]
+    assert len(alts) > 60
+    for name, found in shown.items():
+        for source, alt in found:
+            assert len(alt.split()) >= 5, (name, source[:300])
+
+
 # What is built
 
 
@@ -300,6 +424,17 @@ def test_weight(site, html):
     assert size(site.rglob("*")) < 15.1e6  # 155 pages
     weights = [len(text.encode()) + size(loaded(site, text)) for text in html.values()]
     assert statistics.median(weights) < 300e3
+
+
+def test_pages_say_what_they_are(html, pages):
+    "To search engines, and where a link to them is shared."
+    for cells in pages.values():
+        told = front(cells)
+        text = html[told["output-file"]]
+        for name in ('name="description"', 'property="og:description"'):
+            content = re.search(rf'<meta {name} content="([^"]*)"', text)[1]
+            assert unescape(content) == told.get("description", content) and content
+        assert "/_static/card.png" in re.search('property="og:image" content="([^"]*)"', text)[1]
 
 
 def test_formulas_alone_load_mathjax(html):

@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 from html import unescape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urldefrag, urljoin
 
@@ -163,13 +164,93 @@ def test_notebook_page_has_figures_formulas_and_tables(server, open_page):
     assert "grid" in docments.first.inner_text()
 
 
-def test_search_finds_curve_order(server, open_page):
-    page = open_page("index")
+def test_search_from_any_page(server, open_page):
+    page = open_page("patterns")
     page.locator("input[name=q]").first.fill("curve_order")
     page.keyboard.press("Enter")
     page.wait_for_selector("#search-results li a")
-    found = targets(page.locator("#search-results li a"))
-    assert any("curves.html" in link for link in found)
+    assert found_pages(page)[0] == "curves"
+    page.locator("article input[name=q]").fill("nosuchword")
+    page.keyboard.press("Enter")
+    page.get_by_text("No page has “nosuchword”.").wait_for()
+
+
+SOUGHT = {  # the page that has to be among the first three; with *, the first
+    "Morton": "*curves",
+    "causal": "*patterns",
+    "key mask": "patterns",
+    "LongNet": "dilated",
+    "dilation": "patterns",
+    "neighborhood": "local",
+    "window": "local",
+    "zigzag": "ring_plan",
+    "block sparse": "*block_sparse",
+    "Triton": "triton_forward",
+    "backward": "triton_backward",
+    "benchmarks": "*benchmarks",
+    "explorer": "*explorer",
+    "memory": "*memory",
+    "point cloud": "*points",
+    "ViT": "vision",
+    "diffusers": "*diffusers",
+    "cross attention": "*cross",
+    "tolerance": "reference",
+    "glossary": "*notation",
+    "claims": "*claims_on_trial",
+    "hilbert_attention": "*backends",
+    "install": "*index",
+    "autotune": "tile_choice",
+}
+
+
+def found_pages(page) -> list[str]:
+    links = targets(page.locator("#search-results li a:first-child"))
+    return [link.removesuffix(".html") for link in links]
+
+
+def test_search(server, open_page):
+    page = open_page("search")
+    for words, expected in SOUGHT.items():
+        page.goto(f"{server}search.html?q={words}")
+        found = found_pages(page)[:3]
+        place = found[:1] if expected.startswith("*") else found
+        assert expected.lstrip("*") in place, (words, found)
+
+
+def test_a_site_in_files_works(browser):
+    "Without a server: pages, search, the explorer, the report; no complaint."
+    context, complaints = browser.new_context(), []
+    page = context.new_page()
+    listen(page, SITE.as_uri(), complaints)
+    for name in ("index", "curves", "explorer/index", "report/index"):
+        page.goto(f"{SITE.as_uri()}/{name}.html")
+        drawn(page)
+    page.goto(f"{SITE.as_uri()}/search.html?q=Morton")
+    assert found_pages(page)[0] == "curves"
+    context.close()
+    assert not complaints
+
+
+AXE = """async () => {
+    const found = await axe.run(document, {resultTypes: ["violations"]})
+    return found.violations.map(rule => [rule.id, rule.nodes.slice(0, 3).map(node => node.html)])
+}"""
+HEARD = ["index", "curves", "local", "claims_on_trial", "search", "explorer/index", "cli"]
+
+
+def test_pages_are_for_everybody(server, open_page):
+    "Nothing that axe finds, in either theme: every page in `make full`, else one of each kind."
+    axe = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js")
+    names = sorted(path.stem for path in SITE.glob("*.html")) if FULL else HEARD
+    found = {}
+    for scheme in ("light", "dark"):
+        page = open_page("index", 1400, color_scheme=scheme)
+        for name in names:
+            page.goto(f"{server}{name}.html")
+            page.add_script_tag(path=axe)
+            for rule, places in page.evaluate(AXE):
+                found.setdefault(rule, []).append((name, scheme, places))
+    assert not found
 
 
 def test_code_can_be_copied(server, open_page):
@@ -282,7 +363,8 @@ def test_every_page(server, open_page):
     for file in {target for target, _ in links} - {*site.anchors}:
         assert page.request.get(file).ok, file
     reached = {address.removeprefix(server) for address in site.anchors}
-    pages = [*SITE.glob("*.html"), *SITE.glob("explorer/*.html")]
+    folders = SITE, SITE / "explorer", SITE / "report"
+    pages = [path for folder in folders for path in folder.glob("*.html")]
     assert reached == {path.relative_to(SITE).as_posix() for path in pages}
 
 

@@ -6,6 +6,7 @@ and nothing is run but what nbdev needs to document the exported names.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -22,7 +23,11 @@ from nbformat import NotebookNode
 from notebook import NBS, ROOT, prepare, read
 
 SITE = ROOT / "_docs"
-STATIC = ["styles.css", "logo.svg", "site.js"]  # what every page loads
+STATIC = ["styles.css", "logo.svg", "card.png", "site.js", "search.js"]  # what pages load
+PLAYED = ["explorer", "report"]  # pages of their own
+MATHJAX = ["core.js", "input/tex.js", "output/chtml.js", "output/chtml/fonts/tex.js"]
+MATHJAX += ["a11y/assistive-mml.js"]
+UNUSED_FONTS = re.compile("Fraktur|SansSerif|Script|Typewriter|Calligraphic-Bold|Vector-Bold")
 
 
 def quarto(folder: Path) -> None:
@@ -46,7 +51,8 @@ def add_files(site: Path, notebooks: list[str]) -> None:
     for name in STATIC:
         shutil.copy(NBS / name, static)
     add_mathjax(static / "mathjax")
-    shutil.copytree(NBS / "explorer", site / "explorer", dirs_exist_ok=True)
+    for folder in PLAYED:
+        shutil.copytree(NBS / folder, site / folder, dirs_exist_ok=True)
     for name in notebooks:
         notebook = without_outputs(NBS / name)
         text = json.dumps(notebook, ensure_ascii=False, separators=(",", ":"))
@@ -63,12 +69,21 @@ def without_outputs(path: Path) -> NotebookNode:
 
 
 def add_mathjax(target: Path) -> None:
-    "One script and the fonts that it loads, instead of all that the package holds."
+    "What sets formulas on a page, with the fonts that TeX has: no menu, no speech, no other input."
     package = find_spec("sphinx-mathjax-offline").submodule_search_locations[0]
     source, fonts = Path(package) / "static" / "mathjax", "output/chtml/fonts/woff-v2"
+    loaded = json.dumps({"loader": {"load": [name.removesuffix(".js") for name in MATHJAX]}})
+    settings = f"MathJax = Object.assign({loaded}, window.MathJax);"
     target.mkdir(exist_ok=True)
-    shutil.copy(source / "tex-chtml.js", target)
-    shutil.copytree(source / fonts, target / fonts, dirs_exist_ok=True)
+    start = (source / "startup.js").read_text()
+    (target / "tex-chtml.js").write_text(f"{settings}\n{start}")
+    for name in MATHJAX:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / name, target / name)
+    (target / fonts).mkdir(parents=True, exist_ok=True)
+    for font in (source / fonts).iterdir():
+        if not UNUSED_FONTS.search(font.name):
+            shutil.copy(font, target / fonts)
 
 
 def main() -> None:
