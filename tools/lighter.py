@@ -18,7 +18,11 @@ UNUSED = {  # marks of Sphinx that nothing here looks at
     "<pre><span></span>": "<pre>",
     '<tr class="row-even">': "<tr>",
     '<tr class="row-odd">': "<tr>",
+    'class="docutils literal notranslate"': 'class="literal"',
+    "docutils container": "container",
+    " notranslate": "",
 }
+TOKEN = re.compile(r'<span class="(\w{1,3})">([^<]*)</span>')  # of code: most of all elements
 HEARD = {  # what a screen reader is told of the theme's parts
     'class="caption" role="heading"': 'class="caption"',
     '<aside class="sidebar-drawer"': '<aside aria-label="All pages" class="sidebar-drawer"',
@@ -43,6 +47,8 @@ UNREAD = """searchindex.js _static/documentation_options.js _static/doctools.js
     _static/sphinx_highlight.js _static/searchtools.js _static/language_data.js
     _static/english-stemmer.js _static/base-stemmer.js _static/debug.css _static/skeleton.css
     _static/file.png _static/minus.png _static/plus.png objects.inv""".split()
+PICTURE = re.compile(r"(?<=_images/)\w+\.(?:png|jpg)\b")
+QUALITY = 78  # of photos; drawings lose nothing
 SHOWS_NO_DIFFERENCE = 0.2  # of 255 levels, on average
 
 
@@ -50,6 +56,7 @@ def lighten(site: Path) -> None:
     themes, sources = {}, sorted(site.glob("module_*.html"))
     add_search(site / "search.html")
     write_index(site, SEARCH[0])
+    smaller = smaller_pictures(site / "_images")
     for path in site.glob("*.html"):
         text, symbols = without_theme_icons(path.read_text())
         themes |= symbols
@@ -57,10 +64,9 @@ def lighten(site: Path) -> None:
             text = NOTEBOOKS.sub(rf"\1{ALL_NOTEBOOKS}\2", text)
         else:
             text = without_modules(text, sources[0].name)
+        text = PICTURE.sub(lambda match: smaller.get(match[0], match[0]), text)
         path.write_text(lighter_page(text))
     (site / ICONS).write_text(icon_script("".join(themes.values())))
-    for path in site.rglob("*.png"):
-        lighten_picture(path)
     for path in [*site.rglob("*.map"), *(site / name for name in UNREAD)]:
         path.unlink(missing_ok=True)
 
@@ -79,6 +85,7 @@ def lighter_page(text: str) -> str:
         text = text.replace(given, better)
     text = NO_HEADER.sub("<td></td>", text)
     text = WORD.sub(r"\1", text)
+    text = TOKEN.sub(r"<i class=\1>\2</i>", text)
     return SPACE.sub(lambda match: match[1] or "\n", text)
 
 
@@ -106,6 +113,23 @@ def icon_script(symbols: str) -> str:
     "Puts symbols where the page's others are."
     code = json.dumps(re.sub(r"\s*\n\s*", " ", symbols))
     return f'document.querySelector("svg").insertAdjacentHTML("beforeend", {code})\n'
+
+
+def smaller_pictures(folder: Path) -> dict[str, str]:
+    "Pictures as WebP, where that is smaller: the names they had, and those that they have now."
+    found = {}
+    for path in [*folder.glob("*.png"), *folder.glob("*.jpg")]:
+        if path.suffix == ".png":
+            lighten_picture(path)
+        new = path.with_suffix(".webp")
+        lossless = path.suffix == ".png"
+        with Image.open(path) as picture:
+            picture.save(new, quality=QUALITY, lossless=lossless, method=6)
+        worse = new.stat().st_size >= path.stat().st_size
+        (new if worse else path).unlink()
+        if not worse:
+            found[path.name] = new.name
+    return found
 
 
 def lighten_picture(path: Path) -> None:

@@ -33,7 +33,7 @@ from notebook import (
     read,
 )
 from PIL import Image
-from pygments.token import Name, Operator, Punctuation, Text, Whitespace
+from pygments.token import Name, Operator, Punctuation, String, Text, Whitespace
 from sphinx.application import Sphinx
 
 COLORS = {"light": "#1c62b9", "dark": "#6aa9f4"}
@@ -52,6 +52,7 @@ PICTURES = {".png", ".svg", ".jpg", ".gif"}
 EXTENSIONS = "amsmath attrs_block attrs_inline colon_fence deflist dollarmath tasklist"
 UNKNOWN = re.compile(r"^:::+ *\{\..*|\{\{<.*|(?<![\w@])@(?:tbl|sec|lst)-.*", re.M)
 PLAIN = {Name, Name.Builtin.Pseudo, Operator, Punctuation, Whitespace}
+PLAIN |= {String.Affix, String.Interpol}
 Docs = dict[str, str]  # file name of a notebook -> name of its page
 
 
