@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+import sys
 from html import unescape
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +13,9 @@ from zipfile import ZipFile
 
 import pytest
 import yaml
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import weigh_site
 from built_site import (
     NBS,
     PROCESSED,
@@ -412,24 +416,21 @@ def test_pages_of_modules_are_no_part_of_it(html):
             assert not re.search('class="(next|prev)-page"', text)
 
 
-def loaded(site: Path, text: str) -> set[Path]:
-    "The files that a page loads; the fonts of formulas count as a whole."
-    sources = re.findall(r'<(?:script|img)[^>]* src="([^"]+)"', text)
-    sources += re.findall(r'<link rel="stylesheet"[^>]* href="([^"]+)"', text)
-    files = {site / re.split("[?#]", source)[0] for source in sources}
-    if any("mathjax" in source for source in sources):
-        files |= {*site.rglob("*.woff")}
-    return {file for file in files if file.is_file()}
+def test_weight(site):
+    "Of all files, and of pages with everything that they load."
+    found = weigh_site.weights(site)
+    assert found["total"] < 12e6
+    weights = {name: weight for name, weight in found["pages"].items()}
+    assert statistics.median(weights.values()) < 300e3
+    assert max(weights.values()) < 1.5e6
 
 
-def size(files) -> int:
-    return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def test_weight(site, html):
-    assert size(site.rglob("*")) < 15.1e6  # 155 pages
-    weights = [len(text.encode()) + size(loaded(site, text)) for text in html.values()]
-    assert statistics.median(weights) < 300e3
+def test_weights_are_stored(site):
+    "Before and after they were looked at; the newest stands near what is built."
+    stored = json.loads(weigh_site.STORED.read_text())
+    first, *_, last = stored
+    assert last["total"] < 0.85 * first["total"]
+    assert last["total"] == pytest.approx(weigh_site.weights(site)["total"], rel=0.1)
 
 
 def test_pages_say_what_they_are(html, pages):

@@ -153,6 +153,8 @@ def test_start_page(server, open_page):
     expected = {"api_by_topic.html", "benchmarks.html", "claims_on_trial.html"}
     assert {"#which-variant-when", *expected} <= {*look_up}
     assert "@software{hilbert_attn" in page.locator("section#citing pre").inner_text()
+    page.locator("a:has(> img[src*='still.'])").click()
+    page.frame_locator("iframe.explorer").locator("#grid").wait_for()
     follow(cards.get_by_text("Curves", exact=True))
     assert page.url.startswith(f"{server}curves.html")
 
@@ -379,6 +381,18 @@ def test_pages_on_other_screens(server, open_page, width, first):
         drawn(page)
         found[name] = faults(page, width, "dark")
     assert not {name: wrong for name, wrong in found.items() if wrong}
+
+
+def test_the_report_can_be_pointed_at(server, open_page):
+    "The stored page of the demo, in both themes: what a patch attends is drawn where it is."
+    for scheme in ("light", "dark"):
+        page = open_page("report/index", color_scheme=scheme)
+        before = page.locator(".readout").inner_text()
+        canvas = page.locator("canvas[data-view=look]").first
+        canvas.scroll_into_view_if_needed()
+        canvas.click(position={"x": 20, "y": 30})
+        assert page.locator(".readout").inner_text() != before
+        assert " ms" not in page.locator("main").inner_text()  # times are for the reader's machine
 
 
 def test_notebook_and_module_lead_to_each_other(server, open_page):

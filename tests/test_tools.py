@@ -331,6 +331,13 @@ def test_a_module_s_page_leads_to_all_notebooks():
     assert text == f'<div class="sidebar-tree">{source}'
 
 
+def test_tokens_of_code_have_short_marks():
+    line = '<span class="k">def</span> <span class="nf">f</span>'
+    assert lighter.lighter_page(line) == "<i class=k>def</i> <i class=nf>f</i>"
+    literal = '<span class="pre">x-y</span>'
+    assert lighter.lighter_page(literal) == literal
+
+
 def test_what_a_screen_reader_is_told():
     page = '<p class="caption" role="heading">A</p><th class="head text-right"><p></p></th>'
     assert lighter.lighter_page(page) == '<p class="caption">A</p><td></td>'

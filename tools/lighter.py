@@ -22,7 +22,7 @@ UNUSED = {  # marks of Sphinx that nothing here looks at
     "docutils container": "container",
     " notranslate": "",
 }
-TOKEN = re.compile(r'<span class="(\w{1,3})">([^<]*)</span>')  # of code: most of all elements
+TOKEN = re.compile(r'<span class="(?!pre)(\w{1,3})">([^<]*)</span>')  # of code
 HEARD = {  # what a screen reader is told of the theme's parts
     'class="caption" role="heading"': 'class="caption"',
     '<aside class="sidebar-drawer"': '<aside aria-label="All pages" class="sidebar-drawer"',

@@ -4,10 +4,13 @@ Without what it measures in time: that is for whoever runs `make demo`, on their
 """
 
 import re
+from base64 import b64decode, b64encode
+from io import BytesIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from notebook import NBS
+from PIL import Image
 
 from hilbert_attn.demo import run_demo
 
@@ -18,6 +21,8 @@ TIMED = re.compile(
     r"|<p>Time: .*?</p>\n",
     re.S,
 )
+FIRST = re.compile(r"data:image/webp;base64,([A-Za-z0-9+/=]+)")
+WIDTH = 360  # pixels
 HOME = '<p class="eyebrow"><a href="../index.html">hilbert_attn</a></p>'
 
 
@@ -29,7 +34,16 @@ def main() -> None:
     assert count == 4, f"{count} parts with times, of 4: see hilbert_attn/demo/body.html"
     target = NBS / "report" / "index.html"
     target.parent.mkdir(exist_ok=True)
+    page = FIRST.sub(lambda match: smaller(match[1]), page, count=1)
     target.write_text(page.replace('<p class="eyebrow">hilbert_attn</p>', HOME))
+
+
+def smaller(picture: str) -> str:
+    "The picture at the head of the page: it comes again below, in full."
+    with Image.open(BytesIO(b64decode(picture))) as opened:
+        opened.thumbnail((WIDTH, 2 * WIDTH))
+        opened.save(out := BytesIO(), "webp", quality=75)
+    return f"data:image/webp;base64,{b64encode(out.getvalue()).decode()}"
 
 
 if __name__ == "__main__":
