@@ -366,8 +366,8 @@ def pictured(cells: list[dict]) -> list[tuple[str, str]]:
         kinds = [kind for output in cell.get("outputs", []) for kind in output.get("data", {})]
         if any(kind.startswith("image/") for kind in kinds):
             source = joined(cell["source"])
-            alt = re.search(r"^#\| fig-(?:alt|cap): (.+)", source, re.M)
-            found.append((source, alt[1] if alt else ""))
+            alt = re.findall(r"^#\| fig-(?:alt|alt-\d|cap): (.+)", source, re.M)
+            found.append((source, " ".join(alt)))
     return found
 
 
@@ -378,6 +378,12 @@ def test_pictures_say_what_is_to_be_seen():
     for name, found in shown.items():
         for source, alt in found:
             assert len(alt.split()) >= 5, (name, source[:300])
+
+
+def test_alts_of_several_lines_are_one_for_the_renderers(pages):
+    alts = [alt for cells in pages.values() for _, alt in pictured(cells)]
+    assert max(map(len, alts)) > 100  # longer than a line of a notebook
+    assert not [name for name, cells in pages.items() if "#| fig-alt-2" in str(cells)]
 
 
 # What is built

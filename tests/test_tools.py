@@ -119,6 +119,11 @@ def test_anchors_are_those_of_pandoc():
     assert {title: notebook.slug(title) for title in titles} == titles
 
 
+def test_pictures_may_be_described_on_several_lines():
+    given, code = notebook.options("#| fig-alt: A curve,\n#| fig-alt-2: and a grid\nplot()")
+    assert given == {"fig-alt": "A curve, and a grid"} and code == "plot()"
+
+
 def test_cell_options():
     source = '#| echo: false\n#| fig-cap: "a: b"\nx = 1\n#| no option\n'
     expected = {"echo": False, "fig-cap": "a: b"}, "x = 1\n#| no option"

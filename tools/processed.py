@@ -31,6 +31,7 @@ from notebook import (
     plain_headings,
     read,
     slug,
+    whole_alts,
 )
 
 NAME_LINK = re.compile(r"\[(`[^`\n]+`)\]\(([\w.-]+\.ipynb)#([\w.]+)\)")
@@ -57,6 +58,9 @@ class Page:
             for cell in self.notebook.cells[1:]
             if not cell.source.startswith(WARNING)
         ]
+        for cell in self.notebook.cells[1:]:
+            if cell.cell_type == "code":
+                cell.source = whole_alts(cell.source)
         self.each_text(plain_headings)
         titles = [title for text in self.texts() for title in headings(text)]
         self.headings = {slug(title) for title in titles}
