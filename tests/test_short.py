@@ -50,6 +50,10 @@ FUNCTIONS = {
     "hilbert_slide": lambda *x, **o: hilbert_slide_attention(*x, GRID, 3, **o),
     "tiles_shared": lambda *x, **o: tiles_shared_attention(*x, tiles=4, shared=3, **o),
     "blocks": blocks,
+    "packed": lambda *x, **o: dilated_attention(
+        *x, [8, 16], [1, 2], cu_seqlens=[0, 20, 48], curve=None, **o),
+    "packed, heads": lambda *x, **o: dilated_attention(
+        *x, [8, 16], [1, 2], combine="heads", cu_seqlens=[0, 20, 48], curve=None, causal=True, **o),
     "points": lambda q, k, v, **o: point_attention(q, k, v, POINTS, patch_size=10, **o),
     "cross": lambda *x, **o: hilbert_cross_attention(*x, segment_size=10, key_curve="morton", **o),
 }
