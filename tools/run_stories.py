@@ -1,7 +1,8 @@
 """Runs the two long examples, and stores what they found: `python tools/run_stories.py`.
 
 With a name (video_dit, long_images), this one alone. Their pages in nbs/ read
-nbs/results/NAME.json, and show the pictures beside it. Each takes under ten minutes on two quiet cores."""
+nbs/results/NAME.json, and show the pictures beside it. Each takes under ten minutes on two
+quiet cores."""
 
 import argparse
 import json
