@@ -15,7 +15,7 @@ from torch import Tensor
 from .common import unit_stride
 from .operators import lse_dtype
 from .patterns import SegmentPattern
-from .reference import default_scale
+from .reference import Scores, score_rule
 
 # %% ../nbs/05_autograd.ipynb #7ecf737a
 @torch.library.custom_op("hilbert_attn::triton_forward", mutates_args=())
@@ -31,7 +31,7 @@ def triton_forward(
     mode: str, # "residue", "keys" or "longnet"
     offsets: Sequence[int], # one per query head, or one for all
     causal: bool, # key token index <= query token index
-    scale: float, # positive
+    scale: Sequence[float], # positive; or scale and cap
     dropout_p: float, # probability of dropping an attention weight
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "The operator `hilbert_attn::triton_forward`."
@@ -58,7 +58,7 @@ def triton_backward(
     mode: str, #
     offsets: Sequence[int], #
     causal: bool, #
-    scale: float, #
+    scale: Sequence[float], #
     dropout_p: float, #
 ) -> tuple[Tensor, Tensor, Tensor]: # dq (B, H, N, D), dk and dv (B, H_kv, N, D)
     "The operator `hilbert_attn::triton_backward`."
@@ -87,7 +87,7 @@ class HilbertAttentionFunction(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_mask: Tensor | None,
         seed: Tensor | None, segment_size: int, dilation_rate: int, mode: str,
-        offsets: Sequence[int], causal: bool, scale: float,
+        offsets: Sequence[int], causal: bool, scale: Sequence[float],
         dropout_p: float) -> tuple[Tensor, Tensor]:
         return triton_forward(
             q, k, v, order, key_mask, seed, segment_size, dilation_rate, mode, offsets, causal,
@@ -122,7 +122,7 @@ def triton_attention(
     causal: bool = False, # key token index <= query token index
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # of an attention weight; the seed comes from torch's generator
-    scale: float | None = None, # None is 1 / sqrt(D)
+    scale: float | Scores | None = None, # None is 1 / sqrt(D)
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N) float32 (float64 for float64)
     """Attention on the fused kernels, differentiable in q, k and v; a `RuntimeError` where
     Triton can't run."""
@@ -130,13 +130,15 @@ def triton_attention(
         raise ValueError(
             f"pattern={pattern!r}: the triton backend computes SegmentPattern only; "
             "block masks have their own kernels")
-    scale = default_scale(q) if scale is None else scale
-    if scale <= 0: q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    rule = score_rule(scale, q)
+    if rule.scale <= 0:
+        q, positive = (-q, -rule.scale) if rule.scale < 0 else (q * 0, 1.0)
+        rule = rule._replace(scale=positive)
     seed = None
     if dropout_p: seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device)
     return triton_forward(
         q, k, v, order, key_mask, seed, pattern.segment_size, pattern.dilation_rate, pattern.mode,
-        list(pattern.offsets), causal, scale, float(dropout_p))
+        list(pattern.offsets), causal, rule.numbers, float(dropout_p))
 
 # %% ../nbs/05_autograd.ipynb #ad694563
 class HybridAttentionFunction(torch.autograd.Function):
@@ -149,7 +151,7 @@ class HybridAttentionFunction(torch.autograd.Function):
             raise ValueError(
                 f"{sizes}, heads {q.shape[1]} and {k.shape[1]}: the hybrid needs r to divide w, "
                 "w to divide N, and as many key heads as query heads")
-        how = segment_size, dilation_rate, "residue", [0], False, scale, 0.0
+        how = segment_size, dilation_rate, "residue", [0], False, [scale], 0.0
         return triton_forward(q, k, v, order, None, None, *how)[:2]
 
     @staticmethod

@@ -549,6 +549,7 @@ def hilbert_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -560,7 +561,7 @@ def hilbert_attention(
     -inf. Raises `ValueError` for arguments that do not fit, and `RuntimeError` where a forced
     backend cannot run. Dilation as in LongNet (arXiv 2307.02486, section 3)."""
     call = check_call(q, k, v, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
-                      sink_logits=sink_logits, return_lse=return_lse)
+                      softcap=softcap, sink_logits=sink_logits, return_lse=return_lse)
     how = segment_size, dilation_rate, dilation_mode, offsets
     call = on_segments(call, *how, grid=grid, curve=curve, order=order)
     return call.result(*attend(call, backend))
@@ -647,6 +648,7 @@ class ExplainOptions(PatternOptions, total=False):
     segment_lengths: int | Sequence[int]
     dilation_rates: int | Sequence[int]
     combine: str
+    softcap: float | None
     sink_logits: Tensor | None
 
 # %% ../nbs/07_backends.ipynb #db2faf98

@@ -24,7 +24,7 @@ from .common import (
 from .curves import _parse_curve, as_grid, curve_order
 from .operators import draw_seeds, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
-from .reference import default_scale, with_sinks
+from .reference import Scores, score_rule, with_sinks
 
 # %% ../nbs/06b_calls.ipynb #0d9ec8b4
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -185,6 +185,13 @@ def check_scale(
     rule = "must be positive and finite, or None for 1 / sqrt(D); to turn the sign, negate q"
     raise ValueError(f"scale={scale}: {rule}")
 
+# %% ../nbs/06b_calls.ipynb #d2530ba7
+def _with_cap(call: "Call", softcap: Any) -> "Call":
+    "A `ValueError` for a cap that is not positive and finite."
+    if isfinite(_check_number("softcap", softcap)) and softcap > 0:
+        return replace(call, scale=Scores(call.rule.scale, float(softcap)))
+    raise ValueError(f"softcap={softcap}: must be positive and finite, or None for no cap")
+
 # %% ../nbs/06b_calls.ipynb #6bbd511e
 def check_curve(
     curve: str | None, # a name in `CURVES`, "tile:S", or None
@@ -213,7 +220,7 @@ class Call:
     v: Tensor # values (B, H_kv, M, D)
     key_mask: Tensor | None = None # bool (B, M), True = attend
     dropout_p: float = 0.0 # probability of dropping an attention weight
-    scale: float | None = None # None is 1 / sqrt(D)
+    scale: float | Scores | None = None # None is 1 / sqrt(D); with a cap, both
     causal: bool = False # key token index <= query token index
     need_lse: bool = True # False: None may stand in its place
     custom_backward: bool = True # False: derivatives are left to PyTorch
@@ -228,8 +235,10 @@ class Call:
     def sizes(self) -> tuple[int, int]: return self.q.shape[2], self.q.shape[1]  # N, H
 
     @property
-    def number(self) -> float: # the scale
-        return default_scale(self.q) if self.scale is None else float(self.scale)
+    def rule(self) -> Scores: return score_rule(self.scale, self.q)
+
+    @property
+    def numbers(self) -> list[float]: return self.rule.numbers # for operators
 
     @property
     def common(self) -> dict[str, Any]: # key_mask, dropout_p, scale
@@ -289,7 +298,7 @@ def _same_width(call: Call) -> Call:
     d, columns = call.q.shape[3], call.v.shape[3]
     def widened(x): return F.pad(x, (0, max(d, columns) - x.shape[3]))
     q, k, v = map(widened, (call.q, call.k, call.v))
-    return replace(call, q=q, k=k, v=v, scale=call.number, columns=columns)
+    return replace(call, q=q, k=k, v=v, scale=call.rule, columns=columns)
 
 # %% ../nbs/06b_calls.ipynb #40d84db1
 def _with_sinks(call: Call, sink_logits: Any) -> Call:
@@ -316,6 +325,7 @@ def check_call(
     key_mask: Tensor | None = None, # bool (B, M), True = attend
     dropout_p: float = 0.0, # at least 0, less than 1
     scale: float | None = None, # positive; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: as they are
     sink_logits: Tensor | None = None, # (H,), each a score in the sum of its head's weights
     causal: bool = False, # key token index <= query token index
     return_lse: bool = False, # is the log-sum-exp wanted?
@@ -330,6 +340,7 @@ def check_call(
     switches = true_or_false("causal", causal), true_or_false("return_lse", return_lse)
     fused = custom_backward and forward_ad._current_level < 0
     call = Call(q, k, v, key_mask, *numbers, *switches, fused)
+    if softcap is not None: call = _with_cap(call, softcap)
     if v.shape[3] != q.shape[3]: call = _same_width(call)
     return call if sink_logits is None else _with_sinks(call, sink_logits)
 

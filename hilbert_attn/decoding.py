@@ -16,7 +16,7 @@ from .calls import Call, check_call, check_order
 from .common import is_plain, whole_number
 from .curves import inverse_order
 from .patterns import SegmentPattern, SlidePattern
-from .reference import masked_attention
+from .reference import Scores, masked_attention
 from .sdpa import masked_sdpa
 
 # %% ../nbs/11d_decoding.ipynb #be1c8235
@@ -78,7 +78,7 @@ def _rows(x: Tensor, keys: Tensor) -> Tensor: # (B, H_kv, C, D), (B, G, M, K) ->
 
 # %% ../nbs/11d_decoding.ipynb #6f4bc780
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None, dropout_p: float,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | Scores | None, dropout_p: float,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | Any]: # out, lse or None
     "Dense attention of few queries; with an LSE it is written out, in the precision of sums."
@@ -93,7 +93,7 @@ def attend_keys(
     v: Tensor, # values (B, H_kv, C, D)
     table: KeyTable, # of rows of k and v
     *,
-    scale: float | None = None, # None is 1 / sqrt(D)
+    scale: float | Scores | None = None, # None is 1 / sqrt(D)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     need_lse: bool = True, # False: None in its place
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, M, D), lse (B, H, M) or None
@@ -221,6 +221,7 @@ def decode_attention(
     sinks: int = 0, # with a window: first positions of a text that stay in sight
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     return_lse: bool = False, # return the log-sum-exp too
 ) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, M, Dv), or (out, lse (B, H, M))
@@ -231,8 +232,8 @@ def decode_attention(
     window=(window, 0), sinks=sinks, curve=None)` does. Raises `ValueError` for arguments that do
     not fit."""
     call = check_call(
-        q, k, v, crossed=True, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, crossed=True, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, return_lse=return_lse)
     (batch, heads, few, _), room, device = call.q.shape, call.k.shape[2], call.q.device
     starts = _numbers("starts", starts, batch, device)
     lengths = _numbers("lengths", lengths, batch, device)

@@ -31,7 +31,7 @@ from .operators import AttentionOperator, lse_dtype
 from .patterns import (
     AxisPattern, Lattice, NeighborhoodPattern, SlidePattern, StretchPattern, TilesSharedPattern,
     WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)
-from .reference import masked_attention, reference_attention
+from .reference import Scores, masked_attention, reference_attention
 from .sdpa import masked_sdpa, sdpa_mask_attention
 from .tiles import (
     Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, rectangles,
@@ -472,7 +472,7 @@ def _local_forward(
     order: Tensor | None, # int64 (cells,)
     key_mask: Tensor | None, # bool (B, M)
     pattern: AxisPattern,
-    scale: float,
+    scale: Sequence[float], # and the cap, where there is one
     dropout: Dropout | None = None, # drops weights
 ) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE on the CPU, some tiles at a time."
@@ -502,7 +502,7 @@ def _local_backward(
     order: Tensor | None,
     key_mask: Tensor | None,
     pattern: AxisPattern,
-    scale: float,
+    scale: Sequence[float], # and the cap, where there is one
     dropout: Dropout | None = None, # that of the forward, from its beginning
 ) -> tuple[Tensor, Tensor, Tensor]: # dq, dk, dv
     "Gradients of q, k, v on the CPU, some tiles at a time."
@@ -529,7 +529,7 @@ _PATTERN = "str kind, SymInt[] numbers" # as `encode_pattern` writes one
 _decoded = lru_cache(maxsize=256)(decode_pattern)
 
 
-def _planned(seed: Tensor | None, kind: str, numbers, scale: float, dropout_p: float) -> tuple:
+def _planned(seed: Tensor | None, kind: str, numbers, scale: Sequence[float], dropout_p: float) -> tuple:
     "What the engine is given: pattern, scale, dropout."
     dropout = None if seed is None else Dropout(dropout_p, seed)
     return _decoded(kind, tuple(numbers)), scale, dropout
@@ -553,7 +553,7 @@ def _pairs_of(q: Tensor, k: Tensor, kind: str, numbers: Sequence[int]) -> int:
 
 _tiles_attention = AttentionOperator(
     "local", _forward_op, _backward_op, ["order", "key_mask", "seed"],
-    f"{_PATTERN}, float scale, float dropout_p",
+    f"{_PATTERN}, float[] scale, float dropout_p",
     pairs=lambda q, k, v, order, key_mask, seed, *rest: _pairs_of(q, k, *rest[:2]))
 
 # %% ../nbs/11_local.ipynb #f5a6ff5d
@@ -610,7 +610,7 @@ def _local_expression(
     key_mask: Tensor | None, # bool (B, M)
     pattern: AxisPattern,
     dropout_p: float,
-    scale: float | None, # None is 1 / sqrt(D)
+    scale: float | Scores | None, # None is 1 / sqrt(D)
     need_lse: bool, # True: sums are in float32, gradients too
 ) -> tuple[Tensor, Tensor | Any]: # out, lse
     "The tiles as plain differentiable PyTorch, on any device."
@@ -669,7 +669,7 @@ def sdpa_local(call: Call) -> tuple[Tensor, Tensor | Any]: # out, lse
     inputs = call.q, call.k, call.v, call.order, call.key_mask
     pattern = call.pattern.pattern
     if call.q.device.type in ("cpu", "meta") and call.custom_backward:
-        numbers = *encode_pattern(pattern), call.number, call.dropout_p
+        numbers = *encode_pattern(pattern), call.numbers, call.dropout_p
         return _tiles_attention(*inputs, call.seeds(), *numbers)
     need_lse = call.need_lse or not call.custom_backward
     return _local_expression(*inputs, pattern, call.dropout_p, call.scale, need_lse)
@@ -706,7 +706,7 @@ def _block_backward_op(
 
 _blocks_attention = AttentionOperator(
     "local_block", _block_forward_op, _block_backward_op, ["key_mask", "seed"],
-    f"{_PATTERN}, SymInt[] layout, str curve, float scale, float dropout_p",
+    f"{_PATTERN}, SymInt[] layout, str curve, float[] scale, float dropout_p",
     "CompositeExplicitAutograd",
     lambda q, k, v, key_mask, seed, *rest: _pairs_of(q, k, *rest[:2]))
 
@@ -729,7 +729,7 @@ def triton_local(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     layout = list(laid.grid), laid.curve or "row_major"
     return _blocks_attention(
         call.q, call.k, call.v, call.key_mask, call.seeds(),
-        *encode_pattern(laid.pattern), *layout, call.number, call.dropout_p)
+        *encode_pattern(laid.pattern), *layout, call.numbers, call.dropout_p)
 
 # %% ../nbs/11_local.ipynb #bb21de6d
 def _check_kind(name: str, x: Tensor, own: Tensor):
@@ -805,6 +805,7 @@ def window_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -815,8 +816,8 @@ def window_attention(
     The curve is *post-pattern*: the result is the same for all.
     Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
-        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, return_lse=return_lse)
     return _attend(call, WindowPattern(grid, window, shift), grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #91869de7
@@ -835,6 +836,7 @@ def neighborhood_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -845,8 +847,8 @@ def neighborhood_attention(
     as in the middle. The curve is *post-pattern*: the result is the same for all.
     Raises `ValueError` for arguments that do not fit, a kernel longer than a residue class."""
     call = check_with_registers(
-        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, return_lse=return_lse)
     pattern = NeighborhoodPattern(grid, kernel_size, dilation, causal)
     return _attend(call, pattern, grid, curve, backend)
 
@@ -864,6 +866,7 @@ def hilbert_window_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -873,8 +876,8 @@ def hilbert_window_attention(
     The curve is *global*: it changes the result.
     Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
-        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, return_lse=return_lse)
     window = whole_number("window", window, 1)
     if registers is not None:
         stretches = StretchPattern((call.q.shape[2],), (window,))
@@ -897,6 +900,7 @@ def hilbert_slide_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -907,8 +911,8 @@ def hilbert_slide_attention(
     is `window=(w - 1, 0), curve=None`; `sinks` are tokens at the start that stay in sight
     (arXiv 2309.17453). Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
-        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, return_lse=return_lse)
     return _attend(call, SlidePattern(call.q.shape[2], window, sinks), grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #00e14d86
@@ -927,6 +931,7 @@ def tiles_shared_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -936,8 +941,8 @@ def tiles_shared_attention(
     The curve is *global*: it changes the result.
     Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
-        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, return_lse=return_lse)
     pattern = TilesSharedPattern(call.q.shape[2], tiles, offset, shared)
     cells = prod(pattern.grid)
     if grid is not None and prod(as_grid(grid)) != cells:

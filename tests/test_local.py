@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from cases import layouts, placed, random_tensors, spoilt, upstream
+from cases import SCALES, as_options, layouts, placed, random_tensors, spoilt, upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling import examples
@@ -42,7 +42,7 @@ from hilbert_attn.patterns import (
     encode_pattern,
 )
 from hilbert_attn.points import PatchPattern
-from hilbert_attn.reference import assert_matches_oracle
+from hilbert_attn.reference import Scores, assert_matches_oracle
 
 try:
     from test_triton import DEVICE, poison
@@ -174,7 +174,7 @@ class LocalCase:
     key_mask: str # "none", "tokens" or "all"
     dtype: torch.dtype
     layout: str | tuple
-    scale: float | None
+    scale: float | Scores | None
     lse_grad: bool
     chunk: int
     key_cost: int
@@ -196,7 +196,8 @@ class LocalCase:
         return tiles_shared_keys(self.grid, o["tiles"], o["offset"], o["shared"], self.curve)
 
     def call(self, q, k, v, **more):
-        options = dict(self.options, curve=self.curve, scale=self.scale, return_lse=True, **more)
+        own = dict(curve=self.curve, return_lse=True, **as_options(self.scale))
+        options = dict(self.options, **own, **more)
         if self.name == "tiles_shared":
             return tiles_shared_attention(q, k, v, grid=self.grid, **options)
         if self.name == "neighborhood":
@@ -339,7 +340,7 @@ def local_cases(
         key_mask,
         draw(st.sampled_from(dtypes)),
         draw(layouts(key_mask != "none")),
-        draw(st.sampled_from((None, 0.3))),
+        draw(st.sampled_from(SCALES)),
         draw(st.booleans()),
         draw(st.sampled_from((1 << 20, 3000, 1))),
         draw(st.sampled_from((14, 2, 0))),
@@ -662,7 +663,7 @@ def test_opcheck(pattern, dtype):
     queries, others = random_inputs(n, (4,), 8, dtype), random_inputs(n + 1, (2, 2), 8, dtype)
     q, k, v = (x.requires_grad_() for x in (*queries, *others))
     order = curve_order(n - pattern.shared) if pattern.along_curve else None
-    settings = (*encode_pattern(pattern), 0.3, 0.0)
+    settings = (*encode_pattern(pattern), [0.3, 2.0], 0.0)
     args = (q, k, v, order, torch.ones(1, n + 1, dtype=torch.bool), None, *settings)
     opcheck(ops.local_forward.default, args, test_utils=FORWARD_CHECKS)
     out, lse = (x.detach() for x in ops.local_forward(*args))
@@ -681,7 +682,7 @@ def test_opcheck_blocks(pattern):
     inputs = *random_inputs(n, (2,)), *random_inputs(n + 1, (1, 1))
     q, k, v = (x.to(DEVICE).requires_grad_() for x in inputs)
     key_mask = torch.ones(1, n + 1, dtype=torch.bool, device=DEVICE)
-    settings = (*encode_pattern(pattern), list(pattern.grid), "hilbert", 0.3, 0.0)
+    settings = (*encode_pattern(pattern), list(pattern.grid), "hilbert", [0.3, 2.0], 0.0)
     args = (q, k, v, key_mask, None, *settings)
     opcheck(ops.local_block_forward.default, args, test_utils=FORWARD_CHECKS)
     out, lse = (x.detach() for x in ops.local_block_forward(*args))
