@@ -25,6 +25,7 @@ from .curves import _parse_curve, as_grid, curve_order
 from .operators import draw_seeds, lse_dtype
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import Scores, score_rule, with_sinks
+from .relative import relative_bias
 
 # %% ../nbs/06b_calls.ipynb #0d9ec8b4
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -230,6 +231,7 @@ class Call:
     columns: int | None = None # of the values, where zeros were put behind them; None: all
     sink_logits: Tensor | None = None # (H,), each a score in the sum of its head's weights
     only_out: bool = False # is the LSE needed here alone?
+    bias: Tensor | None = None # (H, differences of each axis), until it is known how tokens lie
 
     @property
     def sizes(self) -> tuple[int, int]: return self.q.shape[2], self.q.shape[1]  # N, H
@@ -262,12 +264,24 @@ class Call:
         "Takes a pattern, and the order that it is laid along. Raises `ValueError`."
         n, device = self.q.shape[2], self.q.device
         check_cells(grid, n)
+        self.lay_bias(n if grid is None else grid)
         check_curve(curve)
         if order is not None: order = check_order(order, n, device)
         elif not dense and curve not in (None, "row_major"):
             order = curve_order(n if grid is None else grid, curve, device)
         self.pattern, self.order = pattern, None if dense else order
         return self
+
+    def lay_bias(
+        self,
+        grid: int | Sequence[int], # how tokens lie
+        reach: Sequence[int] | None = None, # largest differences of a pair; None: any
+    ):
+        "Makes the bias part of the scores; its gradient is left to PyTorch. Raises `ValueError`."
+        if self.bias is None: return
+        (n, heads), keys, device = self.sizes, self.k.shape[2], self.q.device
+        bias = relative_bias(self.bias, grid, heads, device, keys - n, reach)
+        self.scale, self.custom_backward = self.rule._replace(bias=bias), False
 
     def hidden(self) -> "Call":
         "The same, with keys and values set to 0 where the key mask removes them."
@@ -326,6 +340,7 @@ def check_call(
     dropout_p: float = 0.0, # at least 0, less than 1
     scale: float | None = None, # positive; None is 1 / sqrt(D)
     softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: as they are
+    bias: Tensor | None = None, # (H, differences of each axis), for `Call.lay_bias`
     sink_logits: Tensor | None = None, # (H,), each a score in the sum of its head's weights
     causal: bool = False, # key token index <= query token index
     return_lse: bool = False, # is the log-sum-exp wanted?
@@ -339,7 +354,7 @@ def check_call(
     numbers = _check_dropout(dropout_p), check_scale(scale)
     switches = true_or_false("causal", causal), true_or_false("return_lse", return_lse)
     fused = custom_backward and forward_ad._current_level < 0
-    call = Call(q, k, v, key_mask, *numbers, *switches, fused)
+    call = Call(q, k, v, key_mask, *numbers, *switches, fused, bias=bias)
     if softcap is not None: call = _with_cap(call, softcap)
     if v.shape[3] != q.shape[3]: call = _same_width(call)
     return call if sink_logits is None else _with_sinks(call, sink_logits)

@@ -31,7 +31,8 @@ from .operators import AttentionOperator, lse_dtype
 from .patterns import (
     AxisPattern, Lattice, NeighborhoodPattern, SlidePattern, StretchPattern, TilesSharedPattern,
     WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)
-from .reference import Scores, masked_attention, reference_attention
+from .reference import (
+    Scores, masked_attention, reference_attention, score_rule)
 from .sdpa import masked_sdpa, sdpa_mask_attention
 from .tiles import (
     Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, rectangles,
@@ -601,6 +602,20 @@ def _pairs(mask: Tensor, keys: Tensor, key_mask: Tensor | None, group: int) -> T
     if key_mask is None: return mask
     return (mask & key_mask[:, keys[:, None]]).flatten(0, 1)[:, None]
 
+# %% ../nbs/11_local.ipynb #cfb5d7df
+def _rule_of(
+    pattern: AxisPattern, rule: Scores, rows: Tensor, columns: Tensor, sizes: tuple[int, int, int],
+) -> Scores:
+    "How the scores of a batch of tiles are made. Equal tiles of a grid have the same differences."
+    if rule.bias is None: return rule
+    (batch, heads, group), tiles = sizes, len(rows)
+    if not pattern.along_curve: rows, columns = rows[:1], columns[:1]
+    table, queries, keys, own = rule.bias
+    queries, keys = (x[:, None, None] for x in (queries[rows], keys[columns]))
+    bias = type(rule.bias)(table, queries, keys, own.view(heads, group, 1, 1))()
+    bias = bias.flatten(2, 3).expand(tiles, -1, -1, -1)  # (T, heads, group * P, J)
+    return rule._replace(bias=bias.expand(batch, *bias.shape).flatten(0, 1))
+
 # %% ../nbs/11_local.ipynb #f44103b8
 def _local_expression(
     q: Tensor, # (B, H, N, D)
@@ -620,7 +635,9 @@ def _local_expression(
         order, *encode_pattern(pattern), group, most, keys, q.device)
     outs: list[Tensor] = []
     lses: list[Tensor] = []
+    rule = score_rule(scale, q)
     for rows, columns, mask in zip(tiles[::3], tiles[1::3], tiles[2::3]):
+        scale = _rule_of(pattern, rule, rows, columns, (B, heads, group))
         batch = [_stack(x, i, heads) for x, i in ((q, rows), (k, columns), (v, columns))]
         mask = _pairs(mask, columns, key_mask, group)
         if need_lse:
@@ -778,11 +795,23 @@ def check_with_registers(
         key_mask = F.pad(key_mask, (0, count), value=True)
     return check_call(q, k, v, registers=count, key_mask=key_mask, **options)
 
+# %% ../nbs/11_local.ipynb #55dc01a4
+def _reach(pattern: AxisPattern) -> tuple[int, ...] | None: # of each axis; None: any
+    "How far from a query its keys may lie, in cells of the grid."
+    if pattern.along_curve: return None
+    spans = []
+    for axis in range(len(pattern.grid)):
+        _, first, last = pattern.axis_bounds(axis)
+        spans.append(int((last - first).max()))
+    steps = pattern.dilation or (1,) * len(spans)
+    return tuple(span * step for span, step in zip(spans, steps))
+
 # %% ../nbs/11_local.ipynb #0350c608
 def _attend(call: Call, pattern: AxisPattern, grid, curve: str | None, backend: str) -> Any:
     "Lays the pattern along the curve, where that matters, and runs the call."
     check_cells(grid, call.q.shape[2] - pattern.shared)
     check_curve(curve)
+    call.lay_bias(grid, _reach(pattern))
     laid = LocalPattern(pattern, as_grid(grid), curve, call.k.shape[2] - call.q.shape[2])
     order = None
     if pattern.along_curve and curve not in (None, "row_major"):
@@ -806,6 +835,7 @@ def window_attention(
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
+    bias: Tensor | None = None, # (H, 2 N - 1), or 2 h - 1, 2 w - 1 of a grid: added to scores
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -817,7 +847,7 @@ def window_attention(
     Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
         q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
-        sink_logits=sink_logits, return_lse=return_lse)
+        bias=bias, sink_logits=sink_logits, return_lse=return_lse)
     return _attend(call, WindowPattern(grid, window, shift), grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #91869de7
@@ -837,6 +867,7 @@ def neighborhood_attention(
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
+    bias: Tensor | None = None, # (H, 2 N - 1), or 2 h - 1, 2 w - 1 of a grid: added to scores
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -848,7 +879,7 @@ def neighborhood_attention(
     Raises `ValueError` for arguments that do not fit, a kernel longer than a residue class."""
     call = check_with_registers(
         q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
-        sink_logits=sink_logits, return_lse=return_lse)
+        bias=bias, sink_logits=sink_logits, return_lse=return_lse)
     pattern = NeighborhoodPattern(grid, kernel_size, dilation, causal)
     return _attend(call, pattern, grid, curve, backend)
 
@@ -867,6 +898,7 @@ def hilbert_window_attention(
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
+    bias: Tensor | None = None, # (H, 2 N - 1), or 2 h - 1, 2 w - 1 of a grid: added to scores
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -877,7 +909,7 @@ def hilbert_window_attention(
     Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
         q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
-        sink_logits=sink_logits, return_lse=return_lse)
+        bias=bias, sink_logits=sink_logits, return_lse=return_lse)
     window = whole_number("window", window, 1)
     if registers is not None:
         stretches = StretchPattern((call.q.shape[2],), (window,))
@@ -901,6 +933,7 @@ def hilbert_slide_attention(
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
     softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
+    bias: Tensor | None = None, # (H, 2 N - 1), or 2 h - 1, 2 w - 1 of a grid: added to scores
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -912,7 +945,7 @@ def hilbert_slide_attention(
     (arXiv 2309.17453). Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
         q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
-        sink_logits=sink_logits, return_lse=return_lse)
+        bias=bias, sink_logits=sink_logits, return_lse=return_lse)
     return _attend(call, SlidePattern(call.q.shape[2], window, sinks), grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #00e14d86

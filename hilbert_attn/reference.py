@@ -43,16 +43,25 @@ class Scores(NamedTuple):
     "How the scores of a softmax are made from q k."
     scale: float # what it is multiplied with
     softcap: float | None = None # then softcap * tanh(score / softcap); None: as it is
+    bias: Any = None # what is added last: a tensor (..., N, M), or what makes one; None: nothing
+
+    @property
+    def by_kernels(self) -> bool: return self.softcap is None and self.bias is None
 
     @property
     def numbers(self) -> list[float]: # scale, and the cap where there is one
         "As operators take it."
-        return [float(x) for x in self if x is not None]
+        return [float(x) for x in self[:2] if x is not None]
 
     def capped(self, scores: Tensor) -> Tensor:
         "Scaled scores, within the cap."
         if self.softcap is None: return scores
         return self.softcap * (scores / self.softcap).tanh()
+
+    def biased(self, scores: Tensor) -> Tensor:
+        "Scores with what is added to them."
+        if self.bias is None: return scores
+        return scores + (self.bias if isinstance(self.bias, Tensor) else self.bias())
 
 # %% ../nbs/02_reference.ipynb #bca38239
 def score_rule(
@@ -79,7 +88,7 @@ def masked_attention(
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         rule = score_rule(scale, q)
-        scores = rule.capped(q @ k.transpose(-2, -1) * rule.scale)
+        scores = rule.biased(rule.capped(q @ k.transpose(-2, -1) * rule.scale))
         if mask.dtype == torch.bool: scores = scores.masked_fill(~mask, -torch.inf)
         else: scores = scores + mask.to(q.dtype).log()
         empty = ~mask.any(-1).expand(scores.shape[:-1])
@@ -311,7 +320,7 @@ def _measured(
     def yardstick(q, k, v): return _sdpa_yardstick(q, k, v, mask, rule.scale)
     oracle = precise(rule)
     sdpa = _with_grads(yardstick, [_tidy(x) for x in (q, k, v)], upstream)
-    if rule.softcap is None: return oracle, sdpa
+    if rule.by_kernels: return oracle, sdpa
     plain = precise(Scores(rule.scale))  # SDPA has no cap: its errors without one are the measure
     return oracle, {name: x + (sdpa[name] - plain[name]) for name, x in oracle.items()}
 

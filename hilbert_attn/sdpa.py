@@ -60,10 +60,10 @@ def masked_sdpa(
     scale: float | Scores | None, # None is 1 / sqrt(D)
     dropout_p: float = 0.0, # probability of dropping an attention weight
 ) -> Tensor: # (B, H, N, D)
-    """SDPA with a mask; rows without keys give 0. SDPA has no forward-mode derivative and no cap:
-    there it is written out."""
+    """SDPA with a mask; rows without keys give 0. SDPA has no forward-mode derivative, no cap and
+    no bias: there it is written out."""
     rule = score_rule(scale, q)
-    if rule.softcap is not None:
+    if not rule.by_kernels:
         wide = [x.to(lse_dtype(q.dtype)) for x in (q, k, v)]
         return masked_attention(*wide, mask, rule, dropout_p)[0].to(q.dtype)
     if torch.autograd.forward_ad._current_level >= 0:
@@ -165,7 +165,7 @@ def attend_kept(
         with torch.autocast(kind, enabled=False):  # sums are in the precision of the LSE
             return attend_kept(q, k, v, kept, **options)
     rule = score_rule(scale, q)
-    if rule.softcap is None and _can_keep(q, key_mask):
+    if rule.by_kernels and _can_keep(q, key_mask):
         short = ShortCall(*kept.bias(q.dtype), rule.scale)
         out = short(q, k, v, dropout_p)
         if need_lse: return out, _lse(q, k, short.bias, short.empty, rule.scale)
@@ -558,6 +558,17 @@ _groups_attention = AttentionOperator(
     "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, "
     "float[] scale, float dropout_p", pairs=segment_pairs)
 
+# %% ../nbs/06_sdpa.ipynb #2d05b8c0
+def _rule_of(tile: _SegmentTile, rule: Scores, q: Tensor, k: Tensor) -> Scores:
+    "How the scores of a tile are made: its tokens bring their heads and numbers along."
+    if rule.bias is None: return rule
+    table, queries, keys, heads = rule.bias
+    heads = heads.view(-1, 1).expand(q.shape[:3])
+    given = [heads, queries.expand(q.shape[:3])], [keys.expand(k.shape[:3])]
+    (heads, queries), (keys,) = (
+        [x.to(torch.int64) for x in side] for side in tile.read(*given))
+    return rule._replace(bias=type(rule.bias)(table, queries, keys, heads[..., :1, None]))
+
 # %% ../nbs/06_sdpa.ipynb #1e9f55eb
 def _grouped_expression(
     q: Tensor, # (B, H, N, D)
@@ -574,14 +585,16 @@ def _grouped_expression(
     "The blocks as plain differentiable PyTorch, on any device."
     dtype, wide = q.dtype, lse_dtype(q.dtype)
     if need_lse: q, k, v = (x.to(wide) for x in (q, k, v))
-    nothing = (q.sum() + k.sum() + v.sum()).masked_fill(
+    rule = score_rule(scale, q)
+    inputs = (q, k, v) if rule.bias is None else (q, k, v, rule.bias.table)
+    nothing = sum(x.sum() for x in inputs).masked_fill(
         torch.ones((), dtype=torch.bool, device=q.device), 0)
     out = q.new_zeros(q.shape) + nothing  # gradients are 0, not missing, where no group exists
     lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide) + nothing
     tokens = torch.arange(q.shape[2], device=q.device) if order is None else order
     for tile in _tiles(q, k, pattern, tokens, key_mask, causal, q.dtype):
         (queries,), (keys, values) = tile.read([q], [k, v])
-        mask = tile.mask()
+        mask, scale = tile.mask(), _rule_of(tile, rule, q, k)
         if need_lse:
             part, part_lse = masked_attention(queries, keys, values, mask, scale, dropout_p)
             tile.write(lse, part_lse, lse)
