@@ -25,12 +25,12 @@ from .backends import attend, computes, shortcut
 from .blocks.planner import block_lists
 from .calls import (
     Call, autocast_inputs, check_call, check_cells, check_curve, on_segments)
-from .common import define_operator, whole_number
+from .common import define_operator
 from .curves import as_grid, curve_order, inverse_order
 from .operators import AttentionOperator, lse_dtype
 from .patterns import (
-    AxisPattern, Lattice, NeighborhoodPattern, SlidePattern, StretchPattern, TilesSharedPattern,
-    WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)
+    AxisPattern, Lattice, NeighborhoodPattern, OverlapPattern, SlidePattern, StretchPattern,
+    TilesSharedPattern, WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)
 from .reference import (
     Scores, masked_attention, reference_attention, score_rule)
 from .sdpa import masked_sdpa, sdpa_mask_attention
@@ -892,6 +892,8 @@ def hilbert_window_attention(
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
     window: int, # positions per window; the last one may be shorter
     *,
+    overlap: int = 0, # positions before a window that its queries see, too
+    causal: bool = False, # only positions at or before the query's; with curve=None, tokens
     curve: str | None = "hilbert", # decides which tokens share a window; None: token order
     registers: tuple[Tensor, Tensor] | None = None, # keys and values (B, H_kv, R, D) for all
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
@@ -905,12 +907,15 @@ def hilbert_window_attention(
 ) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D) in token order, or out and lse (B, H, N)
     """Attention inside stretches of `window` consecutive positions (arXiv 2511.05832).
 
-    The curve is *global*: it changes the result.
+    The curve is *global*: it changes the result. A decoder's segments without a cliff are
+    `causal=True, overlap=window, curve=None`: each token sees at least `window` tokens before it.
     Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
         q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
         bias=bias, sink_logits=sink_logits, return_lse=return_lse)
-    window = whole_number("window", window, 1)
+    pattern = OverlapPattern(call.q.shape[2], window, overlap, causal)
+    if pattern.overlap or pattern.causal: return _attend(call, pattern, grid, curve, backend)
+    window = pattern.window
     if registers is not None:
         stretches = StretchPattern((call.q.shape[2],), (window,))
         return _attend(call, stretches, grid, curve, backend)

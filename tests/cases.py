@@ -61,7 +61,8 @@ def layouts(draw, masked: bool = False):
 
 def as_options(scale):
     "A scale, or scale and cap, as public functions take them."
-    return scale._asdict() if isinstance(scale, Scores) else dict(scale=scale)
+    if not isinstance(scale, Scores): return dict(scale=scale)
+    return dict(scale=scale.scale, softcap=scale.softcap)
 
 
 def by_token(x): # (B, H, N, D), in memory (B, N, H, D)

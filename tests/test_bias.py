@@ -16,6 +16,7 @@ from hilbert_attn import (
     neighborhood_attention,
     window_attention,
 )
+from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import (
     NeighborhoodPattern,
     SegmentPattern,
@@ -24,7 +25,6 @@ from hilbert_attn.patterns import (
     WindowPattern,
     attention_mask,
 )
-from hilbert_attn.curves import curve_order
 from hilbert_attn.reference import Scores, assert_matches_oracle, masked_attention
 from hilbert_attn.relative import alibi_bias
 

@@ -234,8 +234,8 @@ def test_deterministic_compiled_and_known_to_opcheck():
     torch.testing.assert_close(
         results(torch.compile(run, fullgraph=True, backend="aot_eager")), first)
     options = (
-        None, None, None, [8, 37], [1, 3], [1, 2], "longnet", [0, 0, 0, 0, 0, 1, 2, 0], True, [0.25],
-        0.0)
+        None, None, None, [8, 37], [1, 3], [1, 2], "longnet", [0, 0, 0, 0, 0, 1, 2, 0], True,
+        [0.25], 0.0)
     for triton in (False, True):
         torch.library.opcheck(
             torch.ops.hilbert_attn.dilated_forward.default, (q, k, v, *options, triton))

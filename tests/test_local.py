@@ -35,6 +35,7 @@ from hilbert_attn.local import (
 from hilbert_attn.patterns import (
     AxisPattern,
     NeighborhoodPattern,
+    OverlapPattern,
     SlidePattern,
     StretchPattern,
     TilesSharedPattern,
@@ -102,13 +103,13 @@ def neighborhood_keys(grid, kernel, dilation, causal) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def hilbert_window_keys(grid, window, curve):
-    return torch.tensor(
-        [
-            [a // window == b // window for b in positions(grid, curve)]
-            for a in positions(grid, curve)
-        ]
-    )
+def hilbert_window_keys(grid, window, curve, overlap=0, causal=False):
+    def sees(a, b):
+        if causal and b > a: return False
+        begin = a // window * window
+        return a // window == b // window or begin - overlap <= b < begin
+    places = positions(grid, curve)
+    return torch.tensor([[sees(a, b) for b in places] for a in places])
 
 
 def hilbert_slide_keys(grid, window, curve, sinks=0):
@@ -190,7 +191,7 @@ class LocalCase:
         if self.name == "neighborhood":
             return neighborhood_keys(self.grid, o["kernel_size"], o["dilation"], o["causal"])
         if self.name == "hilbert_window":
-            return hilbert_window_keys(self.grid, o["window"], self.curve)
+            return hilbert_window_keys(self.grid, curve=self.curve, **o)
         if self.name == "hilbert_slide":
             return hilbert_slide_keys(self.grid, o["window"], self.curve, o.get("sinks", 0))
         return tiles_shared_keys(self.grid, o["tiles"], o["offset"], o["shared"], self.curve)
@@ -295,6 +296,8 @@ def local_options(draw, name: str, grid: tuple[int, ...]) -> dict:
         reach = st.integers(0, max(1, n // 3))
         after = draw(st.sampled_from((0, 1))) and draw(reach)
         options = dict(window=(draw(reach), after), sinks=draw(st.integers(0, 6)))
+    if name == "hilbert_window" and draw(st.booleans()):
+        options |= dict(overlap=draw(st.integers(0, n)), causal=draw(st.booleans()))
     return options
 
 
@@ -649,6 +652,8 @@ OPERATOR_CASES = [
     SlidePattern(13, (3, 0), 2),
     TilesSharedPattern(15, 3, 0, 2),
     StretchPattern(13, 4),
+    OverlapPattern(13, 4, 3),
+    OverlapPattern(13, 4, 4, True),
     PatchPattern(4, (7, 1, 5)),
 ]
 each_pattern = pytest.mark.parametrize("pattern", OPERATOR_CASES, ids=lambda p: type(p).__name__)
