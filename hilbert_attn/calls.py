@@ -179,9 +179,10 @@ def _check_dropout(dropout_p: Any) -> float:
 
 # %% ../nbs/06b_calls.ipynb #17795e2e
 def check_scale(
-    scale: float | None, # of the scores; None is 1 / sqrt(D)
-) -> float | None:
-    "A scale that is positive and finite, or None; a `ValueError` for others."
+    scale: float | Scores | None, # of the scores; None is 1 / sqrt(D)
+) -> float | Scores | None:
+    "A scale that is positive and finite, or None, or a rule; a `ValueError` for others."
+    if isinstance(scale, Scores): return scale
     if scale is None or isfinite(_check_number("scale", scale)) and scale > 0: return scale
     rule = "must be positive and finite, or None for 1 / sqrt(D); to turn the sign, negate q"
     raise ValueError(f"scale={scale}: {rule}")
