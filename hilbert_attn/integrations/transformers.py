@@ -557,14 +557,15 @@ def _needs_window(
 ) -> bool: # False: segments allow no more
     "Does a layer attend its own window? Raises `ValueError` for a pattern between the two."
     if window is None or n <= window: return False
-    lengths, rates = settings.branches
+    lengths, _ = settings.branches
     moved = settings.order_name is not None or settings.shift or settings.prefix_tokens
-    if not moved and lengths[0] >= n and max(rates) == 1: return True
+    if not moved and settings.segment_lengths is None: return True
     if not moved and max(lengths) <= window and not gone: return False
     raise ValueError(
         f"sliding_window={window} with {n} tokens and {settings.to_dict()}: a layer with a window "
         "can be dense, which leaves it its window, or have segments that are no longer, without "
-        "curve, shift and prefix, and with a cache that keeps all tokens")
+        "curve, shift and prefix, and with a cache that keeps all tokens; else use 'eager' or "
+        f"'sdpa', or at most {window} tokens")
 
 # %% ../../nbs/14c_transformers.ipynb #d26cdbca
 def _window_attention(
