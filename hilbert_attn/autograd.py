@@ -12,14 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import unit_stride
-from .operators import lse_dtype
+from .operators import AttentionOperator, draw_seeds
 from .patterns import SegmentPattern
 from .reference import Scores, score_rule
 
 # %% ../nbs/05_autograd.ipynb #7ecf737a
-@torch.library.custom_op("hilbert_attn::triton_forward", mutates_args=())
-def triton_forward(
+def _forward(
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
@@ -34,51 +32,51 @@ def triton_forward(
     scale: Sequence[float], # positive; or scale and cap
     dropout_p: float, # probability of dropping an attention weight
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
-    "The operator `hilbert_attn::triton_forward`."
+    "What the operator `hilbert_attn::triton_forward` computes."
     from hilbert_attn.kernels.forward import attention_forward
     return attention_forward(
         q, k, v, segment_size, dilation_rate, mode, tuple(offsets), order=order, key_mask=key_mask,
         causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
 # %% ../nbs/05_autograd.ipynb #ed6db758
-@torch.library.custom_op("hilbert_attn::triton_backward", mutates_args=())
-def triton_backward(
+def _backward(
+    dout: Tensor, # gradient of out (B, H, N, D)
+    dlse: Tensor | None, # gradient of lse (B, H, N); None is 0
     q: Tensor, # queries (B, H, N, D)
     k: Tensor, # keys (B, H_kv, N, D)
     v: Tensor, # values (B, H_kv, N, D)
     out: Tensor, # of the forward (B, H, N, D)
     lse: Tensor, # of the forward (B, H, N)
-    dout: Tensor, # gradient of out (B, H, N, D)
-    dlse: Tensor | None, # gradient of lse (B, H, N); None is 0
     order: Tensor | None, # from here on as in the forward
-    key_mask: Tensor | None, #
-    seed: Tensor | None, #
-    segment_size: int, #
-    dilation_rate: int, #
-    mode: str, #
-    offsets: Sequence[int], #
-    causal: bool, #
-    scale: Sequence[float], #
-    dropout_p: float, #
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    segment_size: int,
+    dilation_rate: int,
+    mode: str,
+    offsets: Sequence[int],
+    causal: bool,
+    scale: Sequence[float],
+    dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]: # dq (B, H, N, D), dk and dv (B, H_kv, N, D)
-    "The operator `hilbert_attn::triton_backward`."
+    "What the operator `hilbert_attn::triton_backward` computes."
     from hilbert_attn.kernels.backward import attention_backward
     return attention_backward(
         q, k, v, out, lse, dout, dlse, segment_size, dilation_rate, mode, tuple(offsets),
         order=order, key_mask=key_mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
 # %% ../nbs/05_autograd.ipynb #4c078954
-def _empty_like_rows(x: Tensor) -> Tensor:
-    return torch.empty_like(unit_stride(x))
+def _pairs(q: Tensor, k: Tensor, v: Tensor, order, key_mask, seed, *settings) -> int:
+    "Attended pairs, over batches and heads."
+    segment_size, dilation_rate, mode, offsets = settings[:4]
+    pattern = SegmentPattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
+    return q.shape[0] * pattern.pairs(q.shape[1])
 
-# %% ../nbs/05_autograd.ipynb #43adaa4a
-@triton_forward.register_fake
-def _(q, k, v, *args):
-    return _empty_like_rows(q), q.new_empty(q.shape[:-1], dtype=lse_dtype(q.dtype))
 
-# %% ../nbs/05_autograd.ipynb #df5386ab
-@triton_backward.register_fake
-def _(q, k, v, *args): return tuple(map(_empty_like_rows, (q, k, v)))
+_operator = AttentionOperator(
+    "triton", _forward, _backward, ["order", "key_mask", "seed"],
+    "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, "
+    "float[] scale, float dropout_p", "CompositeExplicitAutograd", _pairs)
+triton_forward, triton_backward = _operator.forward_op, _operator.backward_op
 
 # %% ../nbs/05_autograd.ipynb #3c4d32d3
 class HilbertAttentionFunction(torch.autograd.Function):
@@ -96,20 +94,15 @@ class HilbertAttentionFunction(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:6], *output)
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
         ctx.settings = inputs[6:]
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, order, key_mask, seed, out, lse = ctx.saved_tensors
         if dout is None and dlse is None: return (None,) * 13
-        if dout is None: dout = torch.zeros_like(out)
-        return *triton_backward(
-            q, k, v, out, lse, dout, dlse, order, key_mask, seed, *ctx.settings), *(None,) * 10
-
-
-triton_forward.register_autograd(
-    HilbertAttentionFunction.backward, setup_context=HilbertAttentionFunction.setup_context)
+        if dout is None: dout = torch.zeros_like(ctx.saved_tensors[3])
+        grads = triton_backward(dout, dlse, *ctx.saved_tensors, *ctx.settings)
+        return *grads, *(None,) * 10
 
 # %% ../nbs/05_autograd.ipynb #23a4540b
 def triton_attention(
@@ -134,9 +127,8 @@ def triton_attention(
     if rule.scale <= 0:
         q, positive = (-q, -rule.scale) if rule.scale < 0 else (q * 0, 1.0)
         rule = rule._replace(scale=positive)
-    seed = None
-    if dropout_p: seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device)
-    return triton_forward(
+    seed = draw_seeds(dropout_p, q.device)
+    return _operator(
         q, k, v, order, key_mask, seed, pattern.segment_size, pattern.dilation_rate, pattern.mode,
         list(pattern.offsets), causal, rule.numbers, float(dropout_p))
 

@@ -19,8 +19,7 @@ from .blocks.lists import BlockLists, as_block_size
 from .blocks.planner import block_lists
 from .blocks.schedule import mask_lists
 from .calls import Call, check_call, check_order
-from .common import known_now
-from .operators import lse_dtype
+from .common import known_now, lse_dtype
 from .reference import Scores, masked_attention
 from .sdpa import KeptMask, attend_kept
 
@@ -138,14 +137,11 @@ def _check_block_mask(block_mask: Tensor, size: tuple[int, int], q: Tensor, k: T
         f"expected bool on {q.device} of shape {kinds}, here {shapes}")
 
 # %% ../nbs/10f_block_sparse.ipynb #62b3a614
-def _lists_of_mask(
-    block_mask: Tensor, N: int, M: int, size: tuple[int, int], order: Tensor | None, causal: bool,
-) -> BlockLists:
-    "Block lists of a bool mask; one block for all is not much longer than the sequence."
-    if known_now(N):
-        rows, columns = (min(most, -(-n // 16) * 16) for n, most in zip((N, M), size))
-        size = rows, columns
-    return mask_lists(block_mask, N, M, size, order=order, causal=causal)
+def _cut(size: tuple[int, int], N: int, M: int) -> tuple[int, int]:
+    "A block size that is not much longer than the sequences."
+    if not known_now(N): return size
+    rows, columns = (min(most, -(-n // 16) * 16) for n, most in zip((N, M), size))
+    return rows, columns
 
 # %% ../nbs/10f_block_sparse.ipynb #62b3a615
 def _resolve_lists(
@@ -165,7 +161,8 @@ def _resolve_lists(
     size = as_block_size(block_size)
     _check_block_mask(block_mask, size, q, k)
     if order is not None: order = check_order(order, q.shape[2], q.device)
-    return _lists_of_mask(block_mask, q.shape[2], k.shape[2], size, order, causal)
+    N, M = q.shape[2], k.shape[2]
+    return mask_lists(block_mask, N, M, _cut(size, N, M), order=order, causal=causal)
 
 # %% ../nbs/10f_block_sparse.ipynb #2f44a9f3
 @shortcut

@@ -20,9 +20,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .common import (
-    Cache, define_operator, hide_masked, is_plain, known_now, true_or_false)
+    Cache, define_operator, hide_masked, is_plain, known_now, lse_dtype, true_or_false)
 from .curves import _parse_curve, as_grid, curve_order
-from .operators import draw_seeds, lse_dtype
+from .operators import draw_seeds
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import Scores, score_rule, with_sinks
 from .relative import relative_bias

@@ -19,9 +19,9 @@ from torch import Tensor, cat
 from .backends import (
     REGISTRY, attend, choose_backend, computes, family_of, known_length, shortcut)
 from .calls import Call, check_call, check_curve, check_order, on_branches
-from .common import is_plain, whole_numbers
+from .common import is_plain, lse_dtype, whole_numbers
 from .curves import as_grid, curve_order
-from .operators import AttentionOperator, lse_dtype
+from .operators import AttentionOperator
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import merge_attention
 from .sdpa import attend_segments, attend_segments_backward
@@ -256,8 +256,10 @@ def _documents(cu_seqlens: Tensor, n: int) -> Iterator[tuple[int, Any]]:
         if first < end: yield i, (first, end)
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a03
-def _rows_of(first: int, end: int, *tensors: Tensor | None) -> list: # as many
-    "The rows of a document: of (B, H, N, ...), or of a key mask (B, N)."
+def _rows_of(
+    first: int, end: int | None, *tensors: Tensor | None, # None: to the last
+) -> list: # as many
+    "Some rows: of (B, H, N, ...), or of a key mask (B, N)."
     return [x if x is None else x[:, first:end] if x.ndim == 2 else x[:, :, first:end]
             for x in tensors]
 
@@ -452,18 +454,12 @@ def _rectangles(q, k, key_mask, mixture: _Mixture, prefix: int, dtype) -> Iterat
     everything = own if causal else range(q.shape[2])
     yield from rectangles(q, k, own, everything, key_mask, dtype, causal)
 
-# %% ../nbs/08_dilated.ipynb #5f0c2b03
-def _behind(prefix: int, *tensors: Tensor | None) -> list: # as many
-    "The rows behind the prefix: of (B, H, N, ...), or of a key mask (B, N)."
-    return [x if x is None else x[:, prefix:] if x.ndim == 2 else x[:, :, prefix:]
-            for x in tensors]
-
 # %% ../nbs/08_dilated.ipynb #5f0c2b04
 def _prefix_forward(q, k, v, order, key_mask, seeds, *settings) -> tuple[Tensor, Tensor]:
     *others, prefix = settings
     mixture, lse = _Mixture(*others), new_lse(q)
     out = torch.zeros_like(q, dtype=lse.dtype)
-    *cells, seen = _behind(prefix, q, k, v, key_mask)
+    *cells, seen = _rows_of(prefix, None, q, k, v, key_mask)
     order = mixture.where(cells[0], order)
     given: Any = *cells, order, seen, seeds, mixture
     results = _forward_on_tiles(*given)
@@ -479,7 +475,7 @@ def _prefix_backward(
     *others, prefix = settings
     mixture = _Mixture(*others)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
-    *cells, seen = _behind(prefix, dout, dlse, q, k, v, out, lse, key_mask)
+    *cells, seen = _rows_of(prefix, None, dout, dlse, q, k, v, out, lse, key_mask)
     given: Any = *cells, order, seen, seeds, mixture
     shares = _shares(*given)
     for x, part in zip(grads, shares): x[:, :, prefix:] = part
@@ -494,7 +490,7 @@ def _prefix_backward(
 def _prefix_pairs(q, k, v, order, key_mask, seeds, *settings) -> int:
     "Attended pairs, over batches and heads."
     *others, prefix = settings
-    n, (cells,) = q.shape[2], _behind(prefix, q)
+    n, (cells,) = q.shape[2], _rows_of(prefix, None, q)
     own = _mixture_pairs(cells, k, v, order, key_mask, seeds, *others)
     return own + q.shape[0] * q.shape[1] * prefix * (2 * n - prefix)
 

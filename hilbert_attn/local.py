@@ -25,9 +25,9 @@ from .backends import attend, computes, shortcut
 from .blocks.planner import block_lists
 from .calls import (
     Call, autocast_inputs, check_call, check_cells, check_curve, on_segments)
-from .common import define_operator
+from .common import define_operator, lse_dtype
 from .curves import as_grid, curve_order, inverse_order
-from .operators import AttentionOperator, lse_dtype
+from .operators import AttentionOperator
 from .patterns import (
     AxisPattern, Lattice, NeighborhoodPattern, OverlapPattern, SlidePattern, StretchPattern,
     TilesSharedPattern, WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)

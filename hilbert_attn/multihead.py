@@ -6,7 +6,7 @@
 __all__ = ['is_causal_mask', 'attended_keys', 'MultiheadDilatedAttention', 'DilatedSelfAttention', 'SelfAttentionOptions']
 
 # %% ../nbs/12c_multihead.ipynb #12c0a004
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
 import torch
@@ -122,7 +122,19 @@ class _Projections(nn.Module):
             parts = [F.linear(x, w, b) for x, w, b in given]
         return [x.unflatten(-1, (self.num_heads, -1)) for x in parts]
 
-# %% ../nbs/12c_multihead.ipynb #12c0a013
+# %% ../nbs/12c_multihead.ipynb #34ae9c25
+def _attention_inside(
+    attention: nn.Module | None, # that was given
+    branches: tuple, # segment lengths, dilation rates, dropout
+    options: Mapping[str, Any], # of `DilatedAttention`
+) -> nn.Module: # q, k, v (B, N, H, D) to (B, N, H, D)
+    "What attends between the projections. Raises `ValueError`."
+    if attention is None: return DilatedAttention(*branches, **options)
+    if not options: return attention
+    given = ", ".join(options)
+    raise ValueError(f"attention is given, and so are {given}: these belong to it")
+
+# %% ../nbs/12c_multihead.ipynb #0e34fd3c
 _NO_WEIGHTS = ("need_weights=True: attention weights are never formed here; leave it out, "
                "or use nn.MultiheadAttention to look at them")
 
@@ -162,12 +174,8 @@ class MultiheadDilatedAttention(_Projections):
         self.head_dim = _head_dim(self.embed_dim, self.num_heads)
         switches = dict(add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn)
         _refuse_foreign_keys(self.embed_dim, dict(kdim=kdim, vdim=vdim), switches)
-        if attention is None:
-            attention = DilatedAttention(segment_lengths, dilation_rates, dropout, **options)
-        elif options:
-            given = ", ".join(options)
-            raise ValueError(f"attention is given, and so are {given}: these belong to it")
-        self.attention = attention
+        branches = segment_lengths, dilation_rates, dropout
+        self.attention = _attention_inside(attention, branches, options)
         self.batch_first = true_or_false("batch_first", batch_first)
         self._make_projections(true_or_false("bias", bias), device, dtype)
 

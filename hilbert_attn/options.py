@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 # %% ../nbs/00_options.ipynb #0d10a005
 CurveName = Literal["row_major", "snake", "tile", "morton", "hilbert"]
-Curve = CurveName | str # or "tile:S", with tiles S wide
+Curve = CurveName | str # or "tile:S", with tiles S wide; "-trans" behind it: transposed
 
 # %% ../nbs/00_options.ipynb #0d10a006
 Mode = Literal["residue", "keys", "longnet"] # which positions are queries and keys

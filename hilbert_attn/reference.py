@@ -15,21 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .common import lse_dtype
 from .curves import curve_order
 from .patterns import Pattern, SegmentPattern, attention_mask
-
-# %% ../nbs/02_reference.ipynb #b6c0cc7e
-class CallOptions(TypedDict, total=False):
-    "What every attention function takes by name; its signature says what each means."
-    key_mask: Tensor | None
-    dropout_p: float
-    scale: float | None
-
-
-class PatternOptions(CallOptions, total=False):
-    "The same of functions to which the order of the tokens matters."
-    order: Tensor | None
-    causal: bool
 
 # %% ../nbs/02_reference.ipynb #8e49e8db
 def default_scale(
@@ -189,10 +177,6 @@ class OracleReport:
             lines.append(line if self.keeps(name) else line + "  <-- too large")
         return "\n".join(lines)
 
-# %% ../nbs/02_reference.ipynb #aeb0e929
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
 # %% ../nbs/02_reference.ipynb #74668cee
 def _tidy(x: Tensor) -> Tensor:
     "A contiguous leaf with the values of `x`."
@@ -231,7 +215,7 @@ def _sdpa_yardstick(
     if mask.dtype == torch.bool: allowed = mask | empty
     else: allowed = mask.double().log().masked_fill(empty, 0).to(q.dtype)
     out = F.scaled_dot_product_attention(q, k, v, allowed, scale=scale, enable_gqa=True)
-    wide = _accumulator(q.dtype)
+    wide = lse_dtype(q.dtype)
     lse = masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale)[1]
     return out.masked_fill(empty, 0), lse
 
@@ -275,14 +259,14 @@ def _upstream(q: Tensor, v: Tensor, seed: int, lse_grad: bool) -> list[Tensor]:
     options: dict[str, Any] = dict(dtype=torch.float64, device=q.device, generator=generator)
     dout = torch.randn((*q.shape[:3], v.shape[3]), **options).to(q.dtype)
     if not lse_grad: return [dout]
-    return [dout, torch.randn(q.shape[:-1], **options).to(_accumulator(q.dtype))]
+    return [dout, torch.randn(q.shape[:-1], **options).to(lse_dtype(q.dtype))]
 
 # %% ../nbs/02_reference.ipynb #8cc875fc
 def _floor(exact: Tensor, dtype: torch.dtype, term: float) -> float:
     "What rounding alone may do: of the result, and of the sum whose largest term is `term`."
     largest = exact.masked_fill(exact == -torch.inf, 0).abs().max().item()
     accumulated = max(8.0, 8 * largest, 2 * term)
-    eps, sum_eps = (torch.finfo(x).eps for x in (dtype, _accumulator(dtype)))
+    eps, sum_eps = (torch.finfo(x).eps for x in (dtype, lse_dtype(dtype)))
     return eps * largest + sum_eps * accumulated
 
 # %% ../nbs/02_reference.ipynb #2b9479d2
@@ -296,7 +280,7 @@ def _judged(
     "Errors, and what the rule allows."
     errors, baseline, allowed = {}, {}, {}
     for name, exact in oracle.items():
-        wanted = _accumulator(dtype) if name == "lse" else dtype
+        wanted = lse_dtype(dtype) if name == "lse" else dtype
         _check_kind(name, ours[name], exact, wanted)
         errors[name], baseline[name] = _error(ours[name], exact), _error(sdpa[name], exact)
         times = 2 if name in ("out", "lse") else 3
@@ -366,3 +350,17 @@ def assert_matches_oracle(
     report = compare_to_oracle(attention, q, k, v, mask, **options)
     if report.ok: return report
     raise AssertionError(f"further from the float64 oracle than the rule allows\n{report}")
+
+# %% ../nbs/02_reference.ipynb #b6c0cc7e
+#| code-fold: true
+class CallOptions(TypedDict, total=False):
+    "What every attention function takes by name; its signature says what each means."
+    key_mask: Tensor | None
+    dropout_p: float
+    scale: float | None
+
+
+class PatternOptions(CallOptions, total=False):
+    "The same of functions to which the order of the tokens matters."
+    order: Tensor | None
+    causal: bool

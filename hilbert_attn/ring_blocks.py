@@ -16,8 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import unit_stride
-from .operators import lse_dtype
+from .common import lse_dtype, unit_stride
 from .patterns import Progression
 from .ring_plan import Parcel, Part, RingPlan, Turn
 from .sdpa import as_slice

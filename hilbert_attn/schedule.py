@@ -89,6 +89,23 @@ def _check_aliases(
             "give one of them")
 
 # %% ../nbs/00d_schedules.ipynb #1d3380b7
+def _checked_rules(
+    rules: Any, # of a configuration file
+) -> dict[str, Any]: # layers, as text -> what they do
+    "Rules that can be read, of their own. Raises `ValueError`."
+    if not isinstance(rules, Mapping) or not rules:
+        raise ValueError(
+            f"layers={rules!r}: expected a dictionary with at least one rule, "
+            "as {'1::2': {'shift': 8}, '0': 'dense'}")
+    own = {str(layers): deepcopy(does) for layers, does in rules.items()}
+    if len(own) < len(rules):
+        raise ValueError(f"layers={rules!r}: a number and its text are one rule")
+    for layers, does in own.items():
+        _numbers(layers)
+        for options in _entries(layers, does): _check_aliases(layers, options or {})
+    return own
+
+# %% ../nbs/00d_schedules.ipynb #a5373b0b
 @dataclass(frozen=True, eq=False)
 class LayerSchedule:
     """What the layers of a model do, where they differ: rules of plain values.
@@ -96,18 +113,7 @@ class LayerSchedule:
     A `ValueError` for a rule that cannot be read, or that is about no layer."""
     rules: Rules # layers -> "dense", options, or a list of these, taken in turn
 
-    def __post_init__(self):
-        if not isinstance(self.rules, Mapping) or not self.rules:
-            raise ValueError(
-                f"layers={self.rules!r}: expected a dictionary with at least one rule, "
-                "as {'1::2': {'shift': 8}, '0': 'dense'}")
-        rules = {str(layers): deepcopy(does) for layers, does in self.rules.items()}
-        if len(rules) < len(self.rules):
-            raise ValueError(f"layers={self.rules!r}: a number and its text are one rule")
-        for layers, does in rules.items():
-            _numbers(layers)
-            for options in _entries(layers, does): _check_aliases(layers, options or {})
-        object.__setattr__(self, "rules", rules)
+    def __post_init__(self): object.__setattr__(self, "rules", _checked_rules(self.rules))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LayerSchedule) and frozen(self.rules) == frozen(other.rules)

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import product
+from functools import lru_cache, partial
+from itertools import chain, product
 from math import prod
 from typing import Any
 
@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .common import Cache
-from .operators import AttentionOperator, draw_seeds, lse_dtype
+from .common import Cache, lse_dtype
+from .operators import AttentionOperator, draw_seeds
 from .patterns import Lattice, Pattern, SegmentPattern, attention_mask
 from .reference import Scores, default_scale, masked_attention, score_rule
 from .tiles import (
@@ -382,15 +382,6 @@ class _Pairs:
         seen = key_mask[:, keys][:, None, ..., None, :]
         self.allowed = seen if self.allowed is None else self.allowed & seen
 
-    def mask(self, sizes, layout, device) -> Tensor: # bool, broadcastable to (outer, inner, M, J)
-        "All that decides whether a pair is attended."
-        shape = self.block.q.num_places, self.block.k.num_places
-        mask = torch.ones(1, 1, *shape, dtype=torch.bool, device=device)
-        if self.block.triangular: mask = mask.tril()
-        if self.allowed is None: return mask
-        allowed = self.allowed.expand(*sizes, *self.allowed.shape[-2:])
-        return mask & _merge(allowed, layout)
-
     def bias(self, sizes, layout, dtype) -> Tensor | None: # (outer, inner, M, J)
         "0 or -inf, strided over what it does not depend on."
         if self.allowed is None: return None
@@ -427,10 +418,6 @@ class _SegmentTile(Tile):
             self.layout = _best_layout([x for x in views if x is not None and x.ndim == 6])
         batches = [None if x is None else _merge(x, self.layout) for x in views]
         return batches[:len(queries)], batches[len(queries):]
-
-    def mask(self) -> Tensor:
-        assert self.rows.tokens is not None  # given by `_grouped_expression`
-        return self.pairs.mask(self.sizes, self.layout, self.rows.tokens["q"].device)
 
     def bias(self) -> Tensor | None: return self.pairs.bias(self.sizes, self.layout, self.dtype)
     def empty(self) -> Tensor | None: return self.pairs.empty(self.sizes, self.layout)
@@ -558,16 +545,104 @@ _groups_attention = AttentionOperator(
     "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, "
     "float[] scale, float dropout_p", pairs=segment_pairs)
 
+# %% ../nbs/06_sdpa.ipynb #1e9f55e8
+def _padded_groups(
+    pattern: SegmentPattern,
+    offset: int, # of the keys
+    device: torch.device,
+) -> tuple[Tensor, Tensor]: # int64 (segments, residues, places)
+    "Positions of the queries and of the keys of all groups; N or more where there is none."
+    n, r = pattern.seq_len, pattern.dilation_rate
+    w = torch.sym_min(pattern.segment_size, n)
+    start = torch.arange(-(-n // w), device=device)[:, None, None] * w
+
+    def positions(first, last, step):
+        residues = torch.arange(first, last, device=device)[:, None]
+        inside = residues + torch.arange(-(-w // step), device=device) * step
+        return (start + inside).masked_fill(inside >= w, n)
+
+    if pattern.mode == "residue": return (positions(0, r, r),) * 2
+    keys = positions(offset, offset + 1, r)
+    return (keys if pattern.mode == "longnet" else positions(0, 1, 1)), keys
+
+# %% ../nbs/06_sdpa.ipynb #1e9f55e9
+def _padded_mask(
+    tokens: tuple[Tensor, Tensor], # of queries and of keys (segments, residues, places)
+    there: Tensor, # bool, as the keys: is there a token?
+    causal: bool,
+    key_mask: Tensor | None, # bool (B, N)
+    heads: int,
+) -> Tensor: # bool (B * heads or 1, segments * residues, M or 1, J)
+    "Who attends whom in a group."
+    queries, keys = tokens
+    mask = there[:, :, None]
+    if causal: mask = mask & (keys[:, :, None] <= queries[..., None])
+    mask = mask.flatten(0, 1)
+    if key_mask is None: return mask[None]
+    seen = key_mask[:, keys].flatten(1, 2)[:, :, None]
+    return (mask & seen).repeat_interleave(heads, 0)
+
+# %% ../nbs/06_sdpa.ipynb #1e9f55ea
+def _bring_home(
+    part: Tensor, # (B * heads, segments * residues, M, ...)
+    rows: Tensor, # int64 (segments, residues, M): where each goes; N: nowhere
+    batch: int,
+    n: int, # N
+    elsewhere: float, # what rows hold that nobody goes to
+) -> Tensor: # (B, heads, N, ...)
+    "Rows of groups, as they lie in memory."
+    part = part.unflatten(0, (batch, -1)).flatten(2, 3)
+    sizes = *part.shape[:2], n + 1, *part.shape[3:]
+    whole = part.new_full(sizes, elsewhere).index_copy(2, rows.flatten(), part)
+    return whole.narrow(2, 0, n)
+
+# %% ../nbs/06_sdpa.ipynb #1e9f55ec
+def _padded_attention(
+    q: Tensor, # (B, heads, N, D)
+    k: Tensor, # (B, heads, N, D)
+    v: Tensor, # (B, heads, N, D)
+    groups: tuple[Tensor, Tensor], # positions of queries and of keys, see `_padded_groups`
+    order: Tensor, # int64 (N,)
+    causal: bool,
+    key_mask: Tensor | None, # bool (B, N)
+    attention: Callable, # (q, k, v, mask) -> out, or out and LSE
+) -> list[Tensor]: # the same for (B, heads, N)
+    "Attention of heads that have one pattern."
+    batch, heads, n, _ = q.shape
+    queries, keys = tokens = tuple(order[x.clamp(max=n - 1)] for x in groups)
+
+    def rows(x, tokens): return _gather(x, tokens).flatten(2, 3).flatten(0, 1)
+
+    mask = _padded_mask(tokens, groups[1] < n, causal, key_mask, heads)
+    parts = attention(rows(q, queries), rows(k, keys), rows(v, keys), mask)
+    home = torch.where(groups[0] < n, queries, n)
+    return [_bring_home(part, home, batch, n, elsewhere)
+            for part, elsewhere in zip(parts, (0, -torch.inf))]
+
+# %% ../nbs/06_sdpa.ipynb #1e9f55ed
+def _heads_by_offset(pattern: SegmentPattern, heads: int) -> dict[int, list[int]]:
+    "Query heads with the same keys."
+    found: dict[int, list[int]] = {}
+    for head in range(heads):
+        found.setdefault(pattern.offsets[head % len(pattern.offsets)], []).append(head)
+    return found
+
 # %% ../nbs/06_sdpa.ipynb #2d05b8c0
-def _rule_of(tile: _SegmentTile, rule: Scores, q: Tensor, k: Tensor) -> Scores:
-    "How the scores of a tile are made: its tokens bring their heads and numbers along."
+def _rule_of(
+    rule: Scores,
+    groups: tuple[Tensor, Tensor], # tokens of queries and of keys (segments, residues, places)
+    own: list[int], # heads
+    batch: int, # B
+    ordered: bool, # False: differences are those of the first segment everywhere
+) -> Scores:
+    "How the scores of groups (B * heads, segments * residues, M, J) are made."
     if rule.bias is None: return rule
-    table, queries, keys, heads = rule.bias
-    heads = heads.view(-1, 1).expand(q.shape[:3])
-    given = [heads, queries.expand(q.shape[:3])], [keys.expand(k.shape[:3])]
-    (heads, queries), (keys,) = (
-        [x.to(torch.int64) for x in side] for side in tile.read(*given))
-    return rule._replace(bias=type(rule.bias)(table, queries, keys, heads[..., :1, None]))
+    table, *numbers, heads = rule.bias
+    if not ordered: groups = groups[0][:1, :1], groups[1][:1, :1]
+    queries, keys = (x[tokens].flatten(0, 1) for x, tokens in zip(numbers, groups))
+    heads = heads.flatten()[own][:, None, None, None]
+    bias = type(rule.bias)(table, queries, keys, heads)()
+    return rule._replace(bias=bias.repeat(batch, 1, 1, 1))
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55eb
 def _grouped_expression(
@@ -582,25 +657,29 @@ def _grouped_expression(
     scale: float | Scores | None,
     need_lse: bool, # True: sums are in float32, gradients too
 ) -> tuple[Tensor, Tensor | None]: # out, lse
-    "The blocks as plain differentiable PyTorch, on any device."
-    dtype, wide = q.dtype, lse_dtype(q.dtype)
-    if need_lse: q, k, v = (x.to(wide) for x in (q, k, v))
-    rule = score_rule(scale, q)
-    inputs = (q, k, v) if rule.bias is None else (q, k, v, rule.bias.table)
-    nothing = sum(x.sum() for x in inputs).masked_fill(
-        torch.ones((), dtype=torch.bool, device=q.device), 0)
-    out = q.new_zeros(q.shape) + nothing  # gradients are 0, not missing, where no group exists
-    lse = q.new_full(q.shape[:3], -torch.inf, dtype=wide) + nothing
-    tokens = torch.arange(q.shape[2], device=q.device) if order is None else order
-    for tile in _tiles(q, k, pattern, tokens, key_mask, causal, q.dtype):
-        (queries,), (keys, values) = tile.read([q], [k, v])
-        mask, scale = tile.mask(), _rule_of(tile, rule, q, k)
-        if need_lse:
-            part, part_lse = masked_attention(queries, keys, values, mask, scale, dropout_p)
-            tile.write(lse, part_lse, lse)
-        else: part = masked_sdpa(queries, keys, values, mask, scale, dropout_p)
-        tile.write(out, part, out)
-    return out.to(dtype), lse if need_lse else None
+    "The groups as plain differentiable PyTorch, on any device."
+    dtype, heads = q.dtype, q.shape[1]
+    if need_lse: q, k, v = (x.to(lse_dtype(dtype)) for x in (q, k, v))
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    rule, ordered = score_rule(scale, q), order is not None
+    if order is None: order = torch.arange(q.shape[2], device=q.device)
+
+    def attention(rule, *inputs):
+        if need_lse: return masked_attention(*inputs, rule, dropout_p)
+        return [masked_sdpa(*inputs, rule, dropout_p)]
+
+    parts, found = [], _heads_by_offset(pattern, heads)
+    for offset, own in found.items():
+        groups = _padded_groups(pattern, offset, q.device)
+        inputs = (x[:, as_slice(own)] for x in (q, k, v))
+        last = q.shape[2] - 1
+        tokens = tuple(order[x.clamp(max=last)] for x in groups)
+        of_group = partial(attention, _rule_of(rule, tokens, own, len(q), ordered))
+        parts.append(_padded_attention(*inputs, groups, order, causal, key_mask, of_group))
+    now = list(chain(*found.values()))
+    back = as_slice([now.index(head) for head in range(heads)])
+    out, *lse = (torch.cat(x, 1)[:, back] for x in zip(*parts))
+    return out.to(dtype), lse[0] if lse else None
 
 # %% ../nbs/06_sdpa.ipynb #0cb519c9
 def sdpa_attention(

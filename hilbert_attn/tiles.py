@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import unit_stride
-from .operators import lse_dtype
+from .common import lse_dtype, unit_stride
 from .reference import Scores, score_rule
 
 # %% ../nbs/05b_tiles.ipynb #9e4e1dab

@@ -205,11 +205,11 @@ CASES = {
     "QwenImageTransformer2DModel": Case(
         qwen,
         dict(
+            HEADS,
             in_channels=16,
             out_channels=4,
             num_layers=2,
             attention_head_dim=16,
-            num_attention_heads=2,
             joint_attention_dim=16,
             axes_dims_rope=(8, 4, 4),
         ),

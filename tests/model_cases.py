@@ -379,7 +379,15 @@ SMALL_DIT = dict(
     patch_size=2,
     norm_num_groups=4,
 )
+ONE_LAYER = dict(num_layers=1, num_attention_heads=2, in_channels=4)
 CROSS = dict(**LEVELS, attention_head_dim=2, cross_attention_dim=24)
+
+
+def unet(diffusers, down=(DOWN, "DownBlock2D"), up=("UpBlock2D", UP), **options):
+    "A small one, with the same numbers each time."
+    torch.manual_seed(0)
+    blocks = dict(down_block_types=down, up_block_types=up)
+    return diffusers.UNet2DConditionModel(**CROSS, **blocks, **options).eval()
 
 
 def latent(second, frames=()) -> torch.Tensor:
@@ -567,11 +575,9 @@ DIFFUSERS = {  # options and call; what a switch refuses needs no call
     ),
     "FluxTransformer2DModel": (
         dict(
-            in_channels=4,
-            num_layers=1,
+            ONE_LAYER,
             num_single_layers=1,
             attention_head_dim=16,
-            num_attention_heads=2,
             joint_attention_dim=24,
             pooled_projection_dim=24,
             axes_dims_rope=(4, 4, 8),
@@ -580,12 +586,10 @@ DIFFUSERS = {  # options and call; what a switch refuses needs no call
     ),
     "SD3Transformer2DModel": (
         dict(
+            ONE_LAYER,
             sample_size=8,
             patch_size=2,
-            in_channels=4,
-            num_layers=1,
             attention_head_dim=8,
-            num_attention_heads=2,
             joint_attention_dim=24,
             caption_projection_dim=16,
             pooled_projection_dim=24,
@@ -594,37 +598,31 @@ DIFFUSERS = {  # options and call; what a switch refuses needs no call
     ),
     "WanTransformer3DModel": (
         dict(
-            num_attention_heads=2,
+            ONE_LAYER,
             attention_head_dim=12,
-            in_channels=4,
             out_channels=4,
             text_dim=24,
             freq_dim=16,
             ffn_dim=32,
-            num_layers=1,
         ),
         None,
     ),
     "LTXVideoTransformer3DModel": (
         dict(
-            in_channels=4,
+            ONE_LAYER,
             out_channels=4,
-            num_attention_heads=2,
             attention_head_dim=8,
             cross_attention_dim=16,
-            num_layers=1,
             caption_channels=24,
         ),
         None,
     ),
     "CogVideoXTransformer3DModel": (
         dict(
-            num_attention_heads=2,
+            ONE_LAYER,
             attention_head_dim=8,
-            in_channels=4,
             time_embed_dim=4,
             text_embed_dim=24,
-            num_layers=1,
             sample_width=8,
             sample_height=8,
             sample_frames=5,
@@ -633,11 +631,10 @@ DIFFUSERS = {  # options and call; what a switch refuses needs no call
     ),
     "QwenImageTransformer2DModel": (
         dict(
+            ONE_LAYER,
             in_channels=16,
             out_channels=4,
-            num_layers=1,
             attention_head_dim=16,
-            num_attention_heads=2,
             joint_attention_dim=24,
             axes_dims_rope=(4, 6, 6),
         ),

@@ -52,6 +52,14 @@ def expression_without_lse(q, k, v, pattern, *, scale, **options):
         q, k, v, pattern, **options, dropout_p=0.0, scale=scale, need_lse=False)
 
 
+def test_heads_of_the_expression_come_back_in_place():
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 4, 12, 8) for _ in range(3))
+    pattern = SegmentPattern.for_heads(12, 4, 6, 3, "longnet")  # offsets 0, 1, 2, 0
+    results = [sdpa_attention(q, k, v, pattern, custom_backward=x) for x in (False, True)]
+    for ours, theirs in zip(*results): torch.testing.assert_close(ours, theirs)
+
+
 def mask_without_lse(*args, **options): return sdpa_mask_attention(*args, **options, need_lse=False)
 
 

@@ -50,6 +50,7 @@ from hilbert_attn.patterns import (
     SlidePattern,
     TilesSharedPattern,
     WindowPattern,
+    _axis_mask,
 )
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
 
@@ -225,7 +226,8 @@ def keys_of(pattern, position: torch.Tensor, query: int) -> torch.Tensor: # bool
     "The keys of one query, by definition."
     if isinstance(pattern, (WindowPattern, NeighborhoodPattern)):
         x, y = divmod(query, GRID[1])
-        return (pattern._axis_mask(0)[x][:, None] & pattern._axis_mask(1)[y]).flatten()
+        down, across = (_axis_mask(pattern.axis_bounds(axis), 0) for axis in (0, 1))
+        return (down[x][:, None] & across[y]).flatten()
     if isinstance(pattern, SlidePattern):
         return (position - position[query]).abs() <= pattern.window[0]
     if isinstance(pattern, TilesSharedPattern):

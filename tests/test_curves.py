@@ -33,6 +33,40 @@ def is_permutation(order):
 def steps(order, grid): return np.abs(np.diff(np.stack(np.unravel_index(order, grid)), axis=1))
 
 
+def transposed_cells(grid, curve):
+    "(N, 2): the cells of the walk of the reversed grid, each with its coordinates exchanged."
+    walked = np.stack(np.unravel_index(curve_order(grid[::-1], curve).numpy(), grid[::-1]), 1)
+    return walked[:, ::-1]
+
+
+@pytest.mark.parametrize("curve", ["row_major", "snake", "tile:3", "morton"])
+@pytest.mark.parametrize("grid", [(6, 9), (9, 6), (7, 7), (1, 5)])
+def test_a_transposed_walk_exchanges_rows_and_columns(curve, grid):
+    order = curve_order(grid, f"{curve}-trans")
+    cells = np.stack(np.unravel_index(order.numpy(), grid), 1)
+    assert (cells == transposed_cells(grid, curve)).all()
+
+
+TURNED = (8, 8), (9, 9), (37, 50), (50, 37), (16, 64), (6, 9, 9), (8, 8, 8)
+
+
+@pytest.mark.parametrize("grid", TURNED)
+def test_a_transposed_hilbert_walk_is_another_walk(grid):
+    order, plain = curve_order(grid, "hilbert-trans").numpy(), curve_order(grid).numpy()
+    assert is_permutation(order) and len(order) == prod(grid)
+    apart = np.abs(steps(order, grid)).sum(0)
+    assert apart.max() <= 2 and (apart > 1).mean() < 0.03
+    assert (order != plain).mean() > 0.5
+    if grid[0] == grid[1] and len(grid) == 2:
+        assert (order == np.ravel_multi_index(np.unravel_index(plain, grid)[::-1], grid)).all()
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 12, 100])
+@pytest.mark.parametrize("curve", CURVES)
+def test_a_transposed_walk_over_a_folded_sequence(n, curve):
+    assert is_permutation(curve_order(n, f"{curve}-trans").numpy())
+
+
 @pytest.mark.parametrize("curve", CURVES + ("tile:5",))
 def test_every_rectangle_is_a_permutation(curve):
     for grid in product(range(1, 65), repeat=2):

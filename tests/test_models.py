@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from model_cases import DOWN, UP, unet
 
 import hilbert_attn as h
 from hilbert_attn.integrations import HilbertAttnProcessor, HilbertSettings
@@ -681,22 +682,10 @@ def test_adapters_before_conversion(calls):
 # diffusers
 
 
-def unet(diffusers):
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=24,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
-
-
 def test_a_unet_on_latents_of_any_shape(diffusers, calls):
     "12 x 18 and 18 x 12 have as many tokens on each level."
-    model, own, prompt = unet(diffusers), unet(diffusers), rand(1, 5, 24)
+    model, own = (unet(diffusers, (DOWN, DOWN), (UP, UP)) for _ in range(2))
+    prompt = rand(1, 5, 24)
     names = h.use_hilbert_processor(model, segment_size=1000)
     for size in ((12, 18), (18, 12)):
         half = tuple(side // 2 for side in size)
@@ -740,7 +729,8 @@ def test_frames_are_no_grid(diffusers, calls):
 
 
 def test_the_way_back(diffusers, calls):
-    model, own, prompt = unet(diffusers), unet(diffusers), rand(1, 5, 24)
+    model, own = (unet(diffusers, (DOWN, DOWN), (UP, UP)) for _ in range(2))
+    prompt = rand(1, 5, 24)
     h.use_hilbert_processor(model, segment_size=27)
     model = copy.deepcopy(model)
     model.set_default_attn_processor()

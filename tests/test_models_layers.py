@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from model_cases import unet
 
 from hilbert_attn.integrations import (
     FusedQKVAttention,
@@ -466,22 +467,8 @@ def test_processor_is_the_masked_layer(diffusers, picture):
         ours(x, encoder_hidden_states=x)
 
 
-def unet(diffusers):
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        sample_size=(12, 18),
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=24,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
-
-
 def test_a_unet_in_segments(diffusers):
-    own, dense, sparse = (unet(diffusers) for _ in range(3))
+    own, dense, sparse = (unet(diffusers, sample_size=(12, 18)) for _ in range(3))
     names = use_hilbert_processor(dense, grid=(12, 18))
     assert names and all(name.endswith("attn1") for name in names)
     for _ in range(2):  # again is as good as once
@@ -494,7 +481,7 @@ def test_a_unet_in_segments(diffusers):
 
 
 def test_processors_of_others_are_refused(diffusers):
-    model = unet(diffusers)
+    model = unet(diffusers, sample_size=(12, 18))
     with pytest.raises(ValueError, match="no self-attention"):
         use_hilbert_processor(nn.Linear(2, 2), segment_size=4)
     names = use_hilbert_processor(model, segment_size=4)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from model_cases import unet
 from torch.utils.checkpoint import checkpoint
 
 import hilbert_attn as h
@@ -327,19 +328,6 @@ def test_processors_of_layers():
     shifts = [model.get_submodule(name).processor.settings.shift for name in names[1:]]
     assert shifts == [3, 0, 3]
     model(rand(1, 4, 8, 8), torch.tensor([1]), torch.tensor([1]))
-
-
-def unet(diffusers):
-    torch.manual_seed(0)
-    return diffusers.UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        norm_num_groups=8,
-        layers_per_block=1,
-        attention_head_dim=2,
-        cross_attention_dim=24,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).eval()
 
 
 def test_what_is_restored_is_what_stands_there(tmp_path):

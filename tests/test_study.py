@@ -15,11 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import run_study
 from study import analysis, mechanism, plan, prediction, runner, store
-from study.arms import ARMS, GRID_ARMS, Arm, layer_order
+from study.arms import ARMS, GRID_ARMS, Arm, layer_order, walk
 from study.network import GridAttention, Network, Size
 from study.photos import FOLDS, TESTED, TUNING, Photos, load_photos
 
 from hilbert_attn.bench import results
+from hilbert_attn.curves import curve_order
 from hilbert_attn.modules import rotary_embedding
 from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
 
@@ -208,6 +209,25 @@ def test_weights_depend_on_the_seed_alone():
 
 
 # mechanism
+
+@pytest.mark.parametrize("arm", ["row_major", "tile", "morton", "hilbert"])
+@pytest.mark.parametrize("name", ["photos", "digits"])
+def test_transposed_walks_are_those_of_the_package(name, arm):
+    task = plan.TASKS[name](0)
+    curve = f"tile:{task.tile}" if arm == "tile" else arm
+    assert walk(arm, task, 1).equal(curve_order(task.grid, f"{curve}-trans"))
+
+
+@pytest.mark.parametrize("arm", ["row_major", "hilbert"])
+def test_near_pairs_by_hand(arm):
+    task = plan.TASKS["digits"](0)
+    cell = torch.stack(torch.unravel_index(torch.arange(task.tokens), task.grid), 1)
+    apart = (cell[:, None] - cell).abs().amax(2)
+    near = (apart <= 2) & (apart > 0)
+    met = mechanism.together(Arm(arm), task, 0) | mechanism.together(Arm(arm), task, 1)
+    share = met[near].double().mean().item()
+    assert mechanism.around_share(Arm(arm), task) == pytest.approx(share)
+
 
 def test_receptive_field_of_rows_and_columns():
     task = plan.TASKS["photos"](0)

@@ -99,6 +99,29 @@ def test_long_cells(head, length, long):
     assert readable.is_long(source(head + "a\n" * length, "nbs/x.ipynb")) == long
 
 
+@pytest.mark.parametrize("text, after_prose, lacks", [
+    ("#| export\ndef f(): pass", False, True),
+    ("#| exporti\nA = 1", False, True),
+    ("#| exports\ndef f(): pass", True, False),
+    ("#| export\nimport os\nfrom sys import path", False, False),
+    ("#| export\nimport os\nif TYPE_CHECKING: from sys import path", False, False),
+    ("#| export\nimport os\nif os: from sys import path", False, True),
+    ("def f(): pass", False, False),
+])
+def test_cells_that_nothing_introduces(text, after_prose, lacks):
+    cell = readable.Source("nbs/x.ipynb", text, after_prose)
+    assert readable.lacks_prose(cell) == lacks
+
+
+def test_prose_is_looked_for_in_the_cell_before(tmp_path):
+    (tmp_path / "nbs").mkdir()
+    kinds = "code", "markdown", "code", "code"
+    cells = [{"cell_type": kind, "source": ["#| export\n", f"x = {i}"]}
+             for i, kind in enumerate(kinds)]
+    (tmp_path / "nbs" / "a.ipynb").write_text(json.dumps({"cells": cells}))
+    assert [x.after_prose for x in readable.sources(tmp_path)] == [False, True, False]
+
+
 def test_private_names_are_counted_where_they_cross_modules():
     text = "from .b import _c, d\nfrom hilbert_attn.e import _f\nfrom torch import _g"
     assert readable.private_imports([source(text)]) == 2

@@ -94,6 +94,14 @@ def test_dropout_is_the_same_in_the_backward(name):
     assert (seeded(*x) - DROPPING[name](*x)).abs().max() > 0.01
 
 
+def test_dropout_and_the_gradient_of_the_lse():
+    def seeded(*x):
+        torch.manual_seed(1)
+        return DROPPING["hilbert"](*x, dropout_p=0.3, return_lse=True, backend="sdpa")
+    x = inputs(36, torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(seeded, x, fast_mode=True)
+
+
 def dropped(q, k, v): return ha.hilbert_attention(q, k, v, segment_size=16, dropout_p=0.5)
 
 
@@ -194,7 +202,7 @@ WITH_DROPOUT = [name for name, (*_, drops) in LAYERS.items() if drops]
 
 @pytest.mark.parametrize("name, dropout", [
     *sampled([(x, 0.0) for x in LAYERS], [("BlockSparseAttention", 0.0)]),
-    *sampled([(x, 0.3) for x in WITH_DROPOUT], [("core", 0.3)])])
+    *sampled([(x, 0.3) for x in WITH_DROPOUT], [("core", 0.3), ("core, plain", 0.3)])])
 def test_layers_compile_twice_at_most(name, dropout):
     assert compiled_alike(*layer_case(name, dropout)) <= 2
 

@@ -29,6 +29,7 @@ from kernel_cases import (  # noqa: F401  the fixtures apply here too
     upstream,
 )
 from sampling import examples
+from torch.utils.flop_counter import FlopCounterMode
 
 pytest.importorskip("triton")
 from hilbert_attn.autograd import (
@@ -402,7 +403,7 @@ def test_opcheck_backward(with_lse):
     q, k, v, *rest = operator_arguments(False)
     out, lse = triton_forward(q, k, v, *rest)
     dout, dlse = upstream(with_lse)
-    torch.library.opcheck(triton_backward, (q, k, v, out, lse, dout, dlse, *rest))
+    torch.library.opcheck(triton_backward, (dout, dlse, q, k, v, out, lse, *rest))
 
 
 def test_the_function_and_the_operator_are_one():
@@ -412,6 +413,27 @@ def test_the_function_and_the_operator_are_one():
         out = function(*arguments)[0]
         results.append(torch.autograd.grad(out.square().sum(), arguments[:3]))
     assert same(*results)
+
+
+def test_transforms_of_the_operators():
+    x = [torch.stack([y, 2 * y]).detach() for y in operator_arguments(False)[:3]]
+    pattern = SegmentPattern.for_heads(20, 2, 10, 2, "longnet")
+    def attend(*x): return triton_attention(*x, pattern, causal=True)[0]
+    def loss(*x): return attend(*x).square().sum()
+    assert same(torch.func.vmap(attend)(*x), torch.stack([attend(*one) for one in zip(*x)]))
+    found = torch.func.vmap(torch.func.grad(loss, (0, 1, 2)))(*x)
+    leaves = [y.requires_grad_() for y in x]
+    assert same(found, torch.autograd.grad(sum(map(loss, *leaves)), leaves))
+
+
+def test_flops_of_the_operators():
+    q, k, v, *rest = operator_arguments()
+    x = *(torch.cat([y, y]) for y in (q, k, v)), *rest
+    pairs = 2 * SegmentPattern(20, 10, 2, "longnet", (0, 1)).pairs(2)
+    with FlopCounterMode(display=False) as forward: out = triton_forward(*x)[0]
+    with FlopCounterMode(display=False) as backward: out.sum().backward()
+    counts = forward.get_total_flops(), backward.get_total_flops()
+    assert counts == (4 * x[0].shape[3] * pairs, 10 * x[0].shape[3] * pairs)
 
 
 def test_only_the_lse():

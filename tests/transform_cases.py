@@ -124,6 +124,14 @@ LAYERS = {
     "core": (partial(ha.HilbertAttentionCore, **SIZES, segment_size=16), TOKENS, True),
     "core, checkpoint": (
         partial(ha.HilbertAttentionCore, **SIZES, segment_size=16, checkpoint=True), TOKENS, False),
+    "core, plain": (
+        partial(ha.HilbertAttentionCore, **SIZES, segment_size=16, dilation_rate=3,
+                use_custom_backward=False), TOKENS, True),
+    "branches, plain": (
+        partial(ha.HilbertDilatedAttention, **BRANCHES, use_custom_backward=False), FREE, True),
+    "heads, plain": (
+        partial(ha.MultiheadDilatedAttention, **SIZES, **BRANCHES, combine="heads",
+                batch_first=True, use_custom_backward=False), TOKENS, True),
     "DilatedAttention": (partial(ha.DilatedAttention, **BRANCHES), FREE, True),
     "HilbertDilatedAttention": (partial(ha.HilbertDilatedAttention, **BRANCHES), FREE, True),
     "MultiheadDilatedAttention": (
@@ -140,12 +148,15 @@ LAYERS |= {
     for name, kind in ATTENTION_TYPES.items()}
 
 
+THREE = "MultiheadDilatedAttention", "heads, plain" # of tokens, that take q, k, v
+
+
 def layer_case(name: str, dropout: float = 0.0) -> tuple[nn.Module, Callable]:
     "A layer, and what makes its inputs for N tokens."
     torch.manual_seed(0)
     make, shape, _ = LAYERS[name]
     module = make(dropout=dropout) if dropout else make()
-    several = 3 if shape == FREE or "Multihead" in name else 1
+    several = 3 if shape == FREE or name in THREE else 1
     return module, lambda n, **at: [torch.randn(2, n, *shape, **at) for _ in range(several)]
 
 

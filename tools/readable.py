@@ -42,6 +42,7 @@ class Source:
     "A module, or a cell of a notebook."
     path: str # of the file, from the root
     text: str
+    after_prose: bool = False # of a cell: is the one before it prose?
 
     @property
     def group(self) -> str:
@@ -77,9 +78,11 @@ def sources(root: Path = ROOT) -> list[Source]:
             found.append(Source(name, without_all(path.read_text())))
     for path in sorted((root / "nbs").glob("*.ipynb")):
         name = path.relative_to(root).as_posix()
-        for cell in json.loads(path.read_text())["cells"]:
+        cells = json.loads(path.read_text())["cells"]
+        for before, cell in zip([None, *cells], cells):
             if cell["cell_type"] == "code":
-                found.append(Source(name, "".join(cell["source"])))
+                prose = before is not None and before["cell_type"] == "markdown"
+                found.append(Source(name, "".join(cell["source"]), prose))
     return found
 
 
@@ -113,10 +116,26 @@ def is_long(cell: Source) -> bool:
     length = sum(bool(line.strip()) for line in cell.text.splitlines())
     made = [x for x in cell.tree.body if isinstance(x, (ast.FunctionDef, ast.ClassDef))]
     kernel = any(isinstance(x, ast.FunctionDef) and is_kernel(x) for x in made)
-    if not re.search(r"^#\|\s*export[si]?\b", cell.text, re.M):
+    if not is_exported(cell):
         return length > (40 if kernel else 25)
     one_large_thing = len(made) == 1 and (kernel or isinstance(made[0], ast.ClassDef))
     return length > (80 if one_large_thing else 50)
+
+
+def is_exported(cell: Source) -> bool:
+    return re.search(r"^#\|\s*export[si]?\b", cell.text, re.M) is not None
+
+
+def lacks_prose(cell: Source) -> bool:
+    "Exported, more than imports, and not at once behind the prose that says why it is there."
+    if cell.after_prose or not is_exported(cell): return False
+    return not all(map(is_import, cell.tree.body))
+
+
+def is_import(statement: ast.stmt) -> bool:
+    "Or one for type checkers alone."
+    if isinstance(statement, ast.If): return ast.unparse(statement.test) == "TYPE_CHECKING"
+    return isinstance(statement, (ast.Import, ast.ImportFrom))
 
 
 def complaints(root: Path = ROOT) -> Counter:
@@ -142,6 +161,7 @@ def by_file(root: Path = ROOT) -> dict[str, dict[str, int]]: # path -> rule -> c
         counts = found.setdefault(source.path, Counter())
         if source.group == "notebooks":
             counts["long cells"] += is_long(source)
+            counts["cells without prose"] += lacks_prose(source)
             continue
         counts["long functions"] += long_functions(source)
         counts["heavy functions"] += heavy_functions(source)

@@ -25,8 +25,8 @@ from hilbert_attn.blocks.lists import (
     lists_from_operands,
     lists_to_operands,
 )
-from ..common import hide_masked
-from ..operators import AttentionOperator, draw_seeds, lse_dtype
+from ..common import hide_masked, lse_dtype
+from ..operators import AttentionOperator, draw_seeds
 from ..reference import Scores, masked_attention, score_rule
 from ..tiles import (
     Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)

@@ -33,6 +33,24 @@ from ..patterns import AxisPattern
 PATTERN_TYPES = ("local_window", "dilated_sparse", "global_local", "mask")
 
 
+def _check_config(config: "SparsePatternConfig"):
+    "Raises `ValueError` for what does not fit together."
+    kind = config.pattern_type
+    if kind not in PATTERN_TYPES:
+        raise ValueError(
+            f"pattern_type={kind!r}: known types are {', '.join(map(repr, PATTERN_TYPES))}")
+    if (kind == "mask") != (config.block_mask is not None):
+        given = "missing" if config.block_mask is None else "given"
+        raise ValueError(
+            f"block_mask is {given} with pattern_type={kind!r}: it belongs to 'mask', and only "
+            "to it")
+    BM, BN = as_block_size(config.block_size)
+    if kind == "dilated_sparse" and BM != BN:
+        raise ValueError(
+            f"block_size={config.block_size}: 'dilated_sparse' needs equal blocks of queries and "
+            "keys")
+
+# %% ../../nbs/10e_block_schedule.ipynb #9c5300ba
 @dataclass(frozen=True, eq=False)
 class SparsePatternConfig:
     "A pattern of whole blocks of consecutive tokens."
@@ -47,24 +65,11 @@ class SparsePatternConfig:
     block_mask: Tensor | None = None # of "mask": bool (nQ, nK), (H, nQ, nK) or (B, H, nQ, nK)
 
     def __post_init__(self):
-        kind = self.pattern_type
-        if kind not in PATTERN_TYPES:
-            raise ValueError(
-                f"pattern_type={kind!r}: known types are {', '.join(map(repr, PATTERN_TYPES))}")
-        if (kind == "mask") != (self.block_mask is not None):
-            given = "missing" if self.block_mask is None else "given"
-            raise ValueError(
-                f"block_mask is {given} with pattern_type={kind!r}: it belongs to 'mask', and only "
-                "to it")
+        _check_config(self)
         for name in ("window", "global_tokens"):
             object.__setattr__(self, name, whole_number(name, getattr(self, name), 0))
         rates = whole_numbers("dilation_rates", self.dilation_rates, 1)
         object.__setattr__(self, "dilation_rates", rates)
-        BM, BN = as_block_size(self.block_size)
-        if kind == "dilated_sparse" and BM != BN:
-            raise ValueError(
-                f"block_size={self.block_size}: 'dilated_sparse' needs equal blocks of queries and "
-                "keys")
 
     def blocks(
         self,
@@ -177,7 +182,7 @@ def _mask_lists(block_mask: Tensor, *rest) -> tuple[Tensor, ...]:
     return *found, *(x.flatten().to(torch.int32) for x in tokens)
 
 # %% ../../nbs/10e_block_schedule.ipynb #dd6ba435
-def _mask_lists_fake(block_mask, order, num_queries, num_keys, sizes, causal, curve):
+def _mask_lists_fake(block_mask, order, num_queries, num_keys, sizes, *_):
     "The same without numbers."
     *groups, nQ, nK = block_mask.shape
     def empty(*shape): return block_mask.new_empty(shape, dtype=torch.int32)

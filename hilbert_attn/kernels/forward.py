@@ -391,18 +391,6 @@ def attention_forward(
     with torch.cuda.device_of(q): call.run("forward", run, tile, call.groups.k_rows, tma)
     return out, lse
 
-# %% ../../nbs/03_triton_forward.ipynb #518d58eb
-class LaunchOptions(TypedDict, total=False):
-    "Of `attention_forward`."
-    mode: str
-    offsets: tuple[int, ...]
-    key_mask: Tensor | None
-    causal: bool
-    scale: float | None
-    dropout_p: float
-    seed: Tensor | None
-    tile: Tile | None
-
 # %% ../../nbs/03_triton_forward.ipynb #6bd59ea6
 def hilbert_attention_kernel(
     q: Tensor, # queries (B, H, N, D)
@@ -428,3 +416,16 @@ def standard_attention_kernel(
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "The forward kernel without an order: tokens are taken as they lie."
     return attention_forward(q, k, v, segment_size or q.shape[2], dilation_rate, **options)
+
+# %% ../../nbs/03_triton_forward.ipynb #518d58eb
+#| code-fold: true
+class LaunchOptions(TypedDict, total=False):
+    "Of `attention_forward`."
+    mode: str
+    offsets: tuple[int, ...]
+    key_mask: Tensor | None
+    causal: bool
+    scale: float | None
+    dropout_p: float
+    seed: Tensor | None
+    tile: Tile | None

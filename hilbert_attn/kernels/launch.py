@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..common import unit_stride
+from ..common import lse_dtype, unit_stride
 from . import tuning
 from .steps import HAS_TRITON, Operand, Static, Statistics, interpreted, triton
 from .tuning import Tile, Workload, is_half, split_head_dim
-from ..operators import lse_dtype
 from ..reference import Scores, score_rule
 
 # %% ../../nbs/02f_launching.ipynb #37a89a71

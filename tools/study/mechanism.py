@@ -1,4 +1,5 @@
 "What the orders make possible before anything is learned, computed exactly."
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -51,15 +52,22 @@ def _shifted(size: int, by: int) -> tuple[slice, slice]:
 
 def receptive_field(arm: Arm, task: Task, layers: int) -> list[float]: # after 1, 2, ... layers
     "Share of pairs of tokens that are connected by attention."
-    reached = torch.eye(task.tokens)
     shares: list[float] = []
+    before, heard = None, torch.empty(0) # segments of the last layer; float (segments, N), 0 or 1
     for layer in range(layers):
         if len(shares) > 4 and shares[-1] == shares[-5]:  # a whole period of layers adds nothing
             return shares + shares[-1:] * (layers - layer)
         segment = segments_of(arm, task, layer)
-        seen = torch.zeros_like(reached).index_add_(0, segment, reached)  # by each segment
-        reached = (seen[segment] > 0).float()
-        shares.append(reached.mean().item())
+        sizes = segment.bincount()
+        if before is None:
+            heard = (segment == torch.arange(len(sizes))[:, None]).float()
+        else:
+            met = torch.zeros(len(sizes), len(heard))  # segments that share a token
+            met[segment, before] = 1
+            heard = (met @ heard > 0).float()
+        before = segment
+        pairs = sizes @ heard.sum(1).long()
+        shares.append(pairs.item() / task.tokens ** 2)
     return shares
 
 
@@ -77,6 +85,19 @@ def near_share(arm: Arm, task: Task, layers: int = 2) -> float:
         pairs = [p.narrow(axis, 0, n - 1) == p.narrow(axis, 1, n - 1) for p in parts]
         kept.append(torch.stack(pairs).any(0).flatten())
     return torch.cat(kept).double().mean().item()
+
+
+def around_share(arm: Arm, task: Task, reach: int = 2, layers: int = 2) -> float:
+    "Share of pairs at most `reach` cells apart along each axis that share a segment in some layer."
+    parts = [segments_of(arm, task, layer).view(task.grid) for layer in range(layers)]
+    near, pairs = 0, 0
+    for offset in product(range(-reach, reach + 1), repeat=len(task.grid)):
+        if offset <= (0,) * len(offset): continue  # the same pairs the other way round
+        ends = [_shifted(size, by) for size, by in zip(task.grid, offset)]
+        here, there = (tuple(end[side] for end in ends) for side in (0, 1))
+        same = torch.stack([part[here] == part[there] for part in parts]).any(0)
+        near, pairs = near + int(same.sum()), pairs + same.numel()
+    return near / pairs
 
 
 def pairs_per_layer(arm: Arm, task: Task) -> int:
