@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .operators import AttentionOperator, draw_seeds
 from .patterns import SegmentPattern
-from .reference import default_scale
+from .reference import Scores, score_rule
 
 # %% ../nbs/05_autograd.ipynb #7ecf737a
 def _forward(
@@ -29,7 +29,7 @@ def _forward(
     mode: str, # "residue", "keys" or "longnet"
     offsets: Sequence[int], # one per query head, or one for all
     causal: bool, # key token index <= query token index
-    scale: float, # positive
+    scale: Sequence[float], # positive; or scale and cap
     dropout_p: float, # probability of dropping an attention weight
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "What the operator `hilbert_attn::triton_forward` computes."
@@ -55,7 +55,7 @@ def _backward(
     mode: str,
     offsets: Sequence[int],
     causal: bool,
-    scale: float,
+    scale: Sequence[float],
     dropout_p: float,
 ) -> tuple[Tensor, Tensor, Tensor]: # dq (B, H, N, D), dk and dv (B, H_kv, N, D)
     "What the operator `hilbert_attn::triton_backward` computes."
@@ -75,7 +75,7 @@ def _pairs(q: Tensor, k: Tensor, v: Tensor, order, key_mask, seed, *settings) ->
 _operator = AttentionOperator(
     "triton", _forward, _backward, ["order", "key_mask", "seed"],
     "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, "
-    "float scale, float dropout_p", "CompositeExplicitAutograd", _pairs)
+    "float[] scale, float dropout_p", "CompositeExplicitAutograd", _pairs)
 triton_forward, triton_backward = _operator.forward_op, _operator.backward_op
 
 # %% ../nbs/05_autograd.ipynb #3c4d32d3
@@ -85,7 +85,7 @@ class HilbertAttentionFunction(torch.autograd.Function):
     def forward(
         q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_mask: Tensor | None,
         seed: Tensor | None, segment_size: int, dilation_rate: int, mode: str,
-        offsets: Sequence[int], causal: bool, scale: float,
+        offsets: Sequence[int], causal: bool, scale: Sequence[float],
         dropout_p: float) -> tuple[Tensor, Tensor]:
         return triton_forward(
             q, k, v, order, key_mask, seed, segment_size, dilation_rate, mode, offsets, causal,
@@ -115,7 +115,7 @@ def triton_attention(
     causal: bool = False, # key token index <= query token index
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # of an attention weight; the seed comes from torch's generator
-    scale: float | None = None, # None is 1 / sqrt(D)
+    scale: float | Scores | None = None, # None is 1 / sqrt(D)
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N) float32 (float64 for float64)
     """Attention on the fused kernels, differentiable in q, k and v; a `RuntimeError` where
     Triton can't run."""
@@ -123,12 +123,14 @@ def triton_attention(
         raise ValueError(
             f"pattern={pattern!r}: the triton backend computes SegmentPattern only; "
             "block masks have their own kernels")
-    scale = default_scale(q) if scale is None else scale
-    if scale <= 0: q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    rule = score_rule(scale, q)
+    if rule.scale <= 0:
+        q, positive = (-q, -rule.scale) if rule.scale < 0 else (q * 0, 1.0)
+        rule = rule._replace(scale=positive)
     seed = draw_seeds(dropout_p, q.device)
     return _operator(
         q, k, v, order, key_mask, seed, pattern.segment_size, pattern.dilation_rate, pattern.mode,
-        list(pattern.offsets), causal, scale, float(dropout_p))
+        list(pattern.offsets), causal, rule.numbers, float(dropout_p))
 
 # %% ../nbs/05_autograd.ipynb #ad694563
 class HybridAttentionFunction(torch.autograd.Function):
@@ -141,7 +143,7 @@ class HybridAttentionFunction(torch.autograd.Function):
             raise ValueError(
                 f"{sizes}, heads {q.shape[1]} and {k.shape[1]}: the hybrid needs r to divide w, "
                 "w to divide N, and as many key heads as query heads")
-        how = segment_size, dilation_rate, "residue", [0], False, scale, 0.0
+        how = segment_size, dilation_rate, "residue", [0], False, [scale], 0.0
         return triton_forward(q, k, v, order, None, None, *how)[:2]
 
     @staticmethod

@@ -352,8 +352,8 @@ def _forced(backend: str) -> tuple[str, str]:
 
 # %% ../nbs/07_backends.ipynb #5a1d0c35
 _NOT_PLAIN = (
-    "it has no plain PyTorch expression to differentiate, "
-    "which custom_backward=False and forward-mode derivatives ask for"
+    "it has no plain PyTorch expression to differentiate, which custom_backward=False, "
+    "forward-mode derivatives and a bias on the scores ask for"
 )
 
 
@@ -424,7 +424,7 @@ def choose_backend(
     "The backend to use. Raises `RuntimeError` where one is forced that cannot run."
     name, source = _forced(backend)
     if name == "auto" and not custom_backward:
-        return "sdpa", "custom_backward=False asks for plain PyTorch"
+        return "sdpa", "custom_backward=False, or a bias, asks for plain PyTorch"
     task = _Task(device, tokens, custom_backward, family)
     if name == "auto": return _by_policy(task)
     _check_forced(name, source, task)
@@ -549,6 +549,8 @@ def hilbert_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
+    bias: Tensor | None = None, # (H, 2 N - 1), or 2 h - 1, 2 w - 1 of a grid: added to scores
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -560,7 +562,7 @@ def hilbert_attention(
     -inf. Raises `ValueError` for arguments that do not fit, and `RuntimeError` where a forced
     backend cannot run. Dilation as in LongNet (arXiv 2307.02486, section 3)."""
     call = check_call(q, k, v, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
-                      sink_logits=sink_logits, return_lse=return_lse)
+                      softcap=softcap, bias=bias, sink_logits=sink_logits, return_lse=return_lse)
     how = segment_size, dilation_rate, dilation_mode, offsets
     call = on_segments(call, *how, grid=grid, curve=curve, order=order)
     return call.result(*attend(call, backend))
@@ -647,6 +649,8 @@ class ExplainOptions(PatternOptions, total=False):
     segment_lengths: int | Sequence[int]
     dilation_rates: int | Sequence[int]
     combine: str
+    softcap: float | None
+    bias: Tensor | None
     sink_logits: Tensor | None
 
 # %% ../nbs/07_backends.ipynb #db2faf98
@@ -739,7 +743,8 @@ def explain_backend(
     batch, heads, n, d = q.shape
     pattern = _pattern(options, n, heads)
     task: dict[str, Any] = dict(
-        backend=backend, device=device, tokens=n, family=family_of(pattern))
+        backend=backend, device=device, tokens=n, family=family_of(pattern),
+        custom_backward=options.get("bias") is None)
     name, reason = choose_backend(**task)
     rejected = rejected_backends(name, reason, **task)
     pairs = batch * pattern.pairs(heads)

@@ -20,7 +20,7 @@ from .blocks.planner import block_lists
 from .blocks.schedule import mask_lists
 from .calls import Call, check_call, check_order
 from .common import known_now, lse_dtype
-from .reference import masked_attention
+from .reference import Scores, masked_attention
 from .sdpa import KeptMask, attend_kept
 
 if TYPE_CHECKING: from torch.nn.attention.flex_attention import BlockMask
@@ -42,7 +42,7 @@ def block_reference_attention(
     *,
     key_mask: Tensor | None = None, # bool (B, M)
     dropout_p: float = 0.0, # probability of dropping an attention weight
-    scale: float | None = None, # None is 1 / sqrt(D)
+    scale: float | Scores | None = None, # None is 1 / sqrt(D)
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "One dense masked softmax in float64: O(N^2), for tests."
     wide = q.double(), k.double(), v.double()
@@ -58,7 +58,7 @@ def block_sdpa_mask_attention(
     *,
     key_mask: Tensor | None = None, # bool (B, M)
     dropout_p: float = 0.0, # probability of dropping an attention weight
-    scale: float | None = None, # None is 1 / sqrt(D)
+    scale: float | Scores | None = None, # None is 1 / sqrt(D)
     need_lse: bool = True, # False: None in its place
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N)
     "SDPA with a dense mask: O(N^2), for comparison."
@@ -182,6 +182,7 @@ def block_sparse_attention(
     key_mask: Tensor | None = None, # bool (B, M), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -195,6 +196,6 @@ def block_sparse_attention(
     arguments that do not fit, and `RuntimeError` where a forced backend cannot run."""
     call = check_call(
         q, k, v, registers=None, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
-        sink_logits=sink_logits, return_lse=return_lse)
+        softcap=softcap, sink_logits=sink_logits, return_lse=return_lse)
     lists = _resolve_lists(block_mask, block_size, order, call.causal, call.q, call.k)
     return call.result(*attend(call.along(lists), backend, "blocks"))

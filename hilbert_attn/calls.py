@@ -24,7 +24,8 @@ from .common import (
 from .curves import _parse_curve, as_grid, curve_order
 from .operators import draw_seeds
 from .patterns import DilatedPattern, SegmentPattern
-from .reference import default_scale, with_sinks
+from .reference import Scores, score_rule, with_sinks
+from .relative import relative_bias
 
 # %% ../nbs/06b_calls.ipynb #0d9ec8b4
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -178,12 +179,20 @@ def _check_dropout(dropout_p: Any) -> float:
 
 # %% ../nbs/06b_calls.ipynb #17795e2e
 def check_scale(
-    scale: float | None, # of the scores; None is 1 / sqrt(D)
-) -> float | None:
-    "A scale that is positive and finite, or None; a `ValueError` for others."
+    scale: float | Scores | None, # of the scores; None is 1 / sqrt(D)
+) -> float | Scores | None:
+    "A scale that is positive and finite, or None, or a rule; a `ValueError` for others."
+    if isinstance(scale, Scores): return scale
     if scale is None or isfinite(_check_number("scale", scale)) and scale > 0: return scale
     rule = "must be positive and finite, or None for 1 / sqrt(D); to turn the sign, negate q"
     raise ValueError(f"scale={scale}: {rule}")
+
+# %% ../nbs/06b_calls.ipynb #d2530ba7
+def _with_cap(call: "Call", softcap: Any) -> "Call":
+    "A `ValueError` for a cap that is not positive and finite."
+    if isfinite(_check_number("softcap", softcap)) and softcap > 0:
+        return replace(call, scale=Scores(call.rule.scale, float(softcap)))
+    raise ValueError(f"softcap={softcap}: must be positive and finite, or None for no cap")
 
 # %% ../nbs/06b_calls.ipynb #6bbd511e
 def check_curve(
@@ -213,7 +222,7 @@ class Call:
     v: Tensor # values (B, H_kv, M, D)
     key_mask: Tensor | None = None # bool (B, M), True = attend
     dropout_p: float = 0.0 # probability of dropping an attention weight
-    scale: float | None = None # None is 1 / sqrt(D)
+    scale: float | Scores | None = None # None is 1 / sqrt(D); with a cap, both
     causal: bool = False # key token index <= query token index
     need_lse: bool = True # False: None may stand in its place
     custom_backward: bool = True # False: derivatives are left to PyTorch
@@ -223,13 +232,16 @@ class Call:
     columns: int | None = None # of the values, where zeros were put behind them; None: all
     sink_logits: Tensor | None = None # (H,), each a score in the sum of its head's weights
     only_out: bool = False # is the LSE needed here alone?
+    bias: Tensor | None = None # (H, differences of each axis), until it is known how tokens lie
 
     @property
     def sizes(self) -> tuple[int, int]: return self.q.shape[2], self.q.shape[1]  # N, H
 
     @property
-    def number(self) -> float: # the scale
-        return default_scale(self.q) if self.scale is None else float(self.scale)
+    def rule(self) -> Scores: return score_rule(self.scale, self.q)
+
+    @property
+    def numbers(self) -> list[float]: return self.rule.numbers # for operators
 
     @property
     def common(self) -> dict[str, Any]: # key_mask, dropout_p, scale
@@ -253,12 +265,24 @@ class Call:
         "Takes a pattern, and the order that it is laid along. Raises `ValueError`."
         n, device = self.q.shape[2], self.q.device
         check_cells(grid, n)
+        self.lay_bias(n if grid is None else grid)
         check_curve(curve)
         if order is not None: order = check_order(order, n, device)
         elif not dense and curve not in (None, "row_major"):
             order = curve_order(n if grid is None else grid, curve, device)
         self.pattern, self.order = pattern, None if dense else order
         return self
+
+    def lay_bias(
+        self,
+        grid: int | Sequence[int], # how tokens lie
+        reach: Sequence[int] | None = None, # largest differences of a pair; None: any
+    ):
+        "Makes the bias part of the scores; its gradient is left to PyTorch. Raises `ValueError`."
+        if self.bias is None: return
+        (n, heads), keys, device = self.sizes, self.k.shape[2], self.q.device
+        bias = relative_bias(self.bias, grid, heads, device, keys - n, reach)
+        self.scale, self.custom_backward = self.rule._replace(bias=bias), False
 
     def hidden(self) -> "Call":
         "The same, with keys and values set to 0 where the key mask removes them."
@@ -289,7 +313,7 @@ def _same_width(call: Call) -> Call:
     d, columns = call.q.shape[3], call.v.shape[3]
     def widened(x): return F.pad(x, (0, max(d, columns) - x.shape[3]))
     q, k, v = map(widened, (call.q, call.k, call.v))
-    return replace(call, q=q, k=k, v=v, scale=call.number, columns=columns)
+    return replace(call, q=q, k=k, v=v, scale=call.rule, columns=columns)
 
 # %% ../nbs/06b_calls.ipynb #40d84db1
 def _with_sinks(call: Call, sink_logits: Any) -> Call:
@@ -316,6 +340,8 @@ def check_call(
     key_mask: Tensor | None = None, # bool (B, M), True = attend
     dropout_p: float = 0.0, # at least 0, less than 1
     scale: float | None = None, # positive; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: as they are
+    bias: Tensor | None = None, # (H, differences of each axis), for `Call.lay_bias`
     sink_logits: Tensor | None = None, # (H,), each a score in the sum of its head's weights
     causal: bool = False, # key token index <= query token index
     return_lse: bool = False, # is the log-sum-exp wanted?
@@ -329,7 +355,8 @@ def check_call(
     numbers = _check_dropout(dropout_p), check_scale(scale)
     switches = true_or_false("causal", causal), true_or_false("return_lse", return_lse)
     fused = custom_backward and forward_ad._current_level < 0
-    call = Call(q, k, v, key_mask, *numbers, *switches, fused)
+    call = Call(q, k, v, key_mask, *numbers, *switches, fused, bias=bias)
+    if softcap is not None: call = _with_cap(call, softcap)
     if v.shape[3] != q.shape[3]: call = _same_width(call)
     return call if sink_logits is None else _with_sinks(call, sink_logits)
 

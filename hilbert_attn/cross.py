@@ -103,7 +103,7 @@ def _pairs(q, k, v, order, key_order, key_mask, seed, segment_size, registers, *
 
 _cross_attention = AttentionOperator(
     "cross", _forward, _backward, ["order", "key_order", "key_mask", "seed"],
-    "SymInt segment_size, SymInt registers, float scale, float dropout_p, bool triton",
+    "SymInt segment_size, SymInt registers, float[] scale, float dropout_p, bool triton",
     "CompositeExplicitAutograd", _pairs)
 
 # %% ../nbs/11c_cross.ipynb #731dc86b
@@ -128,7 +128,7 @@ def sdpa_mask_cross(call: Call) -> tuple[Tensor, Any]: # out, lse or None
 # %% ../nbs/11c_cross.ipynb #e7b7357b
 def _in_operator(call: Call, triton: bool) -> tuple[Tensor, Tensor]: # out, lse
     place = call.pattern
-    numbers = place.pattern.segment_size, place.registers, call.number, call.dropout_p
+    numbers = place.pattern.segment_size, place.registers, call.numbers, call.dropout_p
     return _cross_attention(
         call.q, call.k, call.v, place.order, place.key_order, call.key_mask, call.seeds(),
         *numbers, triton)
@@ -187,6 +187,7 @@ def hilbert_cross_attention(
     key_mask: Tensor | None = None, # bool (B, M), True = attend; or (B, M + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -199,7 +200,7 @@ def hilbert_cross_attention(
     arguments that do not fit, and for segments that would have no key."""
     call = check_with_registers(
         q, k, v, registers, key_mask, crossed=True, dropout_p=dropout_p, scale=scale,
-        sink_logits=sink_logits, return_lse=return_lse)
+        softcap=softcap, sink_logits=sink_logits, return_lse=return_lse)
     n, more = call.q.shape[2], 0 if registers is None else registers[0].shape[2]
     m, device = call.k.shape[2] - more, call.q.device
     size = n if segment_size is None else whole_number("segment_size", segment_size, 1)

@@ -58,7 +58,7 @@ class _Mixture:
     mode: str
     offsets: Sequence[int] # of all heads of the first branch, then of the second, ...
     causal: bool
-    scale: float
+    scale: Sequence[float] # scale, and the cap where there is one
     dropout_p: float
     triton: bool # on the fused kernels
 
@@ -159,7 +159,7 @@ def _mixture_pairs(q, k, v, order, key_mask, seeds, *settings) -> int:
 _mixture_attention = AttentionOperator(
     "dilated", _dilated_forward, _dilated_backward, ["order", "key_mask", "seeds"],
     "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, "
-    "bool causal, float scale, float dropout_p, bool triton", "CompositeExplicitAutograd",
+    "bool causal, float[] scale, float dropout_p, bool triton", "CompositeExplicitAutograd",
     _mixture_pairs)
 
 # %% ../nbs/08_dilated.ipynb #b0da3890
@@ -171,7 +171,7 @@ def _settings(call: Call, triton: bool) -> list[Any]:
     sizes = [p.segment_size for p in patterns], [p.dilation_rate for p in patterns]
     copies = [b.copies for b in branches]
     return [
-        *sizes, copies, patterns[0].mode, offsets, call.causal, call.number, call.dropout_p, triton]
+        *sizes, copies, patterns[0].mode, offsets, call.causal, call.numbers, call.dropout_p, triton]
 
 # %% ../nbs/08_dilated.ipynb #5f0c2a02
 def _run_mixture(call: Call, triton: bool) -> tuple[Tensor, Tensor]:
@@ -318,7 +318,7 @@ def _packed_pairs(q, k, v, order, key_mask, seeds, cu_seqlens, *settings) -> int
 _packed_attention = AttentionOperator(
     "packed", _packed_forward, _packed_backward, ["order", "key_mask", "seeds", "cu_seqlens"],
     "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, "
-    "bool causal, float scale, float dropout_p, bool triton", pairs=_packed_pairs)
+    "bool causal, float[] scale, float dropout_p, bool triton", pairs=_packed_pairs)
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a0a
 def _one_at_a_time(call: Call, how: tuple, cu_seqlens: Tensor, backend: str) -> tuple[Tensor, Any]:
@@ -447,6 +447,7 @@ def dilated_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -460,7 +461,7 @@ def dilated_attention(
     a curve of its own) are attended each as if alone. Raises `ValueError` for arguments that do
     not fit, and `RuntimeError` where a forced backend cannot run."""
     call = check_call(q, k, v, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
-                      sink_logits=sink_logits, return_lse=return_lse)
+                      softcap=softcap, sink_logits=sink_logits, return_lse=return_lse)
     how = segment_lengths, dilation_rates, combine, dilation_mode, offsets
     if cu_seqlens is not None or _several_grids(grid):
         call, borders = _in_documents(call, grid, curve, order, cu_seqlens)
@@ -520,7 +521,7 @@ def _prefix_pairs(q, k, v, order, key_mask, seeds, *settings) -> int:
 _prefix_attention = AttentionOperator(
     "prefix", _prefix_forward, _prefix_backward, ["order", "key_mask", "seeds"],
     "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, "
-    "bool causal, float scale, float dropout_p, bool triton, SymInt prefix", pairs=_prefix_pairs)
+    "bool causal, float[] scale, float dropout_p, bool triton, SymInt prefix", pairs=_prefix_pairs)
 
 # %% ../nbs/08_dilated.ipynb #5f0c2b07
 def prefix_branches(

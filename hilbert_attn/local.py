@@ -25,13 +25,14 @@ from .backends import attend, computes, shortcut
 from .blocks.planner import block_lists
 from .calls import (
     Call, autocast_inputs, check_call, check_cells, check_curve, on_segments)
-from .common import define_operator, lse_dtype, whole_number
+from .common import define_operator, lse_dtype
 from .curves import as_grid, curve_order, inverse_order
 from .operators import AttentionOperator
 from .patterns import (
-    AxisPattern, Lattice, NeighborhoodPattern, SlidePattern, StretchPattern, TilesSharedPattern,
-    WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)
-from .reference import masked_attention, reference_attention
+    AxisPattern, Lattice, NeighborhoodPattern, OverlapPattern, SlidePattern, StretchPattern,
+    TilesSharedPattern, WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)
+from .reference import (
+    Scores, masked_attention, reference_attention, score_rule)
 from .sdpa import masked_sdpa, sdpa_mask_attention
 from .tiles import (
     Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, rectangles,
@@ -472,7 +473,7 @@ def _local_forward(
     order: Tensor | None, # int64 (cells,)
     key_mask: Tensor | None, # bool (B, M)
     pattern: AxisPattern,
-    scale: float,
+    scale: Sequence[float], # and the cap, where there is one
     dropout: Dropout | None = None, # drops weights
 ) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE on the CPU, some tiles at a time."
@@ -502,7 +503,7 @@ def _local_backward(
     order: Tensor | None,
     key_mask: Tensor | None,
     pattern: AxisPattern,
-    scale: float,
+    scale: Sequence[float], # and the cap, where there is one
     dropout: Dropout | None = None, # that of the forward, from its beginning
 ) -> tuple[Tensor, Tensor, Tensor]: # dq, dk, dv
     "Gradients of q, k, v on the CPU, some tiles at a time."
@@ -529,7 +530,7 @@ _PATTERN = "str kind, SymInt[] numbers" # as `encode_pattern` writes one
 _decoded = lru_cache(maxsize=256)(decode_pattern)
 
 
-def _planned(seed: Tensor | None, kind: str, numbers, scale: float, dropout_p: float) -> tuple:
+def _planned(seed: Tensor | None, kind: str, numbers, scale: Sequence[float], dropout_p: float) -> tuple:
     "What the engine is given: pattern, scale, dropout."
     dropout = None if seed is None else Dropout(dropout_p, seed)
     return _decoded(kind, tuple(numbers)), scale, dropout
@@ -553,7 +554,7 @@ def _pairs_of(q: Tensor, k: Tensor, kind: str, numbers: Sequence[int]) -> int:
 
 _tiles_attention = AttentionOperator(
     "local", _forward_op, _backward_op, ["order", "key_mask", "seed"],
-    f"{_PATTERN}, float scale, float dropout_p",
+    f"{_PATTERN}, float[] scale, float dropout_p",
     pairs=lambda q, k, v, order, key_mask, seed, *rest: _pairs_of(q, k, *rest[:2]))
 
 # %% ../nbs/11_local.ipynb #f5a6ff5d
@@ -601,6 +602,20 @@ def _pairs(mask: Tensor, keys: Tensor, key_mask: Tensor | None, group: int) -> T
     if key_mask is None: return mask
     return (mask & key_mask[:, keys[:, None]]).flatten(0, 1)[:, None]
 
+# %% ../nbs/11_local.ipynb #cfb5d7df
+def _rule_of(
+    pattern: AxisPattern, rule: Scores, rows: Tensor, columns: Tensor, sizes: tuple[int, int, int],
+) -> Scores:
+    "How the scores of a batch of tiles are made. Equal tiles of a grid have the same differences."
+    if rule.bias is None: return rule
+    (batch, heads, group), tiles = sizes, len(rows)
+    if not pattern.along_curve: rows, columns = rows[:1], columns[:1]
+    table, queries, keys, own = rule.bias
+    queries, keys = (x[:, None, None] for x in (queries[rows], keys[columns]))
+    bias = type(rule.bias)(table, queries, keys, own.view(heads, group, 1, 1))()
+    bias = bias.flatten(2, 3).expand(tiles, -1, -1, -1)  # (T, heads, group * P, J)
+    return rule._replace(bias=bias.expand(batch, *bias.shape).flatten(0, 1))
+
 # %% ../nbs/11_local.ipynb #f44103b8
 def _local_expression(
     q: Tensor, # (B, H, N, D)
@@ -610,7 +625,7 @@ def _local_expression(
     key_mask: Tensor | None, # bool (B, M)
     pattern: AxisPattern,
     dropout_p: float,
-    scale: float | None, # None is 1 / sqrt(D)
+    scale: float | Scores | None, # None is 1 / sqrt(D)
     need_lse: bool, # True: sums are in float32, gradients too
 ) -> tuple[Tensor, Tensor | Any]: # out, lse
     "The tiles as plain differentiable PyTorch, on any device."
@@ -620,7 +635,9 @@ def _local_expression(
         order, *encode_pattern(pattern), group, most, keys, q.device)
     outs: list[Tensor] = []
     lses: list[Tensor] = []
+    rule = score_rule(scale, q)
     for rows, columns, mask in zip(tiles[::3], tiles[1::3], tiles[2::3]):
+        scale = _rule_of(pattern, rule, rows, columns, (B, heads, group))
         batch = [_stack(x, i, heads) for x, i in ((q, rows), (k, columns), (v, columns))]
         mask = _pairs(mask, columns, key_mask, group)
         if need_lse:
@@ -669,7 +686,7 @@ def sdpa_local(call: Call) -> tuple[Tensor, Tensor | Any]: # out, lse
     inputs = call.q, call.k, call.v, call.order, call.key_mask
     pattern = call.pattern.pattern
     if call.q.device.type in ("cpu", "meta") and call.custom_backward:
-        numbers = *encode_pattern(pattern), call.number, call.dropout_p
+        numbers = *encode_pattern(pattern), call.numbers, call.dropout_p
         return _tiles_attention(*inputs, call.seeds(), *numbers)
     need_lse = call.need_lse or not call.custom_backward
     return _local_expression(*inputs, pattern, call.dropout_p, call.scale, need_lse)
@@ -706,7 +723,7 @@ def _block_backward_op(
 
 _blocks_attention = AttentionOperator(
     "local_block", _block_forward_op, _block_backward_op, ["key_mask", "seed"],
-    f"{_PATTERN}, SymInt[] layout, str curve, float scale, float dropout_p",
+    f"{_PATTERN}, SymInt[] layout, str curve, float[] scale, float dropout_p",
     "CompositeExplicitAutograd",
     lambda q, k, v, key_mask, seed, *rest: _pairs_of(q, k, *rest[:2]))
 
@@ -729,7 +746,7 @@ def triton_local(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     layout = list(laid.grid), laid.curve or "row_major"
     return _blocks_attention(
         call.q, call.k, call.v, call.key_mask, call.seeds(),
-        *encode_pattern(laid.pattern), *layout, call.number, call.dropout_p)
+        *encode_pattern(laid.pattern), *layout, call.numbers, call.dropout_p)
 
 # %% ../nbs/11_local.ipynb #bb21de6d
 def _check_kind(name: str, x: Tensor, own: Tensor):
@@ -778,11 +795,23 @@ def check_with_registers(
         key_mask = F.pad(key_mask, (0, count), value=True)
     return check_call(q, k, v, registers=count, key_mask=key_mask, **options)
 
+# %% ../nbs/11_local.ipynb #55dc01a4
+def _reach(pattern: AxisPattern) -> tuple[int, ...] | None: # of each axis; None: any
+    "How far from a query its keys may lie, in cells of the grid."
+    if pattern.along_curve: return None
+    spans = []
+    for axis in range(len(pattern.grid)):
+        _, first, last = pattern.axis_bounds(axis)
+        spans.append(int((last - first).max()))
+    steps = pattern.dilation or (1,) * len(spans)
+    return tuple(span * step for span, step in zip(spans, steps))
+
 # %% ../nbs/11_local.ipynb #0350c608
 def _attend(call: Call, pattern: AxisPattern, grid, curve: str | None, backend: str) -> Any:
     "Lays the pattern along the curve, where that matters, and runs the call."
     check_cells(grid, call.q.shape[2] - pattern.shared)
     check_curve(curve)
+    call.lay_bias(grid, _reach(pattern))
     laid = LocalPattern(pattern, as_grid(grid), curve, call.k.shape[2] - call.q.shape[2])
     order = None
     if pattern.along_curve and curve not in (None, "row_major"):
@@ -805,6 +834,8 @@ def window_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
+    bias: Tensor | None = None, # (H, 2 N - 1), or 2 h - 1, 2 w - 1 of a grid: added to scores
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -815,8 +846,8 @@ def window_attention(
     The curve is *post-pattern*: the result is the same for all.
     Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
-        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        bias=bias, sink_logits=sink_logits, return_lse=return_lse)
     return _attend(call, WindowPattern(grid, window, shift), grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #91869de7
@@ -835,6 +866,8 @@ def neighborhood_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
+    bias: Tensor | None = None, # (H, 2 N - 1), or 2 h - 1, 2 w - 1 of a grid: added to scores
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -845,8 +878,8 @@ def neighborhood_attention(
     as in the middle. The curve is *post-pattern*: the result is the same for all.
     Raises `ValueError` for arguments that do not fit, a kernel longer than a residue class."""
     call = check_with_registers(
-        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        bias=bias, sink_logits=sink_logits, return_lse=return_lse)
     pattern = NeighborhoodPattern(grid, kernel_size, dilation, causal)
     return _attend(call, pattern, grid, curve, backend)
 
@@ -859,23 +892,30 @@ def hilbert_window_attention(
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
     window: int, # positions per window; the last one may be shorter
     *,
+    overlap: int = 0, # positions before a window that its queries see, too
+    causal: bool = False, # only positions at or before the query's; with curve=None, tokens
     curve: str | None = "hilbert", # decides which tokens share a window; None: token order
     registers: tuple[Tensor, Tensor] | None = None, # keys and values (B, H_kv, R, D) for all
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
+    bias: Tensor | None = None, # (H, 2 N - 1), or 2 h - 1, 2 w - 1 of a grid: added to scores
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
 ) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D) in token order, or out and lse (B, H, N)
     """Attention inside stretches of `window` consecutive positions (arXiv 2511.05832).
 
-    The curve is *global*: it changes the result.
+    The curve is *global*: it changes the result. A decoder's segments without a cliff are
+    `causal=True, overlap=window, curve=None`: each token sees at least `window` tokens before it.
     Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
-        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
-    window = whole_number("window", window, 1)
+        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        bias=bias, sink_logits=sink_logits, return_lse=return_lse)
+    pattern = OverlapPattern(call.q.shape[2], window, overlap, causal)
+    if pattern.overlap or pattern.causal: return _attend(call, pattern, grid, curve, backend)
+    window = pattern.window
     if registers is not None:
         stretches = StretchPattern((call.q.shape[2],), (window,))
         return _attend(call, stretches, grid, curve, backend)
@@ -897,6 +937,8 @@ def hilbert_slide_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
+    bias: Tensor | None = None, # (H, 2 N - 1), or 2 h - 1, 2 w - 1 of a grid: added to scores
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -907,8 +949,8 @@ def hilbert_slide_attention(
     is `window=(w - 1, 0), curve=None`; `sinks` are tokens at the start that stay in sight
     (arXiv 2309.17453). Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
-        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        bias=bias, sink_logits=sink_logits, return_lse=return_lse)
     return _attend(call, SlidePattern(call.q.shape[2], window, sinks), grid, curve, backend)
 
 # %% ../nbs/11_local.ipynb #00e14d86
@@ -927,6 +969,7 @@ def tiles_shared_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order; or (B, N + R)
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -936,8 +979,8 @@ def tiles_shared_attention(
     The curve is *global*: it changes the result.
     Raises `ValueError` for arguments that do not fit."""
     call = check_with_registers(
-        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, return_lse=return_lse)
     pattern = TilesSharedPattern(call.q.shape[2], tiles, offset, shared)
     cells = prod(pattern.grid)
     if grid is not None and prod(as_grid(grid)) != cells:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DILATION_MODES', 'COMBINES', 'AxisBounds', 'Progression', 'Lattice', 'SegmentPattern', 'default_mode',
            'create_dilated_mask', 'attention_mask', 'Branch', 'branch_lists', 'even_sizes', 'DilatedPattern',
-           'AxisPattern', 'WindowPattern', 'StretchPattern', 'NeighborhoodPattern', 'SlidePattern',
+           'AxisPattern', 'WindowPattern', 'StretchPattern', 'OverlapPattern', 'NeighborhoodPattern', 'SlidePattern',
            'TilesSharedPattern', 'CrossPattern', 'axis_classes', 'find_boxes', 'attends_boxes', 'encode_pattern',
            'decode_pattern']
 
@@ -548,6 +548,33 @@ class StretchPattern(WindowPattern):
     "Windows of positions: `StretchPattern(N, window)`."
     along_curve = True
 
+# %% ../nbs/01_patterns.ipynb #30f73038
+@dataclass(frozen=True)
+class OverlapPattern(AxisPattern):
+    """Windows of positions whose queries see positions before their window, too.
+
+    A `ValueError` for fields that do not fit."""
+    seq_len: int # N
+    window: int # positions of a window; the last one may be shorter
+    overlap: int = 0 # positions before it
+    causal: bool = False # only positions at or before the query's
+    along_curve = True
+
+    def __post_init__(self):
+        for name, least in (("seq_len", 1), ("window", 1), ("overlap", 0)):
+            _set(self, **{name: whole_number(name, getattr(self, name), least)})
+        _set(self, causal=true_or_false("causal", self.causal))
+
+    @property
+    def grid(self) -> tuple[int, ...]: return (self.seq_len,)
+
+    def axis_bounds(self, axis: int) -> AxisBounds:
+        "From the overlap to the window's end, or to the query."
+        place, n = np.arange(self.seq_len), self.seq_len
+        begin = place // min(self.window, n) * min(self.window, n)
+        end = place if self.causal else (begin + min(self.window, n)).clip(max=n) - 1
+        return place, (begin - min(self.overlap, n)).clip(0), end
+
 # %% ../nbs/01_patterns.ipynb #a0285b3d
 def _neighbours(
     n: int, # length of the axis
@@ -810,11 +837,12 @@ def decode_pattern(
         import_module(kind.rpartition(".")[0])
     cls = cast(Any, AxisPattern.kinds[kind])
     types = [field.type for field in fields(cls)]
-    single = types.count(int)
+    single = sum(kind_of in (int, bool) for kind_of in types)
     ndim = (len(numbers) - single) // max(1, len(types) - single)
     rest = iter(numbers)
     values: list[Any] = []
     for kind_of in types:
-        value: Any = next(rest) if kind_of is int else tuple(islice(rest, ndim))
-        values.append(tuple(map(bool, value)) if kind_of == tuple[bool, ...] else value)
+        value: Any = tuple(islice(rest, 1 if kind_of in (int, bool) else ndim))
+        if kind_of in (bool, tuple[bool, ...]): value = tuple(map(bool, value))
+        values.append(value[0] if kind_of in (int, bool) else value)
     return cls(*values)

@@ -372,6 +372,7 @@ def point_attention(
     key_mask: Tensor | None = None, # bool (B, N), True = attend
     dropout_p: float = 0.0, # probability of dropping an attention weight
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
+    softcap: float | None = None, # scores become softcap * tanh(score / softcap); None: no cap
     sink_logits: Tensor | None = None, # (H,): a score of each head's softmax that has no key
     backend: str = "auto", # one of `BACKENDS`
     return_lse: bool = False, # return the log-sum-exp too
@@ -382,8 +383,8 @@ def point_attention(
     which the points came. The order is *global*: it changes the result. Raises `ValueError` for
     arguments that do not fit."""
     call = check_call(
-        q, k, v, key_mask=key_mask, dropout_p=dropout_p, scale=scale, sink_logits=sink_logits,
-        return_lse=return_lse)
+        q, k, v, key_mask=key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
+        sink_logits=sink_logits, return_lse=return_lse)
     n = call.q.shape[2]
     sizes = _cloud_sizes(n, batch, cu_seqlens)
     if order is not None:

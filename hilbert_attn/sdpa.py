@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, product
 from math import prod
 from typing import Any
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from .common import Cache, lse_dtype
 from .operators import AttentionOperator, draw_seeds
 from .patterns import Lattice, Pattern, SegmentPattern, attention_mask
-from .reference import default_scale, masked_attention
+from .reference import Scores, default_scale, masked_attention, score_rule
 from .tiles import (
     Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, rows_apart,
     without_empty_rows)
@@ -57,16 +57,20 @@ def masked_sdpa(
     k: Tensor, # (B, H_kv, M, D)
     v: Tensor, # (B, H_kv, M, D)
     mask: Tensor, # bool, or int: how often each key counts
-    scale: float | None, # None is 1 / sqrt(D)
+    scale: float | Scores | None, # None is 1 / sqrt(D)
     dropout_p: float = 0.0, # probability of dropping an attention weight
 ) -> Tensor: # (B, H, N, D)
-    """SDPA with a mask; rows without keys give 0. SDPA has no forward-mode derivative: there it
-    is written out."""
+    """SDPA with a mask; rows without keys give 0. SDPA has no forward-mode derivative, no cap and
+    no bias: there it is written out."""
+    rule = score_rule(scale, q)
+    if not rule.by_kernels:
+        wide = [x.to(lse_dtype(q.dtype)) for x in (q, k, v)]
+        return masked_attention(*wide, mask, rule, dropout_p)[0].to(q.dtype)
     if torch.autograd.forward_ad._current_level >= 0:
         return masked_attention(q, k, v, mask, scale, dropout_p)[0]
     empty = ~mask.any(-1, keepdim=True)
     allowed = mask | empty if mask.dtype == torch.bool else _additive(mask, empty, q.dtype)
-    return _add_mask(q, k, v, allowed, empty, scale, dropout_p)
+    return _add_mask(q, k, v, allowed, empty, rule.scale, dropout_p)
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8c98
 @dataclass(frozen=True)
@@ -151,7 +155,7 @@ def attend_kept(
     *,
     key_mask: Tensor | None = None, # bool (B, M), True = attend
     dropout_p: float = 0.0, # probability of dropping an attention weight
-    scale: float | None = None, # None is 1 / sqrt(D)
+    scale: float | Scores | None = None, # None is 1 / sqrt(D)
     need_lse: bool = True, # False: None in its place
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
     "SDPA with a dense mask, a kept one for short sequences: O(N^2), whatever the pattern."
@@ -160,10 +164,11 @@ def attend_kept(
     if kind != "meta" and torch.is_autocast_enabled(kind):
         with torch.autocast(kind, enabled=False):  # sums are in the precision of the LSE
             return attend_kept(q, k, v, kept, **options)
-    if _can_keep(q, key_mask):
-        short = ShortCall(*kept.bias(q.dtype), scale)
+    rule = score_rule(scale, q)
+    if rule.by_kernels and _can_keep(q, key_mask):
+        short = ShortCall(*kept.bias(q.dtype), rule.scale)
         out = short(q, k, v, dropout_p)
-        if need_lse: return out, _lse(q, k, short.bias, short.empty, scale)
+        if need_lse: return out, _lse(q, k, short.bias, short.empty, rule.scale)
         if _notes.calls is not None and not dropout_p: _notes.calls.append((q, k, v, out, short))
         return out, None
     mask = kept.make()
@@ -184,7 +189,7 @@ def sdpa_mask_attention(
     causal: bool = False, # key token index <= query token index
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
-    scale: float | None = None, # None is 1 / sqrt(D)
+    scale: float | Scores | None = None, # None is 1 / sqrt(D)
     need_lse: bool = True, # False: None in its place, and no scores in memory for it
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
     "Attention as SDPA with a dense bool mask: O(N^2) time and memory, whatever the pattern."
@@ -453,7 +458,7 @@ def attend_segments(
     key_mask: Tensor | None, # bool (B, N)
     pattern: SegmentPattern, # over N positions
     causal: bool, # key token index <= query token index
-    scale: float, # of the scores
+    scale: float | Sequence[float], # of the scores; or scale and cap
     before: tuple[Tensor, Tensor] | None = None, # attention to other keys, to mix with in place
     copies: int = 1, # how often each key counts
     dropout: Dropout | None = None, # drops weights
@@ -538,7 +543,7 @@ def segment_pairs(
 _groups_attention = AttentionOperator(
     "sdpa", _sdpa_forward, _sdpa_backward, ["order", "key_mask", "seed"],
     "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, "
-    "float scale, float dropout_p", pairs=segment_pairs)
+    "float[] scale, float dropout_p", pairs=segment_pairs)
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55e8
 def _padded_groups(
@@ -622,6 +627,23 @@ def _heads_by_offset(pattern: SegmentPattern, heads: int) -> dict[int, list[int]
         found.setdefault(pattern.offsets[head % len(pattern.offsets)], []).append(head)
     return found
 
+# %% ../nbs/06_sdpa.ipynb #2d05b8c0
+def _rule_of(
+    rule: Scores,
+    groups: tuple[Tensor, Tensor], # tokens of queries and of keys (segments, residues, places)
+    own: list[int], # heads
+    batch: int, # B
+    ordered: bool, # False: differences are those of the first segment everywhere
+) -> Scores:
+    "How the scores of groups (B * heads, segments * residues, M, J) are made."
+    if rule.bias is None: return rule
+    table, *numbers, heads = rule.bias
+    if not ordered: groups = groups[0][:1, :1], groups[1][:1, :1]
+    queries, keys = (x[tokens].flatten(0, 1) for x, tokens in zip(numbers, groups))
+    heads = heads.flatten()[own][:, None, None, None]
+    bias = type(rule.bias)(table, queries, keys, heads)()
+    return rule._replace(bias=bias.repeat(batch, 1, 1, 1))
+
 # %% ../nbs/06_sdpa.ipynb #1e9f55eb
 def _grouped_expression(
     q: Tensor, # (B, H, N, D)
@@ -632,24 +654,28 @@ def _grouped_expression(
     causal: bool,
     key_mask: Tensor | None, # bool (B, N)
     dropout_p: float,
-    scale: float | None,
+    scale: float | Scores | None,
     need_lse: bool, # True: sums are in float32, gradients too
 ) -> tuple[Tensor, Tensor | None]: # out, lse
     "The groups as plain differentiable PyTorch, on any device."
     dtype, heads = q.dtype, q.shape[1]
     if need_lse: q, k, v = (x.to(lse_dtype(dtype)) for x in (q, k, v))
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
+    rule, ordered = score_rule(scale, q), order is not None
     if order is None: order = torch.arange(q.shape[2], device=q.device)
 
-    def attention(*inputs):
-        if need_lse: return masked_attention(*inputs, scale, dropout_p)
-        return [masked_sdpa(*inputs, scale, dropout_p)]
+    def attention(rule, *inputs):
+        if need_lse: return masked_attention(*inputs, rule, dropout_p)
+        return [masked_sdpa(*inputs, rule, dropout_p)]
 
     parts, found = [], _heads_by_offset(pattern, heads)
     for offset, own in found.items():
         groups = _padded_groups(pattern, offset, q.device)
         inputs = (x[:, as_slice(own)] for x in (q, k, v))
-        parts.append(_padded_attention(*inputs, groups, order, causal, key_mask, attention))
+        last = q.shape[2] - 1
+        tokens = tuple(order[x.clamp(max=last)] for x in groups)
+        of_group = partial(attention, _rule_of(rule, tokens, own, len(q), ordered))
+        parts.append(_padded_attention(*inputs, groups, order, causal, key_mask, of_group))
     now = list(chain(*found.values()))
     back = as_slice([now.index(head) for head in range(heads)])
     out, *lse = (torch.cat(x, 1)[:, back] for x in zip(*parts))
@@ -666,7 +692,7 @@ def sdpa_attention(
     causal: bool = False, # key token index <= query token index
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     dropout_p: float = 0.0, # probability of dropping an attention weight
-    scale: float | None = None, # None is 1 / sqrt(D)
+    scale: float | Scores | None = None, # None is 1 / sqrt(D)
     need_lse: bool = True, # False where nobody uses the LSE: it may then be None
     custom_backward: bool = True, # False: differentiate the plain PyTorch expression
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
@@ -676,8 +702,7 @@ def sdpa_attention(
         return _grouped_expression(
             q, k, v, pattern, order, causal, key_mask, dropout_p, scale,
             need_lse or not custom_backward)
-    scale = default_scale(q) if scale is None else float(scale)
-    seed = draw_seeds(dropout_p, q.device)
+    seed, numbers = draw_seeds(dropout_p, q.device), score_rule(scale, q).numbers
     settings = pattern.segment_size, pattern.dilation_rate, pattern.mode, list(pattern.offsets)
     return _groups_attention(
-        q, k, v, order, key_mask, seed, *settings, causal, scale, float(dropout_p))
+        q, k, v, order, key_mask, seed, *settings, causal, numbers, float(dropout_p))

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from hilbert_attn.curves import CURVES, curve_order
 from hilbert_attn.patterns import DILATION_MODES, SegmentPattern, attention_mask
-from hilbert_attn.reference import assert_matches_oracle
+from hilbert_attn.reference import Scores, assert_matches_oracle
 
 HEAD_DIMS = (16, 24, 32, 48, 64, 80, 128, 256)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LAYOUTS = ("BHND", "BNHD", "fused", "gaps")
 GROUPS = ((1, 1), (2, 1), (3, 1), (1, 2), (2, 2), (1, 3), (2, 3)) # H_kv, query heads of each
+SCALES = (None, 0.3, Scores(0.3, 0.5)) # as backends take them; the last one has a cap
 EXAMPLES = int(os.environ.get("LAYOUT_CASES", 300 if os.environ.get("FULL") == "1" else 60))
 
 
@@ -56,6 +57,12 @@ def layouts(draw, masked: bool = False):
     own = (1, 3) if masked else (0, 1, 2, 3)  # masked keys hold other values than their neighbours
     dims, expanded = ((0, 1, 2, 3), own, own, (0, 1, 2, 3)), draw(st.integers(-1, 3))
     return tuple(draw(memories(d if i == expanded else ())) for i, d in enumerate(dims))
+
+
+def as_options(scale):
+    "A scale, or scale and cap, as public functions take them."
+    if not isinstance(scale, Scores): return dict(scale=scale)
+    return dict(scale=scale.scale, softcap=scale.softcap)
 
 
 def by_token(x): # (B, H, N, D), in memory (B, N, H, D)
@@ -120,7 +127,7 @@ class Case:
     key_mask: bool
     dtype: torch.dtype
     layout: str | tuple[Memory, ...]
-    scale: float | None
+    scale: float | Scores | None
     lse_grad: bool
     seed: int
     generator: torch.Generator = field(init=False, repr=False)
@@ -172,5 +179,5 @@ def cases(draw, max_n: int = 90, head_dims=HEAD_DIMS, dtypes=DTYPES) -> Case:
         d=draw(st.sampled_from(head_dims)), w=w, r=r, mode=mode, offsets=offsets,
         order=draw(st.sampled_from(("none", "random", *CURVES))), causal=draw(st.booleans()),
         key_mask=masked, dtype=draw(st.sampled_from(dtypes)), layout=draw(layouts(masked)),
-        scale=draw(st.sampled_from((None, 0.3))), lse_grad=draw(st.booleans()),
+        scale=draw(st.sampled_from(SCALES)), lse_grad=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)))

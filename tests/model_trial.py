@@ -73,14 +73,16 @@ def gradient(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in found])
 
 
-def by_mask(q, k, v, settings, *, causal=False, key_mask=None, dropout_p=0.0, scale=None):
+def by_mask(q, k, v, settings, *, causal=False, key_mask=None, dropout_p=0.0, scale=None,
+            return_lse=False):
     "`prefix_attention` by the dense mask of its definition."
     counts = settings.counts(q.shape[2], q.shape[1], causal=causal)[None].to(q.device)
     if key_mask is not None:
         k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
         counts = counts * key_mask[:, None, None]
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    return masked_attention(q, k, v, counts, scale)[0].to(q.dtype)
+    out, lse = masked_attention(q, k, v, counts, scale)
+    return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 
 def joint_by_mask(q, k, v, settings, grid, *, text_first, offset, key_mask, dropout_p, scale):

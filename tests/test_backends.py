@@ -133,7 +133,7 @@ def test_opcheck(mode, ordered):
     q, k, v = (torch.randn(1, h, 13, 8, requires_grad=True) for h in (4, 2, 2))
     order, key_mask = (
         curve_order(13), torch.ones(1, 13, dtype=torch.bool)) if ordered else (None, None)
-    args = (q, k, v, order, key_mask, None, 6, 2, mode, [0], ordered, 0.3, 0.0)
+    args = (q, k, v, order, key_mask, None, 6, 2, mode, [0], ordered, [0.3, 2.0], 0.0)
     opcheck(torch.ops.hilbert_attn.sdpa_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.hilbert_attn.sdpa_forward(*args))
     q, k, v = (x.detach() for x in (q, k, v))

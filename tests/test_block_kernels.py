@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import LAYOUTS, laid_out
+from cases import LAYOUTS, SCALES, laid_out
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (  # noqa: F401  the fixtures apply here too
@@ -54,7 +54,7 @@ from hilbert_attn.patterns import (
     TilesSharedPattern,
     WindowPattern,
 )
-from hilbert_attn.reference import assert_matches_oracle, masked_attention
+from hilbert_attn.reference import Scores, assert_matches_oracle, masked_attention
 
 pytestmark = RUNS
 forward_op = torch.ops.hilbert_attn.block_triton_forward.default
@@ -177,7 +177,7 @@ class BlockCase:
     keep: float
     dtype: torch.dtype
     layout: str
-    scale: float | None
+    scale: float | Scores | None
     lse_grad: bool
     tile: Tile | None
     seed: int
@@ -224,7 +224,7 @@ def block_cases(draw):
         axes=st.integers(0, 3), own=PAIRS, ordered=PAIRS, causal=st.booleans(),
         key_mask=st.booleans(), keep=st.sampled_from([0.0, 0.4, 1.0]),
         dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS),
-        scale=st.sampled_from([None, 0.3]), lse_grad=st.booleans(), tile=st.none() | TILES,
+        scale=st.sampled_from(SCALES), lse_grad=st.booleans(), tile=st.none() | TILES,
         seed=st.integers(0, 2**31))
     return BlockCase(heads=h, kv_heads=kv, **{name: draw(x) for name, x in rest.items()})
 
@@ -396,7 +396,7 @@ def operator_arguments(requires_grad=True, seed=None, key_mask=None, dropout_p=0
     lists = random_lists(20, **usual | changes)
     x = tensors(lists, 2, dtype=torch.float64)
     *rest, sizes, causal = lists_to_operands(lists)
-    settings = 0.25, dropout_p, sizes, causal
+    settings = [0.25], dropout_p, sizes, causal
     return *(t.requires_grad_(requires_grad) for t in x), key_mask, seed, *rest, *settings
 
 

@@ -8,7 +8,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from cases import LAYOUTS, laid_out
+from cases import LAYOUTS, SCALES, laid_out
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from sampling import examples, sampled
@@ -376,7 +376,7 @@ def calls(
         draw(st.sampled_from(((1, 1), (2, 1), (2, 2), (3, 1), (4, 2)))),
         draw(st.sampled_from((8, 16, 24, 32, 80))), draw(st.booleans()),
         draw(st.sampled_from(dtypes)), draw(st.sampled_from(LAYOUTS)),
-        draw(st.sampled_from((None, 0.3))), draw(st.booleans()))
+        draw(st.sampled_from(SCALES)), draw(st.booleans()))
 
 
 @examples(60, 300)
@@ -503,7 +503,7 @@ def test_opcheck(name):
         for h, n in ((4, 20), (2, lists.num_keys), (2, lists.num_keys)))
     *tensors, sizes, causal = lists_to_operands(lists)
     key_mask = torch.rand(2, lists.num_keys) < 0.7
-    args = (q, k, v, key_mask, None, *tensors, 0.3, 0.0, sizes, causal)
+    args = (q, k, v, key_mask, None, *tensors, [0.3, 2.0], 0.0, sizes, causal)
     opcheck(torch.ops.hilbert_attn.block_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.hilbert_attn.block_forward(*args))
     upstream = torch.randn_like(out), torch.randn_like(lse)

@@ -6,7 +6,7 @@ from transform_cases import DROPPING, HEADS, WIDTH
 from hilbert_attn import explain_backend, hilbert_attention, merge_attention
 from hilbert_attn.branched import DilatedAttention
 from hilbert_attn.integrations import HilbertSettings, prefix_attention
-from hilbert_attn.reference import masked_attention, with_sinks
+from hilbert_attn.reference import Scores, masked_attention, with_sinks
 
 each_function = pytest.mark.parametrize("name", DROPPING)
 N = 48
@@ -123,3 +123,67 @@ def test_sinks_are_what_a_merge_with_a_value_of_zero_is():
     nothing = torch.zeros_like(out), z[:, None].expand_as(lse)
     merged = merge_attention(*zip((out, lse), nothing))
     torch.testing.assert_close(with_sinks(out, lse, z), merged)
+
+
+@each_function
+def test_a_cap_on_every_backend(name):
+    "Written from its formula where everybody attends everybody; elsewhere backends agree."
+    q, k, v = inputs(n=24)
+    how = dict(softcap=0.4, return_lse=True)
+    found, exact = (DROPPING[name](q, k, v, **how, backend=x) for x in ("sdpa", "reference"))
+    torch.testing.assert_close(found, exact)
+    upstream = [torch.randn_like(x) for x in found]
+    found, exact = (torch.autograd.grad(x, (q, k, v), upstream) for x in (found, exact))
+    torch.testing.assert_close(found, exact)
+    if name != "dense": return
+    scores = 0.4 * torch.tanh(q @ k.mT * WIDTH ** -0.5 / 0.4)
+    torch.testing.assert_close(DROPPING[name](q, k, v, softcap=0.4), scores.softmax(-1) @ v)
+
+
+@each_function
+def test_gradients_within_a_cap(name):
+    def attention(q, k, v): return DROPPING[name](q, k, v, softcap=0.4, return_lse=True)
+    assert torch.autograd.gradcheck(attention, inputs(n=12), fast_mode=True)
+
+
+@each_function
+def test_a_cap_in_graphs_and_transforms(name):
+    def attention(q, k, v): return DROPPING[name](q, k, v, softcap=0.4)
+    x = inputs(n=N)
+    expected = torch.autograd.grad(attention(*x).sin().sum(), x)
+    transformed = torch.func.grad(lambda *x: attention(*x).sin().sum(), (0, 1, 2))
+    torch.testing.assert_close(transformed(*(y.detach() for y in x)), expected)
+    if name not in ("hilbert", "longnet", "neighborhood", "blocks", "cross"): return
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*x), attention(*x))
+
+
+def test_a_cap_with_sinks_and_values_of_another_width():
+    q, k, v = inputs(5)
+    out = hilbert_attention(q, k, v, softcap=0.4, sink_logits=sinks())
+    own = masked_attention(q, k, v, torch.ones(N, N, dtype=torch.bool), Scores(WIDTH ** -0.5, 0.4))
+    torch.testing.assert_close(out, with_sinks(*own, sinks())[0])
+
+
+def test_dropout_within_a_cap():
+    "v = I makes the output the matrix of weights."
+    q, k, _ = inputs(n=WIDTH)
+    eye = torch.eye(WIDTH, dtype=torch.float64).expand(2, HEADS, -1, -1).requires_grad_()
+    torch.manual_seed(3)
+    weights = hilbert_attention(q, k, eye, softcap=0.4, dropout_p=0.5)
+    whole = hilbert_attention(q, k, eye, softcap=0.4)
+    kept = weights != 0
+    torch.testing.assert_close(weights, whole * kept / 0.5)
+    upstream = torch.randn_like(weights)
+    found = torch.autograd.grad(weights, (q, k, eye), upstream)
+    # v is I here, so its gradient goes through the kept weights alone
+    scores = 0.4 * torch.tanh(q @ k.mT * WIDTH ** -0.5 / 0.4)
+    plain = (scores.softmax(-1) * kept / 0.5) @ eye
+    torch.testing.assert_close(found, torch.autograd.grad(plain, (q, k, eye), upstream))
+
+
+@pytest.mark.parametrize("bad", (0, -1.0, float("nan"), float("inf"), "2", True))
+@each_function
+def test_bad_caps(name, bad):
+    with pytest.raises(ValueError, match="softcap="): DROPPING[name](*inputs(), softcap=bad)

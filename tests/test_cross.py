@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import GROUPS, LAYOUTS, placed, random_tensors
+from cases import GROUPS, LAYOUTS, SCALES, as_options, placed, random_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling import examples
@@ -18,7 +18,7 @@ from hilbert_attn.blocks.engine import block_stats
 from hilbert_attn.blocks.planner import cross_lists
 from hilbert_attn.cross import sdpa_cross
 from hilbert_attn.patterns import CrossPattern
-from hilbert_attn.reference import assert_matches_oracle
+from hilbert_attn.reference import Scores, assert_matches_oracle
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 BACKENDS = ("sdpa", "sdpa_mask", "reference", "expression")
@@ -47,7 +47,7 @@ class Cross:
     masked: bool
     dtype: torch.dtype
     layout: str
-    scale: float | None
+    scale: float | Scores | None
     lse_grad: bool
     seed: int
 
@@ -80,7 +80,7 @@ class Cross:
         (v,) = random_tensors(self.b, [kv_heads], m + r, self.dv, self.dtype, g)
         place, orders = self.place(g)
         mask = torch.nn.functional.pad(self.mask(orders), (0, r), value=True)[None, None]
-        common = dict(segment_size=self.w, scale=self.scale, return_lse=True)
+        common = dict(segment_size=self.w, **as_options(self.scale), return_lse=True)
         if self.masked:
             common["key_mask"] = torch.rand(self.b, m + r, generator=g) < 0.7
             mask = mask & common["key_mask"][:, None, None]
@@ -126,7 +126,7 @@ def crosses(draw, most=9, dtypes=DTYPES, dims=(8, 16, 20, 32)) -> Cross:
         masked=draw(st.booleans()),
         dtype=draw(st.sampled_from(dtypes)),
         layout=draw(st.sampled_from(LAYOUTS)),
-        scale=draw(st.sampled_from((None, 0.3))),
+        scale=draw(st.sampled_from(SCALES)),
         lse_grad=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)))
 
@@ -243,7 +243,7 @@ def test_flops_know_registers():
 def test_the_operator():
     q, k, v = double(12, 7)
     order, key_order = torch.randperm(12), torch.randperm(7)
-    args = q, k, v, order, key_order, None, None, 5, 0, 0.25, 0.0, False
+    args = q, k, v, order, key_order, None, None, 5, 0, [0.25, 2.0], 0.0, False
     opcheck(torch.ops.hilbert_attn.cross_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.hilbert_attn.cross_forward(*args))
     plain = [x.detach() for x in (q, k, v)]

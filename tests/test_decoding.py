@@ -3,16 +3,22 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import GROUPS, random_tensors
+from cases import GROUPS, as_options, random_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling import examples
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import jvp, vmap
 
-from hilbert_attn import curve_order, decode_attention, hilbert_attention, hilbert_slide_attention
+from hilbert_attn import (
+    curve_order,
+    decode_attention,
+    hilbert_attention,
+    hilbert_slide_attention,
+    hilbert_window_attention,
+)
 from hilbert_attn.patterns import DILATION_MODES
-from hilbert_attn.reference import assert_matches_oracle
+from hilbert_attn.reference import Scores, assert_matches_oracle
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -20,6 +26,8 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 def sees(i, j, h, how):
     "Does token i of a text see token j, on head h? Straight from the words."
     if j > i: return False
+    if how.get("overlap"):
+        return j >= i - i % how["segment_size"] - how["overlap"]
     if "window" in how: return j >= i - how["window"] or j < how["sinks"]
     p, s = (how["order"].tolist().index(x) if "order" in how else x for x in (i, j))
     w, r = how["segment_size"] or 10**6, how["dilation_rate"]
@@ -44,6 +52,7 @@ class Step:
     as_numbers: bool
     lse_grad: bool
     seed: int
+    scale: Scores | None = None
 
     def mask(self):
         "bool (B, H, M, C)"
@@ -66,14 +75,16 @@ class Step:
         starts, lengths = torch.tensor(self.sizes).T
         if self.as_numbers: starts, lengths = self.sizes[0]
         def attention(q, k, v):
-            return decode_attention(q, k, v, lengths, starts=starts, **self.how, return_lse=True)
-        mask = self.mask()
-        assert_matches_oracle(attention, q, k, v, mask, lse_grad=self.lse_grad, seed=self.seed)
-        expected = decode_attention(q, k, v, lengths, starts=starts, **self.how)
+            return decode_attention(q, k, v, lengths, **how, return_lse=True)
+        how, mask = dict(self.how, starts=starts), self.mask()
+        if self.scale: how |= as_options(self.scale)
+        assert_matches_oracle(
+            attention, q, k, v, mask, scale=self.scale, lse_grad=self.lse_grad, seed=self.seed)
+        expected = decode_attention(q, k, v, lengths, **how)
         torch.testing.assert_close(expected, attention(q, k, v)[0], rtol=2e-2, atol=2e-2)
         unread = ~mask.any(1).any(1)  # of the heads' rows: nobody sees these
         hidden = (x.masked_fill(unread[:, None, :, None], torch.nan) for x in (k, v))
-        found = decode_attention(q, *hidden, lengths, starts=starts, **self.how)
+        found = decode_attention(q, *hidden, lengths, **how)
         assert torch.equal(found, expected)
 
 
@@ -98,7 +109,9 @@ def steps(draw) -> Step:
             segment_size=w and max(w, r),
             dilation_rate=r,
             dilation_mode=mode)
-        if draw(st.booleans()): how["order"] = curve_order((6, 6))
+        kind = draw(st.sampled_from(("plain", "order", "overlap")))
+        if kind == "order": how["order"] = curve_order((6, 6))
+        if kind == "overlap": how = dict(segment_size=max(w or 5, r), overlap=draw(st.integers(1, 20)))
     widths = st.sampled_from((8, 16))
     return Step(
         heads=draw(st.sampled_from(GROUPS)),
@@ -111,7 +124,7 @@ def steps(draw) -> Step:
         dtype=draw(st.sampled_from(DTYPES)),
         as_numbers=alike,
         lse_grad=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**31)))
+        seed=draw(st.integers(0, 2**31)), scale=draw(st.sampled_from((None, Scores(0.3, 0.5)))))
 
 
 @examples(40, 300)
@@ -137,6 +150,14 @@ def test_a_text_token_by_token(how):
     found = [decode_attention(q[:, :, i:i + 1], k, v, i + 1, **how, return_lse=True)
              for i in range(32)]
     torch.testing.assert_close(tuple(torch.cat(x, 2) for x in zip(*found)), whole)
+
+
+def test_segments_that_overlap_token_by_token():
+    (_, k, v), q = cache(), cache(few=32)[0]
+    whole = hilbert_window_attention(q, k, v, 32, 8, overlap=8, causal=True, curve=None)
+    found = [decode_attention(q[:, :, i:i + 1], k, v, i + 1, segment_size=8, overlap=8)
+             for i in range(32)]
+    torch.testing.assert_close(torch.cat(found, 2), whole)
 
 
 @pytest.mark.parametrize("mode", DILATION_MODES)
@@ -234,6 +255,10 @@ BAD = [
     (dict(window=4, dilation_rate=2), "give a window or segments"),
     (dict(window=-1), "window=-1: must be at least 0"),
     (dict(window=4, order=ORDER), "window=4 with an order"),
+    (dict(overlap=4, segment_size=8, order=ORDER), "overlap=4 with an order"),
+    (dict(overlap=4, window=8), "overlap=4 with window=8"),
+    (dict(overlap=4), "overlap=4 with segment_size=None"),
+    (dict(overlap=4, segment_size=8, dilation_rate=2), "dilation_rate"),
     (dict(order=ORDER, lengths=20), "at most 16 tokens"),
     (dict(order=torch.zeros(16, dtype=torch.int64)), "order is no permutation"),
     (dict(order=[0, 1]), "order is given with list"),

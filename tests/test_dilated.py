@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 import torch
-from cases import layouts, placed, random_tensors, upstream
+from cases import SCALES, as_options, layouts, placed, random_tensors, upstream
 from hypothesis import example, given
 from hypothesis import strategies as st
 from sampling import FULL, examples, sampled
@@ -69,7 +69,7 @@ def calls(draw, max_n=40):
         offsets=offsets, order=draw(st.sampled_from(("none", "random", *CURVES))),
         causal=draw(st.booleans()), key_mask=draw(st.booleans()), layout=draw(layouts()),
         dtype=draw(st.sampled_from((torch.float32, torch.float64, torch.bfloat16, torch.float16))),
-        scale=draw(st.sampled_from((None, 0.3))), lse_grad=draw(st.booleans()),
+        scale=draw(st.sampled_from(SCALES)), lse_grad=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)))
 
 
@@ -91,7 +91,7 @@ def check(case, run=None, **options):
     if key_mask is not None: counts = counts * key_mask[:, None, None, :]
     arguments = dict(
         combine=case["combine"], dilation_mode=case["mode"], offsets=case["offsets"], order=order,
-        curve=None, causal=case["causal"], key_mask=key_mask, scale=case["scale"])
+        curve=None, causal=case["causal"], key_mask=key_mask, **as_options(case["scale"]))
     def attention(q, k, v):
         if run:
             return run(
@@ -234,8 +234,8 @@ def test_deterministic_compiled_and_known_to_opcheck():
     torch.testing.assert_close(
         results(torch.compile(run, fullgraph=True, backend="aot_eager")), first)
     options = (
-        None, None, None, [8, 37], [1, 3], [1, 2], "longnet", [0, 0, 0, 0, 0, 1, 2, 0], True, 0.25,
-        0.0)
+        None, None, None, [8, 37], [1, 3], [1, 2], "longnet", [0, 0, 0, 0, 0, 1, 2, 0], True,
+        [0.25], 0.0)
     for triton in (False, True):
         torch.library.opcheck(
             torch.ops.hilbert_attn.dilated_forward.default, (q, k, v, *options, triton))

@@ -6,7 +6,18 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from cases import EXAMPLES, Case, Memory, cases, layouts, placed, random_tensors, spoilt, upstream
+from cases import (
+    EXAMPLES,
+    Case,
+    Memory,
+    as_options,
+    cases,
+    layouts,
+    placed,
+    random_tensors,
+    spoilt,
+    upstream,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling import FULL
@@ -45,7 +56,7 @@ def check_segments(backend, case: Case):
     def attention(q, k, v, pattern, *, order, causal, key_mask, scale):
         how = dict(segment_size=case.w, dilation_rate=case.r, dilation_mode=case.mode,
                    offsets=case.offsets, order=order, curve=None)
-        common = dict(causal=causal, key_mask=key_mask, scale=scale, return_lse=True)
+        common = dict(causal=causal, key_mask=key_mask, **as_options(scale), return_lse=True)
         if backend != "expression":
             return hilbert_attention(q, k, v, **how, **common, backend=backend)
         call = check_call(q, k, v, **common, custom_backward=False)
@@ -93,7 +104,7 @@ def check_mixture(backend, branches: Branches):
 
     def attention(q, k, v, pattern, *, order, **common):
         how = dict(options, offsets=None, order=order, curve=None)
-        common["return_lse"] = True
+        common |= dict(return_lse=True, **as_options(common.pop("scale")))
         if backend != "expression":
             return dilated_attention(q, k, v, **how, **common, backend=backend)
         call = check_call(q, k, v, **common, custom_backward=False)
@@ -166,7 +177,7 @@ def check_blocks(backend, blocks: Blocks):
 
     def attention(q, k, v):
         return block_sparse_attention(
-            q, k, v, chosen, block_size=blocks.size, **options, scale=case.scale,
+            q, k, v, chosen, block_size=blocks.size, **options, **as_options(case.scale),
             backend=backend, return_lse=True)
     assert_matches_oracle(
         attention, *placed(case.layout, dense), mask, scale=case.scale, lse_grad=case.lse_grad,

@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from cases import layouts, placed, random_tensors, spoilt, upstream
+from cases import SCALES, as_options, layouts, placed, random_tensors, spoilt, upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling import examples
@@ -35,6 +35,7 @@ from hilbert_attn.local import (
 from hilbert_attn.patterns import (
     AxisPattern,
     NeighborhoodPattern,
+    OverlapPattern,
     SlidePattern,
     StretchPattern,
     TilesSharedPattern,
@@ -42,7 +43,7 @@ from hilbert_attn.patterns import (
     encode_pattern,
 )
 from hilbert_attn.points import PatchPattern
-from hilbert_attn.reference import assert_matches_oracle
+from hilbert_attn.reference import Scores, assert_matches_oracle
 
 try:
     from test_triton import DEVICE, poison
@@ -102,13 +103,13 @@ def neighborhood_keys(grid, kernel, dilation, causal) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def hilbert_window_keys(grid, window, curve):
-    return torch.tensor(
-        [
-            [a // window == b // window for b in positions(grid, curve)]
-            for a in positions(grid, curve)
-        ]
-    )
+def hilbert_window_keys(grid, window, curve, overlap=0, causal=False):
+    def sees(a, b):
+        if causal and b > a: return False
+        begin = a // window * window
+        return a // window == b // window or begin - overlap <= b < begin
+    places = positions(grid, curve)
+    return torch.tensor([[sees(a, b) for b in places] for a in places])
 
 
 def hilbert_slide_keys(grid, window, curve, sinks=0):
@@ -174,7 +175,7 @@ class LocalCase:
     key_mask: str # "none", "tokens" or "all"
     dtype: torch.dtype
     layout: str | tuple
-    scale: float | None
+    scale: float | Scores | None
     lse_grad: bool
     chunk: int
     key_cost: int
@@ -190,13 +191,14 @@ class LocalCase:
         if self.name == "neighborhood":
             return neighborhood_keys(self.grid, o["kernel_size"], o["dilation"], o["causal"])
         if self.name == "hilbert_window":
-            return hilbert_window_keys(self.grid, o["window"], self.curve)
+            return hilbert_window_keys(self.grid, curve=self.curve, **o)
         if self.name == "hilbert_slide":
             return hilbert_slide_keys(self.grid, o["window"], self.curve, o.get("sinks", 0))
         return tiles_shared_keys(self.grid, o["tiles"], o["offset"], o["shared"], self.curve)
 
     def call(self, q, k, v, **more):
-        options = dict(self.options, curve=self.curve, scale=self.scale, return_lse=True, **more)
+        own = dict(curve=self.curve, return_lse=True, **as_options(self.scale))
+        options = dict(self.options, **own, **more)
         if self.name == "tiles_shared":
             return tiles_shared_attention(q, k, v, grid=self.grid, **options)
         if self.name == "neighborhood":
@@ -294,6 +296,8 @@ def local_options(draw, name: str, grid: tuple[int, ...]) -> dict:
         reach = st.integers(0, max(1, n // 3))
         after = draw(st.sampled_from((0, 1))) and draw(reach)
         options = dict(window=(draw(reach), after), sinks=draw(st.integers(0, 6)))
+    if name == "hilbert_window" and draw(st.booleans()):
+        options |= dict(overlap=draw(st.integers(0, n)), causal=draw(st.booleans()))
     return options
 
 
@@ -339,7 +343,7 @@ def local_cases(
         key_mask,
         draw(st.sampled_from(dtypes)),
         draw(layouts(key_mask != "none")),
-        draw(st.sampled_from((None, 0.3))),
+        draw(st.sampled_from(SCALES)),
         draw(st.booleans()),
         draw(st.sampled_from((1 << 20, 3000, 1))),
         draw(st.sampled_from((14, 2, 0))),
@@ -648,6 +652,8 @@ OPERATOR_CASES = [
     SlidePattern(13, (3, 0), 2),
     TilesSharedPattern(15, 3, 0, 2),
     StretchPattern(13, 4),
+    OverlapPattern(13, 4, 3),
+    OverlapPattern(13, 4, 4, True),
     PatchPattern(4, (7, 1, 5)),
 ]
 each_pattern = pytest.mark.parametrize("pattern", OPERATOR_CASES, ids=lambda p: type(p).__name__)
@@ -662,7 +668,7 @@ def test_opcheck(pattern, dtype):
     queries, others = random_inputs(n, (4,), 8, dtype), random_inputs(n + 1, (2, 2), 8, dtype)
     q, k, v = (x.requires_grad_() for x in (*queries, *others))
     order = curve_order(n - pattern.shared) if pattern.along_curve else None
-    settings = (*encode_pattern(pattern), 0.3, 0.0)
+    settings = (*encode_pattern(pattern), [0.3, 2.0], 0.0)
     args = (q, k, v, order, torch.ones(1, n + 1, dtype=torch.bool), None, *settings)
     opcheck(ops.local_forward.default, args, test_utils=FORWARD_CHECKS)
     out, lse = (x.detach() for x in ops.local_forward(*args))
@@ -681,7 +687,7 @@ def test_opcheck_blocks(pattern):
     inputs = *random_inputs(n, (2,)), *random_inputs(n + 1, (1, 1))
     q, k, v = (x.to(DEVICE).requires_grad_() for x in inputs)
     key_mask = torch.ones(1, n + 1, dtype=torch.bool, device=DEVICE)
-    settings = (*encode_pattern(pattern), list(pattern.grid), "hilbert", 0.3, 0.0)
+    settings = (*encode_pattern(pattern), list(pattern.grid), "hilbert", [0.3, 2.0], 0.0)
     args = (q, k, v, key_mask, None, *settings)
     opcheck(ops.local_block_forward.default, args, test_utils=FORWARD_CHECKS)
     out, lse = (x.detach() for x in ops.local_block_forward(*args))

@@ -254,7 +254,7 @@ def test_a_step_leaves_out_what_is_masked_between(hf):
     settings, keys = HilbertSettings(segment_size=8), torch.ones(2, 22, dtype=torch.bool)
     keys[1, 17:19] = False
     q, k, v = rand(2, 4, 1, 16), rand(2, 2, 22, 16, seed=1), rand(2, 2, 22, 16, seed=2)
-    found = of_transformers.cached_attention(q, k, v, settings, keys, 0.0, None)
+    found, _ = of_transformers.cached_attention(q, k, v, settings, keys, 0.0, None)
     mask = (torch.arange(22) >= 16) & keys[:, None, None]
     assert torch.allclose(found, masked_attention(q, k, v, mask)[0], atol=1e-5)
 
@@ -346,10 +346,7 @@ def test_other_masks_are_refused(hf, said):
 SHORT = dict(max_new_tokens=2, pad_token_id=0, eos_token_id=None)
 
 
-def test_windows_and_packed_documents_are_refused(hf):
-    window = build(hf, "MistralConfig", GROUPED | dict(sliding_window=16))
-    with pytest.raises(ValueError, match="window"):
-        use_hilbert_attention(window, segment_size=8)(IDS)
+def test_packed_documents_are_refused(hf):
     positions = torch.arange(15).repeat(2)[None].expand(2, -1)
     with pytest.raises(ValueError, match="packed"):
         switched(hf, segment_size=8)(IDS, position_ids=positions, use_cache=False)
@@ -358,18 +355,96 @@ def test_windows_and_packed_documents_are_refused(hf):
 def test_caches_that_do_not_fit_are_refused(hf):
     with pytest.raises(ValueError, match="curve="):
         switched(hf, segment_size=8, curve="hilbert").generate(IDS, **SHORT)
-    with pytest.raises(ValueError, match="cache"):
-        switched(hf, segment_size=8).generate(
-            IDS, cache_implementation="static", **SHORT
-        )
+    window = use_hilbert_attention(build(hf, *NATIVE["Mistral"], head="AutoModelForCausalLM"))
+    with pytest.raises(ValueError, match="no static cache of a window"):
+        window.generate(IDS[:, :5], cache_implementation="static", **SHORT)
 
 
-def test_scores_that_are_more_than_a_softmax_are_refused(hf):
-    gemma = build(hf, "Gemma2Config", GROUPED | dict(head_dim=8))
-    with pytest.raises(ValueError, match="softcap"):
-        use_hilbert_attention(gemma, segment_size=8)(IDS)
+def test_attention_weights_are_refused(hf):
     with pytest.raises(ValueError, match="attn"):
         switched(hf, segment_size=8)(IDS, output_attentions=True)
+
+
+# windows, caps and sinks that a model brings
+
+KINDS = dict(head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+NATIVE = {
+    "Mistral": ("MistralConfig", GROUPED | dict(sliding_window=8)),
+    "Gemma2": ("Gemma2Config", GROUPED | KINDS | dict(attn_logit_softcapping=0.5)),
+    "Gemma3": ("Gemma3TextConfig", GROUPED | KINDS),
+    "GPT-OSS": ("GptOssConfig", GROUPED | KINDS | dict(
+        num_local_experts=2, num_experts_per_tok=1)),
+    "ModernBERT": ("ModernBertConfig", SIZES | dict(
+        vocab_size=50, local_attention=8, global_attn_every_n_layers=2, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2)),
+}
+
+
+@pytest.mark.parametrize("padding", (None, "left", "right"))
+@pytest.mark.parametrize("name", NATIVE)
+def test_native_windows_caps_and_sinks(hf, name, padding, monkeypatch):
+    windows, own = [], of_transformers.hilbert_slide_attention
+    monkeypatch.setattr(of_transformers, "hilbert_slide_attention",
+                        lambda *x, **o: (windows.append(x[4]), own(*x, **o))[1])
+    inputs, keep = texts(30, padding)
+    eager = results(build(hf, *NATIVE[name]), keep, **inputs)
+    model = use_hilbert_attention(build(hf, *NATIVE[name]))
+    assert_same(results(model, keep, **inputs), eager)
+    sites = [m.hilbert_site for m in model.modules() if hasattr(m, "hilbert_site")]
+    assert [site.calls for site in sites] == [1, 1]
+    reach = (4, 4) if name == "ModernBERT" else (7, 0)
+    assert windows == [reach] * (2 if name == "Mistral" else 1)
+
+
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("name", [name for name in NATIVE if name != "ModernBERT"])
+def test_native_windows_in_generation(hf, name, padded):
+    "With caches that let go of what no window sees, padded on the left or not."
+    how = dict(max_new_tokens=12, pad_token_id=0, eos_token_id=None, do_sample=False,
+               output_logits=True, return_dict_in_generate=True)
+    if padded: how["attention_mask"] = (torch.arange(30) >= torch.tensor([[0], [11]])).long()
+    found = []
+    for switch in (use_hilbert_attention, lambda model: model):
+        model = switch(build(hf, *NATIVE[name], head="AutoModelForCausalLM"))
+        found.append(model.generate(IDS, **how))
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    ours, eager = (torch.stack(x.logits) for x in found)
+    torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
+
+
+def test_segments_within_a_window(hf):
+    "Segments that are no longer than the window are the pattern; longer ones are refused."
+    window = use_hilbert_attention(build(hf, *NATIVE["Mistral"]), segment_size=8)
+    plain = use_hilbert_attention(
+        build(hf, "MistralConfig", GROUPED | dict(sliding_window=None)), segment_size=8)
+    assert_same(results(window, input_ids=IDS), results(plain, input_ids=IDS))
+    for how in (dict(segment_size=9), dict(segment_size=8, shift=1)):
+        with pytest.raises(ValueError, match="sliding_window=8 with 30 tokens"):
+            use_hilbert_attention(build(hf, *NATIVE["Mistral"]), **how)(IDS)
+
+
+def test_chunks_are_no_windows():
+    def chunked(b, h, q, k): return (k <= q) & (q // 8 == k // 8)
+    def window(b, h, q, k): return (k <= q) & (k > q - 8)
+    keys = torch.ones(1, 30, dtype=torch.bool)
+    assert of_transformers._window_is_causal(window, 8, keys)
+    with pytest.raises(ValueError, match="a chunk of 8"):
+        of_transformers._window_is_causal(chunked, 8, keys)
+
+
+@pytest.mark.parametrize("padded", (False, True))
+@pytest.mark.parametrize("name", ("Llama", "Mistral", "Gemma2"))
+def test_a_static_cache(hf, name, padded):
+    "Room for tokens that are not there yet changes nothing."
+    how = dict(max_new_tokens=12, pad_token_id=0, eos_token_id=None, do_sample=False,
+               output_logits=True, return_dict_in_generate=True)
+    if padded: how["attention_mask"] = (torch.arange(30) >= torch.tensor([[0], [11]])).long()
+    if name == "Llama": model = switched(hf, segment_size=8)
+    else: model = use_hilbert_attention(build(hf, *NATIVE[name], head="AutoModelForCausalLM"))
+    found = [model.generate(IDS, cache_implementation=kind, **how) for kind in ("static", None)]
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    static, grown = (torch.stack(x.logits) for x in found)
+    torch.testing.assert_close(static, grown)
 
 
 def test_other_kinds_of_models_are_refused(hf):

@@ -185,7 +185,7 @@ def test_one_graph_for_packs_of_any_length():
 
 def test_opcheck():
     q, k, v = (y.requires_grad_() for y in inputs(0, 1, 2, 1, 12, 8, torch.float32))
-    settings = [4, 12], [1, 2], [1, 1], "residue", [0] * 4, True, 0.3, 0.0, False
+    settings = [4, 12], [1, 2], [1, 1], "residue", [0] * 4, True, [0.3, 2.0], 0.0, False
     args = (q, k, v, torch.cat([torch.randperm(5), 5 + torch.randperm(7)]),
             torch.ones(1, 12, dtype=torch.bool), None, torch.tensor([0, 5, 12]), *settings)
     checks = ("test_schema", "test_faketensor", "test_autograd_registration",

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cases import layouts, placed, random_tensors, spoilt, upstream
+from cases import as_options, layouts, placed, random_tensors, spoilt, upstream
 from hilbertcurve.hilbertcurve import HilbertCurve
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,7 +26,7 @@ from hilbert_attn.points import (
     point_attention,
     point_order,
 )
-from hilbert_attn.reference import assert_matches_oracle
+from hilbert_attn.reference import Scores, assert_matches_oracle
 
 try:
     from test_triton import DEVICE, poison
@@ -252,7 +252,7 @@ class Pack:
     said: str # "batch", "borders", "tensor"
     lies: bool # do points lie in order already?
     key_mask: bool
-    scale: float | None
+    scale: float | Scores | None
     seed: int
     generator: torch.Generator = field(init=False, repr=False)
 
@@ -288,7 +288,7 @@ class Pack:
         def attention(q, k, v):
             out, lse = point_attention(
                 *map(move, (q, k, v, given)), patch_size=self.w, key_mask=move(key_mask),
-                scale=self.scale, backend=backend, return_lse=True,
+                **as_options(self.scale), backend=backend, return_lse=True,
                 **{name: move(x) for name, x in where.items()})
             return out.to(q.device), lse.to(q.device)
 

@@ -426,10 +426,11 @@ def test_a_captured_graph_keeps_no_sorted_order(monkeypatch):
 # ---- operators
 
 SETTINGS = dict(order=permutation(20), key_mask=None, seed=None, segment_size=10, dilation_rate=2,
-                mode="longnet", offsets=[0, 1], causal=True, scale=0.25, dropout_p=0.0)
+                mode="longnet", offsets=[0, 1], causal=True, scale=[0.25], dropout_p=0.0)
 PLAIN = dict(order=None, causal=False, mode="residue", offsets=[0])
 CHANGES = dict(order={}, plain=PLAIN,
                dropout=dict(seed=torch.tensor([3], device=DEVICE), dropout_p=0.5),
+               cap=dict(scale=[0.25, 2.0]),
                mask=dict(key_mask=torch.ones(1, 20, dtype=torch.bool, device=DEVICE)))
 
 

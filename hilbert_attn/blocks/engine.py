@@ -27,7 +27,7 @@ from hilbert_attn.blocks.lists import (
 )
 from ..common import hide_masked, lse_dtype
 from ..operators import AttentionOperator, draw_seeds
-from ..reference import default_scale, masked_attention
+from ..reference import Scores, masked_attention, score_rule
 from ..tiles import (
     Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
 
@@ -390,7 +390,7 @@ def attend_blocks(
     v: Tensor, # (B, H_kv, M, D)
     lists: BlockLists,
     key_mask: Tensor | None, # bool (B, M)
-    scale: float, # of the scores
+    scale: float | Sequence[float], # of the scores; or scale and cap
     dropout: Dropout | None, # drops weights
 ) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE, by gathered blocks."
@@ -412,7 +412,7 @@ def attend_blocks_backward(
     lse: Tensor,
     lists: BlockLists,
     key_mask: Tensor | None,
-    scale: float,
+    scale: float | Sequence[float],
     dropout: Dropout | None, # that of the forward, from its beginning
 ) -> tuple[Tensor, ...]: # dq, dk, dv
     "Gradients by the same blocks; dK and dV are summed in the order of the pieces."
@@ -436,7 +436,7 @@ def _block_backward(dout, dlse, q, k, v, out, lse, *rest):
 
 _operator = AttentionOperator(
     "block", _block_forward, _block_backward, ("key_mask", "seed", *LIST_TENSORS),
-    "float scale, float dropout_p, SymInt[] sizes, bool causal",
+    "float[] scale, float dropout_p, SymInt[] sizes, bool causal",
     pairs=lambda q, k, v, *rest: block_pairs(q, _unpacked(*rest)[0]))
 
 # %% ../../nbs/10c_block_engine.ipynb #5ef32b2a
@@ -481,7 +481,7 @@ def _put(whole: Tensor, part: Tensor, tokens: Tensor, batches: slice, heads: sli
     whole[batches, heads] = own.index_copy(2, tokens.flatten()[slot], rows)
 
 # %% ../../nbs/10c_block_engine.ipynb #c87154dc
-def _block_expression(q, k, v, lists: BlockLists, key_mask, dropout_p: float, scale: float):
+def _block_expression(q, k, v, lists: BlockLists, key_mask, dropout_p: float, scale):
     "The same as plain differentiable PyTorch, on any device: out, lse."
     dtype, test = q.dtype, _Test(lists, key_mask, _Scratch())
     k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
@@ -505,17 +505,17 @@ def block_sdpa_attention(
     *,
     key_mask: Tensor | None = None, # bool (B, M), True = attend
     dropout_p: float = 0.0, # probability of dropping an attention weight
-    scale: float | None = None, # None is 1 / sqrt(D)
+    scale: float | Scores | None = None, # None is 1 / sqrt(D)
     custom_backward: bool = True, # False: differentiate the plain PyTorch expression
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     """Block-sparse attention through dense kernels on gathered blocks, differentiable in q, k, v;
     time and memory follow the blocks."""
-    scale = default_scale(q) if scale is None else float(scale)
+    rule = score_rule(scale, q)
     if q.device.type not in ("cpu", "meta") or not custom_backward:
-        return _block_expression(q, k, v, lists, key_mask, dropout_p, scale)
+        return _block_expression(q, k, v, lists, key_mask, dropout_p, rule)
     *tensors, sizes, causal = lists_to_operands(lists)
     tensors = [key_mask, draw_seeds(dropout_p, q.device), *tensors]
-    return _operator(q, k, v, *tensors, scale, float(dropout_p), sizes, causal)
+    return _operator(q, k, v, *tensors, rule.numbers, float(dropout_p), sizes, causal)
 
 # %% ../../nbs/10c_block_engine.ipynb #a4e875a2
 @dataclass(frozen=True)

@@ -25,12 +25,16 @@ from torch import Tensor
 from ..calls import autocast_inputs
 from ..common import hide_masked
 from ..curves import inverse_order
-from ..decoding import KeyTable, attend_keys, decode_attention, segment_keys
+from ..decoding import (
+    KeyTable, attend_keys, decode_attention, segment_keys, slide_keys)
 from .settings import (
     HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, cell_order, few_attention,
     key_counts, prefix_attention, settings_from)
 from .switch import (
     Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, switch_of)
+from ..local import hilbert_slide_attention
+from ..patterns import SlidePattern
+from ..reference import Scores, score_rule, with_sinks
 from ..schedule import frozen
 
 # %% ../../nbs/14c_transformers.ipynb #327ed140
@@ -69,7 +73,7 @@ def _settings_of(
 
 # %% ../../nbs/14c_transformers.ipynb #2a4a116c
 _UNKNOWN = {
-    "softcap": "soft-capped scores", "s_aux": "learned sinks", "sinks": "learned sinks",
+    "sinks": "learned sinks",
     "position_bias": "a bias on the scores", "cu_seq_lens_q": "packed sequences",
     "cu_seq_lens_k": "packed sequences", "head_mask": "a mask of heads", "cache": "a paged cache",
     "output_attentions": "attention weights, which are never formed here"}
@@ -78,7 +82,6 @@ _UNKNOWN = {
 def _refuse(
     name: str, # of the implementation
     module: nn.Module, # the layer
-    n: int, # keys
     options: Mapping[str, Any], # that transformers passes
 ):
     "Raises `ValueError` for what this attention does not have."
@@ -92,12 +95,6 @@ def _refuse(
             "this is an encoder-decoder model: its cross-attention has keys "
             "of another sequence, which has no segments in common; use "
             "'eager' or 'sdpa'")
-    window = options.get("sliding_window")
-    if window is not None and n > window:
-        raise ValueError(
-            f"sliding_window={window} with {n} keys: segments are the "
-            "pattern here, and a window another; use 'eager' or 'sdpa', or "
-            f"at most {window} tokens")
 
 # %% ../../nbs/14c_transformers.ipynb #df6fdbc4
 def _allowed(
@@ -195,43 +192,65 @@ def _neighbours_apart(
     sees = mask_function(rows, torch.zeros_like(rows), at, at - 1)
     return bool((~sees & keys[:, 1:] & keys[:, :-1]).any())
 
+# %% ../../nbs/14c_transformers.ipynb #918781ff
+def _slides(
+    sees: Callable, # (query, key) -> attends
+    window: int, # what the model calls its window or chunk
+    n: int, # keys
+) -> bool:
+    "Does the first query that cannot see everything see as far back as the last one?"
+    for reach in (window - 1, window):  # the query itself counts, or does not
+        ends = [query for query in (reach + 1, n - 1) if reach < query < n]
+        if all(sees(x, x - reach) and not sees(x, x - reach - 1) for x in ends): return True
+    return False
+
 # %% ../../nbs/14c_transformers.ipynb #953a2da3
 def _window_is_causal(
     mask_function: Callable, # (batch, head, query, key) -> attends
     window: int, # what the model calls its window or chunk
     keys: Tensor, # bool (B, N): no padding
 ) -> bool:
-    "A window that reaches all keys: is what is left causal? Raises `ValueError` for others."
-    n = keys.shape[1]
-    if n > window:
+    "Is a window causal? Raises `ValueError` for what slides not: chunks, documents."
+    n, zero = keys.shape[1], torch.zeros((), dtype=torch.int64, device=keys.device)
+    def sees(query, key): return bool(mask_function(zero, zero, zero + query, zero + key))
+    if n > window and not _slides(sees, window, n):
         raise ValueError(
-            f"a window or chunk of {window} and {n} keys: segments are the "
-            "pattern here, and a window another; use 'eager' or 'sdpa', or "
+            f"a chunk of {window} and {n} keys: segments are the "
+            "pattern here, and a chunk another; use 'eager' or 'sdpa', or "
             f"at most {window} tokens")
     if _neighbours_apart(mask_function, keys):
         raise ValueError(_PACKED)
-    zero = torch.zeros((), dtype=torch.int64, device=keys.device)
-    return not bool(mask_function(zero, zero, zero, zero + 1))
+    return not sees(0, 1)
 
 # %% ../../nbs/14c_transformers.ipynb #2dacbe2a
 _PACKED = (
     "several documents packed into a row, or an overlay on the mask: this attention sets "
     "its own pattern by segments, and the documents would see each other; "
     "give each document a row of its own, padded, or use 'eager' or 'sdpa'")
+_STATIC = (
+    "a static cache under torch.compile: how far it is filled cannot be read in a graph; "
+    "use a cache that grows, or compile nothing")
 _UNSEEN = (
     "under torch.compile transformers cannot see whether a row holds several documents: "
     "where each row holds one, pass attention_mask=torch.ones_like(input_ids); "
     "where it holds several, use 'eager' or 'sdpa'")
 
 # %% ../../nbs/14c_transformers.ipynb #f0eab5b6
-def _check_cache(q_length: int, kv_length: int, q_offset: Any, kv_offset: int):
-    "Raises `ValueError` unless the queries are the last of the keys."
-    grows = not isinstance(q_offset, Tensor) and not kv_offset
-    if grows and q_offset + q_length == kv_length: return
+def _tokens_so_far(
+    q_length: int, kv_length: int, q_offset: Any, kv_offset: int, causal: bool, slides: bool,
+) -> int:
+    """Tokens up to the last query. Of a static cache, the keys behind them are not there yet; a
+    sliding one has let go of `kv_offset`. Raises `ValueError` for other caches."""
+    if not isinstance(q_offset, Tensor): n = q_offset + q_length
+    elif torch.compiler.is_compiling(): raise ValueError(_STATIC)
+    else: n = int(q_offset) + q_length
+    room = kv_offset + kv_length
+    if n == room and (slides or not kv_offset): return n
+    if n < room and causal and not kv_offset and not slides: return n
     raise ValueError(
         f"{q_length} queries from {q_offset}, {kv_length} keys from "
         f"{kv_offset}: the queries must be the last of the keys (a cache "
-        "that grows, as DynamicCache; no static, sliding or "
+        "that grows, as DynamicCache, or a static one; no static cache of a window, no "
         "cross-attention cache)")
 
 # %% ../../nbs/14c_transformers.ipynb #5be847e5
@@ -256,14 +275,16 @@ def _transformers_mask(
     def hilbert_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0,
                      mask_function=causal_function, attention_mask=None, local_size=None,
                      use_vmap=False, device="cpu", **options):
-        _check_cache(q_length, kv_length, q_offset, kv_offset)
-        keys = _padded_keys(attention_mask, batch_size, kv_length, device)
+        plain, slides = mask_function is causal_function, local_size is not None
+        n = _tokens_so_far(q_length, kv_length, q_offset, kv_offset, plain, slides)
+        keys = _padded_keys(attention_mask, batch_size, n, device)
         compiling = torch.compiler.is_compiling()
         if local_size is not None:
             causal = _window_is_causal(mask_function, local_size, keys)
         elif use_vmap or mask_function not in (causal_function, both_ways_function):
             raise ValueError(_UNSEEN if compiling else _PACKED)
-        else: causal = mask_function is causal_function
+        else: causal = plain
+        if n != kv_length: return keys  # which tells the layer how many there are
         if attention_mask is None or not compiling and bool(keys.all()):
             # a layer that gets None, and does not say which way it looks, counts as causal
             return None if causal else keys.new_ones(1, 1, 1, 1)
@@ -310,8 +331,9 @@ def _chunk_attention(
     settings: HilbertSettings,
     key_mask: Tensor | None, # bool (B, N)
     dropout_p: float,
-    scale: float | None,
-) -> Tensor: # (B, H, M, D)
+    scale: Any, # a number or None, or `Scores`
+    need_lse: bool, # it costs nothing here
+) -> tuple[Tensor, Tensor]: # out (B, H, M, D), lse (B, H, M)
     "Causal attention of many last queries, which share the keys that any of them needs."
     keys, counts = _keys_of_last(settings, q.shape[2], k.shape[2], q.shape[1])
     counts, index = counts.to(q.device)[None], keys.to(k.device)
@@ -320,7 +342,8 @@ def _chunk_attention(
         key_mask = key_mask.index_select(1, index)
         k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
         counts = counts * key_mask[:, None, None, :]
-    return few_attention(q, k, v, counts, dropout_p, scale)[0].to(q.dtype)
+    out, lse = few_attention(q, k, v, counts, dropout_p, scale)
+    return out.to(q.dtype), lse
 
 # %% ../../nbs/14c_transformers.ipynb #bb41db2e
 def _first_tokens(
@@ -339,19 +362,21 @@ def _row_by_row(
     settings: HilbertSettings,
     key_mask: Tensor | None, # bool (B, N)
     starts: Tensor | int, # where each row begins
-    *rest: Any, # dropout_p, scale
-) -> Tensor: # (B, H, M, D)
+    *rest: Any, # dropout_p, scale, need_lse
+) -> tuple[Tensor, Tensor]: # out (B, H, M, D), lse (B, H, M)
     "Rows that begin at one place together; queries that are padding give 0."
     if not isinstance(starts, Tensor): return _chunk_attention(q, k, v, settings, key_mask, *rest)
-    outs, places, (m, n) = [], [], (q.shape[2], k.shape[2])
+    outs, lses, places, (m, n) = [], [], [], (q.shape[2], k.shape[2])
     for start in starts.unique().tolist():
         rows, few = (starts == start).nonzero()[:, 0], min(m, n - start)
         keys, values = (x[rows, :, start:] for x in (k, v))
         seen = None if key_mask is None else key_mask[rows, start:]
-        out = _chunk_attention(q[rows, :, m - few:], keys, values, settings, seen, *rest)
+        out, lse = _chunk_attention(q[rows, :, m - few:], keys, values, settings, seen, *rest)
         outs.append(nn.functional.pad(out, (0, 0, m - few, 0)))
+        lses.append(nn.functional.pad(lse, (m - few, 0), value=-torch.inf))
         places.append(rows)
-    return torch.cat(outs)[torch.cat(places).argsort()]
+    back = torch.cat(places).argsort()
+    return torch.cat(outs)[back], torch.cat(lses)[back]
 
 # %% ../../nbs/14c_transformers.ipynb #68a6f519
 _FEW = 8  # queries that each read their own keys
@@ -389,8 +414,9 @@ def _step_attention(
     key_mask: Tensor | None, # bool (B, N)
     starts: Tensor | int, # where each row begins
     dropout_p: float,
-    scale: float | None,
-) -> Tensor: # (B, H, M, D)
+    scale: Any, # a number or None, or `Scores`
+    need_lse: bool, # False: None in its place
+) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
     "Attention of a few last queries, each to its own keys."
     (_, heads, m, _), n, device = q.shape, k.shape[2], q.device
     starts = torch.as_tensor(starts, device=device).view(-1, 1)
@@ -400,8 +426,9 @@ def _step_attention(
     if key_mask is not None:
         rows = rows.expand(len(q), -1, -1, -1)
         seen = seen & key_mask.gather(1, rows.flatten(1)).view(rows.shape)
-    table = KeyTable(rows, seen)
-    return attend_keys(q, k, v, table, scale=scale, dropout_p=dropout_p, need_lse=False)[0]
+    options: Any = dict(scale=scale, dropout_p=dropout_p, need_lse=need_lse)
+    out, lse = attend_keys(q, k, v, KeyTable(rows, seen), **options)
+    return out.to(q.dtype), lse
 
 # %% ../../nbs/14c_transformers.ipynb #61570422
 def _is_plain(
@@ -421,14 +448,16 @@ def _plain_step(
     v: Tensor, # values (B, H_kv, N, D)
     settings: HilbertSettings,
     dropout_p: float,
-    scale: float | None,
-) -> Any: # (B, H, M, D)
+    scale: Any, # a number or None, or `Scores`
+    need_lse: bool, # False: None in its place
+) -> tuple[Any, Any]: # out (B, H, M, D), lse (B, H, M) or None
     "A step in segments of one branch, without padding."
     (w,), (r,), n = *settings.branches, k.shape[2]
     how: Any = dict(dilation_mode=settings.dilation_mode, offsets=settings.offsets)
-    return decode_attention(
+    found = decode_attention(
         q, k, v, n, segment_size=min(w, n), dilation_rate=r, dropout_p=dropout_p, scale=scale,
-        **how)
+        return_lse=need_lse, **how)
+    return found if need_lse else (found, None)
 
 # %% ../../nbs/14c_transformers.ipynb #ce5a4928
 def cached_attention(
@@ -438,11 +467,12 @@ def cached_attention(
     settings: HilbertSettings,
     key_mask: Tensor | None, # bool (B, N)
     dropout_p: float,
-    scale: float | None,
-) -> Tensor: # (B, H, M, D)
+    scale: Any, # a number or None, or `Scores`
+    need_lse: bool = False, # False: nobody reads the second result
+) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M)
     "Causal attention of the last queries of a sequence; only the keys they need are read."
     q, k, v = autocast_inputs(q, k, v)
-    starts, rest = _first_tokens(key_mask, settings), (dropout_p, scale)
+    starts, rest = _first_tokens(key_mask, settings), (dropout_p, scale, need_lse)
     moving = settings.order_name is not None or settings.shift
     growing = moving and settings.grid is None  # an error below
     together = settings.combine == "lse" or len(settings.branches[0]) == 1
@@ -486,37 +516,128 @@ def _text_attention(
     settings: HilbertSettings,
     key_mask: Tensor, # bool (B, N)
     dropout_p: float,
-    scale: float | None,
-) -> Tensor: # (B, H, N, D)
+    scale: Any, # a number or None, or `Scores`
+    need_lse: bool = False, # False: None in its place
+) -> tuple[Tensor, Any]: # out (B, H, N, D), lse (B, H, N) or None
     "Causal attention of texts of which each begins behind its padding."
-    options: Any = dict(causal=True, dropout_p=dropout_p, scale=scale)
+    options: Any = dict(causal=True, dropout_p=dropout_p, scale=scale, return_lse=need_lse)
     starts, n = _first_tokens(key_mask, settings), q.shape[2]
     known = not torch.compiler.is_compiling()
     if not isinstance(starts, Tensor) or known and not bool(starts.any()):
-        return prefix_attention(q, k, v, settings, key_mask=key_mask, **options)
+        found = prefix_attention(q, k, v, settings, key_mask=key_mask, **options)
+        return found if need_lse else (found, None)
     place, late = torch.arange(n, device=q.device), starts[:, None]
     there, back = (place + late) % n, (place - late) % n
     q, k, v = (_moved(x, there) for x in (q, k, v))
     seen = key_mask.gather(1, there)
-    return _moved(prefix_attention(q, k, v, settings, key_mask=seen, **options), back)
+    found = prefix_attention(q, k, v, settings, key_mask=seen, **options)
+    if not need_lse: return _moved(found, back), None
+    out, lse = found
+    return _moved(out, back), _moved(lse[..., None], back)[..., 0]
+
+# %% ../../nbs/14c_transformers.ipynb #518f97ec
+def _held(
+    key: Tensor, # (B, H_kv, N, D)
+    value: Tensor, # (B, H_kv, N, D)
+    mask: Tensor | None, # (B, tokens so far) of our own, where they are not N
+) -> tuple[Tensor, Tensor, Tensor | None, int]: # ..., and how many tokens are gone
+    "The keys that are there, and their mask."
+    n = key.shape[2]
+    if mask is None or mask.ndim != 2 or mask.shape[1] == n: return key, value, mask, 0
+    tokens = mask.shape[1]
+    if tokens < n: return key[:, :, :tokens], value[:, :, :tokens], mask, 0
+    return key, value, mask[:, tokens - n:], tokens - n
+
+# %% ../../nbs/14c_transformers.ipynb #244a7ed4
+def _needs_window(
+    settings: HilbertSettings,
+    window: int | None, # tokens, the query's own included; None: the layer has none
+    n: int, # tokens so far
+    gone: int, # that a cache has let go
+) -> bool: # False: segments allow no more
+    "Does a layer attend its own window? Raises `ValueError` for a pattern between the two."
+    if window is None or n <= window: return False
+    lengths, _ = settings.branches
+    moved = settings.order_name is not None or settings.shift or settings.prefix_tokens
+    if not moved and settings.segment_lengths is None: return True
+    if not moved and max(lengths) <= window and not gone: return False
+    raise ValueError(
+        f"sliding_window={window} with {n} tokens and {settings.to_dict()}: a layer with a window "
+        "can be dense, which leaves it its window, or have segments that are no longer, without "
+        "curve, shift and prefix, and with a cache that keeps all tokens; else use 'eager' or "
+        f"'sdpa', or at most {window} tokens")
+
+# %% ../../nbs/14c_transformers.ipynb #d26cdbca
+def _window_attention(
+    q: Tensor, # queries (B, H, M, D), the last of N tokens
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    window: tuple[int, int], # tokens before and after
+    key_mask: Tensor | None, # bool (B, N)
+    dropout_p: float,
+    scale: Any, # a number or None, or `Scores`
+    need_lse: bool, # False: None in its place
+) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
+    "A layer's own window; a step reads its own keys."
+    q, k, v = autocast_inputs(q, k, v)
+    m, n = q.shape[2], k.shape[2]
+    options: Any = dict(scale=scale, dropout_p=dropout_p)
+    if m < n and m <= _FEW:
+        token = torch.arange(n - m, n, device=q.device)[None]
+        keys, seen = slide_keys(token, SlidePattern(n, window))
+        seen = seen & (keys <= token[:, None, :, None])
+        rows = keys.clamp(0, n - 1)
+        if key_mask is not None: seen = seen & key_mask[:, rows[0, 0]][:, None]
+        out, lse = attend_keys(q, k, v, KeyTable(rows, seen), **options, need_lse=need_lse)
+        return out.to(q.dtype), lse
+    if m < n: q = nn.functional.pad(q, (0, 0, n - m, 0))  # queries whose results nobody reads
+    out, lse = hilbert_slide_attention(
+        q, k, v, n, window, curve=None, key_mask=key_mask, **options, return_lse=True)
+    return out[:, :, n - m:], lse[:, :, n - m:]
+
+# %% ../../nbs/14c_transformers.ipynb #505ae28b
+def _attend(
+    q: Tensor, # queries (B, H, M, D), the last of N tokens
+    k: Tensor, # keys (B, H_kv, N, D)
+    v: Tensor, # values (B, H_kv, N, D)
+    settings: HilbertSettings,
+    causal: bool,
+    key_mask: Tensor | None, # bool (B, N)
+    dropout_p: float,
+    scale: Any, # a number or None, or `Scores`
+    need_lse: bool, # False: None in its place
+) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
+    "A text that grows, texts behind padding, or a picture."
+    n, rest = k.shape[2], (dropout_p, scale, need_lse)
+    whole = settings.prefix_tokens + max(prod(settings.sides), 1)
+    if q.shape[2] < n or causal and n < whole:  # a sequence that grows
+        return cached_attention(q, k, v, settings, key_mask, *rest)
+    if causal and key_mask is not None:
+        return _text_attention(q, k, v, settings, key_mask, *rest)
+    found = prefix_attention(
+        q, k, v, settings, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
+        return_lse=need_lse)
+    return found if need_lse else (found, None)
 
 # %% ../../nbs/14c_transformers.ipynb #be8da988
 def _transformers_attention(name: str) -> Callable:
     "The attention function for a registered name."
     def hilbert_attention_forward(module, query, key, value, attention_mask=None, dropout=0.0,
-                                  scaling=None, is_causal=None, **options):
-        m, n = query.shape[2], key.shape[2]
-        _refuse(name, module, n, options)
+                                  scaling=None, is_causal=None, sliding_window=None, softcap=None,
+                                  s_aux=None, **options):
+        _refuse(name, module, options)
+        key, value, attention_mask, gone = _held(key, value, attention_mask)
+        n = key.shape[2]
         settings = _enter(module, name, n)
         causal, key_mask = _who_attends(module, query, n, attention_mask, is_causal)
-        whole = settings.prefix_tokens + max(prod(settings.sides), 1)
-        if m < n or causal and n < whole:  # a sequence that grows
-            out = cached_attention(query, key, value, settings, key_mask, dropout, scaling)
-        elif causal and key_mask is not None:
-            out = _text_attention(query, key, value, settings, key_mask, dropout, scaling)
-        else:
-            out = prefix_attention(query, key, value, settings, causal=causal, key_mask=key_mask,
-                                   dropout_p=dropout, scale=scaling)
+        if softcap is not None: scaling = Scores(score_rule(scaling, query).scale, softcap)
+        rest = dropout, scaling, s_aux is not None
+        if _needs_window(settings, sliding_window, n + gone, gone):
+            reach = sliding_window - 1
+            window = reach, 0 if causal else reach
+            out, lse = _window_attention(query, key, value, window, key_mask, *rest)
+        else: out, lse = _attend(query, key, value, settings, causal, key_mask, *rest)
+        if s_aux is not None: out, _ = with_sinks(out, lse, s_aux)
         return out.transpose(1, 2).contiguous(), None  # (B, N, H, D), and no weights
     return hilbert_attention_forward
 

@@ -7,6 +7,7 @@ __all__ = ['fit_small', 'attention_backward']
 
 # %% ../../nbs/04_triton_backward.ipynb #70722f42
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,9 @@ def _dq_tiles(dq, own, queries, keys, k, v, at, drop, lo, hi, qk_scale,
         token, valid = forward.keys_at(j, keys, at, S)
         k_tile = steps.next_tile(k, token, valid, j, S.BLOCK_N, S, MASKED, TMA)
         v_tile = steps.next_tile(v, token, valid, j, S.BLOCK_N, S, MASKED, TMA)
-        p, dp = steps.weights_of(own, k_tile, v_tile, qk_scale, S)  # [BM, BN]
+        p, dp, s = steps.weights_of(own, k_tile, v_tile, qk_scale, S)  # [BM, BN]
         if MASKED: p = forward.keep_seen(p, own.token, queries, token, keys, valid, 0., S)
-        dq = steps.dq_step(dq, p, dp, own, k_tile, token, drop, S)
+        dq = steps.dq_step(dq, p, dp, s, own, k_tile, token, drop, S)
     return dq
 
 # %% ../../nbs/04_triton_backward.ipynb #b2f7f710
@@ -81,10 +82,11 @@ def _dkv_tiles(sums, own, queries, q, do, statistics, at, drop, lo, hi, qk_scale
         token, valid = forward.tokens_of(queries, i + queries.slot, at, S)  # [BM]
         q_tile = steps.next_tile(q, token, valid, i, S.BLOCK_M, S, MASKED, TMA)
         do_tile = steps.next_tile(do, token, valid, i, S.BLOCK_M, S, MASKED, TMA)
-        p = steps.weights_on(own, q_tile, statistics, token, valid, qk_scale, S, MASKED)  # [BN, BM]
+        p, s = steps.weights_on(
+            own, q_tile, statistics, token, valid, qk_scale, S, MASKED)  # [BN, BM]
         if MASKED and S.CAUSAL: p = tl.where(token[None, :] >= own.token[:, None], p, 0.)
         sums = steps.dkv_step(
-            sums, p, own, q_tile, do_tile, token, statistics, valid, drop, S, MASKED)
+            sums, p, s, own, q_tile, do_tile, token, statistics, valid, drop, S, MASKED)
     return sums
 
 # %% ../../nbs/04_triton_backward.ipynb #2879946a
@@ -165,11 +167,11 @@ def _dkv_kernel(
 @triton.jit
 def _small_step(sums, own, rows, seen, drop, qk_scale, ACC: tl.constexpr, S: tl.constexpr):
     "The five products of a tile of queries: dk and dv so far, and its dq."
-    s = steps.scores(own.k, rows.q, S)  # [BN, BM]
+    s = steps.logits(own.k, rows.q, S)  # [BN, BM]
     dp = steps.scores(own.v, rows.do, S)  # [BN, BM]
     p = tl.where(seen, tl.exp2(s * qk_scale - rows.lse2[None, :]), 0.)
     z, dp = steps.apply_dropout(p, dp, own, rows.token, drop, S)
-    ds = (p * (dp - rows.delta[None, :])).to(own.k.main.dtype)
+    ds = steps.through_cap(p * (dp - rows.delta[None, :]), s, S).to(own.k.main.dtype)
     dv = steps.add_product(sums.dv, z, rows.do, S)
     dk = steps.add_product(sums.dk, ds, rows.q, S)
     dq = steps.add_product(steps.no_rows(S.BLOCK_M, ACC, S), tl.trans(ds), own.k, S)
@@ -334,7 +336,7 @@ def attention_backward(
     order: Tensor | None = None, # int64 (N,): token at each position
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     causal: bool = False, # key token index <= query token index
-    scale: float | None = None, # positive; None is 1 / sqrt(D)
+    scale: Any = None, # positive; None is 1 / sqrt(D); or scale and cap
     dropout_p: float = 0.0, # as in the forward
     seed: Tensor | None = None, # as in the forward
     tiles: dict[str, Tile] | None = None, # "dq", "dkv", for two kernels; None: tuned or default

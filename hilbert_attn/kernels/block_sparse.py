@@ -25,7 +25,7 @@ from .launch import Backward
 from .steps import Static, tl, triton
 from .tuning import Tile, capturing, default_tile, is_half
 from ..operators import AttentionOperator
-from ..reference import default_scale
+from ..reference import Scores, score_rule
 
 # %% ../../nbs/10b_block_kernels.ipynb #656c5e27
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def _attend_blocks(run, q, q_token, bounds, k, v, walk, slots, drop, qk_scale,
         else: v_first = first
         k_tile = steps.next_tile(k, token, valid, first, S.BLOCK_N, S, MASKED, S.TMA)
         v_tile = steps.next_tile(v, v_token, valid, v_first, S.BLOCK_N, S, MASKED, S.TMA)
-        s = steps.scores(q, k_tile, S)
+        s = steps.logits(q, k_tile, S)
         s = _keep_seen(s, q_token, bounds, slot, token, valid, slots, -float("inf"), S, PARTIAL)
         run = steps.softmax_step(run, s, v_tile, q_token, token, drop, qk_scale, S, MASKED, OVERLAP)
         v_first = first
@@ -324,9 +324,9 @@ def _dq_blocks(dq, own, bounds, k, v, walk, slots, drop, qk_scale, S: tl.constex
         slot, token, valid = _keys_in(first, slots, S, PARTIAL)
         k_tile = steps.next_tile(k, token, valid, first, S.BLOCK_N, S, MASKED, S.TMA)
         v_tile = steps.next_tile(v, token, valid, first, S.BLOCK_N, S, MASKED, S.TMA)
-        p, dp = steps.weights_of(own, k_tile, v_tile, qk_scale, S)  # [BM, BN]
+        p, dp, s = steps.weights_of(own, k_tile, v_tile, qk_scale, S)  # [BM, BN]
         p = _keep_seen(p, own.token, bounds, slot, token, valid, slots, 0., S, PARTIAL)
-        dq = steps.dq_step(dq, p, dp, own, k_tile, token, drop, S)
+        dq = steps.dq_step(dq, p, dp, s, own, k_tile, token, drop, S)
     return dq
 
 # %% ../../nbs/10b_block_kernels.ipynb #3a227251
@@ -377,13 +377,14 @@ def _dkv_blocks(sums, own, valid_keys, at, q, do, walk, slots, statistics, drop,
         token, valid = _slot_tokens(slot, layout.q_token, slots.n_queries, S.HAS_ORDER, MASKED)
         q_tile = steps.next_tile(q, token, valid, first, S.BLOCK_M, S, MASKED, S.TMA)
         do_tile = steps.next_tile(do, token, valid, first, S.BLOCK_M, S, MASKED, S.TMA)
-        p = steps.weights_on(own, q_tile, statistics, token, valid, qk_scale, S, MASKED)  # [BN, BM]
+        p, s = steps.weights_on(
+            own, q_tile, statistics, token, valid, qk_scale, S, MASKED)  # [BN, BM]
         if PARTIAL and (S.AXES > 0 or S.CAUSAL):  # rows of empty key slots are not stored: no test
             bounds = _load_bounds(layout, slot, slots.q_slots, S.AXES)
             seen = _attended(token, bounds, own.token, valid_keys, at, slots.n_queries, S, 1)
             p = tl.where(seen, p, 0.)
         sums = steps.dkv_step(
-            sums, p, own, q_tile, do_tile, token, statistics, valid, drop, S, MASKED)
+            sums, p, s, own, q_tile, do_tile, token, statistics, valid, drop, S, MASKED)
     return sums
 
 # %% ../../nbs/10b_block_kernels.ipynb #79a52d92
@@ -538,7 +539,7 @@ def block_attention_forward(
     lists: BlockLists, # over N queries and M keys
     *,
     key_mask: Tensor | None = None, # bool (B, M), True = attend, in token order
-    scale: float | None = None, # positive; None is 1 / sqrt(D)
+    scale: Any = None, # positive; None is 1 / sqrt(D); or scale and cap
     dropout_p: float = 0.0, # probability of dropping an attention weight
     seed: Tensor | None = None, # int64 (1,), where there is dropout
     tile: Tile | None = None, # None: tuned or default
@@ -595,7 +596,7 @@ def block_attention_backward(
     lists: BlockLists, # as in the forward
     *,
     key_mask: Tensor | None = None, # as in the forward
-    scale: float | None = None, # as in the forward
+    scale: Any = None, # as in the forward
     dropout_p: float = 0.0, # as in the forward
     seed: Tensor | None = None, # as in the forward
     tiles: dict[str, Tile] | None = None, # "dq" and "dkv"; None: tuned or default
@@ -635,7 +636,7 @@ def _backward_engine(dout, dlse, q, k, v, out, lse, *rest):
 
 _operator = AttentionOperator(
     "block_triton", _forward_engine, _backward_engine, ("key_mask", "seed", *LIST_TENSORS),
-    "float scale, float dropout_p, SymInt[] sizes, bool causal", "CompositeExplicitAutograd",
+    "float[] scale, float dropout_p, SymInt[] sizes, bool causal", "CompositeExplicitAutograd",
     lambda q, k, v, *rest: block_pairs(q, _split(rest)[0]))
 
 # %% ../../nbs/10b_block_kernels.ipynb #46ccd30c
@@ -661,16 +662,19 @@ def block_triton_attention(
     *,
     key_mask: Tensor | None = None, # bool (B, M), True = attend, in token order
     dropout_p: float = 0.0, # of an attention weight; the seed is drawn from torch's generator
-    scale: float | None = None, # None is 1 / sqrt(D)
+    scale: float | Scores | None = None, # None is 1 / sqrt(D)
 ) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N) float32 (float64 for float64)
     """Block-sparse attention on the fused kernels, differentiable through both results.
 
     A `ValueError` where lists and tensors don't fit, a `RuntimeError` where Triton can't run.
     """
     _check_lists(q, k, lists)
-    scale = default_scale(q) if scale is None else float(scale)
-    if scale <= 0: q, scale = (-q, -scale) if scale < 0 else (q * 0, 1.0)
+    rule = score_rule(scale, q)
+    if rule.scale <= 0:
+        q, positive = (-q, -rule.scale) if rule.scale < 0 else (q * 0, 1.0)
+        rule = rule._replace(scale=positive)
     seed = None
     if dropout_p: seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device)
     *tensors, sizes, causal = lists_to_operands(lists)
-    return _operator(q, k, v, key_mask, seed, *tensors, scale, float(dropout_p), sizes, causal)
+    return _operator(
+        q, k, v, key_mask, seed, *tensors, rule.numbers, float(dropout_p), sizes, causal)

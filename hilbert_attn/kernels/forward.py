@@ -181,7 +181,7 @@ def _attend(run, q, q_token, queries, keys, k, v, at, drop, lo, hi, qk_scale,
             v_token, _ = tokens_of(keys, j_v + keys.slot, at, S)
         k_tile = steps.next_tile(k, k_token, valid, j, S.BLOCK_N, S, MASKED, TMA)
         v_tile = steps.next_tile(v, v_token, valid, j_v, S.BLOCK_N, S, MASKED, TMA)
-        s = steps.scores(q, k_tile, S)  # [BM, BN]
+        s = steps.logits(q, k_tile, S)  # [BM, BN]
         if MASKED: s = keep_seen(s, q_token, queries, k_token, keys, valid, -float("inf"), S)
         run = steps.softmax_step(
             run, s, v_tile, q_token, k_token, drop, qk_scale, S, MASKED, OVERLAP)
@@ -400,7 +400,7 @@ def attention_forward(
     order: Tensor | None = None, # int64 (N,): token at each position
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     causal: bool = False, # key token index <= query token index
-    scale: float | None = None, # positive; None is 1 / sqrt(D)
+    scale: Any = None, # positive; None is 1 / sqrt(D); or scale and cap
     dropout_p: float = 0.0, # probability of dropping an attention weight
     seed: Tensor | None = None, # int64 (1,), where there is dropout
     tile: Tile | None = None, # None: tuned or default

@@ -20,6 +20,7 @@ from ..common import lse_dtype, unit_stride
 from . import tuning
 from .steps import HAS_TRITON, Operand, Static, Statistics, interpreted, triton
 from .tuning import Tile, Workload, is_half, split_head_dim
+from ..reference import Scores, score_rule
 
 # %% ../../nbs/02f_launching.ipynb #37a89a71
 def check_triton(
@@ -59,9 +60,10 @@ def _alignment(tensors: list[Tensor]) -> int:
     return math.gcd(16, *(stride for x in tensors for stride in x.stride()[:-1]))
 
 # %% ../../nbs/02f_launching.ipynb #a2c7bb70
-def _numbers(scale: float | None, head_dim: int, dropout_p: float) -> tuple[float, float, int]:
-    "As kernels take them: scale, what dropout multiplies survivors by, the threshold of its draw."
-    scale = head_dim ** -0.5 if scale is None else scale
+def _numbers(rule: Scores, dropout_p: float) -> tuple[float, float, int]:
+    """As kernels take them: the scale (or the cap), what dropout multiplies survivors by, the
+    threshold of its draw."""
+    scale = rule.scale if rule.softcap is None else rule.softcap
     keep_scale = 1 / (1 - dropout_p) if dropout_p < 1 else 0.0
     return scale, keep_scale, min(round(dropout_p * 2 ** 31), 2 ** 31 - 1)
 
@@ -100,7 +102,9 @@ class Call:
         self.mask = None if key_mask is None else unit_stride(key_mask)
         self.stride_mask = 0 if self.mask is None else self.mask.stride(0)
         self.capability, self.dropout = capability(q.device), dropout_p > 0
-        self.numbers = _numbers(scale, self.D, dropout_p)
+        rule = score_rule(scale, q)
+        self.numbers = _numbers(rule, dropout_p)
+        self.capped = 0.0 if rule.softcap is None else rule.scale / rule.softcap
 
     def fields(
         self, tile: Tile, tensors: list[Tensor], ordered: bool, tail: int = 16,
@@ -111,7 +115,7 @@ class Call:
             HEAD_DIM=self.D, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n, HEAD_GROUP=self.H // self.kv_heads, HAS_ORDER=ordered,
             CAUSAL=self.causal, HAS_KEY_MASK=self.mask is not None, HAS_DROPOUT=self.dropout,
-            PRECISION=_precision(self.q.dtype), ALIGN=_alignment(tensors))
+            PRECISION=_precision(self.q.dtype), ALIGN=_alignment(tensors), CAPPED=self.capped)
 
     def describable(
         self, *tensors: Tensor, order: Tensor | None, rate: int = 1, size: int = 1,
@@ -133,7 +137,8 @@ class Call:
 
     def workload(self, kernel: str, keys: int, tma: bool) -> Workload:
         "`keys`: of a group, or of a row of blocks."
-        present = dict(causal=self.causal, dropout=self.dropout, mask=self.mask is not None)
+        present = dict(causal=self.causal, dropout=self.dropout, mask=self.mask is not None,
+                       softcap=self.capped != 0)
         traits = *self.traits, *(name for name, there in present.items() if there)
         heads = self.H, self.kv_heads
         return Workload(kernel, self.D, keys, heads, self.q.dtype, traits, tma)

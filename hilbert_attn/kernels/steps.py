@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['interpreted', 'LOG2E', 'LN2', 'INTERPRETED', 'head_of', 'load_rows', 'store_rows', 'no_rows', 'scaled', 'Box',
-           'Stream', 'box_of', 'describe_rows', 'next_tile', 'scores', 'add_product', 'Dropout', 'dropout_of',
-           'scales_of', 'Running', 'start_softmax', 'softmax_step', 'catch_up', 'finish_softmax', 'Queries',
-           'Statistics', 'load_queries', 'store_statistics', 'weights_of', 'dq_step', 'Keys', 'Sums', 'no_sums',
-           'load_keys', 'statistics_of', 'weights_on', 'apply_dropout', 'dkv_step', 'store_sums']
+           'Stream', 'box_of', 'describe_rows', 'next_tile', 'scores', 'logits', 'through_cap', 'add_product',
+           'Dropout', 'dropout_of', 'scales_of', 'Running', 'start_softmax', 'softmax_step', 'catch_up',
+           'finish_softmax', 'Queries', 'Statistics', 'load_queries', 'store_statistics', 'weights_of', 'dq_step',
+           'Keys', 'Sums', 'no_sums', 'load_keys', 'statistics_of', 'weights_on', 'apply_dropout', 'dkv_step',
+           'store_sums']
 
 # %% ../../nbs/02d_kernel_steps.ipynb #ff78ffb2
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ class Static:
     OVERLAP: bool = False # values of a tile are weighed during the next tile's softmax
     EVEN: bool = False # no tile of the inner loop is cut off
     HAS_DLSE: bool = False # the LSE has a gradient
+    CAPPED: float = 0.0 # scale / cap, where scores are capped: then the scale is the cap
 
 # %% ../../nbs/02d_kernel_steps.ipynb #2ec94c2d
 class Operand(NamedTuple):
@@ -222,6 +224,33 @@ def scores(a, b, S: tl.constexpr):
     if S.BLOCK_E > 0: s = _dot(a.rest, tl.trans(b.rest), s, S)
     return s
 
+# %% ../../nbs/02d_kernel_steps.ipynb #c59dde63
+@triton.jit
+def _tanh(x):
+    "To the precision of x, also where it is small."
+    z = x * x
+    p = (-9.64399179425052238628e-1 * z - 9.92877231001918586564e1) * z - 1.61468768441708447952e3
+    r = ((z + 1.12811678491632931402e2) * z + 2.23548839060100448583e3) * z + 4.84406305325125486048e3
+    near = x + x * z * (p / r)
+    far = 1. - 2. / (tl.exp(2. * tl.abs(x)) + 1.)
+    far = tl.where(x < 0., -far, far)
+    return tl.where(z < 0.390625, near, far)
+
+# %% ../../nbs/02d_kernel_steps.ipynb #05acc71c
+@triton.jit
+def logits(a, b, S: tl.constexpr):
+    "Scores of queries and keys, in either order, to be multiplied with the kernel's scale."
+    s = scores(a, b, S)
+    if S.CAPPED != 0: s = _tanh(s * S.CAPPED)
+    return s
+
+# %% ../../nbs/02d_kernel_steps.ipynb #c1a1f102
+@triton.jit
+def through_cap(ds, s, S: tl.constexpr):
+    "The gradient of q k, from that of the `logits` s."
+    if S.CAPPED != 0: ds *= (1. - s * s) * S.CAPPED
+    return ds
+
 # %% ../../nbs/02d_kernel_steps.ipynb #349ae659
 @triton.jit
 def add_product(total, weights, x, S: tl.constexpr):
@@ -372,19 +401,20 @@ def store_statistics(to, own, stat, valid):
 # %% ../../nbs/02d_kernel_steps.ipynb #3b615af0
 @triton.jit
 def weights_of(own, k, v, qk_scale, S: tl.constexpr):
-    "p and dp of a tile of keys: [BM, BN]."
-    s = scores(own.q, k, S)
+    "p, dp and the logits of a tile of keys: [BM, BN]."
+    s = logits(own.q, k, S)
     dp = scores(own.do, v, S)
-    return tl.exp2(s * qk_scale - own.lse2[:, None]), dp
+    return tl.exp2(s * qk_scale - own.lse2[:, None]), dp, s
 
 # %% ../../nbs/02d_kernel_steps.ipynb #5c2cfc9c
 @triton.jit
-def dq_step(dq, p, dp, own, k, k_token, drop, S: tl.constexpr):
+def dq_step(dq, p, dp, s, own, k, k_token, drop, S: tl.constexpr):
     "dq with the share of a tile of keys."
     if S.HAS_DROPOUT:
         kept = _kept(drop, own.token[:, None], k_token[None, :])
         dp = tl.where(kept, dp * drop.keep_scale, 0.)
-    return add_product(dq, p * (dp - own.delta[:, None]), k, S)
+    ds = p * (dp - own.delta[:, None])
+    return add_product(dq, through_cap(ds, s, S), k, S)
 
 # %% ../../nbs/02d_kernel_steps.ipynb #3af5fe03
 class Keys(NamedTuple):
@@ -434,9 +464,11 @@ def statistics_of(to, first):
 # %% ../../nbs/02d_kernel_steps.ipynb #0b8b64ef
 @triton.jit
 def weights_on(own, q, statistics, q_token, valid, qk_scale, S: tl.constexpr, MASKED: tl.constexpr):
-    "p of a tile of queries: [BN, BM]; 0 where there is no query, since exp2(s - inf) = 0."
+    """p and the logits of a tile of queries: [BN, BM]; p is 0 where there is no query, since
+    exp2(s - inf) = 0."""
     lse2 = _load_statistic(statistics.lse2, q_token, valid, float("inf"), MASKED)
-    return tl.exp2(scores(own.k, q, S) * qk_scale - lse2[None, :])
+    s = logits(own.k, q, S)
+    return tl.exp2(s * qk_scale - lse2[None, :]), s
 
 # %% ../../nbs/02d_kernel_steps.ipynb #2f58d8fd
 @triton.jit
@@ -451,14 +483,15 @@ def apply_dropout(p, dp, own, q_token, drop, S: tl.constexpr):
 
 # %% ../../nbs/02d_kernel_steps.ipynb #e3c3ddbf
 @triton.jit
-def dkv_step(sums, p, own, q, do, q_token, statistics, valid, drop, S: tl.constexpr,
+def dkv_step(sums, p, s, own, q, do, q_token, statistics, valid, drop, S: tl.constexpr,
              MASKED: tl.constexpr):
     "dk and dv with the share of a tile of queries, whose weights are p: [BN, BM]."
     dp = scores(own.v, do, S)
     z, dp = apply_dropout(p, dp, own, q_token, drop, S)
     dv = add_product(sums.dv, z, do, S)
     delta = _load_statistic(statistics.delta, q_token, valid, 0., MASKED)
-    dk = add_product(sums.dk, p * (dp - delta[None, :]), q, S)
+    ds = p * (dp - delta[None, :])
+    dk = add_product(sums.dk, through_cap(ds, s, S), q, S)
     return Sums(dk, dv)
 
 # %% ../../nbs/02d_kernel_steps.ipynb #8394c79a

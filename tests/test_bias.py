@@ -1,0 +1,229 @@
+"""A bias on relative places: against a table that is read pair by pair, with its gradient."""
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cases import GROUPS, random_tensors
+from hypothesis import given
+from hypothesis import strategies as st
+from sampling import examples
+
+from hilbert_attn import (
+    explain_backend,
+    hilbert_attention,
+    hilbert_slide_attention,
+    hilbert_window_attention,
+    neighborhood_attention,
+    window_attention,
+)
+from hilbert_attn.curves import curve_order
+from hilbert_attn.patterns import (
+    NeighborhoodPattern,
+    SegmentPattern,
+    SlidePattern,
+    StretchPattern,
+    WindowPattern,
+    attention_mask,
+)
+from hilbert_attn.reference import Scores, assert_matches_oracle, masked_attention
+from hilbert_attn.relative import alibi_bias
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+NAMES = ("segments", "sequence", "window", "neighborhood", "stretches", "slide", "decoder")
+
+
+def pair_by_pair(bias, grid):
+    "(H, N, N): the entry of each difference, one after the other."
+    cells = [[]]
+    for side in grid: cells = [[*cell, i] for cell in cells for i in range(side)]
+    rows = []
+    for one in cells:
+        for other in cells:
+            places = [a - b + size // 2 for a, b, size in zip(one, other, bias.shape[1:])]
+            inside = all(0 <= p < size for p, size in zip(places, bias.shape[1:]))
+            rows.append(bias[(slice(None), *places)] if inside else torch.zeros_like(bias[:, 0, 0]
+                        if bias.ndim > 2 else bias[:, 0]))
+    return torch.stack(rows, 1).view(len(bias), len(cells), len(cells))
+
+
+@dataclass
+class Biased:
+    "One call, described by small numbers."
+    name: str # one of `NAMES`
+    grid: tuple[int, ...]
+    b: int
+    heads: tuple[int, int] # H_kv, and query heads for each
+    w: int
+    r: int
+    causal: bool
+    masked: bool
+    registers: int
+    room: int # how much larger than needed the table is, on each side
+    softcap: float | None
+    dtype: torch.dtype
+    backend: str
+    seed: int
+
+    @property
+    def n(self): return torch.Size(self.grid).numel()
+
+    def ask(self): # function, its options, the mask (N, N), how far pairs reach
+        n, w, r, grid = self.n, self.w, self.r, self.grid
+        whole = tuple(side - 1 for side in grid)
+        if self.name == "segments":
+            how = dict(grid=grid, segment_size=w, dilation_rate=r, causal=self.causal)
+            mask = attention_mask(
+                SegmentPattern(n, w, r), order=curve_order(grid), causal=self.causal)
+            return hilbert_attention, how, mask, whole
+        if self.name == "sequence":
+            how = dict(curve=None, segment_size=w, dilation_rate=r, causal=self.causal)
+            return hilbert_attention, how, attention_mask(
+                SegmentPattern(n, w, r), causal=self.causal), (n - 1,)
+        if self.name == "window":
+            near = tuple(min(w, side) - 1 for side in grid)
+            how = dict(grid=grid, window=w, shift=w // 3)
+            return window_attention, how, WindowPattern(grid, w, w // 3).mask(), near
+        if self.name == "neighborhood":
+            kernel = tuple(min(w, side) for side in grid)
+            how, near = dict(grid=grid, kernel_size=kernel), tuple(k - 1 for k in kernel)
+            return neighborhood_attention, how, NeighborhoodPattern(grid, kernel).mask(), near
+        if self.name == "stretches":
+            mask = StretchPattern((n,), (w,)).mask(curve_order(grid))
+            return hilbert_window_attention, dict(grid=grid, window=w), mask, whole
+        if self.name == "slide":
+            mask = SlidePattern(n, w).mask(curve_order(grid))
+            return hilbert_slide_attention, dict(grid=grid, window=w), mask, whole
+        how = dict(grid=n, window=(w, 0), sinks=r, curve=None)
+        return hilbert_slide_attention, how, SlidePattern(n, (w, 0), r).mask(), (n - 1,)
+
+    def check(self):
+        g, r = torch.Generator().manual_seed(self.seed), self.registers
+        function, how, mask, near = self.ask()
+        if function is hilbert_attention: r = 0
+        heads = self.heads[0] * self.heads[1]
+        (q,) = random_tensors(self.b, [heads], self.n, 16, self.dtype, g)
+        k, v = random_tensors(self.b, [self.heads[0]] * 2, self.n + r, 16, self.dtype, g)
+        sizes = [2 * (far + self.room) + 1 for far in near]
+        bias = torch.randn(heads, *sizes, dtype=torch.float64, generator=g).to(self.dtype)
+        bias.requires_grad_()
+        grid = (self.n,) if len(near) == 1 else self.grid
+        added = pair_by_pair(bias.double(), grid)
+        added, mask = (torch.nn.functional.pad(x, (0, r), value=x.dtype == torch.bool)
+                       for x in (added, mask.view(1, 1, self.n, self.n)))
+        if self.masked:
+            seen = torch.rand(self.b, self.n + r, generator=g) < 0.7
+            how["key_mask"], mask = seen, mask & seen[:, None, None]
+
+        def attention(q, k, v):
+            more = dict(registers=(k[:, :, self.n:], v[:, :, self.n:])) if r else {}
+            return function(
+                q, k[:, :, :self.n], v[:, :, :self.n], **how, **more, bias=bias,
+                softcap=self.softcap, backend=self.backend, return_lse=True)
+        rule = Scores(0.25, self.softcap, added)
+        assert_matches_oracle(attention, q, k, v, mask, scale=rule._replace(bias=added.detach()))
+        own = attention(q, k, v)[0].double()
+        exact = masked_attention(q.double(), k.double(), v.double(), mask, rule)[0]
+        upstream = torch.randn(exact.shape, dtype=torch.float64, generator=g)
+        found, wanted = (torch.autograd.grad(x, bias, upstream)[0] for x in (own, exact))
+        off = torch.finfo(self.dtype).eps * 64 * wanted.abs().max().clamp(min=1)
+        assert (found - wanted).abs().max() <= off
+
+
+@st.composite
+def biased(draw) -> Biased:
+    side = st.integers(1, 6)
+    w = draw(st.integers(1, 20))
+    return Biased(
+        name=draw(st.sampled_from(NAMES)), grid=draw(st.tuples(side, side)),
+        b=draw(st.integers(1, 2)), heads=draw(st.sampled_from(GROUPS)), w=w,
+        r=draw(st.integers(1, min(w, 4))), causal=draw(st.booleans()), masked=draw(st.booleans()),
+        registers=draw(st.sampled_from((0, 0, 2))), room=draw(st.sampled_from((0, 0, 1))),
+        softcap=draw(st.sampled_from((None, None, 1.5))), dtype=draw(st.sampled_from(DTYPES)),
+        backend=draw(st.sampled_from(("auto", "sdpa", "sdpa_mask", "reference"))),
+        seed=draw(st.integers(0, 2**31)))
+
+
+@examples(40, 300)
+@given(biased())
+def test_each_pair_has_its_entry(case: Biased): case.check()
+
+
+def inputs(n=20, heads=2, grid=(4, 5)):
+    torch.manual_seed(0)
+    x = torch.randn(3, 1, heads, n, 8, dtype=torch.float64)
+    table = torch.randn(heads, *(2 * side - 1 for side in grid), dtype=torch.float64)
+    return [y.requires_grad_() for y in (*x.unbind(0), table)]
+
+
+def segments(q, k, v, bias, **options):
+    return hilbert_attention(q, k, v, grid=(4, 5), segment_size=7, bias=bias, **options)
+
+
+def neighbours(q, k, v, bias, **options):
+    return neighborhood_attention(q, k, v, (4, 5), 3, bias=bias, **options)
+
+
+each = pytest.mark.parametrize("function", (segments, neighbours))
+
+
+@each
+def test_gradients(function):
+    x = inputs()
+    assert torch.autograd.gradcheck(lambda *x: function(*x, return_lse=True), x, fast_mode=True)
+    assert torch.autograd.gradgradcheck(lambda *x: function(*x), x, fast_mode=True)
+
+
+@each
+def test_graphs_and_transforms(function):
+    x = inputs()
+    expected = torch.autograd.grad(function(*x).sin().sum(), x)
+    plain = [y.detach() for y in x]
+    found = torch.func.grad(lambda *x: function(*x).sin().sum(), (0, 1, 2, 3))(*plain)
+    torch.testing.assert_close(found, expected)
+    mapped = torch.vmap(lambda bias: function(*plain[:3], bias))(torch.stack([plain[3]] * 2))
+    torch.testing.assert_close(mapped[1], function(*plain))
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(*x).sin().sum(), x), expected)
+
+
+def test_bit_identical():
+    q, k, v = torch.randn(3, 1, 4, 900, 16).unbind(0)
+    bias = torch.randn(4, 59, 59, requires_grad=True)
+    def run():
+        out = hilbert_attention(q, k, v, grid=(30, 30), segment_size=100, bias=bias)
+        return out, *torch.autograd.grad(out.sin().sum(), bias)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try: assert all(torch.equal(a, b) for a, b in zip(run(), run()))
+    finally: torch.set_num_threads(before)
+
+
+def test_alibi_of_a_number_of_heads():
+    table = alibi_bias(8, 3)
+    assert table.shape == (8, 5) and table[0].tolist() == [-1.0, -0.5, 0.0, -0.5, -1.0]
+    assert table[7, 0] == -2 * 2.0 ** -8
+
+
+BAD = [
+    (torch.zeros(2, 7), r"\(2, 7\) .* \(2, 7, 9\) or more"),
+    (torch.zeros(3, 7, 9), r"\(3, 7, 9\)"),
+    (torch.zeros(2, 7, 7), r"\(2, 7, 7\)"),
+    (torch.zeros(2, 8, 9), "odd sizes"),
+    (torch.zeros(2, 7, 9, dtype=torch.int64), "torch.int64"),
+    (torch.zeros(2, 2049, 2049), "at most"),
+    (0.5, "bias is float"),
+]
+
+
+@pytest.mark.parametrize("bad, message", BAD)
+def test_bad_tables(bad, message):
+    q, k, v, _ = inputs()
+    with pytest.raises(ValueError, match=message): segments(q, k, v, bad)
+
+
+def test_kernels_say_that_they_do_not_take_it():
+    x = inputs()
+    with pytest.raises(RuntimeError, match="a bias on the scores"): segments(*x, backend="triton")
+    choice = explain_backend((1, 2, 20, 8), grid=(4, 5), segment_size=7, bias=x[3])
+    assert choice.backend == "sdpa" and "a bias" in choice.reason
