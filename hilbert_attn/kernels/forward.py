@@ -201,15 +201,6 @@ def turn(tiles, bundles, heads, BACKWARDS: tl.constexpr):
     batch_head = tl.program_id(0) // tiles // bundles
     return tile, bundle, batch_head // heads, batch_head % heads, batch_head
 
-# %% ../../nbs/03_triton_forward.ipynb #d81a94d3
-@triton.jit
-def _stream(x, desc, batch, head, group, box, S: tl.constexpr):
-    "Rows of a group, as the loop reads them."
-    source = steps.head_of(x, batch, head, S)
-    if S.PRODUCER:
-        desc = steps.describe_rows(source, group.first, group.step, group.count, S.BLOCK_N, S)
-    return steps.Stream(source, desc, box)
-
 # %% ../../nbs/03_triton_forward.ipynb #d81a94d4
 @triton.jit
 def _own_queries(source, group, tile, token, valid, S: tl.constexpr):
@@ -241,8 +232,13 @@ def _forward_kernel(
 
     queries, keys = locate(bundle, head, at.offset, n_tokens, segment_size, rate, S)
     box = steps.box_of(batch, head // S.HEAD_GROUP, keys.first, segment_size, rate)
-    k = _stream(k, k_desc, batch, head // S.HEAD_GROUP, keys, box, S)
-    v = _stream(v, v_desc, batch, head // S.HEAD_GROUP, keys, box, S)
+    k = steps.head_of(k, batch, head // S.HEAD_GROUP, S)
+    v = steps.head_of(v, batch, head // S.HEAD_GROUP, S)
+    if S.PRODUCER:
+        k_desc = steps.describe_rows(k, keys.first, keys.step, keys.count, S.BLOCK_N, S)
+        v_desc = steps.describe_rows(v, keys.first, keys.step, keys.count, S.BLOCK_N, S)
+    k = steps.Stream(k, k_desc, box)
+    v = steps.Stream(v, v_desc, box)
     token, valid = tokens_of(queries, tile * S.BLOCK_M + queries.slot, at, S)  # [BM]
     q = _own_queries(steps.head_of(q, batch, head, S), queries, tile, token, valid, S)
     run = steps.start_softmax(q, ACC, S)
