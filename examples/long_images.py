@@ -6,14 +6,18 @@
 Which digit stands on a cluttered canvas? A ViT of the transformers library, with random weights,
 learns it at 64 x 64 pixels, with dense attention over 64 patches. Then it goes on with the same
 scenes at 256 x 256 pixels, 1,024 patches, for the same number of steps: once with dense attention,
-once along a Hilbert curve, where a patch attends the stretch of the curve that it lies on, and the
-class token everything. Positions are interpolated as the library does it. What is told is the share
-of held-out digits that are read right, before and after, and the time of a step.
+and twice in segments of 128 patches, along a Hilbert curve or along rows, where a patch attends its
+segment, and the class token everything. Positions are interpolated as the library does it. What is
+told is the share of held-out digits that are read right, before and after, and the time of a step.
+It is written to out/long_images/, with a picture of some scenes.
 """
 import argparse
+import json
 import time
 from copy import deepcopy
+from pathlib import Path
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from sklearn.datasets import load_digits
@@ -25,6 +29,11 @@ from hilbert_attn import use_hilbert_attention
 
 SMALL, LARGE, PATCH = 64, 256, 8
 CLUTTER = 5 # pieces of other digits on a canvas
+ARMS = { # settings of `use_hilbert_attention` at 256 x 256
+    "dense": None,
+    "Hilbert segments": dict(curve="hilbert"),
+    "row segments": dict(curve="row_major"),
+}
 
 
 class Scenes:
@@ -99,29 +108,53 @@ def train(
     return 1000 * torch.tensor(times).median().item()
 
 
+def draw_scenes(path: Path):
+    "The same four scenes at both resolutions."
+    fig, axes = plt.subplots(2, 4, figsize=(5, 2.6), layout="constrained")
+    for side, row in zip((SMALL, LARGE), axes):
+        canvases, kinds = Scenes(held_out=True).batch(4, side, torch.Generator().manual_seed(1))
+        for ax, canvas, kind in zip(row, canvases, kinds):
+            ax.imshow(canvas[0], cmap="gray")
+            ax.set(xticks=[], yticks=[])
+            ax.set_title(f"{side} x {side}: a {kind}", fontsize=7)
+    fig.savefig(path, dpi=100)
+    plt.close(fig)
+
+
+def go_on(small: ViTForImageClassification, name: str, args: argparse.Namespace) -> dict:
+    "A copy of the model, further trained at the large size: what came of it."
+    model, how = deepcopy(small), ARMS[name]
+    if how: use_hilbert_attention(model, segment_size=args.segment, **how)
+    before = share_right(model, LARGE, args.held_out)
+    each = train(model, f"{LARGE} pixels, {name}", LARGE, args.more, args.batch, 3e-4)
+    return dict(before=before, after=share_right(model, LARGE, args.held_out), ms=each)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=1500, help="at 64 x 64 pixels")
-    parser.add_argument("--more", type=int, default=60, help="steps at 256 x 256 pixels")
+    parser.add_argument("--more", type=int, default=180, help="steps at 256 x 256 pixels")
     parser.add_argument("--segment", type=int, default=128, help="patches that attend each other")
     parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("out/long_images"))
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
     args = parser.parse_args()
     if args.quick: args.steps, args.more, args.layers = 3, 2, 2
-    held_out, batch = (20, 2) if args.quick else (200, 8)
+    args.held_out, args.batch = (20, 2) if args.quick else (200, 8)
+    args.out.mkdir(parents=True, exist_ok=True)
     small = new_model(args.width, args.layers)
-    train(small, f"{SMALL} pixels", SMALL, args.steps, 4 * batch, 1e-3)
-    print(f"{SMALL} x {SMALL}: {share_right(small, SMALL, held_out):.1%} right")
-    for name in ("dense", "Hilbert"):
-        model = deepcopy(small)
-        if name == "Hilbert": use_hilbert_attention(model, segment_size=args.segment)
-        before = share_right(model, LARGE, held_out)
-        each = train(model, f"{LARGE} pixels, {name}", LARGE, args.more, batch, 3e-4)
-        after = share_right(model, LARGE, held_out)
-        print(f"{LARGE} x {LARGE}, {name}: {before:.1%} right before, {after:.1%} after "
-              f"{args.more} steps of {each:.0f} ms")
+    each = train(small, f"{SMALL} pixels", SMALL, args.steps, 4 * args.batch, 1e-3)
+    right = share_right(small, SMALL, args.held_out)
+    print(f"{SMALL} x {SMALL}: {right:.1%} right")
+    found = dict(steps=args.steps, more=args.more, small=dict(after=right, ms=each), large={})
+    for name in ARMS:
+        row = found["large"][name] = go_on(small, name, args)
+        print(f"{LARGE} x {LARGE}, {name}: {row['before']:.1%} right before, {row['after']:.1%} "
+              f"after {args.more} steps of {row['ms']:.0f} ms")
+    (args.out / "results.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw_scenes(args.out / "scenes.png")
 
 
 if __name__ == "__main__": main()

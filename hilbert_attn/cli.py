@@ -26,7 +26,8 @@ def _demo(args):
 
 # %% ../nbs/17_cli.ipynb #a8e9f857
 _SUITES = (
-    "cpu", "memory", "curves", "crossover", "short", "decode", "dilated", "local", "ring", "gpu")
+    "cpu", "memory", "curves", "crossover", "short", "decode", "dit", "dilated", "local",
+    "ring", "gpu")
 
 
 def _bench(args):

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends import attend, computes
+from .backends import attend, computes, shortcut
 from .blocks.engine import attend_blocks, attend_blocks_backward, block_sdpa_attention
 from .blocks.lists import BlockLists
 from .blocks.planner import cross_lists
@@ -170,6 +170,7 @@ def _order(
     except ValueError as error: raise ValueError(f"{name}{error}") from None
 
 # %% ../nbs/11c_cross.ipynb #33d712b8
+@shortcut
 def hilbert_cross_attention(
     q: Tensor, # queries (B, H, N, D), any strides; float16, bfloat16, float32 or float64
     k: Tensor, # keys (B, H_kv, M, D), H a multiple of H_kv

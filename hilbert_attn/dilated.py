@@ -14,6 +14,7 @@ from math import log, prod
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, cat
 
 from .backends import (
@@ -22,9 +23,10 @@ from .calls import Call, check_call, check_curve, check_order, on_branches
 from .common import is_plain, lse_dtype, whole_numbers
 from .curves import as_grid, curve_order
 from .operators import AttentionOperator
-from .patterns import DilatedPattern, SegmentPattern
+from .patterns import DilatedPattern, SegmentPattern, attention_mask
 from .reference import merge_attention
-from .sdpa import attend_segments, attend_segments_backward
+from .sdpa import (
+    LONGEST_KEPT, KeptMask, attend_kept, attend_segments, attend_segments_backward)
 from .tiles import (
     Dropout, Tile, attend_tiles, attend_tiles_backward, like, mix, new_lse, rectangles,
     without_empty_rows)
@@ -346,11 +348,32 @@ def _on_heads(call: Call, run: Any) -> tuple[Tensor, Tensor]: # out, lse
     outs, lses = zip(*results)
     return cat(outs, 1), cat(lses, 1)
 
+# %% ../nbs/08_dilated.ipynb #5f0c5a1c
+def _packed_under_a_mask(call: Call, how: tuple, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
+    "Several short documents as one dense call, whose mask is kept."
+    n, heads = call.sizes
+    pattern, device = DilatedPattern.for_heads(n, heads, *how), call.q.device
+
+    def make() -> Tensor: # int (1, H or 1, N, N): how often each key counts
+        shares = []
+        for _, (first, end) in _documents(cu_seqlens, n):
+            order = _order_of((first, end), call.order)
+            one = DilatedPattern.for_heads(end - first, heads, *how)
+            share = attention_mask(one, order=order, causal=call.causal, device=device)
+            shares.append(F.pad(share, (first, n - end)))
+        return cat(shares, 2)
+
+    key = pattern, tuple(cu_seqlens.tolist()), call.causal, device
+    kept = KeptMask(make, key, (call.order,))
+    return attend_kept(call.q, call.k, call.v, kept, **call.common, need_lse=call.need_lse)
+
 # %% ../nbs/08_dilated.ipynb #5f0c5a0c
 def _packed(call: Call, how: tuple, cu_seqlens: Tensor, backend: str) -> tuple[Tensor, Any]:
-    "Several documents: in one operator on the CPU, elsewhere one after the other."
-    device, fused = call.q.device, call.custom_backward
-    name, _ = choose_backend(backend, device, None, fused, "branches")
+    "Several documents: in one operator on the CPU or under one mask, elsewhere one by one."
+    device, fused, length = call.q.device, call.custom_backward, known_length(call.q, 2)
+    name, _ = choose_backend(backend, device, length, fused, "branches")
+    if name == "sdpa_mask" and length is not None and length <= LONGEST_KEPT:
+        return _packed_under_a_mask(call.hidden(), how, cu_seqlens)
     if name != "sdpa" or not fused or device.type not in ("cpu", "meta"):
         return _one_at_a_time(call, how, cu_seqlens, backend)
     pattern = DilatedPattern.for_heads(*call.sizes, *how)

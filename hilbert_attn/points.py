@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .backends import attend
+from .backends import attend, shortcut
 from .calls import check_call, check_order
 from .common import (
     Cache, check_word, is_plain, true_or_false, whole_number, whole_numbers)
@@ -358,6 +358,7 @@ def _by_size(order: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, tuple[int, 
     return _moved.get(sizes, move, order)
 
 # %% ../nbs/11b_points.ipynb #26201193
+@shortcut
 def point_attention(
     q: Tensor, # queries (B, H, N, D), any strides
     k: Tensor, # keys (B, H_kv, N, D), H a multiple of H_kv

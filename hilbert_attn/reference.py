@@ -72,7 +72,8 @@ def masked_attention(
     """Attention as its definition says, in the dtype of its inputs; differentiable by autograd.
 
     The mask may be of any shape that is broadcastable."""
-    with torch.autocast(q.device.type, enabled=False):  # in the dtype of the inputs, nothing less
+    kind = "cpu" if q.device.type == "meta" else q.device.type  # meta has no autocast
+    with torch.autocast(kind, enabled=False):  # in the dtype of the inputs, nothing less
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
         rule = score_rule(scale, q)

@@ -2,6 +2,7 @@
 
 const CODE = "article .cell_input .highlight, article div[class*='highlight-'] > .highlight"
 const SCROLLS = "pre, .table-wrapper, .output, .cell-output-display, div.math, mjx-container"
+const PRINTED = ".cell_output .output pre, .cell-output pre"
 
 function select(element) {
   const range = document.createRange()
@@ -43,7 +44,25 @@ function watch(box) {
   new ResizeObserver(mark).observe(box)
 }
 
+const COLUMNS = /\S {2,}\S/  // two spaces in a line: a table, which must not wrap
+
+function wrapProse(printed) {
+  printed.classList.toggle("prose", !COLUMNS.test(printed.textContent))
+}
+
+const STILL = "a:has(> img[src*='still.'])"  // a click plays it in place
+
+function play(event) {
+  if (innerWidth < 740) return  // too narrow for its controls: the link leads to its page
+  event.preventDefault()
+  const frame = document.createElement("iframe")
+  Object.assign(frame, { src: "explorer/index.html", title: "The explorer", className: "explorer" })
+  event.currentTarget.replaceWith(frame)
+}
+
 function start() {
+  document.querySelectorAll(STILL).forEach(link => link.addEventListener("click", play))
+  document.querySelectorAll(PRINTED).forEach(wrapProse)
   document.querySelectorAll(CODE).forEach(addCopyButton)
   document.querySelectorAll(SCROLLS).forEach(watch)
 }

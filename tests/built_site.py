@@ -16,7 +16,7 @@ SITE = ROOT / "_docs"
 PROCESSED = ROOT / "_proc"
 FOLDERS = [NBS, ROOT / "tools", ROOT / "hilbert_attn"]
 FILES = [ROOT / "_quarto.yml", ROOT / "settings.ini"]
-PASSING = {".ipynb_checkpoints", "__pycache__", "nbdev.yml"}
+PASSING = {".ipynb_checkpoints", "__pycache__", "nbdev.yml", "site.json"}
 
 
 def built() -> Path:

@@ -12,7 +12,7 @@ from gpu.compiling import Launch, recording
 
 from hilbert_attn.blocks.lists import lists_from_bounds
 from hilbert_attn.kernels import backward, block_sparse, forward
-from hilbert_attn.kernels.tuning import Tile, Workload, default_tile
+from hilbert_attn.kernels.tuning import PRODUCERS, Tile, Workload, default_tile
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
           "fp64": torch.float64}
@@ -48,7 +48,7 @@ class Case:
             words += [f"axes{self.axes}", "x".join(map(str, self.block))]
         if t := self.tile:
             size = f"{t.block_m}x{t.block_n}w{t.num_warps}s{t.num_stages}"
-            words.append(size + "o" * t.overlap + "t" * t.tma)
+            words.append(size + "o" * t.overlap + "t" * t.tma + "p" * t.producer)
         return "-".join(words)
 
     def options(self, keys: int) -> dict:
@@ -177,6 +177,7 @@ def kernels_of_blocks() -> list[Case]:
 def choices(kernel: str, d: int, traits: tuple, order: bool, blocks: bool) -> list[Tile]:
     "What the tuner may take, the default first."
     words = ("blocks",) * blocks + ("order",) * order + tuple(TRAITS[t] for t in traits)
+    if kernel == "forward" and not words: words = "whole",
     work = Workload(kernel, d, 4096, (16, 16), torch.bfloat16, words, tma=not order)
     default = default_tile(kernel, d, torch.bfloat16, (9, 0), "HAS_DROPOUT" in traits)
     return work.candidates(default)[1:]
@@ -203,12 +204,19 @@ def may_describe(kernel: str, tile: Tile | None, traits: tuple) -> bool:
     return tile is None or not tile.tma or kernel == "dkv" or "HAS_KEY_MASK" not in traits
 
 
+def producers_of_other_modes() -> list[Case]:
+    return [Case("forward", 90, dtype, d, mode=mode, tile=tile)
+            for tile, (dtype, d, mode) in product(
+                PRODUCERS, (("bf16", 128, "keys"), ("fp16", 64, "longnet")))]
+
+
 def matrix() -> list[Case]:
     "All of it; most only where everything is tested."
     cases = kernels_of_segments() + small_groups() + kernels_of_blocks() + tiles_of_the_tuner()
+    cases += producers_of_other_modes()
     return list(dict.fromkeys(cases))
 
 
 def sampled(cases: list[Case]) -> list[Case]:
-    "One in thirty-one, which together hold every kernel, and every architecture."
-    return cases[::31]
+    "One in twenty-eight, which together hold every kernel, and a tile with a producer."
+    return cases[::28]

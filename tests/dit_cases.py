@@ -472,6 +472,15 @@ def given(name, which=0, batch=1):
     return CASES[name].inputs(CASES[name].grids[which], batch)
 
 
+def loaded(kind, folder):
+    "From what was saved. diffusers wants accelerate where modules are to stay in float32."
+    own, kind._keep_in_fp32_modules = kind._keep_in_fp32_modules, None
+    try:
+        return kind.from_pretrained(folder)
+    finally:
+        kind._keep_in_fp32_modules = own
+
+
 def tiles_mask(grid, tiles, offset, text, text_tokens):
     "Who sees whom, by the definition: tiles of positions that start at `offset`, and the text."
     order = curve_order(grid, "hilbert").tolist()

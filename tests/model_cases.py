@@ -8,6 +8,8 @@ from functools import partial
 from inspect import signature
 
 import torch
+from dit_cases import CASES as DIT_CASES
+from dit_cases import given, loaded
 from model_trial import Case, rand
 
 from hilbert_attn.integrations import (
@@ -50,6 +52,8 @@ COMPILED = {
     "vit_small_patch16_dinov3",
     "UNet2DConditionModel",
     "DiTTransformer2DModel",
+    "WanTransformer3DModel",
+    "SD3Transformer2DModel",
 }
 
 # transformers: what reads one token after another. Options stand beside SIZES and GROUPED.
@@ -573,73 +577,6 @@ DIFFUSERS = {  # options and call; what a switch refuses needs no call
         ),
         None,
     ),
-    "FluxTransformer2DModel": (
-        dict(
-            ONE_LAYER,
-            num_single_layers=1,
-            attention_head_dim=16,
-            joint_attention_dim=24,
-            pooled_projection_dim=24,
-            axes_dims_rope=(4, 4, 8),
-        ),
-        None,
-    ),
-    "SD3Transformer2DModel": (
-        dict(
-            ONE_LAYER,
-            sample_size=8,
-            patch_size=2,
-            attention_head_dim=8,
-            joint_attention_dim=24,
-            caption_projection_dim=16,
-            pooled_projection_dim=24,
-        ),
-        None,
-    ),
-    "WanTransformer3DModel": (
-        dict(
-            ONE_LAYER,
-            attention_head_dim=12,
-            out_channels=4,
-            text_dim=24,
-            freq_dim=16,
-            ffn_dim=32,
-        ),
-        None,
-    ),
-    "LTXVideoTransformer3DModel": (
-        dict(
-            ONE_LAYER,
-            out_channels=4,
-            attention_head_dim=8,
-            cross_attention_dim=16,
-            caption_channels=24,
-        ),
-        None,
-    ),
-    "CogVideoXTransformer3DModel": (
-        dict(
-            ONE_LAYER,
-            attention_head_dim=8,
-            time_embed_dim=4,
-            text_embed_dim=24,
-            sample_width=8,
-            sample_height=8,
-            sample_frames=5,
-        ),
-        None,
-    ),
-    "QwenImageTransformer2DModel": (
-        dict(
-            ONE_LAYER,
-            in_channels=16,
-            out_channels=4,
-            attention_head_dim=16,
-            joint_attention_dim=24,
-            axes_dims_rope=(4, 6, 6),
-        ),
-        None,
-    ),
     "HunyuanDiT2DModel": (
         dict(
             sample_size=8,
@@ -652,19 +589,6 @@ DIFFUSERS = {  # options and call; what a switch refuses needs no call
             cross_attention_dim_t5=24,
             pooled_projection_dim=16,
             hidden_size=16,
-        ),
-        None,
-    ),
-    "AuraFlowTransformer2DModel": (
-        dict(
-            sample_size=8,
-            num_mmdit_layers=1,
-            num_single_dit_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
-            in_channels=4,
-            joint_attention_dim=24,
-            caption_projection_dim=16,
         ),
         None,
     ),
@@ -709,11 +633,53 @@ def diffusers_case(name: str) -> Case:
     )
 
 
+FRAMES = "UNetMotionModel (frames)"  # its temporal layers, beside those of pictures
+
+
+def dit_case(name: str) -> Case:
+    "A diffusion transformer, in float64."
+    known = name.removesuffix(" (frames)")
+
+    def build():
+        kind = getattr(importlib.import_module("diffusers"), known)
+        return kind(**DIT_CASES[known].options).double()
+
+    def called(model, second):
+        return model(**given(known, int(second))).sample
+
+    def checkpoint(model) -> bool:
+        model.enable_gradient_checkpointing()
+        return True
+
+    def reload(model, folder, settings):
+        model.save_pretrained(folder)
+        return loaded(type(model), folder).double()
+
+    return Case(
+        "diffusers",
+        name,
+        build,
+        use_hilbert_attention,
+        called,
+        reload,
+        checkpoint,
+        "diffusion",
+        name in COMPILED,
+    )
+
+
+def dit_names() -> list[str]:
+    return [FRAMES if name in DIFFUSERS else name for name in DIT_CASES]
+
+
 def cases(*packages: str) -> list[Case]:
     "Of these packages, or of all."
     made = dict(
         transformers=hf_cases,
         timm=lambda: [timm_case(name) for name in TIMM_NAMES],
-        diffusers=lambda: [diffusers_case(name) for name in DIFFUSERS],
+        diffusers=lambda: [
+            *(diffusers_case(name) for name in DIFFUSERS),
+            *(dit_case(name) for name in dit_names()),
+        ],
     )
     return [case for name in packages or made for case in made[name]()]

@@ -11,7 +11,9 @@ import torch
 import torch.nn as nn
 
 from hilbert_attn.common import hide_masked
+from hilbert_attn.curves import curve_order, inverse_order
 from hilbert_attn.integrations import diffusers as of_diffusers
+from hilbert_attn.integrations import dit as of_dit
 from hilbert_attn.integrations import settings as of_settings
 from hilbert_attn.integrations import transformers as of_transformers
 from hilbert_attn.reference import masked_attention
@@ -83,22 +85,39 @@ def by_mask(q, k, v, settings, *, causal=False, key_mask=None, dropout_p=0.0, sc
     return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
 
 
+def joint_by_mask(q, k, v, settings, grid, *, text_first, offset, key_mask, dropout_p, scale):
+    "`joint_attention` in segments by the dense mask of its definition."
+    segment = inverse_order(curve_order(grid, settings.curve)) // settings.segment_size
+    n, cells = q.shape[2], len(segment)
+    own = slice(n - cells, n) if text_first else slice(0, cells)
+    mask = torch.ones(n, n, dtype=torch.bool)
+    mask[own, own] = segment[:, None] == segment
+    if key_mask is not None: mask = mask & key_mask[:, None, None]
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    return masked_attention(q, k, v, mask.long(), scale)[0].to(q.dtype)
+
+
+SEAMS = {
+    "prefix_attention": (of_transformers, of_settings, of_diffusers),
+    "joint_attention": (of_dit,)}
+BY_MASK = dict(prefix_attention=by_mask, joint_attention=joint_by_mask)
+
+
 @contextmanager
-def attention_by(function: Callable | None, seen: list):
-    "Calls into the package are seen, and answered by another function where one is given."
-    modules = of_transformers, of_settings, of_diffusers
-    before = [module.prefix_attention for module in modules]
+def attention_by(functions: dict[str, Callable], seen: list):
+    "Calls into the package are seen, and answered by other functions where they are given."
+    before = [(module, name, getattr(module, name)) for name in SEAMS for module in SEAMS[name]]
 
     def seeing(own):
-        def call(q, k, v, settings, **options):
+        def call(q, k, v, settings, *args, **options):
             seen.append(settings)
-            return (function or own)(q, k, v, settings, **options)
+            return own(q, k, v, settings, *args, **options)
         return call
 
-    for module, own in zip(modules, before): module.prefix_attention = seeing(own)
+    for module, name, own in before: setattr(module, name, seeing(functions.get(name, own)))
     try: yield
     finally:
-        for module, own in zip(modules, before): module.prefix_attention = own
+        for module, name, own in before: setattr(module, name, own)
 
 
 def sites(model: nn.Module) -> int:
@@ -124,9 +143,9 @@ class Trial:
         seen = []
         with torch.no_grad():
             expected = self.case.call(self.own, second)
-            with attention_by(None, seen): close(self.case.call(self.one, second), expected)
+            with attention_by({}, seen): close(self.case.call(self.one, second), expected)
             ours = self.case.call(self.several, second)
-            with attention_by(by_mask, []): masked = self.case.call(self.several, second)
+            with attention_by(BY_MASK, []): masked = self.case.call(self.several, second)
         close(ours, masked)
         if (ours - expected).abs().max() < 1e-4 * expected.abs().max():
             raise Differs("segments change nothing")
@@ -140,8 +159,8 @@ class Trial:
         return self.compared(True) if self.case.reshapes else NOT_APPLICABLE
 
     def backward(self):
-        for model, attention, yardstick in ((self.one, None, self.own),
-                                            (self.several, by_mask, self.several)):
+        for model, attention, yardstick in ((self.one, {}, self.own),
+                                            (self.several, BY_MASK, self.several)):
             ours = gradient(model, self.case.call(model, False))
             with attention_by(attention, []):
                 expected = gradient(yardstick, self.case.call(yardstick, False))

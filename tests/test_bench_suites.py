@@ -34,7 +34,7 @@ from hilbert_attn.bench.suites import (
     run_tables,
 )
 
-LOCAL = ("cpu", "memory", "curves", "crossover", "short", "decode", "dilated")
+LOCAL = ("cpu", "memory", "curves", "crossover", "short", "decode", "dit", "dilated")
 
 
 def fail(*_, **__):

@@ -51,6 +51,7 @@ from hilbert_attn.patterns import (
     TilesSharedPattern,
     WindowPattern,
     _axis_mask,
+    attention_mask,
 )
 from hilbert_attn.reference import assert_matches_oracle, masked_attention
 
@@ -185,6 +186,7 @@ def assert_exact(lists: BlockLists, mask: torch.Tensor):
 @given(layouts())
 @example(Layout(NeighborhoodPattern((7, 9), 3, 2), "random", (4, 8), True, 5, False, 0))
 @example(Layout(TilesSharedPattern(40, 3, 7, 5), "random", (8, 4), True, 3, False, 0))
+@example(Layout(NeighborhoodPattern((7, 9), 1), "none", (4, 8), True, 0, False, 0))
 def test_lists_are_exact(case): assert_exact(case.lists(), case.mask())
 
 
@@ -1020,6 +1022,41 @@ def test_from_flex_says_what_it_cannot():
             create_block_mask(MODS["causal"], None, None, 64, 32, device="cpu", BLOCK_SIZE=16))
 
 
+IMAGE = 24, 25  # 600 tokens: neither side of a block divides them
+ON_FLASH = {
+    "window": WindowPattern(IMAGE, (5, 8), (1, 2)),
+    "neighbourhood": NeighborhoodPattern(IMAGE, (9, 7), (2, 1), (True, False)),
+    "slide": SlidePattern(600, 91),
+    "tiles, shared": TilesSharedPattern(600, 3, 17, 70),
+    "segment": SegmentPattern(600, 500, 3),
+    "longnet": SegmentPattern(600, 200, 3, "longnet", (1,)),
+}
+
+
+@pytest.mark.parametrize("curve", (None, "hilbert"))
+@pytest.mark.parametrize("name", ON_FLASH)
+def test_blocks_of_flash_attention(name, curve):
+    "256 queries by 128 keys, as FlexAttention wants them on Blackwell."
+    pattern, causal = ON_FLASH[name], name in ("slide", "segment")
+    shape = IMAGE if name in ("window", "neighbourhood") else 600
+    if name == "tiles, shared": shape = 530  # the others stay where they are
+    order = curve_order(shape, curve) if curve else None
+    lists = block_lists(pattern, order=order, block_size=(256, 128), causal=causal)
+    q, k = lists.query_tokens().flatten(), lists.key_tokens().flatten()
+    expected = attention_mask(pattern, order=order, causal=causal).flatten(0, -3)[0]
+
+    flex, zero = lists.to_flex(), torch.tensor(0)
+    assert flex.BLOCK_SIZE == (256, 128) and len(q) % 256 == len(k) % 128 == 0
+    seen = flex.mask_mod(zero, zero, torch.arange(len(q))[:, None], torch.arange(len(k)))
+    there = q >= 0  # what other rows attend is dropped
+    assert torch.equal(seen[there], (expected[q[:, None], k] & (k >= 0))[there])
+    blocks = seen.view(-1, 256, len(k) // 128, 128).transpose(1, 2).flatten(2)
+    assert torch.equal(blocks.any(2), flex.to_dense()[0, 0] > 0)  # nothing else is visited
+    full = lists.kinds()[0] == 2
+    assert blocks[full].all() and flex.full_kv_num_blocks.sum() == full.sum()
+    assert flex.q_num_blocks is not None  # the backward walks columns
+
+
 @pytest.mark.parametrize("name", LISTS)
 @pytest.mark.filterwarnings("ignore:flex_attention called without")
 def test_to_flex(name):
@@ -1128,3 +1165,11 @@ def test_what_has_no_keys_is_zero_in_the_plain_expression():
     assert (out[:, :, 16:] == 0).all() and lse[:, :, 16:].isneginf().all()
     gradients = torch.autograd.grad(out.sum(), (q, v))
     assert all(x.isfinite().all() for x in (out, *gradients))
+
+
+def test_a_nan_query_stays_in_its_row_of_the_plain_expression():
+    q, k, v = (torch.randn(1, 1, 32, 16) for _ in range(3))
+    q[:, :, 3] = torch.nan
+    lists = lists_from_block_mask(torch.eye(2, dtype=torch.bool), 32, 32, (16, 16))
+    out, _ = engine._block_expression(q, k, v, lists, None, 0.0, 0.25)
+    assert (out.isnan().any(-1)[0, 0] == (torch.arange(32) == 3)).all()

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sampling import examples
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 import hilbert_attn.cross as cross_module
 from hilbert_attn import curve_order, hilbert_attention, hilbert_cross_attention
@@ -219,6 +220,24 @@ def test_gradients():
     def first(x): return x[:, :, :2].detach().clone()
     more = [first(y).requires_grad_() for y in x[1:]]
     assert torch.autograd.gradcheck(seeded, x + more, fast_mode=True)
+
+
+def test_kept_masks_know_registers_and_both_orders():
+    calls = [dict(), dict(registers=(K[:, :, :3], V[:, :, :3])), dict(key_curve="morton")]
+    for options in calls:
+        options |= dict(segment_size=9)
+        found, expected = (
+            hilbert_cross_attention(Q, K, V, **options, backend=x)
+            for x in ("sdpa_mask", "reference"))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_flops_know_registers():
+    n, m, more = Q.shape[2], K.shape[2], tuple(x[:, :, :3] for x in (K, V))
+    with FlopCounterMode(display=False) as counter:
+        hilbert_cross_attention(Q, K, V, segment_size=9, registers=more, backend="sdpa")
+    pairs = CrossPattern(n, m, 9).pairs(Q.shape[1]) + 3 * n * Q.shape[1]
+    assert counter.get_total_flops() == 4 * Q.shape[3] * Q.shape[0] * pairs
 
 
 def test_the_operator():

@@ -4,11 +4,12 @@ import copy
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from dit_cases import CASES, WORDS, Masked, built, given, tiles_mask
+from dit_cases import CASES, WORDS, Masked, built, given, loaded, tiles_mask
 from torch.utils.checkpoint import checkpoint
 
 from hilbert_attn import curve_order, use_hilbert_attention
@@ -645,3 +646,45 @@ def test_compiled_in_one_graph(diffusers, name):
     wanted = model(**inputs).sample
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert (compiled(**inputs).sample - wanted).abs().max() < 1e-9
+
+
+# saving
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("options", [
+    dict(tiles=3, layer_shift=0.5, layers=[1], reorder=True),
+    dict(kernel_size=(1, 3, 3), grid=(2, 4, 3)),
+    dict(tiles=2, layers={"1": {"segment_size": 5}, "0": "dense"}),
+    dict(tiles=2, dense_steps=1, layers=slice(0, 1)),
+])
+def test_a_saved_switch_is_restored(diffusers, tmp_path, options):
+    model = use_hilbert_attention(built(diffusers, WAN).float().double(), **options)
+    load = partial(loaded, diffusers.WanTransformer3DModel)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        again = load(tmp_path).double()
+        for time in (900.0, 600.0):
+            inputs = given(WAN) | dict(timestep=torch.tensor([time]))
+            assert torch.equal(again(**inputs).sample, model(**inputs).sample)
+        assert sum(calls(again)) > 0
+        model = again
+    use_dense_attention(again).save_pretrained(tmp_path)
+    assert not sites(load(tmp_path))
+
+
+@torch.no_grad()
+def test_a_saved_pipeline(diffusers, tmp_path, monkeypatch):
+    "A note is forgotten where all processors were replaced since."
+    monkeypatch.setattr(diffusers.WanTransformer3DModel, "_keep_in_fp32_modules", None)
+    model = use_hilbert_attention(built(diffusers, WAN).float().double(), tiles=3)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    diffusers.WanPipeline(None, None, None, scheduler, model).save_pretrained(tmp_path / "pipe")
+    absent = dict.fromkeys(("vae", "text_encoder", "tokenizer", "transformer_2"))
+    pipe = diffusers.WanPipeline.from_pretrained(tmp_path / "pipe", **absent)
+    again = pipe.transformer.double()
+    assert torch.equal(again(**given(WAN)).sample, model(**given(WAN)).sample)
+    assert calls(again) == [1, 1]
+    for block in model.blocks: block.attn1.set_processor(block.attn2.processor)
+    model.save_pretrained(tmp_path / "plain")
+    assert not sites(loaded(type(model), tmp_path / "plain"))

@@ -41,7 +41,7 @@ def compiled() -> dict:
 
 
 def short_name(t) -> str:
-    marks = "o" * t.overlap + "t" * t.tma
+    marks = "o" * t.overlap + "t" * t.tma + "p" * t.producer
     return f"{t.block_m}x{t.block_n}w{t.num_warps}s{t.num_stages}{marks}"
 
 
@@ -105,6 +105,18 @@ def test_groups_that_would_spill_take_two_kernels(keys, same, d, arch, dropout):
 def test_float32_with_dropout_takes_two_kernels(arch):
     assert fit_small(16, True, 64, torch.float32, arch)
     assert fit_small(16, True, 64, torch.float32, arch, dropout=True) is None
+
+
+def test_warps_that_only_load_are_counted():
+    "Twelve hold registers, eight of them compute; on Hopper, where groups fill their tiles."
+    h200, loops = GPUS["H200"], LOOPS["forward", 128, False]
+    loop = next(loop for loop in loops if loop.tile.producer and loop.tile.block_n == 128)
+    assert (loop.warps, loop.computing) == (12, 8) and programs_at_once(h200, loop) == 1
+    matrix, issue = 2 * 2 * 128 ** 3 / (0.85 * 4096), 452 * 8 / 4 / 0.7
+    assert tile_cycles(h200, loop, 128) == pytest.approx(matrix + issue / 2)
+    assert loop in _loops_of(h200, "forward", Work.of_groups(32768, 1024, 8, 128))
+    assert loop not in _loops_of(h200, "forward", Work.of_groups(32768, 1000, 8, 128))
+    assert not any(_runs_on(GPUS[name], loop) for name in ("A100", "B200"))
 
 
 def test_programs_are_limited_by_registers_and_by_shared_memory():

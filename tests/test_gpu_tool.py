@@ -159,7 +159,7 @@ def test_what_is_planned():
                       for o in (False, True)}
     programs = [t.case["program"] for t in everything[2] + everything[3] if t.kind == "program"]
     assert {p: programs.count(p) for p in programs} == dict(ncu=5, memcheck=2, racecheck=2)
-    assert [t.case["contender"] for t in everything[2][-3:]] == ["flex"] * 3
+    assert [t.case["contender"] for t in everything[2][-4:]] == ["flex"] * 4
 
 
 # ---- contenders
@@ -303,6 +303,7 @@ def timed(case: dict, kind: str, name: str, ms: float, pairs: int = 10 ** 9) -> 
 
 def test_the_report_judges_what_is_there(tmp_path):
     case, image = cases.segments(32768, 4096, 4), cases.hilbert_a_cases()[0]
+    flux = cases.flux_case()
     env = dict(gpu="X", commit="unknown", date="2026-01-01T00:00:00+00:00", dry_run=False)
     rows = [dict(task="a", environment=env),
             dict(task="b", rates=dict(matmul_tflops=600.0, copy_gbs=4000.0)),
@@ -310,17 +311,25 @@ def test_the_report_judges_what_is_there(tmp_path):
             dict(task="d", failed="no memory"), timed(case, "forward", "triton", 1.0),
             timed(case, "forward", "cudnn, groups given", 0.9),
             timed(image, "forward", "triton", 1.0, image["n"] ** 2 * 6),
-            timed(image, "forward", "cudnn, dense N x N", 3.8)]
+            timed(image, "forward", "cudnn, dense N x N", 3.8),
+            timed(flux, "forward", "triton", 1.0, flux["n"] ** 2 * 2),
+            timed(flux, "forward", "cudnn, dense N x N", 6.0),
+            timed(flux, "forward", "flex", 3.0), timed(flux, "forward", "flex, flash", 0.8)]
     path = report.write(rows, ["not measured: e"], tmp_path)
     found = json.loads(path.read_text())
     assert found["correctness"] == dict(cases=1, wrong=["c: off"])
-    assert found["skipped"] == ["d: no memory", "not measured: e"] and len(found["rows"]) == 4
-    by_target = {v["target"]: v for v in found["verdicts"]}
+    assert found["skipped"] == ["d: no memory", "not measured: e"] and len(found["rows"]) == 8
+    by_target = {v["target"]: v for v in found["verdicts"] if v["case"] != cases.speed_name(flux)}
     assert len(by_target) == 2
     rate = by_target["share of cuDNN's rate on given groups, forward"]
     assert math.isclose(rate["measured"], 0.9) and rate["met"]
     share = by_target["share of the pair-count ceiling, triton"]
     assert math.isclose(share["measured"], 3.8 / 4) and share["met"]
+    on_flux = {v["target"]: v for v in found["verdicts"] if v["case"] == cases.speed_name(flux)}
+    flex = on_flux["times faster than FlexAttention, triton"]  # than the better of its two
+    assert math.isclose(flex["measured"], 0.8) and not flex["met"]
+    dense = on_flux["times faster than dense attention, triton"]
+    assert math.isclose(dense["measured"], 6.0) and dense["met"] and dense["needed"] == 5.2
     assert report.write(rows[:1], [], tmp_path) is None
     assert all(row["share_of_matmul"] > 0 for row in found["rows"])
     from hilbert_attn.bench.results import from_gpu_run

@@ -18,7 +18,8 @@ CASES = {case.name: case for case in cases("transformers", "diffusers")}
 SAMPLE = [ # one of each kind of model, of switch, and of refusal
     "LlamaForCausalLM", "GPT2LMHeadModel", "MixtralForCausalLM", "Gemma2ForCausalLM", "BertModel",
     "SplinterModel", "T5Model", "ViTModel", "Dinov2Model", "DINOv3ViTModel",
-    "DiTTransformer2DModel", "UNet2DConditionModel", "AutoencoderKL"]
+    "DiTTransformer2DModel", "UNet2DConditionModel", "AutoencoderKL", "WanTransformer3DModel",
+    "FluxTransformer2DModel"]
 
 
 @pytest.mark.parametrize("name", sampled(CASES, SAMPLE))

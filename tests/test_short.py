@@ -22,12 +22,15 @@ from hilbert_attn import (
 )
 from hilbert_attn.backends import POLICY
 from hilbert_attn.blocks.planner import block_lists
+from hilbert_attn.cross import hilbert_cross_attention
 from hilbert_attn.patterns import NeighborhoodPattern
+from hilbert_attn.points import point_attention
 
 REAL_POLICY = True
 LIMITS = next(row for row in POLICY if row.max_tokens).max_tokens  # of one thread
 BLOCKS = torch.tensor([[1, 0, 0], [1, 1, 0], [0, 0, 0]]).bool()  # the last one sees nothing
 GRID = (6, 8)
+POINTS = torch.randperm(48, generator=torch.Generator().manual_seed(4))
 
 
 def blocks(*x, **options):
@@ -47,6 +50,12 @@ FUNCTIONS = {
     "hilbert_slide": lambda *x, **o: hilbert_slide_attention(*x, GRID, 3, **o),
     "tiles_shared": lambda *x, **o: tiles_shared_attention(*x, tiles=4, shared=3, **o),
     "blocks": blocks,
+    "packed": lambda *x, **o: dilated_attention(
+        *x, [8, 16], [1, 2], cu_seqlens=[0, 20, 48], curve=None, **o),
+    "packed, heads": lambda *x, **o: dilated_attention(
+        *x, [8, 16], [1, 2], combine="heads", cu_seqlens=[0, 20, 48], curve=None, causal=True, **o),
+    "points": lambda q, k, v, **o: point_attention(q, k, v, POINTS, patch_size=10, **o),
+    "cross": lambda *x, **o: hilbert_cross_attention(*x, segment_size=10, key_curve="morton", **o),
 }
 
 
@@ -216,11 +225,11 @@ def test_several_threads_share_one_call_for_longer(calls):
 
 
 def test_a_layer_goes_by_its_family(limits, calls):
-    x = [torch.randn(1, limits["segments"] + 8, 2, 16) for _ in "qkv"]
+    x = [torch.randn(1, limits["heads"] + 8, 2, 16) for _ in "qkv"]
     DilatedAttention([8, 16], [1, 2])(*x)
     assert calls.count("scaled_dot_product_attention") == 1
     del calls[:]
-    DilatedAttention([8], [1])(*x)
+    DilatedAttention([8, 16], [1, 2], combine="heads")(*x)
     assert not calls
 
 

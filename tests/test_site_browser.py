@@ -7,11 +7,12 @@ import shutil
 from functools import partial
 from html import unescape
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
 from urllib.parse import unquote, urldefrag, urljoin
 
 import pytest
-from built_site import NBS, SITE, built, read_cells
+from built_site import NBS, SITE, built
 from sampling import FULL
 
 import hilbert_attn
@@ -152,6 +153,8 @@ def test_start_page(server, open_page):
     expected = {"api_by_topic.html", "benchmarks.html", "claims_on_trial.html"}
     assert {"#which-variant-when", *expected} <= {*look_up}
     assert "@software{hilbert_attn" in page.locator("section#citing pre").inner_text()
+    page.locator("a:has(> img[src*='still.'])").click()
+    page.frame_locator("iframe.explorer").locator("#grid").wait_for()
     follow(cards.get_by_text("Curves", exact=True))
     assert page.url.startswith(f"{server}curves.html")
 
@@ -163,13 +166,93 @@ def test_notebook_page_has_figures_formulas_and_tables(server, open_page):
     assert "grid" in docments.first.inner_text()
 
 
-def test_search_finds_curve_order(server, open_page):
-    page = open_page("index")
+def test_search_from_any_page(server, open_page):
+    page = open_page("patterns")
     page.locator("input[name=q]").first.fill("curve_order")
     page.keyboard.press("Enter")
     page.wait_for_selector("#search-results li a")
-    found = targets(page.locator("#search-results li a"))
-    assert any("curves.html" in link for link in found)
+    assert found_pages(page)[0] == "curves"
+    page.locator("article input[name=q]").fill("nosuchword")
+    page.keyboard.press("Enter")
+    page.get_by_text("No page has “nosuchword”.").wait_for()
+
+
+SOUGHT = {  # the page that has to be among the first three; with *, the first
+    "Morton": "*curves",
+    "causal": "*patterns",
+    "key mask": "patterns",
+    "LongNet": "dilated",
+    "dilation": "patterns",
+    "neighborhood": "local",
+    "window": "local",
+    "zigzag": "ring_plan",
+    "block sparse": "*block_sparse",
+    "Triton": "triton_forward",
+    "backward": "triton_backward",
+    "benchmarks": "*benchmarks",
+    "explorer": "*explorer",
+    "memory": "*memory",
+    "point cloud": "*points",
+    "ViT": "vision",
+    "diffusers": "*diffusers",
+    "cross attention": "*cross",
+    "tolerance": "reference",
+    "glossary": "*notation",
+    "claims": "*claims_on_trial",
+    "hilbert_attention": "*backends",
+    "install": "*index",
+    "autotune": "tile_choice",
+}
+
+
+def found_pages(page) -> list[str]:
+    links = targets(page.locator("#search-results li a:first-child"))
+    return [link.removesuffix(".html") for link in links]
+
+
+def test_search(server, open_page):
+    page = open_page("search")
+    for words, expected in SOUGHT.items():
+        page.goto(f"{server}search.html?q={words}")
+        found = found_pages(page)[:3]
+        place = found[:1] if expected.startswith("*") else found
+        assert expected.lstrip("*") in place, (words, found)
+
+
+def test_a_site_in_files_works(browser):
+    "Without a server: pages, search, the explorer, the report; no complaint."
+    context, complaints = browser.new_context(), []
+    page = context.new_page()
+    listen(page, SITE.as_uri(), complaints)
+    for name in ("index", "curves", "explorer/index", "report/index"):
+        page.goto(f"{SITE.as_uri()}/{name}.html")
+        drawn(page)
+    page.goto(f"{SITE.as_uri()}/search.html?q=Morton")
+    assert found_pages(page)[0] == "curves"
+    context.close()
+    assert not complaints
+
+
+AXE = """async () => {
+    const found = await axe.run(document, {resultTypes: ["violations"]})
+    return found.violations.map(rule => [rule.id, rule.nodes.slice(0, 3).map(node => node.html)])
+}"""
+HEARD = ["index", "curves", "local", "claims_on_trial", "search", "explorer/index", "cli"]
+
+
+def test_pages_are_for_everybody(server, open_page):
+    "Nothing that axe finds, in either theme: every page in `make full`, else one of each kind."
+    axe = Path(pytest.importorskip("axe_playwright_python").__file__).with_name("axe.min.js")
+    names = sorted(path.stem for path in SITE.glob("*.html")) if FULL else HEARD
+    found = {}
+    for scheme in ("light", "dark"):
+        page = open_page("index", 1400, color_scheme=scheme)
+        for name in names:
+            page.goto(f"{server}{name}.html")
+            page.add_script_tag(path=axe)
+            for rule, places in page.evaluate(AXE):
+                found.setdefault(rule, []).append((name, scheme, places))
+    assert not found
 
 
 def test_code_can_be_copied(server, open_page):
@@ -189,7 +272,7 @@ RAW_MARKUP = r"""[...document.querySelectorAll("article p")].map(paragraph => {
     return prose.textContent
 }).filter(text => /\| *:?(--|—)|^:::|\$\$|@(fig|eq|tbl)-|\]\(/.test(text))"""
 DARK_ON_DARK = r"""[...document.querySelectorAll(
-    "article p, article li, article td, article pre span, article h1, article h2"
+    "article p, article li, article td, article pre i, article h1, article h2"
 )].filter(element => {
     const color = getComputedStyle(element).color
     const [red, green, blue] = color.match(/[\d.]+/g).map(Number)
@@ -282,7 +365,8 @@ def test_every_page(server, open_page):
     for file in {target for target, _ in links} - {*site.anchors}:
         assert page.request.get(file).ok, file
     reached = {address.removeprefix(server) for address in site.anchors}
-    pages = [*SITE.glob("*.html"), *SITE.glob("explorer/*.html")]
+    folders = SITE, SITE / "explorer", SITE / "report"
+    pages = [path for folder in folders for path in folder.glob("*.html")]
     assert reached == {path.relative_to(SITE).as_posix() for path in pages}
 
 
@@ -299,14 +383,25 @@ def test_pages_on_other_screens(server, open_page, width, first):
     assert not {name: wrong for name, wrong in found.items() if wrong}
 
 
+def test_the_report_can_be_pointed_at(server, open_page):
+    "The stored page of the demo, in both themes: what a patch attends is drawn where it is."
+    for scheme in ("light", "dark"):
+        page = open_page("report/index", color_scheme=scheme)
+        before = page.locator(".readout").inner_text()
+        canvas = page.locator("canvas[data-view=look]").first
+        canvas.scroll_into_view_if_needed()
+        canvas.click(position={"x": 20, "y": 30})
+        assert page.locator(".readout").inner_text() != before
+        assert " ms" not in page.locator("main").inner_text()  # times are for the reader's machine
+
+
 def test_notebook_and_module_lead_to_each_other(server, open_page):
     page = open_page("curves")
     line = page.locator("p.source-links")
     assert line.inner_text().startswith("Module hilbert_attn.curves: source")
     with page.expect_download() as download:
         line.locator("a[download]").click()
-    name = "00b_curves.ipynb"
-    assert read_cells(download.value.path()) == read_cells(SITE / "notebooks" / name)
+    assert download.value.suggested_filename == "notebooks.zip"
     follow(line.locator("a").first)
     assert page.locator("h1").inner_text().startswith("hilbert_attn.curves")
     assert line.inner_text().startswith("View notebook: Curves")
@@ -383,13 +478,21 @@ def test_benchmark_page_draws_every_suite(server, open_page):
     assert page.locator("section:has(> h3) table").count() >= drawn
 
 
-@pytest.mark.parametrize("name", ["index", "curves", "benchmarks", "which_backend_when"])
-def test_dark_pages_keep_pictures_readable(server, open_page, name):
+GROUND = """images => images.map(image => {
+    const { filter, mixBlendMode } = getComputedStyle(image)
+    return `${mixBlendMode} ${filter}`
+})"""
+
+
+@pytest.mark.parametrize("name", ["index", "curves", "benchmarks", "orders_on_photos"])
+def test_dark_pages_have_no_white_slabs(server, open_page, name):
+    "Drawings are light lines on the page's own ground; photos stay as they are."
     page = open_page(name, color_scheme="dark")
     assert drawn(page)[0]
-    grounds = "images => images.map(image => getComputedStyle(image).backgroundColor)"
-    found = page.locator(".cell_output img").evaluate_all(grounds)
-    assert {*found} == {"rgb(255, 255, 255)"}
+    for kind, expected in (("drawing", "screen invert(1) hue-rotate(180deg)"), ("photo", "normal")):
+        pictures = page.locator(f".cell_output img.{kind}")
+        assert all(ground.startswith(expected) for ground in pictures.evaluate_all(GROUND))
+    assert page.locator(".cell_output img:is(.drawing, .photo)").count() > 0
     ground = page.evaluate("getComputedStyle(document.body).backgroundColor")
     red, *_ = map(int, re.findall(r"\d+", ground))
     assert red < 80

@@ -1,5 +1,6 @@
 """The translations behind the site and the README: the small part of Quarto that notebooks use."""
 
+import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ import lighter
 import make_readme
 import notebook
 import processed
+import search_index
 import sphinx_site
 
 DOCS = {"00b_curves.ipynb": "curves"}
@@ -115,6 +117,11 @@ def test_anchors_are_those_of_pandoc():
         "`curve_x`": "curve_x",
     }
     assert {title: notebook.slug(title) for title in titles} == titles
+
+
+def test_pictures_may_be_described_on_several_lines():
+    given, code = notebook.options("#| fig-alt: A curve,\n#| fig-alt-2: and a grid\nplot()")
+    assert given == {"fig-alt": "A curve, and a grid"} and code == "plot()"
 
 
 def test_cell_options():
@@ -270,7 +277,8 @@ def test_documentation_of_an_operator_is_that_of_its_function():
     assert "instantiate" not in page
 
 
-PAGE = """<svg>
+TITLE = '<article><h1>Curves<a class="headerlink" href="#curves"></a></h1></article>'
+PAGE = f"""{TITLE}<svg>
   <symbol id="svg-menu"><line/></symbol>
   <symbol id="svg-moon"><path/></symbol>
   <symbol id="svg-eye"><circle/></symbol>
@@ -289,7 +297,7 @@ PAGE = """<svg>
 
     pass
 </pre></body>"""
-LIGHTER = """<svg>
+LIGHTER = """<article><h1>Curves<a class="headerlink" href="#curves"></a></h1></article><svg>
 <symbol id="svg-menu"><line/></symbol>
 </svg>
 <use href="#svg-menu"></use> <use href="#svg-moon"></use>
@@ -309,7 +317,7 @@ def test_pages_are_made_lighter(tmp_path):
     "Code stays as it is; a page of a module keeps the list of them, and others lead there."
     (tmp_path / "_static").mkdir()
     (tmp_path / "_static/x.map").touch()
-    for name in ("curves", "module_a", "module_b"):
+    for name in ("curves", "module_a", "module_b", "search"):
         (tmp_path / f"{name}.html").write_text(PAGE)
     lighter.lighten(tmp_path)
     listed = "\n<li>one</li>\n<li>two</li>\n"
@@ -319,6 +327,48 @@ def test_pages_are_made_lighter(tmp_path):
     script = (tmp_path / "_static/icons.js").read_text()
     assert 'symbol id=\\"svg-moon' in script and "menu" not in script and "eye" not in script
     assert not (tmp_path / "_static/x.map").exists()
+
+
+def test_a_module_s_page_leads_to_all_notebooks():
+    tree = '<div class="sidebar-tree">\n<p>Kernels</p><ul><li>x</li></ul>'
+    source = '<p class="caption"><span class="caption-text">Source</span>'
+    text = lighter.NOTEBOOKS.sub(r"\1\2", f"{tree}\n{source}")
+    assert text == f'<div class="sidebar-tree">{source}'
+
+
+def test_tokens_of_code_have_short_marks():
+    line = '<span class="k">def</span> <span class="nf">f</span>'
+    assert lighter.lighter_page(line) == "<i class=k>def</i> <i class=nf>f</i>"
+    literal = '<span class="pre">x-y</span>'
+    assert lighter.lighter_page(literal) == literal
+
+
+def test_what_a_screen_reader_is_told():
+    page = '<p class="caption" role="heading">A</p><th class="head text-right"><p></p></th>'
+    assert lighter.lighter_page(page) == '<p class="caption">A</p><td></td>'
+
+
+ARTICLE = """<article><h1>Curves<a class="headerlink" href="#curves">#</a></h1>
+<p class="subtitle">Orders of <em>tokens</em></p>
+<h2>A &amp; B<a class="headerlink" href="#a-b">#</a></h2>
+<p>hilbert hilbert HILBERT morton</p></article>"""
+
+
+def test_the_search_index_knows_how_often_a_page_has_a_word(tmp_path):
+    other = ARTICLE.replace("Curves", "Patterns").replace("hilbert", "snake")
+    pages = {"curves": ARTICLE, "patterns": other, "module_curves": ARTICLE, "search": ""}
+    for name, text in pages.items():
+        (tmp_path / f"{name}.html").write_text(text)
+    search_index.write_index(tmp_path, "index.js")
+    text = (tmp_path / "index.js").read_text().removeprefix("const INDEX = ")
+    index = json.loads(text)
+    headings = [["A & B", "#a-b"]]
+    assert index["pages"][0] == ["curves.html", "Curves", "Orders of tokens", headings]
+    assert [page[0] for page in index["pages"]] == [
+        "curves.html", "module_curves.html", "patterns.html"]
+    assert index["words"]["hilbert"] == "003" + "021"  # page and count; no module's page
+    assert index["words"]["snake"] == "022"
+    assert search_index.posting(40, 99) == "14z"
 
 
 def saved(folder: Path, pixels: np.ndarray) -> Path:

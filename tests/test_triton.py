@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -172,33 +173,78 @@ def test_gradients_of_small_groups(n, w, r, mode, traits):
 
 
 @pytest.fixture
-def launched(monkeypatch):
-    "Names of kernels, in their order."
-    names, start = [], launch.start
+def launches(monkeypatch):
+    "Names of kernels, and what was known when they were compiled, in their order."
+    found, start = [], launch.start
 
-    def listen(kernel, *arguments, **constants):
-        names.append(kernel.fn.__name__)
-        return start(kernel, *arguments, **constants)
+    def listen(kernel, *arguments, S):
+        found.append((kernel.fn.__name__, S))
+        return start(kernel, *arguments, S=S)
 
     monkeypatch.setattr(launch, "start", listen)
-    return names
+    return found
+
+
+def names_of(launches): return [name for name, _ in launches]
 
 
 @pytest.mark.parametrize("mode", DILATION_MODES)
 @pytest.mark.parametrize("keys", [1, 16, 32, 33])
-def test_one_kernel_does_the_backward_of_small_groups(launched, mode, keys):
+def test_one_kernel_does_the_backward_of_small_groups(launches, mode, keys):
     most = 32 if steps.interpreted else 64
     pattern = SegmentPattern.for_heads(2 * keys, 1, 2 * keys, 2, mode)
     x = learning(heads([(1, 2 * keys)] * 3))
     Kernels.apply(*x, pattern, {}, None)[0].sum().backward()
     backward = ["_small_kernel"] if keys <= most else ["_dq_kernel", "_dkv_kernel"]
-    assert launched == ["_forward_kernel", *backward]
+    assert names_of(launches) == ["_forward_kernel", *backward]
 
 
-def test_tiles_of_two_kernels_mean_two_kernels(launched):
+@pytest.mark.parametrize("r, mode", [(1, "residue"), (2, "residue"), (2, "keys"), (2, "longnet")])
+def test_warps_that_only_load(launches, r, mode):
+    "Tiles of keys are whole, a tile of queries is cut off, heads have offsets of their own."
+    x, tile = heads([(2, 96), (1, 96), (1, 96)], dtype=torch.float16), Tile(32, 16, tma=True)
+    fields = 48 * r, r, mode, (0,) if mode == "residue" else (1, 0)
+
+    def attend(tile, **options): return attention_forward(*x, *fields, tile=tile, **options)
+
+    spared = replace(tile, producer=True)
+    poison(lambda: attend(spared))
+    assert same(attend(spared), attend(tile))
+    assert [S.PRODUCER for _, S in launches[-2:]] == [True, False]
+    attend(spared, causal=True)  # not every tile is attended by all
+    assert not launches[-1][1].PRODUCER
+
+
+def spares_warps(capability=(9, 0), dtype=torch.bfloat16, d=64, w=1024, r=2, **options):
+    "Of a Hopper GPU, unless another is asked for."
+    q = torch.empty(1, 2, 4096, d, dtype=dtype, device="meta")
+    usual = dict.fromkeys(("order", "seed", "key_mask", "scale"))
+    usual |= dict(causal=False, dropout_p=0.0) | options
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "capability", lambda device: capability)
+        return forward.SegmentCall(q, q, w, r, "residue", (0,), **usual).spares_warps(q)
+
+
+@pytest.mark.parametrize("changes", [
+    dict(capability=(8, 0)), dict(capability=(10, 0)), dict(dtype=torch.float32), dict(d=32),
+    dict(w=1040), dict(w=4096, r=3), dict(causal=True), dict(dropout_p=0.1),
+    dict(key_mask=torch.ones(1, 4096, dtype=torch.bool)), dict(order=torch.arange(4096))])
+def test_warps_that_only_load_are_tried_for_whole_tiles_on_hopper(changes):
+    assert spares_warps() and spares_warps(d=128, w=512)
+    assert not spares_warps(**changes)
+
+
+def test_memory_for_descriptors_is_lent_for_one_launch():
+    from triton.runtime._allocation import _allocator
+    before = _allocator.get()
+    assert launch._with_memory(_allocator.get) is launch._memory
+    assert _allocator.get() is before
+
+
+def test_tiles_of_two_kernels_mean_two_kernels(launches):
     x = learning(heads([(1, 16)] * 3))
     Kernels.apply(*x, SegmentPattern(16, 16), {}, Tile(16, 16))[0].sum().backward()
-    assert launched == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
+    assert names_of(launches) == ["_forward_kernel", "_dq_kernel", "_dkv_kernel"]
 
 
 def test_small_groups_of_gpus_fit_registers():
@@ -681,6 +727,7 @@ def test_candidates_are_those_that_nothing_spoils():
     assert not any(tile.overlap for tile in candidates("order", tma=True))
     for trait in ("dropout", "mask", "causal", "blocks"):
         assert len(candidates(trait, tma=True)) < len(described)
+    assert candidates("whole", tma=True) == [*described, *tuning.PRODUCERS]
     assert candidates("causal", kernel="dkv", tma=True) == [default]
 
 

@@ -130,8 +130,9 @@ LAYERS = {
     "branches, plain": (
         partial(ha.HilbertDilatedAttention, **BRANCHES, use_custom_backward=False), FREE, True),
     "heads, plain": (
-        partial(ha.MultiheadDilatedAttention, **SIZES, **BRANCHES, combine="heads",
-                batch_first=True, use_custom_backward=False), TOKENS, True),
+        partial(ha.MultiheadDilatedAttention, **SIZES, segment_lengths=[16, 2048],
+                dilation_rates=[1, 2], combine="heads", batch_first=True,
+                use_custom_backward=False), TOKENS, True),
     "DilatedAttention": (partial(ha.DilatedAttention, **BRANCHES), FREE, True),
     "HilbertDilatedAttention": (partial(ha.HilbertDilatedAttention, **BRANCHES), FREE, True),
     "MultiheadDilatedAttention": (

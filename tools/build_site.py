@@ -6,11 +6,13 @@ and nothing is run but what nbdev needs to document the exported names.
 """
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile, ZipInfo
 
 import documented  # noqa: F401  nbdev's processes import it with this file
 import processed
@@ -22,7 +24,11 @@ from nbformat import NotebookNode
 from notebook import NBS, ROOT, prepare, read
 
 SITE = ROOT / "_docs"
-STATIC = ["styles.css", "logo.svg", "site.js"]  # what every page loads
+STATIC = ["styles.css", "logo.svg", "card.png", "site.js", "search.js"]  # what pages load
+PLAYED = ["explorer", "report"]  # pages of their own
+MATHJAX = ["input/tex", "output/chtml", "a11y/assistive-mml"]  # and what these load:
+MATHJAX_PARTS = ["core", "output/chtml/fonts/tex", *MATHJAX]
+UNUSED_FONTS = re.compile("Fraktur|SansSerif|Script|Typewriter|Calligraphic-Bold|Vector-Bold")
 
 
 def quarto(folder: Path) -> None:
@@ -38,19 +44,26 @@ def sphinx(folder: Path) -> None:
     sphinx_site.build(folder, SITE.name, STATIC)
 
 
-def add_files(site: Path, notebooks: list[str]) -> None:
+def add_files(site: Path) -> None:
     "What pages load or offer, and no renderer copies: scripts, formulas, the explorer, notebooks."
-    static, downloads = site / "_static", site / "notebooks"
-    for folder in (static, downloads):
-        folder.mkdir(exist_ok=True)
+    static = site / "_static"
+    static.mkdir(exist_ok=True)
     for name in STATIC:
         shutil.copy(NBS / name, static)
     add_mathjax(static / "mathjax")
-    shutil.copytree(NBS / "explorer", site / "explorer", dirs_exist_ok=True)
-    for name in notebooks:
-        notebook = without_outputs(NBS / name)
-        text = json.dumps(notebook, ensure_ascii=False, separators=(",", ":"))
-        (downloads / name).write_text(text)
+    for folder in PLAYED:
+        shutil.copytree(NBS / folder, site / folder, dirs_exist_ok=True)
+    add_notebooks(site / processed.ARCHIVE)
+
+
+def add_notebooks(archive: Path) -> None:
+    "All notebooks to be run, with what their exercises import."
+    with ZipFile(archive, "w", ZIP_DEFLATED) as file:
+        for path in sorted([*NBS.glob("*.ipynb"), *NBS.glob("exercises/*.py")]):
+            text = path.read_text()
+            if path.suffix == ".ipynb":
+                text = json.dumps(without_outputs(path), ensure_ascii=False, indent=1)
+            file.writestr(ZipInfo(f"nbs/{path.relative_to(NBS)}"), text, ZIP_DEFLATED)
 
 
 def without_outputs(path: Path) -> NotebookNode:
@@ -63,12 +76,22 @@ def without_outputs(path: Path) -> NotebookNode:
 
 
 def add_mathjax(target: Path) -> None:
-    "One script and the fonts that it loads, instead of all that the package holds."
+    "What sets formulas on a page, with the fonts that TeX has: no menu, no speech, no other input."
     package = find_spec("sphinx-mathjax-offline").submodule_search_locations[0]
     source, fonts = Path(package) / "static" / "mathjax", "output/chtml/fonts/woff-v2"
+    loaded = json.dumps({"loader": {"load": MATHJAX}})
+    settings = f"MathJax = Object.assign({loaded}, window.MathJax);"
     target.mkdir(exist_ok=True)
-    shutil.copy(source / "tex-chtml.js", target)
-    shutil.copytree(source / fonts, target / fonts, dirs_exist_ok=True)
+    start = (source / "startup.js").read_text()
+    (target / "tex-chtml.js").write_text(f"{settings}\n{start}")
+    for part in MATHJAX_PARTS:
+        script = target / f"{part}.js"
+        script.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(source / f"{part}.js", script)
+    (target / fonts).mkdir(parents=True, exist_ok=True)
+    for font in (source / fonts).iterdir():
+        if not UNUSED_FONTS.search(font.name):
+            shutil.copy(font, target / fonts)
 
 
 def main() -> None:
@@ -80,7 +103,7 @@ def main() -> None:
     render(folder)
     shutil.rmtree(SITE, ignore_errors=True)
     shutil.move(folder / SITE.name, SITE)
-    add_files(SITE, list(processed.exported_modules().values()))
+    add_files(SITE)
     if render is sphinx:
         lighten(SITE)
     print(

@@ -4,7 +4,8 @@ Appends to nbs/results/kernels.jsonl, for every tile that the tuner may take on 
 small groups: registers, spilled bytes, shared memory, ptxas' advice, instructions, and of each
 inner loop that multiplies matrices how many instructions and how many matrix instructions a tile
 takes. What is stored under the same label and version of Triton is not compiled again, so that
-labels can be compared.
+labels can be compared, and a run that was stopped goes on. Another version of Triton is installed
+into a folder (`pip install --target FOLDER --no-deps triton==3.6.0`) that PYTHONPATH begins with.
 """
 import json
 import os

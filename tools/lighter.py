@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from search_index import write_index
 
 SPACE = re.compile(r"(<(pre|script|textarea)\b.*?</\2>)|\s*\n\s*", re.S)
 SYMBOL = re.compile(r'<symbol id="svg-([\w-]+)".*?</symbol>\n?', re.S)
@@ -17,33 +18,74 @@ UNUSED = {  # marks of Sphinx that nothing here looks at
     "<pre><span></span>": "<pre>",
     '<tr class="row-even">': "<tr>",
     '<tr class="row-odd">': "<tr>",
+    'class="docutils literal notranslate"': 'class="literal"',
+    "docutils container": "container",
+    " notranslate": "",
 }
+TOKEN = re.compile(r'<span class="(?!pre)(\w{1,3})">([^<]*)</span>')  # of code
+HEARD = {  # what a screen reader is told of the theme's parts
+    'class="caption" role="heading"': 'class="caption"',
+    '<aside class="sidebar-drawer"': '<aside aria-label="All pages" class="sidebar-drawer"',
+    '<aside class="toc-drawer': '<aside aria-label="This page" class="toc-drawer',
+}
+NO_HEADER = re.compile(r'<th class="head[^"]*"><p></p></th>')
 WORD = re.compile(r'<span class="pre">([^<>/-]*)</span>')  # others could be broken inside
 MODULES = re.compile(r'(<span class="caption-text">Source</span></p>\s*<ul>).*?(</ul>)', re.S)
+NOTEBOOKS = re.compile(r'(<div class="sidebar-tree">).*?(<p class="caption"[^>]*>'
+                       r'<span class="caption-text">Source</span>)', re.S)
+START = '<a class="reference" href="index.html">All notebooks</a>'
+ALL_NOTEBOOKS = f'<ul><li class="toctree-l1">{START}</li></ul>'
 ALL_MODULES = '<li class="toctree-l1"><a class="reference" href="{}">All modules</a></li>'
 ICONS = "_static/icons.js"
+SEARCH = ("search_index.js", "_static/search.js")
+SPHINX_SCRIPT = re.compile(
+    r'<script src="(?:_static/)?(?:documentation_options|doctools|sphinx_highlight|searchtools'
+    r'|language_data|searchindex)\.js[^"]*"></script>\n?'
+)
+SEARCH_HEAD = '<h1>Search</h1><form><input name="q" aria-label="Words to find"></form>'
+UNREAD = """searchindex.js _static/documentation_options.js _static/doctools.js
+    _static/sphinx_highlight.js _static/searchtools.js _static/language_data.js
+    _static/english-stemmer.js _static/base-stemmer.js _static/debug.css _static/skeleton.css
+    _static/file.png _static/minus.png _static/plus.png objects.inv""".split()
+PICTURE = re.compile(r"(?<=_images/)\w+\.(?:png|jpg)\b")
+QUALITY = 78  # of photos; drawings lose nothing
 SHOWS_NO_DIFFERENCE = 0.2  # of 255 levels, on average
 
 
 def lighten(site: Path) -> None:
     themes, sources = {}, sorted(site.glob("module_*.html"))
+    add_search(site / "search.html")
+    write_index(site, SEARCH[0])
+    smaller = smaller_pictures(site / "_images")
     for path in site.glob("*.html"):
         text, symbols = without_theme_icons(path.read_text())
         themes |= symbols
-        if path not in sources:
+        if path in sources:
+            text = NOTEBOOKS.sub(rf"\1{ALL_NOTEBOOKS}\2", text)
+        else:
             text = without_modules(text, sources[0].name)
+        text = PICTURE.sub(lambda match: smaller.get(match[0], match[0]), text)
         path.write_text(lighter_page(text))
     (site / ICONS).write_text(icon_script("".join(themes.values())))
-    for path in site.rglob("*.png"):
-        lighten_picture(path)
-    for path in site.rglob("*.map"):
-        path.unlink()
+    for path in [*site.rglob("*.map"), *(site / name for name in UNREAD)]:
+        path.unlink(missing_ok=True)
+
+
+def add_search(page: Path) -> None:
+    "A search of our own, which knows how often a page has a word, and works from files."
+    scripts = "".join(f'<script src="{script}"></script>\n' for script in SEARCH)
+    text = page.read_text().replace("</body>", f"{scripts}</body>")
+    results = '<div id="search-results"'
+    page.write_text(text.replace(results, SEARCH_HEAD + results))
 
 
 def lighter_page(text: str) -> str:
-    for long, short in UNUSED.items():
-        text = text.replace(long, short)
+    text = SPHINX_SCRIPT.sub("", text)
+    for given, better in (UNUSED | HEARD).items():
+        text = text.replace(given, better)
+    text = NO_HEADER.sub("<td></td>", text)
     text = WORD.sub(r"\1", text)
+    text = TOKEN.sub(r"<i class=\1>\2</i>", text)
     return SPACE.sub(lambda match: match[1] or "\n", text)
 
 
@@ -71,6 +113,23 @@ def icon_script(symbols: str) -> str:
     "Puts symbols where the page's others are."
     code = json.dumps(re.sub(r"\s*\n\s*", " ", symbols))
     return f'document.querySelector("svg").insertAdjacentHTML("beforeend", {code})\n'
+
+
+def smaller_pictures(folder: Path) -> dict[str, str]:
+    "Pictures as WebP, where that is smaller: the names they had, and those that they have now."
+    found = {}
+    for path in [*folder.glob("*.png"), *folder.glob("*.jpg")]:
+        if path.suffix == ".png":
+            lighten_picture(path)
+        new = path.with_suffix(".webp")
+        lossless = path.suffix == ".png"
+        with Image.open(path) as picture:
+            picture.save(new, quality=QUALITY, lossless=lossless, method=6)
+        worse = new.stat().st_size >= path.stat().st_size
+        (new if worse else path).unlink()
+        if not worse:
+            found[path.name] = new.name
+    return found
 
 
 def lighten_picture(path: Path) -> None:

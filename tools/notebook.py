@@ -52,9 +52,14 @@ def front_matter(notebook: NotebookNode) -> dict:
     return yaml.safe_load(notebook.cells[0].source.strip().strip("-"))
 
 
+def whole_alts(source: str) -> str:
+    "A cell whose picture is described on several lines (`fig-alt`, `fig-alt-2`) says it on one."
+    return re.sub(r"\n#\| fig-alt-\d+:", "", source)
+
+
 def options(source: str) -> tuple[dict, str]:
     "Quarto's options of a code cell (`#| echo: false`), and the code below them."
-    lines = source.splitlines()
+    lines = whole_alts(source).splitlines()
     code = (i for i, line in enumerate(lines) if not line.startswith("#|"))
     start = next(code, len(lines))
     given = yaml.safe_load("\n".join(line[2:] for line in lines[:start]))

@@ -61,7 +61,8 @@ def tell(run):
     for x in slow:
         place = f"{x['threads']} threads, {x['tokens']:4} tokens, {x['direction']:16}"
         print(f"slow: {place} {x['ratio']:5.2f} x, {x['behind']:6.0f} µs behind: {x['setting']}")
-    near = [x for x in lines if x["ratio"] > RATIO and not x["slow"] and x["direction"] != "forward"]
+    backward = [x for x in lines if x["direction"] != "forward"]
+    near = [x for x in backward if x["ratio"] > RATIO and not x["slow"]]
     print(f"{len(slow)} of {len(lines)} calls miss the rule; {len(near)} more with the backward "
           f"take over {RATIO} times as long, but are less than {MICROSECONDS:.0f} µs behind")
     return len(slow)

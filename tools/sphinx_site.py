@@ -11,6 +11,9 @@ import shutil
 import sys
 from base64 import b64decode
 from collections.abc import Iterator
+from functools import partial
+from html import escape, unescape
+from io import BytesIO
 from pathlib import Path
 
 import nbformat
@@ -29,7 +32,8 @@ from notebook import (
     outside_code,
     read,
 )
-from pygments.token import Name, Operator, Punctuation, Text, Whitespace
+from PIL import Image
+from pygments.token import Name, Operator, Punctuation, String, Text, Whitespace
 from sphinx.application import Sphinx
 
 COLORS = {"light": "#1c62b9", "dark": "#6aa9f4"}
@@ -41,10 +45,14 @@ THEME = {
     for mode, color in COLORS.items()
 }
 WIDE = 700  # pixels: on a phone, a wider picture is shown large enough to be read, and scrolls
+WHITE, PAPER = 245, 0.6  # of 256 levels; the share of a drawing that is no line
+LAST_FIRST = "## Three routes"  # of the start page: the cards of all pages follow
+CARD = "card.png"
 PICTURES = {".png", ".svg", ".jpg", ".gif"}
 EXTENSIONS = "amsmath attrs_block attrs_inline colon_fence deflist dollarmath tasklist"
 UNKNOWN = re.compile(r"^:::+ *\{\..*|\{\{<.*|(?<![\w@])@(?:tbl|sec|lst)-.*", re.M)
 PLAIN = {Name, Name.Builtin.Pseudo, Operator, Punctuation, Whitespace}
+PLAIN |= {String.Affix, String.Interpol}
 Docs = dict[str, str]  # file name of a notebook -> name of its page
 
 
@@ -82,6 +90,7 @@ def build(processed: Path, name: str, static: list[str]) -> None:
     app.add_lexer("ipython3", PlainNames)
     app.add_lexer("python", PlainNames)
     app.connect("html-page-context", stop_pager)
+    app.connect("html-page-context", partial(describe, descriptions(processed)))
     app.build()
     if app.statuscode:
         sys.exit("Sphinx warned: see above")
@@ -127,7 +136,9 @@ def write_sources(processed: Path, source: Path) -> None:
     for name, notebook in notebooks.items():
         shown = page_cells(notebook, docs)
         if name == "index.ipynb":
-            shown += contents(navigation(processed), fronts, docs)
+            cards, *trees = contents(navigation(processed), fronts, docs)
+            after = next(i for i, cell in enumerate(shown) if cell.source.startswith(LAST_FIRST))
+            shown = [*shown[: after + 1], cards, *shown[after + 1 :], *trees]
         translated = new_notebook(cells=shown, metadata=language)
         nbformat.write(translated, source / f"{docs[name]}.ipynb")
 
@@ -150,6 +161,31 @@ def stop_pager(app, name: str, template: str, context: dict, doctree) -> None:
             context[way] = None
 
 
+def descriptions(processed: Path) -> dict[str, str]:
+    "For each page, what it says of itself in one sentence."
+    fronts = [front_matter(read(path)) for path in processed.glob("*.ipynb")]
+    return {Path(front["output-file"]).stem: front.get("description", "") for front in fronts}
+
+
+def describe(sentences: dict[str, str], app, name: str, template, context: dict, doctree) -> None:
+    "What a search engine shows of a page, and the card that a link to it becomes elsewhere."
+    project = get_config()
+    site = f"{project.doc_host}{project.doc_baseurl}"
+    sentence = sentences.get(name) or project.description
+    told = {
+        "og:title": unescape(re.sub("<[^>]+>", "", context.get("title", project.title))),
+        "og:description": sentence,
+        "og:type": "article",
+        "og:url": f"{site}/{name}.html",
+        "og:image": f"{site}/_static/{CARD}",
+        "og:site_name": project.title,
+    }
+    lines = [f'<meta property="{key}" content="{escape(text)}">' for key, text in told.items()]
+    lines.append('<meta name="twitter:card" content="summary_large_image">')
+    lines.append(f'<meta name="description" content="{escape(sentence)}">')
+    context["metatags"] = "\n".join([context.get("metatags", ""), *lines])
+
+
 def page_cells(notebook: NotebookNode, docs: Docs) -> list[NotebookNode]:
     "The cells of a processed notebook, ready for MyST-NB."
     front = front_matter(notebook)
@@ -164,7 +200,7 @@ def page_cells(notebook: NotebookNode, docs: Docs) -> list[NotebookNode]:
             for output in cell.outputs:
                 translate_output(output, docs)
             if given.get("output") == "asis":
-                shown += as_it_is(cell, title)
+                shown += as_it_is(cell, given, title)
             else:
                 shown.append(code_cell(cell, given, title))
     return shown
@@ -176,7 +212,7 @@ def translate_output(output: NotebookNode, docs: Docs) -> None:
         data["text/markdown"] = myst(data["text/markdown"], docs)
 
 
-def as_it_is(cell: NotebookNode, title: str) -> Iterator[NotebookNode]:
+def as_it_is(cell: NotebookNode, given: dict, title: str) -> Iterator[NotebookNode]:
     "Outputs shown as they are: Markdown, and pictures named after the last heading above them."
     for output in cell.outputs:
         text = output.get("data", {}).get("text/markdown") or output.get("text", "")
@@ -185,7 +221,8 @@ def as_it_is(cell: NotebookNode, title: str) -> Iterator[NotebookNode]:
         if text:
             yield new_markdown_cell(text)
         else:
-            yield code_cell(picture, {"echo": False}, title)
+            shown = {"echo": False, "fig-alt": f"{title}: {given.get('fig-alt', 'a picture')}"}
+            yield code_cell(picture, shown, title)
 
 
 def code_cell(cell: NotebookNode, given: dict, title: str) -> NotebookNode:
@@ -207,9 +244,10 @@ def tags(given: dict) -> list[str]:
 def look(cell: NotebookNode, given: dict, title: str) -> dict:
     caption, summary = given.get("fig-cap"), given.get("code-summary", "Code")
     width = "wide" if pixels(cell) > WIDE else "narrow"
+    kind = "drawing" if is_drawn(cell) else "photo"
     image = {
         "alt": given.get("fig-alt") or caption or f"Figure: {title}",
-        "classes": given.get("classes") or width,
+        "classes": f"{given.get('classes') or width} {kind}",
     }
     found = {"image": image, "code_prompt_show": summary, "code_prompt_hide": summary}
     if caption:
@@ -221,6 +259,18 @@ def pixels(cell: NotebookNode) -> int:
     "The width of the widest picture that a cell shows."
     pictures = (output.get("data", {}) for output in cell.outputs)
     return max(map(picture_width, pictures), default=0)
+
+
+def is_drawn(cell: NotebookNode) -> bool:
+    "Are its pictures lines on white paper? Photos are stored as JPEG, and so are a few drawings."
+    found = (output.get("data", {}).get("image/jpeg") for output in cell.outputs)
+    return all(map(is_mostly_white, filter(None, found)))
+
+
+def is_mostly_white(jpeg: str) -> bool:
+    with Image.open(BytesIO(b64decode(jpeg))) as picture:
+        counts = picture.convert("L").histogram()
+    return sum(counts[WHITE:]) > PAPER * sum(counts)
 
 
 def picture_width(data: dict) -> int:
@@ -269,20 +319,17 @@ def navigation(processed: Path) -> list[tuple[str, list[tuple[str, str]]]]:
     return sections
 
 
-def contents(sections, fronts: dict[str, dict], docs: Docs) -> list[NotebookNode]:
-    "The start page's cards, and the navigation beside every page."
-    cards, trees = ["## The notebooks"], []
+def contents(sections, fronts: dict[str, dict], docs: Docs) -> tuple[NotebookNode, ...]:
+    "The start page's cards, one for each section, and the navigation beside every page."
+    cards, trees = ["## The notebooks", "{.cards}"], []
     for title, pages in sections:
         trees.append(toctree(title, [(docs[name], text) for name, text in pages]))
         if any(name.startswith("module_") for name, _ in pages):
             continue
-        items = [card(fronts[name], docs[name]) for name, _ in pages]
-        cards += [f"{{.eyebrow}}\n{title}", "{.cards}\n" + "\n".join(items)]
-    return [new_markdown_cell("\n\n".join(cards)), *trees]
-
-
-def card(front: dict, page: str) -> str:
-    return f"- [{front['title']}]({page}.ipynb)\n\n  {front.get('description', '')}"
+        links = [f"[{fronts[name]['title']}]({docs[name]}.ipynb)" for name, _ in pages]
+        listed = "\n".join(f"  - {link}" for link in links)
+        cards.append(f"- {title}\n\n{listed}")
+    return new_markdown_cell("\n".join(cards[:2]) + "\n" + "\n".join(cards[2:])), *trees
 
 
 def toctree(caption: str, pages: list[tuple[str, str]]) -> NotebookNode:

@@ -53,6 +53,13 @@ class Loop:
     instructions: int # of a warp, a tile
     products: int # of matrices, a tile
 
+    @property
+    def computing(self) -> int: # warps; beside a producer two groups of four
+        return 8 if self.tile.producer else self.tile.num_warps
+
+    @property
+    def warps(self) -> int: return self.computing + 4 * self.tile.producer
+
 # %% ../../nbs/15j_gpu_model.ipynb #6d0c2f3e
 _PRODUCTS = dict(forward=2, dq=3, dkv=4, small=5)
 
@@ -66,9 +73,11 @@ def _loops(kernel: str, rows: str) -> list[Loop]:
 
 # %% ../../nbs/15j_gpu_model.ipynb #7e1d304f
 LOOPS = {(kernel, d, order): _loops(kernel, rows) for kernel, d, order, rows in (
-    ("forward", 64, False, "128x64w8s3 120 65536 299 128x64w8s3ot 121 81944 334"),
+    ("forward", 64, False, """128x64w8s3 120 65536 299 128x64w8s3ot 121 81944 334
+                             128x64w4s3tp 168 82336 263 128x128w4s2tp 168 98592 410"""),
     ("forward", 64, True, "128x64w8s3 142 49664 325"),
-    ("forward", 128, False, "128x64w8s3 177 131072 377 128x128w8s2ot 221 196624 557"),
+    ("forward", 128, False, """128x64w8s3 177 131072 377 128x128w8s2ot 221 196624 557
+                              128x64w4s3tp 168 147872 303 128x128w4s2tp 168 180512 452"""),
     ("forward", 128, True, "128x64w8s3 204 98816 420"),
     ("dq", 64, False, "128x64w8s3 126 81920 258"),
     ("dq", 64, True, "128x64w8s3 162 66048 283"),
@@ -96,7 +105,7 @@ def programs_at_once(
     loop: Loop, # of the kernel
 ) -> int: # 0 where its shared memory is too little for one
     "How many programs a multiprocessor holds."
-    registers = -(-loop.registers // 8) * 8 * 32 * loop.tile.num_warps
+    registers = -(-loop.registers // 8) * 8 * 32 * loop.warps
     return min(65536 // registers, gpu.shared // (loop.shared + 1024))
 
 # %% ../../nbs/15j_gpu_model.ipynb #b2526483
@@ -108,8 +117,8 @@ def tile_cycles(
     "What a tile takes."
     pairs = loop.tile.block_m * loop.tile.block_n
     matrix = 2 * loop.products * pairs * head_dim / (_OF_MATRIX * gpu.matrix)
-    issue = max(loop.instructions * loop.tile.num_warps / (_OF_ISSUE * 4), pairs / 16)
-    hidden = 0.5 if loop.tile.overlap else 0.0
+    issue = max(loop.instructions * loop.computing / (_OF_ISSUE * 4), pairs / 16)
+    hidden = 0.5 if loop.tile.overlap or loop.tile.producer else 0.0
     if programs_at_once(gpu, loop) > 1: hidden = 0.75
     return max(matrix, issue) + (1 - hidden) * min(matrix, issue)
 
@@ -135,8 +144,10 @@ _TENSORS = dict(forward=(2, 2), dq=(4, 2), dkv=(2, 4), small=(4, 4))  # like q, 
 
 
 def _runs_on(gpu: GPU, loop: Loop) -> bool:
-    "Whether it can: tensor descriptors need compute capability 9.0."
-    return programs_at_once(gpu, loop) > 0 and (gpu.capability >= (9, 0) or not loop.tile.tma)
+    "Tensor descriptors need compute capability 9.0, and warps that only load are for Hopper."
+    if programs_at_once(gpu, loop) == 0: return False
+    if loop.tile.producer: return (9, 0) <= gpu.capability < (10, 0)
+    return gpu.capability >= (9, 0) or not loop.tile.tma
 
 # %% ../../nbs/15j_gpu_model.ipynb #d47486a6
 def _small_fit(gpu: GPU, work: Work) -> Fit | None:
@@ -151,7 +162,9 @@ def _loops_of(gpu: GPU, kernel: str, work: Work) -> list[Loop]:
         fit = _small_fit(gpu, work)
         return [loop for loop in GROUPS[kernel, d] if fit and loop.tile == fit.tile]
     if kernel == "forward" and work.keys <= 128: return [GROUPS[kernel, d][work.keys > 64]]
-    return [loop for loop in LOOPS[kernel, d, work.order] if _runs_on(gpu, loop)]
+    whole = work.keys % 128 == 0
+    return [loop for loop in LOOPS[kernel, d, work.order]
+            if _runs_on(gpu, loop) and (whole or not loop.tile.producer)]
 
 # %% ../../nbs/15j_gpu_model.ipynb #e58597b5
 def _tiles_of(kernel: str, loop: Loop, work: Work) -> float:

@@ -40,6 +40,7 @@ from hilbert_attn.bench.results import (
     plot_lines, plot_race, race_tables, target,
 )
 from .decode import bench_decode, decode_tables, plot_decode
+from .dit import bench_dit, dit_tables, plot_dit
 from .short import bench_short, plot_short, short_tables
 from ..curves import CURVES, _compute_order, curve_order, locality
 from ..dilated import dilated_attention
@@ -348,6 +349,11 @@ _ALL = (
         "decode",
         "a step over a cache by the keys it sees, and cross-attention beside self-attention",
         bench_decode, decode_tables, plot_decode,
+    ),
+    Suite(
+        "dit",
+        "a block of each family of diffusion transformers, dense and in tiles",
+        bench_dit, dit_tables, plot_dit,
     ),
     Suite(
         "dilated",

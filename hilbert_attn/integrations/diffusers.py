@@ -7,7 +7,8 @@ __all__ = ['HilbertAttnProcessor', 'use_hilbert_processor']
 
 # %% ../../nbs/14e_diffusers.ipynb #38326345
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial, wraps
 from math import prod
 from typing import Any, Unpack
@@ -18,7 +19,7 @@ from torch import Tensor
 from .settings import (
     HilbertOptions, HilbertSettings, is_dense, placed, prefix_attention, settings_from)
 from .switch import (
-    Geometry, Switch, check_schedule, chosen, refuse_layers, remove_switch)
+    Geometry, Switch, check_schedule, chosen, refuse_layers, release, remove_switch)
 
 # %% ../../nbs/14e_diffusers.ipynb #a0001175
 def _check_grid(
@@ -213,7 +214,7 @@ def _set_default(
         if isinstance(getattr(layer, "processor", None), HilbertAttnProcessor):
             layer.set_processor(layer.hilbert_replaced)
     remove_switch(model)
-    _note(model, None)
+    note_switch(model, _SETTING, None)
     type(model).set_default_attn_processor(model)
 
 # %% ../../nbs/14e_diffusers.ipynb #89dbe7f4
@@ -228,14 +229,19 @@ def _know_the_way_back(model: nn.Module):
 _SETTING = "_hilbert_attention"  # in a configuration; without a _ diffusers says it is ignored
 
 
-def _note(
+def noted_switch(model: Any, key: str) -> Any: # None: nothing
+    "What a configuration holds of a switch."
+    return getattr(model, "config", {}).get(key)
+
+
+def note_switch(
     model: Any, # with a configuration
-    values: dict[str, Any] | None, # settings, include, exclude; None: as diffusers made it
+    key: str, # in it
+    values: Mapping[str, Any] | None, # plain; None: as diffusers made it
 ):
-    "Writes down what `use_hilbert_processor` was asked for."
-    noted = getattr(model, "config", {}).get(_SETTING)
-    if hasattr(model, "register_to_config") and (noted or values):
-        model.register_to_config(**{_SETTING: values})
+    "Writes down in the configuration what a switch was asked for."
+    if hasattr(model, "register_to_config") and (noted_switch(model, key) or values):
+        model.register_to_config(**{key: values})
 
 # %% ../../nbs/14e_diffusers.ipynb #b40c7d19
 def _calls(
@@ -248,28 +254,69 @@ def _calls(
 
 
 # %% ../../nbs/14e_diffusers.ipynb #fa9d4a70
+@dataclass(frozen=True)
+class Keeper:
+    "How one kind of switch is saved and loaded with a model."
+    key: str # in the configuration
+    restore: Callable[[Any, Any], object] # (model, what was noted): switches it again
+    current: Callable[[Any, Any], Any] # (model, what was noted): what holds when it is saved
+
+
+KEEPERS: list[Keeper] = []
+
+# %% ../../nbs/14e_diffusers.ipynb #14e0f001
+def _replaced_since(
+    model: nn.Module,
+    noted: Mapping[str, Any], # as in a configuration
+) -> Any: # the same with the layers that were given another processor; None: all of them were
+    "What still holds of a note."
+    layers = {
+        name: layer for name, layer in model.named_modules()
+        if "hilbert_site" in vars(layer) or name in noted.get("by_hand", ())}
+    processors = {name: getattr(layer, "processor", None) for name, layer in layers.items()}
+    lost = [name for name, own in processors.items() if not isinstance(own, HilbertAttnProcessor)]
+    if len(lost) == len(layers): return None
+    return dict(noted) | dict(by_hand=lost) if lost else noted
+
+# %% ../../nbs/14e_diffusers.ipynb #14e0f002
+def _restore(
+    model: Any,
+    noted: Mapping[str, Any], # as in a configuration
+):
+    "Switches a loaded model again, without the layers that had another processor."
+    for call in _calls(noted):
+        settings = HilbertSettings.from_dict(call["settings"])
+        use_hilbert_processor(
+            model, settings, include=call["include"], exclude=call["exclude"])
+    for name in noted.get("by_hand", ()):
+        layer = model.get_submodule(name)
+        layer.set_processor(layer.hilbert_replaced)
+        release(layer)
+    note_switch(model, _SETTING, noted)
+
+
+KEEPERS.append(Keeper(_SETTING, _restore, _replaced_since))
+
+# %% ../../nbs/14e_diffusers.ipynb #14e0f003
 def extend_diffusers():
     "Adds to diffusers what its models need to be restored."
     base: Any = sys.modules["diffusers.models.modeling_utils"].ModelMixin
-    load = base.from_pretrained.__func__
+    load, save = base.from_pretrained.__func__, base.save_pretrained
 
     @wraps(load)
     def from_pretrained(cls, *args, **options):
         result = load(cls, *args, **options)
         model = result[0] if isinstance(result, tuple) else result
-        noted = getattr(model, "config", {}).get(_SETTING)
-        for call in _calls(noted):
-            settings = HilbertSettings.from_dict(call["settings"])
-            use_hilbert_processor(
-                model, settings, include=call["include"], exclude=call["exclude"])
+        for keeper in KEEPERS:
+            noted = noted_switch(model, keeper.key)
+            if noted: keeper.restore(model, noted)
         return result
-
-    save = base.save_pretrained
 
     @wraps(save)
     def save_pretrained(self, *args, **options):
-        kinds = {type(getattr(layer, "processor", None)) for layer in self.modules()}
-        if HilbertAttnProcessor not in kinds: _note(self, None)  # others were set since
+        for keeper in KEEPERS:
+            noted = noted_switch(self, keeper.key)
+            if noted: note_switch(self, keeper.key, keeper.current(self, noted))
         return save(self, *args, **options)
 
     base.from_pretrained, base.save_pretrained = classmethod(from_pretrained), save_pretrained
@@ -320,8 +367,8 @@ def use_hilbert_processor(
     known = {name: geometry for name, geometry in places.items() if geometry is not None}
     Switch(model, found, known, type(model).__name__)
     _know_the_way_back(model)
-    noted = getattr(model, "config", {}).get(_SETTING)
+    noted = noted_switch(model, _SETTING)
     earlier = [call for call in _calls(noted) if include != "*" or exclude]
     call = dict(settings=settings.to_dict(), include=include, exclude=exclude)
-    _note(model, call | (dict(earlier=earlier) if earlier else {}))
+    note_switch(model, _SETTING, call | (dict(earlier=earlier) if earlier else {}))
     return list(found)

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from functools import lru_cache, partial
 from math import prod
-from typing import Any, TypedDict, Unpack, cast
+from typing import Any, ClassVar, Self, TypedDict, Unpack, cast
 
 import torch
 import torch.nn as nn
@@ -134,14 +134,98 @@ def _check_length(settings: "HilbertSettings", n: int):
         f"{n} tokens do not fit grid={settings.grid} with {cells} cells and "
         f"{prefix}: cells and prefix must add up to the tokens")
 
+# %% ../../nbs/14_integrations.ipynb #14a0f001
+def plain_value(value: Any) -> Any: # the same, in lists
+    "What a configuration file can hold of a field's value."
+    if isinstance(value, tuple): return list(value)
+    if not isinstance(value, LayerSchedule): return value
+    # a file may sort the keys of a dictionary
+    return [[layers, does] for layers, does in value.rules.items()]
+
 # %% ../../nbs/14_integrations.ipynb #5d20c7aa
 class ModelSettings:
-    "What a switched model does; one class for each kind of model."
+    "What a switched model does; one dataclass for each kind of model."
+    aliases: ClassVar[Sequence[str]] = () # other names of fields
+
+    def to_dict(self) -> dict[str, Any]: # plain values only; fields at their default are left out
+        "For a model's configuration file, or for `from_dict`."
+        own: Any = self
+        values = {f.name: getattr(self, f.name) for f in fields(own)}
+        return {f.name: plain_value(x) for f in fields(own) if (x := values[f.name]) != f.default}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        "The inverse of `to_dict`; unknown fields are an error."
+        kind: Any = cls
+        known = [*(f.name for f in fields(kind)), *cls.aliases]
+        unknown = ", ".join(repr(name) for name in values if name not in known)
+        if unknown:
+            raise ValueError(f"{unknown}: no setting. Known ones: {', '.join(known)}")
+        rules = values.get("layers")
+        if isinstance(rules, (list, tuple)): values = dict(values) | dict(layers=dict(rules))
+        return cls(**values)
+
+# %% ../../nbs/14_integrations.ipynb #14a0f003
+class _Places(ModelSettings):
+    "How tokens lie, by the fields of `HilbertSettings`."
+    grid: int | Sequence[int] | None
+    curve: str | None
+
+    @property
+    def sides(self) -> tuple[int, ...]: # () without a grid
+        "The grid as a tuple."
+        return () if self.grid is None else as_grid(self.grid)
+
+    @property
+    def order_name(self) -> str | None: # in `CURVES`, or "tile:S"; None: tokens stay as they lie
+        "The curve, with \"auto\" resolved."
+        curve = self.curve
+        if curve == "auto":
+            curve = None if self.grid is None else "hilbert"
+        return None if curve == "row_major" else curve
 
 # %% ../../nbs/14_integrations.ipynb #00ea94d5
+class _Meaning(_Places):
+    "Who attends whom, by the fields of `HilbertSettings`."
+    segment_lengths: int | Sequence[int] | None
+    dilation_rates: int | Sequence[int]
+    combine: str
+    dilation_mode: str
+    offsets: int | Sequence[int] | None
+
+    @property
+    def branches(self) -> tuple[list[int], list[int]]: # segment lengths and dilation rates
+        "One entry for each branch."
+        lengths, rates = self.segment_lengths, self.dilation_rates
+        if lengths is None: lengths = sys.maxsize
+        if isinstance(lengths, int): lengths = (lengths,)
+        if isinstance(rates, int):
+            rates = (rates,) * len(lengths)
+        return list(lengths), list(rates)
+
+    def pattern(self, cells: int, num_heads: int) -> DilatedPattern:
+        "Who attends whom among the tokens behind the prefix, in curve positions."
+        lengths, rates = self.branches
+        how = self.combine, self.dilation_mode, self.offsets
+        return DilatedPattern.for_heads(cells, num_heads, lengths, rates, *how)
+
+    def counts(
+        self,
+        n: int, # tokens, prefix included
+        num_heads: int, # H
+        *,
+        first: int = 0, # first query; only the queries from here on get a row
+        causal: bool = False, # key token index <= query token index
+    ) -> Tensor: # int64 (H, n - first, n) in token order
+        "The dense mask as how often each key counts, for tests and pictures."
+        keys, queries = torch.arange(n), torch.arange(first, n)
+        return key_counts(self, keys, queries, n, num_heads, causal).expand(num_heads, -1, -1)
+
+# %% ../../nbs/14_integrations.ipynb #14a0f002
 @dataclass(frozen=True)
-class HilbertSettings(ModelSettings):
+class HilbertSettings(_Meaning):
     "What a model's attention becomes. Raises `ValueError` for a field that does not fit."
+    aliases = tuple(_ALIASES)
     segment_lengths: int | Sequence[int] | None = None # of each branch; None is one segment
     dilation_rates: int | Sequence[int] = 1 # of each branch; one number counts for all
     combine: str = "lse" # "lse": each head runs each branch; "heads": heads are dealt out to them
@@ -164,69 +248,9 @@ class HilbertSettings(ModelSettings):
         for name, value in plain.items(): object.__setattr__(self, name, value)
         _check_fields(self)
 
-    @property
-    def branches(self) -> tuple[list[int], list[int]]: # segment lengths and dilation rates
-        "One entry for each branch."
-        lengths, rates = self.segment_lengths, self.dilation_rates
-        if lengths is None: lengths = sys.maxsize
-        if isinstance(lengths, int): lengths = (lengths,)
-        if isinstance(rates, int):
-            rates = (rates,) * len(lengths)
-        return list(lengths), list(rates)
-
-    @property
-    def sides(self) -> tuple[int, ...]: # () without a grid
-        "The grid as a tuple."
-        return () if self.grid is None else as_grid(self.grid)
-
-    @property
-    def order_name(self) -> str | None: # in `CURVES`, or "tile:S"; None: tokens stay as they lie
-        "The curve, with \"auto\" resolved."
-        curve = self.curve
-        if curve == "auto":
-            curve = None if self.grid is None else "hilbert"
-        return None if curve == "row_major" else curve
-
-    def pattern(self, cells: int, num_heads: int) -> DilatedPattern:
-        "Who attends whom among the tokens behind the prefix, in curve positions."
-        lengths, rates = self.branches
-        how = self.combine, self.dilation_mode, self.offsets
-        return DilatedPattern.for_heads(cells, num_heads, lengths, rates, *how)
-
-    def counts(
-        self,
-        n: int, # tokens, prefix included
-        num_heads: int, # H
-        *,
-        first: int = 0, # first query; only the queries from here on get a row
-        causal: bool = False, # key token index <= query token index
-    ) -> Tensor: # int64 (H, n - first, n) in token order
-        "The dense mask as how often each key counts, for tests and pictures."
-        keys, queries = torch.arange(n), torch.arange(first, n)
-        return key_counts(self, keys, queries, n, num_heads, causal).expand(num_heads, -1, -1)
-
     def of_layer(self, layer: int, layers: int) -> "HilbertSettings":
         "What layer 0 … layers - 1 does; a dense one is one segment."
         return self if self.layers is None else one_layer(self, layer, layers)
-
-    def to_dict(self) -> dict[str, Any]: # plain values only; fields at their default are left out
-        "For a model's configuration file, or for `from_dict`."
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain = {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
-        if isinstance(self.layers, LayerSchedule):  # a file may sort the keys of a dictionary
-            plain["layers"] = [[layers, does] for layers, does in self.layers.rules.items()]
-        return {f.name: plain[f.name] for f in fields(self) if values[f.name] != f.default}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "HilbertSettings":
-        "The inverse of `to_dict`; unknown fields are an error."
-        known = [*(f.name for f in fields(cls)), *_ALIASES]
-        unknown = ", ".join(repr(name) for name in values if name not in known)
-        if unknown:
-            raise ValueError(f"{unknown}: no setting. Known ones: {', '.join(known)}")
-        rules = values.get("layers")
-        if isinstance(rules, (list, tuple)): values = dict(values) | dict(layers=dict(rules))
-        return cls(**values)
 
 # %% ../../nbs/14_integrations.ipynb #fb58475d
 def settings_from(

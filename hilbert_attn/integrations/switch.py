@@ -269,6 +269,12 @@ class Switch:
             f"{self.what} was switched, but {', '.join(names)} {did}: the "
             "model still computes its own attention there")
 
+# %% ../../nbs/14b_switched_models.ipynb #14b0f001
+def release(layer: Any):
+    "A switched layer goes its own way again: no call is expected of it."
+    layer.__dict__.pop("hilbert_site").entered = True
+    remove_hooks(layer, Switch)
+
 # %% ../../nbs/14b_switched_models.ipynb #e07c41d9
 _SWITCHES: dict[str, Callable] = {}
 

@@ -172,7 +172,7 @@ def keep_seen(x, q_token, queries, k_token, keys, valid, OTHER: tl.constexpr, S:
 def _attend(run, q, q_token, queries, keys, k, v, at, drop, lo, hi, qk_scale,
             S: tl.constexpr, MASKED: tl.constexpr, OVERLAP: tl.constexpr, TMA: tl.constexpr):
     "The online softmax over the key tiles that start at lo, lo + BLOCK_N, ... below hi."
-    for j in tl.range(lo, hi, S.BLOCK_N):
+    for j in tl.range(lo, hi, S.BLOCK_N, warp_specialize=S.PRODUCER):
         k_token, valid = keys_at(j, keys, at, S)
         j_v = j
         v_token = k_token
@@ -201,6 +201,26 @@ def turn(tiles, bundles, heads, BACKWARDS: tl.constexpr):
     batch_head = tl.program_id(0) // tiles // bundles
     return tile, bundle, batch_head // heads, batch_head % heads, batch_head
 
+# %% ../../nbs/03_triton_forward.ipynb #d81a94d3
+@triton.jit
+def _stream(x, desc, batch, head, group, box, S: tl.constexpr):
+    "Rows of a group, as the loop reads them."
+    source = steps.head_of(x, batch, head, S)
+    if S.PRODUCER:
+        desc = steps.describe_rows(source, group.first, group.step, group.count, S.BLOCK_N, S)
+    return steps.Stream(source, desc, box)
+
+# %% ../../nbs/03_triton_forward.ipynb #d81a94d4
+@triton.jit
+def _own_queries(source, group, tile, token, valid, S: tl.constexpr):
+    "A program's tile of queries; beside a producer no warp may load by token."
+    if S.PRODUCER:
+        desc = steps.describe_rows(source, group.first, group.step, group.count, S.BLOCK_M, S)
+        main = desc.load([tile * S.BLOCK_M, 0])
+        q = steps.Columns(main, main)
+    else: q = steps.load_rows(source, token, valid, S, True)
+    return q
+
 # %% ../../nbs/03_triton_forward.ipynb #684a2129
 SIZES = (  # one compiled kernel for all their values
     "stride_mask", "n_heads", "n_tokens", "segment_size", "rate", "tiles", "bundles", "threshold")
@@ -221,10 +241,10 @@ def _forward_kernel(
 
     queries, keys = locate(bundle, head, at.offset, n_tokens, segment_size, rate, S)
     box = steps.box_of(batch, head // S.HEAD_GROUP, keys.first, segment_size, rate)
-    k = steps.Stream(steps.head_of(k, batch, head // S.HEAD_GROUP, S), k_desc, box)
-    v = steps.Stream(steps.head_of(v, batch, head // S.HEAD_GROUP, S), v_desc, box)
+    k = _stream(k, k_desc, batch, head // S.HEAD_GROUP, keys, box, S)
+    v = _stream(v, v_desc, batch, head // S.HEAD_GROUP, keys, box, S)
     token, valid = tokens_of(queries, tile * S.BLOCK_M + queries.slot, at, S)  # [BM]
-    q = steps.load_rows(steps.head_of(q, batch, head, S), token, valid, S, True)
+    q = _own_queries(steps.head_of(q, batch, head, S), queries, tile, token, valid, S)
     run = steps.start_softmax(q, ACC, S)
 
     full = 0
@@ -271,7 +291,7 @@ def fit_tile(
     work = block_m * block_n * max(1, head_dim // 64)
     warps = 4 if work <= (64 * 128 if half else 32 * 64) else 8
     fitted = replace(tile, block_m=block_m, block_n=block_n, num_warps=warps)
-    return Fit(replace(fitted, overlap=False, tma=False), pack, True)
+    return Fit(replace(fitted, overlap=False, tma=False, producer=False), pack, True)
 
 # %% ../../nbs/03_triton_forward.ipynb #9db53b7c
 _offset_tables: dict[tuple, Tensor] = {}
@@ -340,21 +360,32 @@ class SegmentCall(launch.Call):
 
     def even(self, rows: int, block: int) -> bool: return self.groups.even and rows % block == 0
 
+    def whole(self, block: int) -> bool:
+        "Do all tiles of keys have that many, each attended by all queries?"
+        masked = self.causal or self.dropout or self.mask is not None
+        return not masked and self.even(self.groups.k_rows, block)
+
     def describes(self, *tensors: Tensor) -> bool:
         "Whether descriptors can stand for rows of these tensors' groups."
         return self.describable(*tensors, order=self.order, rate=self.r, size=self.w)
+
+    def spares_warps(self, q: Tensor) -> bool:
+        "May the tuner try tiles whose loads have warps of their own? They compile for Hopper."
+        hopper = (9, 0) <= self.capability < (10, 0) and is_half(q.dtype)
+        return hopper and self.D in (64, 128) and self.whole(128) and self.describes(q)
 
 # %% ../../nbs/03_triton_forward.ipynb #472d67af
 def _launch_forward(call: SegmentCall, tile: Tile, q, k, v, out, lse, tma: bool):
     "Launches the kernel with this tile."
     fit, tiles, bundles = call.fit(tile)
     t, tma = fit.tile, fit.tile.tma and tma
-    S = call.static(t, [q, k, v, out], OVERLAP=t.overlap, TMA=tma, SINGLE=fit.single, PACK=fit.pack,
-                    EVEN=call.even(call.groups.k_rows, t.block_n))
+    producer = t.producer and tma and call.whole(t.block_n)
+    S = call.static(t, [q, k, v, out], OVERLAP=t.overlap, TMA=tma, PRODUCER=producer,
+                    SINGLE=fit.single, PACK=fit.pack, EVEN=call.even(call.groups.k_rows, t.block_n))
+    described = launch.descriptors(k, v, t.block_n, tma and not producer, call.r)
     launch.start(
         _forward_kernel, tiles * bundles * call.B * call.H, t, *launch.operands(q, k, v, out), lse,
-        call.places, *launch.descriptors(k, v, t.block_n, tma, call.r),
-        *call.sizes(tiles, bundles), S=S)
+        call.places, *described, *call.sizes(tiles, bundles), S=S)
 
 # %% ../../nbs/03_triton_forward.ipynb #d06e78e8
 def attention_forward(
@@ -383,6 +414,7 @@ def attention_forward(
         q, k, segment_size, dilation_rate, mode, offsets, order=order, key_mask=key_mask,
         causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
     tma = call.describes(k, v)
+    if tma and call.spares_warps(q): call.traits += "whole",
 
     def run(tile): _launch_forward(call, tile, q, k, v, out, lse, tma)
 

@@ -8,7 +8,9 @@ __all__ = ['check_triton', 'capability', 'descriptors', 'Call', 'start', 'operan
 # %% ../../nbs/02f_launching.ipynb #a01a19a3
 import math
 from collections.abc import Callable
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -148,6 +150,18 @@ class Call:
             tile = tuning.tuned_tile(work, self.default(kernel), self.q, launch)
         launch(tile)
 
+# %% ../../nbs/02f_launching.ipynb #8839bc06
+def _memory(size: int, alignment: int, stream: int | None) -> Tensor:
+    "For descriptors that a kernel makes; PyTorch's blocks are aligned to 512 bytes."
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+def _with_memory(launch: Callable, *arguments: Any, **options: Any):
+    "Launches; Triton asks the allocator of its context for memory, and ours is for this launch."
+    context = copy_context()
+    context.run(triton.set_allocator, _memory)
+    return context.run(launch, *arguments, **options)
+
 # %% ../../nbs/02f_launching.ipynb #afa4501a
 _fewer_stages: dict[tuple, int] = {}  # where shared memory was too small for a tile's stages
 
@@ -165,8 +179,9 @@ def start(
     key = kernel, tile, q.dtype, q.device, S.HEAD_DIM, S.HAS_ORDER
     stages = _fewer_stages.get(key, tile.num_stages)
     options = dict(num_warps=tile.num_warps, enable_fp_fusion=True)
+    run = partial(_with_memory, kernel[(programs,)]) if S.PRODUCER else kernel[(programs,)]
     while True:
-        try: return kernel[(programs,)](*arguments, S=S, **options, num_stages=stages)
+        try: return run(*arguments, S=S, **options, num_stages=stages)
         except triton.runtime.errors.OutOfResources:
             if stages == 1: raise
             _fewer_stages[key] = stages = stages - 1

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['interpreted', 'LOG2E', 'LN2', 'INTERPRETED', 'head_of', 'load_rows', 'store_rows', 'no_rows', 'scaled', 'Box',
-           'Stream', 'box_of', 'next_tile', 'scores', 'logits', 'through_cap', 'add_product', 'Dropout', 'dropout_of',
-           'scales_of', 'Running', 'start_softmax', 'softmax_step', 'catch_up', 'finish_softmax', 'Queries',
-           'Statistics', 'load_queries', 'store_statistics', 'weights_of', 'dq_step', 'Keys', 'Sums', 'no_sums',
-           'load_keys', 'statistics_of', 'weights_on', 'apply_dropout', 'dkv_step', 'store_sums']
+           'Stream', 'box_of', 'describe_rows', 'next_tile', 'scores', 'logits', 'through_cap', 'add_product',
+           'Dropout', 'dropout_of', 'scales_of', 'Running', 'start_softmax', 'softmax_step', 'catch_up',
+           'finish_softmax', 'Queries', 'Statistics', 'load_queries', 'store_statistics', 'weights_of', 'dq_step',
+           'Keys', 'Sums', 'no_sums', 'load_keys', 'statistics_of', 'weights_on', 'apply_dropout', 'dkv_step',
+           'store_sums']
 
 # %% ../../nbs/02d_kernel_steps.ipynb #ff78ffb2
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Static:
     PRECISION: str # of float32 products
     ALIGN: int # divides every stride
     TMA: bool = False # through tensor descriptors
+    PRODUCER: bool = False # warps that do nothing else load what the loop reads
     OVERLAP: bool = False # values of a tile are weighed during the next tile's softmax
     EVEN: bool = False # no tile of the inner loop is cut off
     HAS_DLSE: bool = False # the LSE has a gradient
@@ -170,12 +172,27 @@ def box_of(batch, head, first, segment_size, rate):
     row = first // segment_size * (segment_size // rate)
     return Box(batch, head, first % segment_size % rate, row)
 
+# %% ../../nbs/02d_kernel_steps.ipynb #a6048625
+@triton.jit
+def describe_rows(source, first, step, count, ROWS: tl.constexpr, S: tl.constexpr):
+    """A descriptor of one group's rows, made by the program itself: PRODUCER needs it so. Rows past
+    the last are 0."""
+    COLUMNS: tl.constexpr = S.BLOCK_D
+    stride = source.stride.to(tl.int64)
+    start = source.ptr + first.to(tl.int64) * stride
+    return tl.make_tensor_descriptor(
+        start, [tl.maximum(count, 1), COLUMNS], [stride * step, 1], [ROWS, COLUMNS])
+
 # %% ../../nbs/02d_kernel_steps.ipynb #43688471
 @triton.jit
-def _load_box(desc, box, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    "ROWS rows of a group from `row` on: [ROWS, COLUMNS]. All of them must exist."
-    place = [box.batch, box.head, box.residue, box.row + row, 0]
-    return desc.load(place).reshape(ROWS, COLUMNS)
+def _load_box(stream, row, ROWS: tl.constexpr, S: tl.constexpr):
+    "ROWS rows of a group from `row` on: [ROWS, BLOCK_D]. All of them must exist."
+    if S.PRODUCER: tile = stream.desc.load([row, 0])
+    else:
+        box = stream.box
+        place = [box.batch, box.head, box.residue, box.row + row, 0]
+        tile = stream.desc.load(place).reshape(ROWS, S.BLOCK_D)
+    return tile
 
 # %% ../../nbs/02d_kernel_steps.ipynb #96ac97a9
 @triton.jit
@@ -183,7 +200,7 @@ def next_tile(stream, token, valid, row, ROWS: tl.constexpr, S: tl.constexpr,
               MASKED: tl.constexpr, TMA: tl.constexpr):
     "By token, or through the descriptor, which has no second part."
     if TMA:
-        main = _load_box(stream.desc, stream.box, row, ROWS, S.BLOCK_D)
+        main = _load_box(stream, row, ROWS, S)
         tile = Columns(main, main)
     else:
         tile = load_rows(stream.head, token, valid, S, MASKED)

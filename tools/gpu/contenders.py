@@ -1,6 +1,8 @@
 """Everything that is timed on the same tensors: the kernels, and what one would use instead."""
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -180,25 +182,44 @@ def flex_mask(case: dict, lists, order: Tensor | None) -> Callable:
     return attended
 
 
-def flex(case: dict, problem: Problem, x: list) -> Contender:
+def flash_is_installed() -> bool:
+    "FlashAttention 4, whose kernels FlexAttention can run on: its fastest path where it is there."
+    try: return find_spec("flash_attn.cute") is not None
+    except ImportError: return False
+
+
+def flex_block_size(backend: str) -> tuple[int, int]:
+    "FlashAttention's programs own 256 queries on Blackwell."
+    blackwell = torch.cuda.get_device_capability() >= (10, 0)
+    return (256, 128) if backend == "FLASH" and blackwell else (128, 128)
+
+
+def flex(case: dict, problem: Problem, x: list, backend: str = "TRITON") -> Contender:
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     lists, tokens = lists_in_order(case, x) if "pattern" in case else (None, None)
     order = None if lists is not None else order_of(case)
     rule = flex_mask(case, lists, None if order is None else order.to("cuda"))
     n = case["n"]
-    mask = create_block_mask(rule, None, None, n, n, device="cuda", _compile=True)
+    mask = create_block_mask(rule, None, None, n, n, device="cuda", _compile=True,
+                             BLOCK_SIZE=flex_block_size(backend))
     compiled = torch.compile(flex_attention, dynamic=False)
-    return through(lambda *t: compiled(*t, block_mask=mask), tokens), x
+    options = dict(BACKEND=backend)
+
+    def run(*t): return compiled(*t, block_mask=mask, kernel_options=options)
+
+    return through(run, tokens), x
 
 
 CONTENDERS: dict[str, Callable] = {
     "triton": triton, "cudnn, groups given": cudnn_groups, "flash, groups given": flash_groups,
     "cudnn, dense N x N": cudnn_dense, "gather + SDPA": gather, "hybrid": hybrid,
     "sdpa_mask": sdpa_mask, "naive": naive, "triton, permuted": permuted,
-    "triton, laid out": laid_out, "flex": flex, "front door": front_door}
+    "triton, laid out": laid_out, "flex": flex,
+    "flex, flash": partial(flex, backend="FLASH"), "front door": front_door}
 PEERS = dict(groups=["cudnn, groups given", "flash, groups given"], gather=["gather + SDPA"],
              hybrid=["hybrid"], dense=["cudnn, dense N x N"], sdpa_mask=["sdpa_mask"],
              naive=["naive"], permuted=["triton, permuted"])
+FLEX = ["flex", *["flex, flash"] * flash_is_installed()]
 PEERS["laid out"] = ["triton, laid out"]
 
 

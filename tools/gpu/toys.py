@@ -14,7 +14,8 @@ PATTERNS = dict(neighborhood=["neighborhood", [5, 8], 3], window=["window", [5, 
 LARGE = dict(neighborhood=["neighborhood", [8, 8], 3], window=["window", [8, 8], 4],
              tiles_shared=["tiles_shared", 80, 4, 0, 20])
 SLOW = 20  # seconds; the interpreter is
-NO_GPU = {"cudnn, groups given", "flash, groups given", "cudnn, dense N x N", "flex"}
+NO_GPU = {"cudnn, groups given", "flash, groups given", "cudnn, dense N x N",
+          "flex", "flex, flash"}
 
 
 @triton.jit
