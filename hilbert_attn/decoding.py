@@ -259,8 +259,8 @@ def decode_attention(
     With segments what `hilbert_attention(..., causal=True, curve=None)`, or an order, gives for
     the last rows of each text alone; with an `overlap` what `hilbert_window_attention(...,
     segment_size, overlap=overlap, causal=True, curve=None)` does, and with a window
-    `hilbert_slide_attention(..., window=(window, 0), sinks=sinks, curve=None)`. Raises `ValueError` for arguments that do
-    not fit."""
+    `hilbert_slide_attention(..., window=(window, 0), sinks=sinks, curve=None)`. Raises
+    `ValueError` for arguments that do not fit."""
     call = check_call(
         q, k, v, crossed=True, dropout_p=dropout_p, scale=scale, softcap=softcap,
         sink_logits=sink_logits, return_lse=return_lse)

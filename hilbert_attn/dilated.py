@@ -170,8 +170,8 @@ def _settings(call: Call, triton: bool) -> list[Any]:
     offsets = [p.offsets[h % len(p.offsets)] for p in patterns for h in range(heads)]
     sizes = [p.segment_size for p in patterns], [p.dilation_rate for p in patterns]
     copies = [b.copies for b in branches]
-    return [
-        *sizes, copies, patterns[0].mode, offsets, call.causal, call.numbers, call.dropout_p, triton]
+    numbers = call.causal, call.numbers, call.dropout_p
+    return [*sizes, copies, patterns[0].mode, offsets, *numbers, triton]
 
 # %% ../nbs/08_dilated.ipynb #5f0c2a02
 def _run_mixture(call: Call, triton: bool) -> tuple[Tensor, Tensor]:

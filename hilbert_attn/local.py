@@ -24,7 +24,7 @@ from torch import Tensor
 from .backends import attend, computes, shortcut
 from .blocks.planner import block_lists
 from .calls import (
-    Call, autocast_inputs, check_call, check_cells, check_curve, on_segments)
+    Call, autocast_inputs, check_call, check_cells, check_curve, lay_bias, on_segments)
 from .common import define_operator, lse_dtype
 from .curves import as_grid, curve_order, inverse_order
 from .operators import AttentionOperator
@@ -530,7 +530,10 @@ _PATTERN = "str kind, SymInt[] numbers" # as `encode_pattern` writes one
 _decoded = lru_cache(maxsize=256)(decode_pattern)
 
 
-def _planned(seed: Tensor | None, kind: str, numbers, scale: Sequence[float], dropout_p: float) -> tuple:
+def _planned(
+    seed: Tensor | None, kind: str, numbers: Sequence[int], scale: Sequence[float],
+    dropout_p: float,
+) -> tuple:
     "What the engine is given: pattern, scale, dropout."
     dropout = None if seed is None else Dropout(dropout_p, seed)
     return _decoded(kind, tuple(numbers)), scale, dropout
@@ -811,7 +814,7 @@ def _attend(call: Call, pattern: AxisPattern, grid, curve: str | None, backend: 
     "Lays the pattern along the curve, where that matters, and runs the call."
     check_cells(grid, call.q.shape[2] - pattern.shared)
     check_curve(curve)
-    call.lay_bias(grid, _reach(pattern))
+    lay_bias(call, grid, _reach(pattern))
     laid = LocalPattern(pattern, as_grid(grid), curve, call.k.shape[2] - call.q.shape[2])
     order = None
     if pattern.along_curve and curve not in (None, "row_major"):

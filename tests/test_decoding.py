@@ -111,7 +111,8 @@ def steps(draw) -> Step:
             dilation_mode=mode)
         kind = draw(st.sampled_from(("plain", "order", "overlap")))
         if kind == "order": how["order"] = curve_order((6, 6))
-        if kind == "overlap": how = dict(segment_size=max(w or 5, r), overlap=draw(st.integers(1, 20)))
+        overlap = draw(st.integers(1, 20))
+        if kind == "overlap": how = dict(segment_size=max(w or 5, r), overlap=overlap)
     widths = st.sampled_from((8, 16))
     return Step(
         heads=draw(st.sampled_from(GROUPS)),
