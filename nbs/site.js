@@ -40,6 +40,7 @@ function markHidden(box) {
 
 function watch(box) {
   const mark = () => markHidden(box)
+  mark()
   box.addEventListener("scroll", mark, { passive: true })
   new ResizeObserver(mark).observe(box)
 }

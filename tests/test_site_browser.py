@@ -181,7 +181,7 @@ SOUGHT = {  # the page that has to be among the first three; with *, the first
     "Morton": "*curves",
     "causal": "*patterns",
     "key mask": "patterns",
-    "LongNet": "dilated",
+    "LongNet": "*patterns",
     "dilation": "patterns",
     "neighborhood": "local",
     "window": "local",

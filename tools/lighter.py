@@ -47,6 +47,7 @@ UNREAD = """searchindex.js _static/documentation_options.js _static/doctools.js
     _static/sphinx_highlight.js _static/searchtools.js _static/language_data.js
     _static/english-stemmer.js _static/base-stemmer.js _static/debug.css _static/skeleton.css
     _static/file.png _static/minus.png _static/plus.png objects.inv""".split()
+COLOURS = re.compile(r"<style>(\s*body \{.*?)</style>", re.S)
 PICTURE = re.compile(r"(?<=_images/)\w+\.(?:png|jpg)\b")
 QUALITY = 78  # of photos; drawings lose nothing
 SHOWS_NO_DIFFERENCE = 0.2  # of 255 levels, on average
@@ -57,6 +58,7 @@ def lighten(site: Path) -> None:
     add_search(site / "search.html")
     write_index(site, SEARCH[0])
     smaller = smaller_pictures(site / "_images")
+    move_colours(site)
     for path in site.glob("*.html"):
         text, symbols = without_theme_icons(path.read_text())
         themes |= symbols
@@ -69,6 +71,18 @@ def lighten(site: Path) -> None:
     (site / ICONS).write_text(icon_script("".join(themes.values())))
     for path in [*site.rglob("*.map"), *(site / name for name in UNREAD)]:
         path.unlink(missing_ok=True)
+
+
+def move_colours(site: Path) -> None:
+    "The theme's colours stand in a sheet that all pages share, instead of in each of them."
+    colours = ""
+    for path in site.glob("*.html"):
+        text = path.read_text()
+        if found := COLOURS.search(text):
+            colours = found[1]
+            path.write_text(text.replace(found[0], ""))
+    with open(site / "_static" / "styles.css", "a") as sheet:
+        sheet.write(colours)
 
 
 def add_search(page: Path) -> None:
