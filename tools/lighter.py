@@ -23,6 +23,7 @@ UNUSED = {  # marks of Sphinx that nothing here looks at
     " notranslate": "",
 }
 TOKEN = re.compile(r'<span class="(?!pre)(\w{1,3})">([^<]*)</span>')  # of code
+REFERENCE = re.compile(r'<span class="std std-(?:doc|ref)">([^<]*)</span>')
 HEARD = {  # what a screen reader is told of the theme's parts
     'class="caption" role="heading"': 'class="caption"',
     '<aside class="sidebar-drawer"': '<aside aria-label="All pages" class="sidebar-drawer"',
@@ -30,9 +31,11 @@ HEARD = {  # what a screen reader is told of the theme's parts
 }
 NO_HEADER = re.compile(r'<th class="head[^"]*"><p></p></th>')
 WORD = re.compile(r'<span class="pre">([^<>/-]*)</span>')  # others could be broken inside
-MODULES = re.compile(r'(<span class="caption-text">Source</span></p>\s*<ul>).*?(</ul>)', re.S)
-NOTEBOOKS = re.compile(r'(<div class="sidebar-tree">).*?(<p class="caption"[^>]*>'
-                       r'<span class="caption-text">Source</span>)', re.S)
+SOURCE = '<span class="caption-text">Source</span>'
+MODULES = re.compile(rf"({SOURCE}</p>\s*<ul[^>]*>).*?(</ul>)", re.S)
+NOTEBOOKS = re.compile(
+    rf'(<div class="sidebar-tree">).*?(<p class="caption"[^>]*>{SOURCE})', re.S
+)
 START = '<a class="reference" href="index.html">All notebooks</a>'
 ALL_NOTEBOOKS = f'<ul><li class="toctree-l1">{START}</li></ul>'
 ALL_MODULES = '<li class="toctree-l1"><a class="reference" href="{}">All modules</a></li>'
@@ -64,7 +67,7 @@ def lighten(site: Path) -> None:
         themes |= symbols
         if path in sources:
             text = NOTEBOOKS.sub(rf"\1{ALL_NOTEBOOKS}\2", text)
-        else:
+        if path != sources[0]:
             text = without_modules(text, sources[0].name)
         text = PICTURE.sub(lambda match: smaller.get(match[0], match[0]), text)
         path.write_text(lighter_page(text))
@@ -99,12 +102,13 @@ def lighter_page(text: str) -> str:
         text = text.replace(given, better)
     text = NO_HEADER.sub("<td></td>", text)
     text = WORD.sub(r"\1", text)
+    text = REFERENCE.sub(r"\1", text)
     text = TOKEN.sub(r"<i class=\1>\2</i>", text)
     return SPACE.sub(lambda match: match[1] or "\n", text)
 
 
 def without_modules(text: str, first: str) -> str:
-    "A page whose sidebar leads to the first module: its own sidebar lists them all."
+    "A page whose sidebar leads to the first module: that one's sidebar lists them all."
     return MODULES.sub(rf"\1{ALL_MODULES.format(first)}\2", text)
 
 
