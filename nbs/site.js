@@ -40,6 +40,7 @@ function markHidden(box) {
 
 function watch(box) {
   const mark = () => markHidden(box)
+  mark()
   box.addEventListener("scroll", mark, { passive: true })
   new ResizeObserver(mark).observe(box)
 }
@@ -50,7 +51,7 @@ function wrapProse(printed) {
   printed.classList.toggle("prose", !COLUMNS.test(printed.textContent))
 }
 
-const STILL = "a:has(> img[src*='still.'])"  // a click plays it in place
+const STILL = "a:has(img[src*='still.'])"  // a click plays it in place
 
 function play(event) {
   if (innerWidth < 740) return  // too narrow for its controls: the link leads to its page

@@ -232,8 +232,12 @@ def test_settings_of_quarto(quarto):
     html = quarto["format"]["html"]
     assert quarto["website"]["page-navigation"]
     assert html["respect-user-color-scheme"] and html["code-copy"]
-    for file in quarto["project"]["resources"]:
+    resources = quarto["project"]["resources"]
+    assert {"explorer/", "report/", "card.png"} <= {*resources}
+    for file in resources:
         assert (PROCESSED / file).exists()
+    for card in ("open-graph", "twitter-card"):
+        assert quarto["website"][card]["image"] == "card.png"
 
 
 def test_fonts_and_formulas_come_from_the_site_itself(quarto, site):

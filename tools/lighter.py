@@ -23,6 +23,7 @@ UNUSED = {  # marks of Sphinx that nothing here looks at
     " notranslate": "",
 }
 TOKEN = re.compile(r'<span class="(?!pre)(\w{1,3})">([^<]*)</span>')  # of code
+REFERENCE = re.compile(r'<span class="std std-(?:doc|ref)">([^<]*)</span>')
 HEARD = {  # what a screen reader is told of the theme's parts
     'class="caption" role="heading"': 'class="caption"',
     '<aside class="sidebar-drawer"': '<aside aria-label="All pages" class="sidebar-drawer"',
@@ -30,9 +31,11 @@ HEARD = {  # what a screen reader is told of the theme's parts
 }
 NO_HEADER = re.compile(r'<th class="head[^"]*"><p></p></th>')
 WORD = re.compile(r'<span class="pre">([^<>/-]*)</span>')  # others could be broken inside
-MODULES = re.compile(r'(<span class="caption-text">Source</span></p>\s*<ul>).*?(</ul>)', re.S)
-NOTEBOOKS = re.compile(r'(<div class="sidebar-tree">).*?(<p class="caption"[^>]*>'
-                       r'<span class="caption-text">Source</span>)', re.S)
+SOURCE = '<span class="caption-text">Source</span>'
+MODULES = re.compile(rf"({SOURCE}</p>\s*<ul[^>]*>).*?(</ul>)", re.S)
+NOTEBOOKS = re.compile(
+    rf'(<div class="sidebar-tree">).*?(<p class="caption"[^>]*>{SOURCE})', re.S
+)
 START = '<a class="reference" href="index.html">All notebooks</a>'
 ALL_NOTEBOOKS = f'<ul><li class="toctree-l1">{START}</li></ul>'
 ALL_MODULES = '<li class="toctree-l1"><a class="reference" href="{}">All modules</a></li>'
@@ -47,6 +50,7 @@ UNREAD = """searchindex.js _static/documentation_options.js _static/doctools.js
     _static/sphinx_highlight.js _static/searchtools.js _static/language_data.js
     _static/english-stemmer.js _static/base-stemmer.js _static/debug.css _static/skeleton.css
     _static/file.png _static/minus.png _static/plus.png objects.inv""".split()
+COLOURS = re.compile(r"<style>(\s*body \{.*?)</style>", re.S)
 PICTURE = re.compile(r"(?<=_images/)\w+\.(?:png|jpg)\b")
 QUALITY = 78  # of photos; drawings lose nothing
 SHOWS_NO_DIFFERENCE = 0.2  # of 255 levels, on average
@@ -57,18 +61,31 @@ def lighten(site: Path) -> None:
     add_search(site / "search.html")
     write_index(site, SEARCH[0])
     smaller = smaller_pictures(site / "_images")
+    move_colours(site)
     for path in site.glob("*.html"):
         text, symbols = without_theme_icons(path.read_text())
         themes |= symbols
         if path in sources:
             text = NOTEBOOKS.sub(rf"\1{ALL_NOTEBOOKS}\2", text)
-        else:
+        if path != sources[0]:
             text = without_modules(text, sources[0].name)
         text = PICTURE.sub(lambda match: smaller.get(match[0], match[0]), text)
         path.write_text(lighter_page(text))
     (site / ICONS).write_text(icon_script("".join(themes.values())))
     for path in [*site.rglob("*.map"), *(site / name for name in UNREAD)]:
         path.unlink(missing_ok=True)
+
+
+def move_colours(site: Path) -> None:
+    "The theme's colours stand in a sheet that all pages share, instead of in each of them."
+    colours = ""
+    for path in site.glob("*.html"):
+        text = path.read_text()
+        if found := COLOURS.search(text):
+            colours = found[1]
+            path.write_text(text.replace(found[0], ""))
+    with open(site / "_static" / "styles.css", "a") as sheet:
+        sheet.write(colours)
 
 
 def add_search(page: Path) -> None:
@@ -85,12 +102,13 @@ def lighter_page(text: str) -> str:
         text = text.replace(given, better)
     text = NO_HEADER.sub("<td></td>", text)
     text = WORD.sub(r"\1", text)
+    text = REFERENCE.sub(r"\1", text)
     text = TOKEN.sub(r"<i class=\1>\2</i>", text)
     return SPACE.sub(lambda match: match[1] or "\n", text)
 
 
 def without_modules(text: str, first: str) -> str:
-    "A page whose sidebar leads to the first module: its own sidebar lists them all."
+    "A page whose sidebar leads to the first module: that one's sidebar lists them all."
     return MODULES.sub(rf"\1{ALL_MODULES.format(first)}\2", text)
 
 

@@ -44,7 +44,11 @@ def prepare() -> None:
 
 
 def read(path: Path) -> NotebookNode:
-    return nbformat.read(path, as_version=4)
+    "A notebook, without the mark that nbdev leaves in cells and the format does not know."
+    notebook = nbformat.v4.reads(path.read_text())
+    for cell in notebook.cells:
+        cell.pop("has_sd", None)
+    return notebook
 
 
 def front_matter(notebook: NotebookNode) -> dict:

@@ -52,7 +52,7 @@ PICTURES = {".png", ".svg", ".jpg", ".gif"}
 EXTENSIONS = "amsmath attrs_block attrs_inline colon_fence deflist dollarmath tasklist"
 UNKNOWN = re.compile(r"^:::+ *\{\..*|\{\{<.*|(?<![\w@])@(?:tbl|sec|lst)-.*", re.M)
 PLAIN = {Name, Name.Builtin.Pseudo, Operator, Punctuation, Whitespace}
-PLAIN |= {String.Affix, String.Interpol}
+PLAIN |= {Name.Builtin, String.Affix, String.Interpol}
 Docs = dict[str, str]  # file name of a notebook -> name of its page
 
 
