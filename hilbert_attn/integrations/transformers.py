@@ -453,11 +453,12 @@ def _plain_step(
 ) -> tuple[Any, Any]: # out (B, H, M, D), lse (B, H, M) or None
     "A step in segments of one branch, without padding."
     (w,), (r,), n = *settings.branches, k.shape[2]
-    how: Any = dict(dilation_mode=settings.dilation_mode, offsets=settings.offsets)
-    found = decode_attention(
-        q, k, v, n, segment_size=min(w, n), dilation_rate=r, dropout_p=dropout_p, scale=scale,
-        return_lse=need_lse, **how)
-    return found if need_lse else (found, None)
+    how: Any = dict(
+        segment_size=min(w, n), dilation_rate=r, dilation_mode=settings.dilation_mode,
+        offsets=settings.offsets, dropout_p=dropout_p, scale=scale)
+    if not need_lse: return decode_attention(q, k, v, n, **how), None
+    out, lse = decode_attention(q, k, v, n, return_lse=True, **how)
+    return out, lse
 
 # %% ../../nbs/14c_transformers.ipynb #ce5a4928
 def cached_attention(
