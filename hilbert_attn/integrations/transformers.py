@@ -152,10 +152,9 @@ def split_mask(
             f"{m}, {n})")
     allowed = _allowed(mask)[:, 0]  # (B, M or 1, N)
     keys = allowed[:, -1]
-    if m == 1: return causal, keys
-    if allowed.shape[1] == 1:
-        return False, keys  # all rows alike: keys are masked, nothing else
-    return _is_triangle(allowed), keys
+    if m > 1:  # rows that are alike mask keys, nothing else
+        causal = allowed.shape[1] > 1 and _is_triangle(allowed)
+    return causal, keys
 
 # %% ../../nbs/14c_transformers.ipynb #9e02c03a
 def _who_attends(
