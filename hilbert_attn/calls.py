@@ -279,10 +279,7 @@ class Call:
         k, v = hide_masked(self.k, self.key_mask), hide_masked(self.v, self.key_mask)
         return replace(self, k=k, v=v, is_hidden=True)
 
-    def seeds(
-        self,
-        n: int = 1, # as many
-    ) -> Tensor | None: # int64 (n,); None without dropout
+    def seeds(self, n: int = 1) -> Tensor | None: # int64 (n,); None without dropout
         "Where engines begin to count when they drop weights, from torch's generator."
         return draw_seeds(self.dropout_p, self.q.device, n)
 

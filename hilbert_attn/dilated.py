@@ -323,15 +323,14 @@ _packed_attention = AttentionOperator(
 # %% ../nbs/08_dilated.ipynb #5f0c5a0a
 def _one_at_a_time(call: Call, how: tuple, cu_seqlens: Tensor, backend: str) -> tuple[Tensor, Any]:
     "Each document as its own call."
-    outs, lses, heads = [], [], call.q.shape[1]
-    for _, (first, end) in _documents(cu_seqlens, call.q.shape[2]):
+    parts, (n, heads) = [], call.sizes
+    for _, (first, end) in _documents(cu_seqlens, n):
         q, k, v, seen = _rows_of(first, end, call.q, call.k, call.v, call.key_mask)
         pattern = DilatedPattern.for_heads(end - first, heads, *how)
         order = _order_of((first, end), call.order)
         own = replace(call, q=q, k=k, v=v, key_mask=seen, pattern=pattern, order=order)
-        out, lse = attend_branches(own, backend)
-        outs.append(out)
-        lses.append(lse)
+        parts.append(attend_branches(own, backend))
+    outs, lses = zip(*parts)
     return cat(outs, 2), cat(lses, 2) if call.need_lse else None
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a0b

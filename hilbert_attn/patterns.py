@@ -632,8 +632,8 @@ class NeighborhoodPattern(AxisPattern):
 
     def axis_bounds(self, axis: int) -> AxisBounds:
         "The neighbours of each coordinate."
-        return _neighbours(*(x[axis] for x in (
-            self.grid, self.kernel_size, self.dilation, self.causal)))
+        width, step = self.kernel_size[axis], self.dilation[axis]
+        return _neighbours(self.grid[axis], width, step, self.causal[axis])
 
 # %% ../nbs/01_patterns.ipynb #5f0c4a01
 _FARTHEST = 1 << 40 # beyond any sequence

@@ -53,12 +53,13 @@ class Scores(NamedTuple):
 
 # %% ../nbs/02_reference.ipynb #bca38239
 def score_rule(
-    scale: float | Sequence[float] | None, # None is 1 / sqrt(D); or scale and cap
+    scale: float | Scores | Sequence[float] | None, # None is 1 / sqrt(D); or scale and cap
     q: Tensor, # (B, H, N, D)
 ) -> Scores:
     "The rule, whichever way it is given."
     if scale is None: return Scores(default_scale(q))
-    return Scores(*scale) if isinstance(scale, (tuple, list)) else Scores(scale)
+    if isinstance(scale, Scores): return scale
+    return Scores(*scale) if isinstance(scale, Sequence) else Scores(scale)
 
 # %% ../nbs/02_reference.ipynb #a17b211a
 def masked_attention(

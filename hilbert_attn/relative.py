@@ -80,8 +80,8 @@ def relative_bias(
 ) -> RelativeBias: # (H, N, N + registers)
     "The bias of a call. Raises `ValueError` for a table that does not fit."
     grid = as_grid(grid)
-    far = tuple(side - 1 for side in grid) if reach is None else tuple(reach)
-    far = tuple(min(own, side - 1) for own, side in zip(far, grid))
+    widest = [side - 1 for side in grid]
+    far = tuple(map(min, widest if reach is None else reach, widest))
     _check_table(bias, grid, far, heads, device)
     queries, keys = (x.to(device) for x in place_numbers(grid, bias.shape[1:]))
     keys = torch.nn.functional.pad(keys, (0, registers), value=_NOWHERE)

@@ -336,7 +336,8 @@ def _attend_inside(
         return hilbert_attention(q, k, v, segment_size=first.segment_size, offsets=offsets,
                                  dilation_rate=first.dilation_rate, **options)
     patterns = [b.pattern for b in branches for _ in range(b.copies)]
-    lengths, rates = zip(*((p.segment_size, p.dilation_rate) for p in patterns))
+    lengths = [pattern.segment_size for pattern in patterns]
+    rates = [pattern.dilation_rate for pattern in patterns]
     return dilated_attention(q, k, v, lengths, rates, offsets=call.request.offsets, **options)
 
 # %% ../nbs/09d_ring.ipynb #e7eca7ef

@@ -64,8 +64,9 @@ def masked_sdpa(
     no bias: there it is written out."""
     rule = score_rule(scale, q)
     if not rule.by_kernels:
-        wide = [x.to(lse_dtype(q.dtype)) for x in (q, k, v)]
-        return masked_attention(*wide, mask, rule, dropout_p)[0].to(q.dtype)
+        wide = lse_dtype(q.dtype)
+        out, _ = masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, rule, dropout_p)
+        return out.to(q.dtype)
     if torch.autograd.forward_ad._current_level >= 0:
         return masked_attention(q, k, v, mask, scale, dropout_p)[0]
     empty = ~mask.any(-1, keepdim=True)
@@ -483,7 +484,7 @@ def attend_segments_backward(
     key_mask: Tensor | None, # bool (B, N)
     pattern: SegmentPattern, # from here on as for `attend_segments`
     causal: bool,
-    scale: float,
+    scale: float | Sequence[float], # or scale and cap
     before: Sequence[Tensor] | None = None, # gradients to add to, in place
     dropout: Dropout | None = None, # that of the forward, from its beginning
 ) -> tuple[Tensor, ...]: # dq, dk, dv
@@ -596,6 +597,16 @@ def _bring_home(
     whole = part.new_full(sizes, elsewhere).index_copy(2, rows.flatten(), part)
     return whole.narrow(2, 0, n)
 
+# %% ../nbs/06_sdpa.ipynb #d2e611a9
+def _tokens_at(
+    groups: tuple[Tensor, Tensor], # positions of queries and of keys, see `_padded_groups`
+    order: Tensor, # int64 (N,)
+) -> tuple[Tensor, Tensor]: # of queries and of keys
+    "The tokens of groups."
+    last = order.shape[0] - 1
+    queries, keys = groups
+    return order[queries.clamp(max=last)], order[keys.clamp(max=last)]
+
 # %% ../nbs/06_sdpa.ipynb #1e9f55ec
 def _padded_attention(
     q: Tensor, # (B, heads, N, D)
@@ -609,11 +620,11 @@ def _padded_attention(
 ) -> list[Tensor]: # the same for (B, heads, N)
     "Attention of heads that have one pattern."
     batch, heads, n, _ = q.shape
-    queries, keys = tokens = tuple(order[x.clamp(max=n - 1)] for x in groups)
+    queries, keys = _tokens_at(groups, order)
 
     def rows(x, tokens): return _gather(x, tokens).flatten(2, 3).flatten(0, 1)
 
-    mask = _padded_mask(tokens, groups[1] < n, causal, key_mask, heads)
+    mask = _padded_mask((queries, keys), groups[1] < n, causal, key_mask, heads)
     parts = attention(rows(q, queries), rows(k, keys), rows(v, keys), mask)
     home = torch.where(groups[0] < n, queries, n)
     return [_bring_home(part, home, batch, n, elsewhere)
@@ -664,17 +675,16 @@ def _grouped_expression(
     rule, ordered = score_rule(scale, q), order is not None
     if order is None: order = torch.arange(q.shape[2], device=q.device)
 
-    def attention(rule, *inputs):
-        if need_lse: return masked_attention(*inputs, rule, dropout_p)
-        return [masked_sdpa(*inputs, rule, dropout_p)]
+    def attention(rule, q, k, v, mask):
+        if need_lse: return masked_attention(q, k, v, mask, rule, dropout_p)
+        return [masked_sdpa(q, k, v, mask, rule, dropout_p)]
 
     parts, found = [], _heads_by_offset(pattern, heads)
     for offset, own in found.items():
         groups = _padded_groups(pattern, offset, q.device)
-        inputs = (x[:, as_slice(own)] for x in (q, k, v))
-        last = q.shape[2] - 1
-        tokens = tuple(order[x.clamp(max=last)] for x in groups)
+        tokens, at = _tokens_at(groups, order), as_slice(own)
         of_group = partial(attention, _rule_of(rule, tokens, own, len(q), ordered))
+        inputs = q[:, at], k[:, at], v[:, at]
         parts.append(_padded_attention(*inputs, groups, order, causal, key_mask, of_group))
     now = list(chain(*found.values()))
     back = as_slice([now.index(head) for head in range(heads)])

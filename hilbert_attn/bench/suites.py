@@ -319,7 +319,7 @@ class Suite:
     plot: Callable[[dict], None]
 
 # %% ../../nbs/15i_suites.ipynb #1bb3eb59
-_ALL = (
+_OWN_TABLES = (
     Suite(
         "cpu",
         "the backends on this CPU, beside masked SDPA, naive PyTorch and the machine's limits",
@@ -355,6 +355,10 @@ _ALL = (
         "a block of each family of diffusion transformers, dense and in tiles",
         bench_dit, dit_tables, plot_dit,
     ),
+)
+
+# %% ../../nbs/15i_suites.ipynb #96220831
+_RACES = (
     Suite(
         "dilated",
         "one call with several branches, beside its branches",
@@ -372,7 +376,7 @@ _ALL = (
     ),
     Suite("gpu", "the Triton kernels on an NVIDIA GPU", bench_gpu, race_tables, plot_race),
 )
-SUITES = {suite.name: suite for suite in _ALL}
+SUITES = {suite.name: suite for suite in (*_OWN_TABLES, *_RACES)}
 
 # %% ../../nbs/15i_suites.ipynb #8141a41d
 def run_suite(

@@ -245,7 +245,7 @@ def note_switch(
 
 # %% ../../nbs/14e_diffusers.ipynb #b40c7d19
 def _calls(
-    noted: dict[str, Any] | None, # as in a configuration
+    noted: Mapping[str, Any] | None, # as in a configuration
 ) -> list[dict[str, Any]]: # settings, include, exclude of each
     "The calls of `use_hilbert_processor` that a note is about, in turn."
     if noted is None: return []

@@ -450,7 +450,8 @@ class Door:
         settings: DiTSettings,
         layers: Sequence[str], # names of the switched ones
     ):
-        self.layout, self.stated, self.layers = layout, settings.grid, tuple(layers)
+        self.layout, self.layers = layout, tuple(layers)
+        self.stated = None if settings.grid is None else as_grid(settings.grid)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         self.grid: tuple[int, ...] | None = None
         self.seen: dict[int, set[tuple[int, ...]]] = {}

@@ -209,18 +209,6 @@ class _Meaning(_Places):
         how = self.combine, self.dilation_mode, self.offsets
         return DilatedPattern.for_heads(cells, num_heads, lengths, rates, *how)
 
-    def counts(
-        self,
-        n: int, # tokens, prefix included
-        num_heads: int, # H
-        *,
-        first: int = 0, # first query; only the queries from here on get a row
-        causal: bool = False, # key token index <= query token index
-    ) -> Tensor: # int64 (H, n - first, n) in token order
-        "The dense mask as how often each key counts, for tests and pictures."
-        keys, queries = torch.arange(n), torch.arange(first, n)
-        return key_counts(self, keys, queries, n, num_heads, causal).expand(num_heads, -1, -1)
-
 # %% ../../nbs/14_integrations.ipynb #14a0f002
 @dataclass(frozen=True)
 class HilbertSettings(_Meaning):
@@ -251,6 +239,18 @@ class HilbertSettings(_Meaning):
     def of_layer(self, layer: int, layers: int) -> "HilbertSettings":
         "What layer 0 … layers - 1 does; a dense one is one segment."
         return self if self.layers is None else one_layer(self, layer, layers)
+
+    def counts(
+        self,
+        n: int, # tokens, prefix included
+        num_heads: int, # H
+        *,
+        first: int = 0, # first query; only the queries from here on get a row
+        causal: bool = False, # key token index <= query token index
+    ) -> Tensor: # int64 (H, n - first, n) in token order
+        "The dense mask as how often each key counts, for tests and pictures."
+        keys, queries = torch.arange(n), torch.arange(first, n)
+        return key_counts(self, keys, queries, n, num_heads, causal).expand(num_heads, -1, -1)
 
 # %% ../../nbs/14_integrations.ipynb #fb58475d
 def settings_from(

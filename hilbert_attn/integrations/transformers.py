@@ -152,10 +152,9 @@ def split_mask(
             f"{m}, {n})")
     allowed = _allowed(mask)[:, 0]  # (B, M or 1, N)
     keys = allowed[:, -1]
-    if m == 1: return causal, keys
-    if allowed.shape[1] == 1:
-        return False, keys  # all rows alike: keys are masked, nothing else
-    return _is_triangle(allowed), keys
+    if m > 1:  # rows that are alike mask keys, nothing else
+        causal = allowed.shape[1] > 1 and _is_triangle(allowed)
+    return causal, keys
 
 # %% ../../nbs/14c_transformers.ipynb #9e02c03a
 def _who_attends(
@@ -453,11 +452,12 @@ def _plain_step(
 ) -> tuple[Any, Any]: # out (B, H, M, D), lse (B, H, M) or None
     "A step in segments of one branch, without padding."
     (w,), (r,), n = *settings.branches, k.shape[2]
-    how: Any = dict(dilation_mode=settings.dilation_mode, offsets=settings.offsets)
-    found = decode_attention(
-        q, k, v, n, segment_size=min(w, n), dilation_rate=r, dropout_p=dropout_p, scale=scale,
-        return_lse=need_lse, **how)
-    return found if need_lse else (found, None)
+    how: Any = dict(
+        segment_size=min(w, n), dilation_rate=r, dilation_mode=settings.dilation_mode,
+        offsets=settings.offsets, dropout_p=dropout_p, scale=scale)
+    if not need_lse: return decode_attention(q, k, v, n, **how), None
+    out, lse = decode_attention(q, k, v, n, return_lse=True, **how)
+    return out, lse
 
 # %% ../../nbs/14c_transformers.ipynb #ce5a4928
 def cached_attention(

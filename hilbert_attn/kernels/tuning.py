@@ -38,7 +38,9 @@ def tiles(
 ) -> list[Tile]:
     "By their short names: queries x keys, warps, stages, o: overlap, t: tma, p: producer."
     found = re.findall(r"(\d+)x(\d+)w(\d+)s(\d+)(o?)(t?)(p?)", names)
-    return [Tile(*map(int, words[:4]), *map(bool, words[4:])) for words in found]
+    return [
+        Tile(int(m), int(n), int(warps), int(stages), bool(o), bool(t), bool(p))
+        for m, n, warps, stages, o, t, p in found]
 
 # %% ../../nbs/02e_tile_choice.ipynb #ae9ce004
 def _table(**rows: dict[int, str]) -> dict[tuple[str, int], list[Tile]]:
