@@ -97,12 +97,16 @@ def _crosses(config: dict) -> Iterator[_Calls]:
         yield dict(about, direction="forward+backward"), calls, calls[SELF]()
 
 # %% ../../nbs/15hb_decode.ipynb #ded5c7d4
-def _random(heads: int, n: int, d: int) -> list[Tensor]: # q, k, v (1, H, N, D)
+_Inputs = tuple[Tensor, Tensor, Tensor] # q, k, v (1, H, N, D)
+
+
+def _random(heads: int, n: int, d: int) -> _Inputs:
     g = torch.Generator().manual_seed(3)
-    return [torch.randn(1, heads, n, d, generator=g).requires_grad_() for _ in "qkv"]
+    q, k, v = (torch.randn(1, heads, n, d, generator=g).requires_grad_() for _ in "qkv")
+    return q, k, v
 
 
-def _both_ways(about: dict, calls: dict[str, Callable], x: list[Tensor]) -> Iterator[_Calls]:
+def _both_ways(about: dict, calls: dict[str, Any], x: _Inputs) -> Iterator[_Calls]:
     "Forward, and forward with backward; the first call is what the others must give."
     def both(f): return lambda: torch.autograd.grad(f().square().sum(), x)
     for direction, some in (
@@ -118,14 +122,15 @@ def _packs(config: dict) -> Iterator[_Calls]:
     how: Any = dict(curve=None, backend="sdpa")
 
     def alone():
-        parts = zip(*(y.split(sizes, 2) for y in x))
-        return torch.cat([hilbert_attention(*part, segment_size=w, **how) for part in parts], 2)
+        parts: Any = zip(*(y.split(sizes, 2) for y in x))
+        outs: Any = [hilbert_attention(*part, segment_size=w, **how) for part in parts]
+        return torch.cat(outs, 2)
 
     def padded():
-        rows = [torch.nn.utils.rnn.pad_sequence(
+        rows: Any = [torch.nn.utils.rnn.pad_sequence(
             [part[0].transpose(0, 1) for part in y.split(sizes, 2)], True).transpose(1, 2)
             for y in x]
-        out = hilbert_attention(*rows, segment_size=w, key_mask=seen, **how)
+        out: Any = hilbert_attention(*rows, segment_size=w, key_mask=seen, **how)
         return out.transpose(1, 2)[seen].transpose(0, 1)[None]
 
     borders = [0, *torch.tensor(sizes).cumsum(0).tolist()]
@@ -136,7 +141,7 @@ def _packs(config: dict) -> Iterator[_Calls]:
 # %% ../../nbs/15hb_decode.ipynb #17dc1136
 def _slides(config: dict) -> Iterator[_Calls]:
     "A window with sinks."
-    n, w, sinks = *config["slides"].values(), config["sinks"]
+    (n, w), sinks = config["slides"].values(), config["sinks"]
     x = _random(config["heads"], n, config["head_dim"])
     mask = SlidePattern(n, (w - 1, 0), sinks).mask()
     slide = partial(hilbert_slide_attention, *x, n, (w - 1, 0), sinks=sinks, curve=None)
@@ -153,9 +158,11 @@ def _prefixes(config: dict) -> Iterator[_Calls]:
     settings = HilbertSettings(segment_size=w, prefix_tokens=p, curve=None, backend="sdpa")
     how: Any = dict(curve=None, backend="sdpa")
 
-    def without(): return hilbert_attention(*(y[:, :, p:] for y in x), segment_size=w, **how)
+    def without():
+        q, k, v = (y[:, :, p:] for y in x)
+        return hilbert_attention(q, k, v, segment_size=w, **how)
 
-    calls = {
+    calls: dict[str, Any] = {
         PREFIX: partial(prefix_attention, *x, settings),
         SHARED: partial(tiles_shared_attention, *x, tiles=tiles, shared=p, **how),
         NO_TEXT: without}
