@@ -36,6 +36,7 @@ class RelativeBias(NamedTuple):
     queries: Tensor # int64 (..., N): their numbers
     keys: Tensor # int64 (..., M)
     heads: Tensor # int64 (...), broadcastable to the shape of the result: which row of the table
+    axes: int = 1 # of the grid; with one, equally spaced groups have equal differences
 
     def __call__(self) -> Tensor: # (..., N, M)
         "0 where a difference lies outside of the table."
@@ -86,7 +87,7 @@ def relative_bias(
     queries, keys = (x.to(device) for x in place_numbers(grid, bias.shape[1:]))
     keys = torch.nn.functional.pad(keys, (0, registers), value=_NOWHERE)
     own = torch.arange(heads, device=device)[:, None, None]
-    return RelativeBias(bias.flatten(1), queries, keys, own)
+    return RelativeBias(bias.flatten(1), queries, keys, own, len(grid))
 
 # %% ../nbs/06a_relative_bias.ipynb #6a000013
 def alibi_bias(
