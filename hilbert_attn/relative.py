@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .common import lse_dtype
 from .curves import as_grid
 
 # %% ../nbs/06a_relative_bias.ipynb #6a00000a
@@ -44,7 +45,7 @@ class RelativeBias(NamedTuple):
         place = self.queries[..., :, None] - self.keys[..., None, :]
         inside = (place >= 0) & (place < size)
         entry = place.clamp(0, size - 1) + size * self.heads
-        flat = self.table.flatten()
+        flat = self.table.to(lse_dtype(self.table.dtype)).flatten()  # gradients are summed in it
         if flat.device.type == "cuda": found = flat[entry]
         else: found = flat.index_select(0, entry.flatten()).view(entry.shape)
         return found.where(inside, 0)

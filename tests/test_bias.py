@@ -250,6 +250,18 @@ def test_without_batches(registers):
         assert not torch.autograd.grad(out.sum(), bias)[0].any()
 
 
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_gradient_of_a_narrow_table(dtype):
+    "An entry may be that of thousands of pairs: their sum is not rounded one by one."
+    q, k, v = torch.zeros(3, 1, 1, 2048, 8).unbind(0)
+    def gradient(dtype):
+        bias = torch.zeros(1, 4095, dtype=dtype, requires_grad=True)
+        _, lse = hilbert_slide_attention(
+            q, k, v, 2048, (15, 0), curve=None, bias=bias, return_lse=True)
+        return torch.autograd.grad(lse.sum(), bias)[0].float()
+    torch.testing.assert_close(gradient(dtype), gradient(torch.float32), rtol=0.01, atol=0)
+
+
 def test_bit_identical():
     q, k, v = torch.randn(3, 1, 4, 900, 16).unbind(0)
     bias = torch.randn(4, 59, 59, requires_grad=True)
