@@ -625,9 +625,9 @@ def _rule_of(
     "How the scores of a batch of tiles are made."
     if rule.bias is None: return rule
     (batch, heads, group), tiles, whole = sizes, len(rows), rule.bias
-    queries, keys = whole.queries[rows[some]], whole.keys[columns[some]]
     bias = whole._replace(
-        queries=queries[:, None, None], keys=keys[:, None, None],
+        queries=whole.queries[rows[some, None, None]],
+        keys=whole.keys[columns[some, None, None]],
         heads=whole.heads.view(heads, group, 1, 1))()
     bias = bias.flatten(2, 3).expand(tiles, -1, -1, -1)  # (T, heads, group * P, J)
     return rule._replace(bias=bias.expand(batch, *bias.shape).flatten(0, 1))

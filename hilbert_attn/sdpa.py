@@ -650,8 +650,7 @@ def _rule_of(
     if rule.bias is None: return rule
     whole = rule.bias
     if whole.axes == 1 and not ordered: groups = groups[0][:1, :1], groups[1][:1, :1]
-    queries, keys = (
-        x[tokens].flatten(0, 1) for x, tokens in zip((whole.queries, whole.keys), groups))
+    queries, keys = (x[tokens].flatten(0, 1) for x, tokens in zip(whole[1:3], groups))
     heads = whole.heads.flatten()[own][:, None, None, None]
     bias = whole._replace(queries=queries, keys=keys, heads=heads)()
     return rule._replace(bias=bias.repeat(batch, 1, 1, 1))

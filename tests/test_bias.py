@@ -205,8 +205,15 @@ def test_segments_that_are_no_whole_rows(grid, mode, curve):
     q, k, v = torch.randn(3, 2, 2, 24, 8).unbind(0)
     bias = torch.randn(2, *(2 * side - 1 for side in grid))
     for size, rate in ((6, 1), (7, 2), (5, 1), (24, 3)):
-        exact(hilbert_attention, q, k, v, grid=grid, curve=curve, segment_size=size,
-              dilation_rate=rate, dilation_mode=mode, bias=bias)
+        exact(
+            hilbert_attention, q, k, v,
+            grid=grid,
+            curve=curve,
+            segment_size=size,
+            dilation_rate=rate,
+            dilation_mode=mode,
+            bias=bias,
+        )
 
 
 @pytest.mark.parametrize("overlap", (0, 3))
@@ -219,8 +226,14 @@ def test_windows_that_are_no_whole_rows(overlap):
 
 # the grid, the kernel, key/value heads and query heads of each
 BORDERS = [
-    ((14, 14), 7, (1, 4)), ((12, 12), 7, (1, 1)), ((12, 12), 9, (1, 8)), ((16, 16), 11, (1, 4)),
-    ((16, 16), 3, (2, 2)), ((24, 24), 13, (1, 2)), ((28, 28), 13, (1, 1)), ((197,), 106, (1, 2)),
+    ((14, 14), 7, (1, 4)),
+    ((12, 12), 7, (1, 1)),
+    ((12, 12), 9, (1, 8)),
+    ((16, 16), 11, (1, 4)),
+    ((16, 16), 3, (2, 2)),
+    ((24, 24), 13, (1, 2)),
+    ((28, 28), 13, (1, 1)),
+    ((197,), 106, (1, 2)),
     ((6, 7, 5), 3, (1, 3)),
 ]
 
