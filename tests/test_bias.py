@@ -220,8 +220,12 @@ def test_segments_that_are_no_whole_rows(grid, mode, curve):
 def test_windows_that_are_no_whole_rows(overlap):
     torch.manual_seed(1)
     q, k, v = torch.randn(3, 1, 1, 24, 8).unbind(0)
-    exact(hilbert_window_attention, q, k, v, (6, 4), 6, overlap=overlap, curve=None,
-          bias=torch.randn(1, 11, 7))
+    exact(
+        hilbert_window_attention, q, k, v, (6, 4), 6,
+        overlap=overlap,
+        curve=None,
+        bias=torch.randn(1, 11, 7),
+    )
 
 
 # the grid, the kernel, key/value heads and query heads of each
@@ -256,7 +260,10 @@ def test_without_batches(registers):
     more = dict(registers=(k[:, :, :registers], v[:, :, :registers])) if registers else {}
     overlapping = partial(hilbert_window_attention, overlap=2)
     for function in (
-        window_attention, neighborhood_attention, overlapping, hilbert_slide_attention,
+        window_attention,
+        neighborhood_attention,
+        overlapping,
+        hilbert_slide_attention,
     ):
         out, lse = function(q, k, v, (4, 5), 3, bias=bias, **more, return_lse=True)
         assert out.shape == q.shape and lse.shape == q.shape[:3]
