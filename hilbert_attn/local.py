@@ -153,6 +153,11 @@ class _Unit:
     @cached_property
     def tiles(self) -> int: return prod(run.classes * run.tiles for run in self.runs)
     @cached_property
+    def in_step(self) -> bool:
+        "Do the keys lie alike from the queries in all tiles? Tiles at a border need not."
+        return all(run.tiles == 1 or run.q[1] == run.k[1] for run in self.runs)
+
+    @cached_property
     def queries(self) -> int: return prod(run.q[2] for run in self.runs)  # M, of each tile
     @cached_property
     def keys(self) -> int: return prod(run.k[2] for run in self.runs)  # J
@@ -562,7 +567,8 @@ _tiles_attention = AttentionOperator(
 
 # %% ../nbs/11_local.ipynb #f5a6ff5d
 def _tiles_op(order, kind, numbers, group, most, keys, device) -> list[Tensor]:
-    "For each unit rows of queries (T, M), of keys (T, J + R), and the mask (M or 1, J + R)."
+    """For each unit rows of queries (T, M), of keys (T, J + R), the mask (M or 1, J + R), and the
+    tiles whose differences are those of all."""
     pattern = _decoded(kind, tuple(numbers))
     cells, tokens = prod(pattern.grid), _tokens(pattern, order, keys)
     row = torch.arange(keys, device=device) if tokens is None else tokens.to(device)
@@ -577,7 +583,10 @@ def _tiles_op(order, kind, numbers, group, most, keys, device) -> list[Tensor]:
         others = torch.cat([others, always.expand(len(others), -1)], 1)
         seen = np.ones((1, unit.keys), bool) if unit.mask is None else unit.mask
         mask = F.pad(torch.tensor(seen), (0, len(always)), value=True)
-        found += [queries.clone(memory_format=torch.contiguous_format), others, mask.to(device)]
+        queries = queries.clone(memory_format=torch.contiguous_format)
+        alike = unit.in_step and not pattern.along_curve
+        some = torch.arange(1 if alike else len(queries), device=device)
+        found += [queries, others, mask.to(device), some]
     return found
 
 
@@ -593,9 +602,9 @@ def _stack(x: Tensor, rows: Tensor, heads: int) -> Tensor: # (B, H, N, D), (T, P
     return x[:, :, rows].unflatten(1, (heads, -1)).movedim(3, 1).flatten(0, 1).flatten(2, 3)
 
 # %% ../nbs/11_local.ipynb #da21aa85
-def _unstack(x: Tensor, batch: int, group: int) -> Tensor: # (B, H, T * P, ...)
+def _unstack(x: Tensor, batch: int, tiles: int, group: int) -> Tensor: # (B, H, T * P, ...)
     "Undoes `_stack`, tiles one behind the other."
-    x = x.unflatten(2, (group, -1)).unflatten(0, (batch, -1))
+    x = x.unflatten(2, (group, -1)).unflatten(0, (batch, tiles))
     return x.movedim(1, 3).flatten(3, 4).flatten(1, 2)
 
 # %% ../nbs/11_local.ipynb #1ba9469c
@@ -607,15 +616,19 @@ def _pairs(mask: Tensor, keys: Tensor, key_mask: Tensor | None, group: int) -> T
 
 # %% ../nbs/11_local.ipynb #cfb5d7df
 def _rule_of(
-    pattern: AxisPattern, rule: Scores, rows: Tensor, columns: Tensor, sizes: tuple[int, int, int],
+    rule: Scores,
+    rows: Tensor, # int64 (T, P): tokens of queries
+    columns: Tensor, # int64 (T, J): of keys
+    some: Tensor, # int64 (T or 1,): tiles whose differences are those of all
+    sizes: tuple[int, int, int], # batches, key/value heads, query heads of each
 ) -> Scores:
-    "How the scores of a batch of tiles are made. Equal tiles of a grid have the same differences."
+    "How the scores of a batch of tiles are made."
     if rule.bias is None: return rule
-    (batch, heads, group), tiles = sizes, len(rows)
-    if not pattern.along_curve: rows, columns = rows[:1], columns[:1]
-    table, queries, keys, own = rule.bias
-    queries, keys = (x[:, None, None] for x in (queries[rows], keys[columns]))
-    bias = type(rule.bias)(table, queries, keys, own.view(heads, group, 1, 1))()
+    (batch, heads, group), tiles, whole = sizes, len(rows), rule.bias
+    bias = whole._replace(
+        queries=whole.queries[rows[some, None, None]],
+        keys=whole.keys[columns[some, None, None]],
+        heads=whole.heads.view(heads, group, 1, 1))()
     bias = bias.flatten(2, 3).expand(tiles, -1, -1, -1)  # (T, heads, group * P, J)
     return rule._replace(bias=bias.expand(batch, *bias.shape).flatten(0, 1))
 
@@ -639,20 +652,21 @@ def _local_expression(
     outs: list[Tensor] = []
     lses: list[Tensor] = []
     rule = score_rule(scale, q)
-    for rows, columns, mask in zip(tiles[::3], tiles[1::3], tiles[2::3]):
-        scale = _rule_of(pattern, rule, rows, columns, (B, heads, group))
+    for rows, columns, mask, some in zip(*(tiles[i::4] for i in range(4))):
+        sizes = B, len(rows), group
+        scale = _rule_of(rule, rows, columns, some, (B, heads, group))
         batch = [_stack(x, i, heads) for x, i in ((q, rows), (k, columns), (v, columns))]
         mask = _pairs(mask, columns, key_mask, group)
         if need_lse:
             queries, others, values = (x.to(wide) for x in batch)
             out, lse = masked_attention(queries, others, values, mask, scale, dropout_p)
-            lses.append(_unstack(lse, B, group))
+            lses.append(_unstack(lse, *sizes))
         else:
             queries, others, values = batch
             mask = mask.expand(*mask.shape[:-2], queries.shape[2], -1)
             out = masked_sdpa(queries, others, values, mask, scale, dropout_p)
-        outs.append(_unstack(out.to(q.dtype), B, group))
-    back = torch.cat([rows.flatten() for rows in tiles[::3]]).argsort()
+        outs.append(_unstack(out.to(q.dtype), *sizes))
+    back = torch.cat([rows.flatten() for rows in tiles[::4]]).argsort()
     lse = torch.cat(lses, 2).index_select(2, back) if need_lse else None
     return torch.cat(outs, 2).index_select(2, back), lse
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .common import lse_dtype
 from .curves import as_grid
 
 # %% ../nbs/06a_relative_bias.ipynb #6a00000a
@@ -36,6 +37,7 @@ class RelativeBias(NamedTuple):
     queries: Tensor # int64 (..., N): their numbers
     keys: Tensor # int64 (..., M)
     heads: Tensor # int64 (...), broadcastable to the shape of the result: which row of the table
+    axes: int = 1 # of the grid; with one, equally spaced groups have equal differences
 
     def __call__(self) -> Tensor: # (..., N, M)
         "0 where a difference lies outside of the table."
@@ -43,7 +45,7 @@ class RelativeBias(NamedTuple):
         place = self.queries[..., :, None] - self.keys[..., None, :]
         inside = (place >= 0) & (place < size)
         entry = place.clamp(0, size - 1) + size * self.heads
-        flat = self.table.flatten()
+        flat = self.table.to(lse_dtype(self.table.dtype)).flatten()  # gradients are summed in it
         if flat.device.type == "cuda": found = flat[entry]
         else: found = flat.index_select(0, entry.flatten()).view(entry.shape)
         return found.where(inside, 0)
@@ -86,7 +88,7 @@ def relative_bias(
     queries, keys = (x.to(device) for x in place_numbers(grid, bias.shape[1:]))
     keys = torch.nn.functional.pad(keys, (0, registers), value=_NOWHERE)
     own = torch.arange(heads, device=device)[:, None, None]
-    return RelativeBias(bias.flatten(1), queries, keys, own)
+    return RelativeBias(bias.flatten(1), queries, keys, own, len(grid))
 
 # %% ../nbs/06a_relative_bias.ipynb #6a000013
 def alibi_bias(

@@ -644,15 +644,15 @@ def _rule_of(
     groups: tuple[Tensor, Tensor], # tokens of queries and of keys (segments, residues, places)
     own: list[int], # heads
     batch: int, # B
-    ordered: bool, # False: differences are those of the first segment everywhere
+    ordered: bool, # False, on one axis: differences are those of the first segment everywhere
 ) -> Scores:
     "How the scores of groups (B * heads, segments * residues, M, J) are made."
     if rule.bias is None: return rule
-    table, *numbers, heads = rule.bias
-    if not ordered: groups = groups[0][:1, :1], groups[1][:1, :1]
-    queries, keys = (x[tokens].flatten(0, 1) for x, tokens in zip(numbers, groups))
-    heads = heads.flatten()[own][:, None, None, None]
-    bias = type(rule.bias)(table, queries, keys, heads)()
+    whole = rule.bias
+    if whole.axes == 1 and not ordered: groups = groups[0][:1, :1], groups[1][:1, :1]
+    queries, keys = (x[tokens].flatten(0, 1) for x, tokens in zip(whole[1:3], groups))
+    heads = whole.heads.flatten()[own][:, None, None, None]
+    bias = whole._replace(queries=queries, keys=keys, heads=heads)()
     return rule._replace(bias=bias.repeat(batch, 1, 1, 1))
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55eb

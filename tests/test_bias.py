@@ -1,5 +1,6 @@
 """A bias on relative places: against a table that is read pair by pair, with its gradient."""
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 import torch
@@ -185,6 +186,100 @@ def test_graphs_and_transforms(function):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(*x).sin().sum(), x), expected)
+
+
+def exact(function, q, k, v, *where, **options):
+    "Is the default what the oracle says, with and without the LSE?"
+    out, lse = function(q, k, v, *where, **options, backend="reference", return_lse=True)
+    found = function(q, k, v, *where, **options, return_lse=True)
+    torch.testing.assert_close(found, (out, lse), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        function(q, k, v, *where, **options), out, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("curve", (None, "row_major"))
+@pytest.mark.parametrize("mode", ("residue", "longnet", "keys"))
+@pytest.mark.parametrize("grid", ((6, 4), (4, 6), (2, 3, 4), (24,)))
+def test_segments_that_are_no_whole_rows(grid, mode, curve):
+    torch.manual_seed(1)
+    q, k, v = torch.randn(3, 2, 2, 24, 8).unbind(0)
+    bias = torch.randn(2, *(2 * side - 1 for side in grid))
+    for size, rate in ((6, 1), (7, 2), (5, 1), (24, 3)):
+        exact(
+            hilbert_attention, q, k, v,
+            grid=grid,
+            curve=curve,
+            segment_size=size,
+            dilation_rate=rate,
+            dilation_mode=mode,
+            bias=bias,
+        )
+
+
+@pytest.mark.parametrize("overlap", (0, 3))
+def test_windows_that_are_no_whole_rows(overlap):
+    torch.manual_seed(1)
+    q, k, v = torch.randn(3, 1, 1, 24, 8).unbind(0)
+    exact(
+        hilbert_window_attention, q, k, v, (6, 4), 6,
+        overlap=overlap,
+        curve=None,
+        bias=torch.randn(1, 11, 7),
+    )
+
+
+# the grid, the kernel, key/value heads and query heads of each
+BORDERS = [
+    ((14, 14), 7, (1, 4)),
+    ((12, 12), 7, (1, 1)),
+    ((12, 12), 9, (1, 8)),
+    ((16, 16), 11, (1, 4)),
+    ((16, 16), 3, (2, 2)),
+    ((24, 24), 13, (1, 2)),
+    ((28, 28), 13, (1, 1)),
+    ((197,), 106, (1, 2)),
+    ((6, 7, 5), 3, (1, 3)),
+]
+
+
+@pytest.mark.parametrize("causal", (False, True))
+@pytest.mark.parametrize("grid, kernel, heads", BORDERS)
+def test_neighbourhoods_at_borders(grid, kernel, heads, causal):
+    torch.manual_seed(2)
+    n, all_heads = torch.Size(grid).numel(), heads[0] * heads[1]
+    q, k, v = (torch.randn(1, some, n, 8) for some in (all_heads, heads[0], heads[0]))
+    bias = torch.randn(all_heads, *(2 * side - 1 for side in grid))
+    exact(neighborhood_attention, q, k, v, grid, kernel, bias=bias,
+          causal=(causal, *[False] * (len(grid) - 1)))
+
+
+@pytest.mark.parametrize("registers", (0, 2))
+def test_without_batches(registers):
+    q, k, v = torch.randn(3, 0, 2, 20, 8).unbind(0)
+    bias = torch.randn(2, 7, 9, requires_grad=True)
+    more = dict(registers=(k[:, :, :registers], v[:, :, :registers])) if registers else {}
+    overlapping = partial(hilbert_window_attention, overlap=2)
+    for function in (
+        window_attention,
+        neighborhood_attention,
+        overlapping,
+        hilbert_slide_attention,
+    ):
+        out, lse = function(q, k, v, (4, 5), 3, bias=bias, **more, return_lse=True)
+        assert out.shape == q.shape and lse.shape == q.shape[:3]
+        assert not torch.autograd.grad(out.sum(), bias)[0].any()
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+def test_gradient_of_a_narrow_table(dtype):
+    "An entry may be that of thousands of pairs: their sum is not rounded one by one."
+    q, k, v = torch.zeros(3, 1, 1, 2048, 8).unbind(0)
+    def gradient(dtype):
+        bias = torch.zeros(1, 4095, dtype=dtype, requires_grad=True)
+        _, lse = hilbert_slide_attention(
+            q, k, v, 2048, (15, 0), curve=None, bias=bias, return_lse=True)
+        return torch.autograd.grad(lse.sum(), bias)[0].float()
+    torch.testing.assert_close(gradient(dtype), gradient(torch.float32), rtol=0.01, atol=0)
 
 
 def test_bit_identical():
