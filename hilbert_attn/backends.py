@@ -457,8 +457,9 @@ def attend(
     family: str = "segments", # one of `FAMILIES`
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
     "Computes a checked call. Raises `RuntimeError` where a forced backend cannot run."
-    fused = call.custom_backward
-    name, _ = choose_backend(backend, call.q.device, known_length(call.q, 2), fused, family)
+    fused, tokens = call.custom_backward, known_length(call.q, 2)
+    if tokens and family == "cross": tokens = max(tokens, call.k.shape[2])
+    name, _ = choose_backend(backend, call.q.device, tokens, fused, family)
     return REGISTRY[name].run(call.hidden(), family)
 
 # %% ../nbs/07_backends.ipynb #0c520b02

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .common import Cache, lse_dtype
+from .common import Cache, known_now, lse_dtype
 from .operators import AttentionOperator, draw_seeds
 from .patterns import Lattice, Pattern, SegmentPattern, attention_mask
 from .reference import Scores, default_scale, masked_attention, score_rule
@@ -97,14 +97,15 @@ class KeptMask:
 _biases = Cache(tensors=lambda value: [x for x in value if x is not None])
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8c99
-LONGEST_KEPT = 512 # whose masks are kept: 1 MiB of float32 for each head
+LONGEST_KEPT = 512 # squared, scores of a mask that is kept: 1 MiB of float32 for each head
 
 
-def _can_keep(q: Tensor, key_mask: Tensor | None) -> bool:
+def _can_keep(q: Tensor, k: Tensor, key_mask: Tensor | None) -> bool:
     "Is the call short, without a mask of its own, and not traced?"
     if key_mask is not None or torch.compiler.is_compiling(): return False
     plain = _get_current_dispatch_mode() is None and torch.autograd.forward_ad._current_level < 0
-    return plain and q.shape[2] <= LONGEST_KEPT and q.device.type != "meta"
+    few = q.shape[2] * k.shape[2] <= LONGEST_KEPT ** 2
+    return plain and few and q.device.type != "meta"
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8c9a
 def _lse(
@@ -166,7 +167,7 @@ def attend_kept(
         with torch.autocast(kind, enabled=False):  # sums are in the precision of the LSE
             return attend_kept(q, k, v, kept, **options)
     rule = score_rule(scale, q)
-    if rule.by_kernels and _can_keep(q, key_mask):
+    if rule.by_kernels and _can_keep(q, k, key_mask):
         short = ShortCall(*kept.bias(q.dtype), rule.scale)
         out = short(q, k, v, dropout_p)
         if need_lse: return out, _lse(q, k, short.bias, short.empty, rule.scale)
@@ -546,25 +547,48 @@ _groups_attention = AttentionOperator(
     "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, "
     "float[] scale, float dropout_p", pairs=segment_pairs)
 
+# %% ../nbs/06_sdpa.ipynb #1e9f55b0
+def _cuts(
+    pattern: SegmentPattern,
+    apart: bool, # the last segment, where it is shorter; False: all have one length
+    device: torch.device,
+) -> list[tuple[Tensor, int]]: # int64 (segments, 1, 1), where they start; how long they are
+    "Segments of equal length."
+    n = pattern.seq_len
+    w = torch.sym_min(pattern.segment_size, n)
+    # one more than needed, or a graph of any length would be another one for a single segment
+    count = -(-n // w) if apart else -(-n // w) + 1
+    starts = torch.arange(count, device=device)[:, None, None] * w
+    if not apart or n % w == 0: return [(starts, w)]
+    return [(starts[:-1], w), (starts[-1:], n % w)]
+
 # %% ../nbs/06_sdpa.ipynb #1e9f55e8
 def _padded_groups(
     pattern: SegmentPattern,
     offset: int, # of the keys
-    device: torch.device,
+    starts: Tensor, # int64 (segments, 1, 1)
+    length: int, # of each segment
 ) -> tuple[Tensor, Tensor]: # int64 (segments, residues, places)
     "Positions of the queries and of the keys of all groups; N or more where there is none."
-    n, r = pattern.seq_len, pattern.dilation_rate
-    w = torch.sym_min(pattern.segment_size, n)
-    start = torch.arange(-(-n // w), device=device)[:, None, None] * w
+    n, r, device = pattern.seq_len, pattern.dilation_rate, starts.device
 
     def positions(first, last, step):
         residues = torch.arange(first, last, device=device)[:, None]
-        inside = residues + torch.arange(-(-w // step), device=device) * step
-        return (start + inside).masked_fill(inside >= w, n)
+        inside = residues + torch.arange(-(-length // step), device=device) * step
+        return (starts + inside).masked_fill(inside >= length, n)
 
     if pattern.mode == "residue": return (positions(0, r, r),) * 2
     keys = positions(offset, offset + 1, r)
     return (keys if pattern.mode == "longnet" else positions(0, 1, 1)), keys
+
+# %% ../nbs/06_sdpa.ipynb #1e9f55b3
+def _tokens_at(
+    positions: Tensor, # int64 (segments, residues, places), N or more: none
+    order: Tensor, # int64 (N,)
+) -> Tensor: # int64, as the positions
+    "Tokens to read; where there is none, the first of the group."
+    n = order.shape[0]
+    return order[torch.where(positions < n, positions, positions[..., :1]).clamp(max=n - 1)]
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55e9
 def _padded_mask(
@@ -585,27 +609,15 @@ def _padded_mask(
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55ea
 def _bring_home(
-    part: Tensor, # (B * heads, segments * residues, M, ...)
-    rows: Tensor, # int64 (segments, residues, M): where each goes; N: nowhere
-    batch: int,
+    part: Tensor, # (B, heads, rows, ...)
+    rows: Tensor, # int64 (rows,): where each goes; N: nowhere
     n: int, # N
     elsewhere: float, # what rows hold that nobody goes to
 ) -> Tensor: # (B, heads, N, ...)
     "Rows of groups, as they lie in memory."
-    part = part.unflatten(0, (batch, -1)).flatten(2, 3)
     sizes = *part.shape[:2], n + 1, *part.shape[3:]
-    whole = part.new_full(sizes, elsewhere).index_copy(2, rows.flatten(), part)
+    whole = part.new_full(sizes, elsewhere).index_copy(2, rows, part)
     return whole.narrow(2, 0, n)
-
-# %% ../nbs/06_sdpa.ipynb #d2e611a9
-def _tokens_at(
-    groups: tuple[Tensor, Tensor], # positions of queries and of keys, see `_padded_groups`
-    order: Tensor, # int64 (N,)
-) -> tuple[Tensor, Tensor]: # of queries and of keys
-    "The tokens of groups."
-    last = order.shape[0] - 1
-    queries, keys = groups
-    return order[queries.clamp(max=last)], order[keys.clamp(max=last)]
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55ec
 def _padded_attention(
@@ -616,19 +628,35 @@ def _padded_attention(
     order: Tensor, # int64 (N,)
     causal: bool,
     key_mask: Tensor | None, # bool (B, N)
-    attention: Callable, # (q, k, v, mask) -> out, or out and LSE
-) -> list[Tensor]: # the same for (B, heads, N)
-    "Attention of heads that have one pattern."
+    attention: Callable, # (tokens, q, k, v, mask) -> out, or out and LSE
+) -> tuple[Tensor, list[Tensor]]: # (rows,), where each goes; the same for (B, heads, rows)
+    "Attention of heads that have one pattern, in groups of as many places."
     batch, heads, n, _ = q.shape
-    queries, keys = _tokens_at(groups, order)
+    queries, keys = _tokens_at(groups[0], order), _tokens_at(groups[1], order)
+    some = (groups[1] < n).any(-1, keepdim=True)
 
     def rows(x, tokens): return _gather(x, tokens).flatten(2, 3).flatten(0, 1)
 
     mask = _padded_mask((queries, keys), groups[1] < n, causal, key_mask, heads)
-    parts = attention(rows(q, queries), rows(k, keys), rows(v, keys), mask)
-    home = torch.where(groups[0] < n, queries, n)
-    return [_bring_home(part, home, batch, n, elsewhere)
-            for part, elsewhere in zip(parts, (0, -torch.inf))]
+    parts = attention((queries, keys), rows(q, queries), rows(k, keys), rows(v, keys), mask)
+    home = torch.where((groups[0] < n) & some, queries, n)
+    return home.flatten(), [x.unflatten(0, (batch, heads)).flatten(2, 3) for x in parts]
+
+# %% ../nbs/06_sdpa.ipynb #1e9f55b5
+def _attend_cuts(
+    inputs: Sequence[Tensor], # q, k, v (B, heads, N, D)
+    pattern: SegmentPattern,
+    offset: int, # of the keys
+    cuts: list[tuple[Tensor, int]], # see `_cuts`
+    *how, # order, causal, key mask, attention: as for `_padded_attention`
+) -> list[Tensor]: # out, or out and LSE, for (B, heads, N)
+    "Attention of heads that have one pattern."
+    q, k, v = inputs
+    homes, parts = zip(*(
+        _padded_attention(q, k, v, _padded_groups(pattern, offset, *cut), *how) for cut in cuts))
+    home = torch.cat(homes)
+    return [_bring_home(torch.cat(x, 2), home, q.shape[2], elsewhere)
+            for x, elsewhere in zip(zip(*parts), (0, -torch.inf))]
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55ed
 def _heads_by_offset(pattern: SegmentPattern, heads: int) -> dict[int, list[int]]:
@@ -669,23 +697,24 @@ def _grouped_expression(
     need_lse: bool, # True: sums are in float32, gradients too
 ) -> tuple[Tensor, Tensor | None]: # out, lse
     "The groups as plain differentiable PyTorch, on any device."
-    dtype, heads = q.dtype, q.shape[1]
+    dtype, (batch, heads, n, _) = q.dtype, q.shape
     if need_lse: q, k, v = (x.to(lse_dtype(dtype)) for x in (q, k, v))
     k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     rule, ordered = score_rule(scale, q), order is not None
-    if order is None: order = torch.arange(q.shape[2], device=q.device)
+    if order is None: order = torch.arange(n, device=q.device)
 
-    def attention(rule, q, k, v, mask):
-        if need_lse: return masked_attention(q, k, v, mask, rule, dropout_p)
-        return [masked_sdpa(q, k, v, mask, rule, dropout_p)]
+    def attention(own, tokens, q, k, v, mask):
+        local = _rule_of(rule, tokens, own, batch, ordered)
+        if need_lse: return masked_attention(q, k, v, mask, local, dropout_p)
+        return [masked_sdpa(q, k, v, mask, local, dropout_p)]
 
+    # a graph of any length draws what is dropped as the call would
+    cuts = _cuts(pattern, known_now(n) and not dropout_p, q.device)
     parts, found = [], _heads_by_offset(pattern, heads)
     for offset, own in found.items():
-        groups = _padded_groups(pattern, offset, q.device)
-        tokens, at = _tokens_at(groups, order), as_slice(own)
-        of_group = partial(attention, _rule_of(rule, tokens, own, len(q), ordered))
-        inputs = q[:, at], k[:, at], v[:, at]
-        parts.append(_padded_attention(*inputs, groups, order, causal, key_mask, of_group))
+        inputs = [x[:, as_slice(own)] for x in (q, k, v)]
+        how = order, causal, key_mask, partial(attention, own)
+        parts.append(_attend_cuts(inputs, pattern, offset, cuts, *how))
     now = list(chain(*found.values()))
     back = as_slice([now.index(head) for head in range(heads)])
     out, *lse = (torch.cat(x, 1)[:, back] for x in zip(*parts))

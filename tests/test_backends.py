@@ -5,6 +5,7 @@ from cases import Case, Memory, cases
 from hypothesis import example, given
 from sampling import FULL
 from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from hilbert_attn import (
     backends,
@@ -17,7 +18,7 @@ from hilbert_attn import (
     window_attention,
 )
 from hilbert_attn.curves import curve_order
-from hilbert_attn.patterns import DILATION_MODES, SegmentPattern
+from hilbert_attn.patterns import DILATION_MODES, SegmentPattern, attention_mask
 from hilbert_attn.reference import reference_attention
 from hilbert_attn.sdpa import _grouped_expression, masked_sdpa, sdpa_attention, sdpa_mask_attention
 from hilbert_attn.tiles import dense_backward as _dense_backward
@@ -58,6 +59,33 @@ def test_heads_of_the_expression_come_back_in_place():
     pattern = SegmentPattern.for_heads(12, 4, 6, 3, "longnet")  # offsets 0, 1, 2, 0
     results = [sdpa_attention(q, k, v, pattern, custom_backward=x) for x in (False, True)]
     for ours, theirs in zip(*results): torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", ("residue", "longnet", "keys"))
+@pytest.mark.parametrize("custom_backward", (False, True))
+@pytest.mark.parametrize("offset", (0, 1))
+def test_an_infinite_value_stays_in_its_group(mode, custom_backward, offset):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 301 - offset, 8) for _ in range(3))
+    v[:, :, -1] = torch.inf
+    pattern = SegmentPattern.for_heads(v.shape[2], 2, 5, 2, mode, None)
+    reached = attention_mask(pattern)[..., -1].expand(1, 2, -1)
+    x = [y.requires_grad_() for y in (q, k, v)]
+    out, lse = sdpa_attention(*x, pattern, custom_backward=custom_backward)
+    assert torch.equal(~out.isfinite().all(-1), reached)
+    dq, *_ = torch.autograd.grad(out[out.isfinite()].sum(), x)
+    assert dq.isfinite().all(-1)[~reached].all()
+    if mode == "keys": return  # under causality a group may hold a key that none of it sees
+    causal, _ = sdpa_attention(*x, pattern, causal=True, custom_backward=custom_backward)
+    assert torch.equal(~causal.isfinite().all(-1), reached)
+
+
+def test_the_expression_does_not_pad_a_short_last_segment():
+    x = [torch.randn(2, 2, 17, 8) for _ in range(3)]
+    pattern = SegmentPattern.for_heads(17, 2, 16)
+    with FlopCounterMode(display=False) as counter:
+        sdpa_attention(*x, pattern, custom_backward=False)
+    assert counter.get_total_flops() == 4 * 8 * 2 * pattern.pairs(2)
 
 
 def mask_without_lse(*args, **options): return sdpa_mask_attention(*args, **options, need_lse=False)

@@ -294,6 +294,12 @@ def test_bit_identical():
     finally: torch.set_num_threads(before)
 
 
+def test_an_empty_batch_with_a_table():
+    q = torch.randn(0, 2, 200, 8)
+    out = hilbert_attention(q, q, q, segment_size=16, curve=None, bias=torch.randn(2, 399))
+    assert out.shape == q.shape
+
+
 def test_alibi_of_a_number_of_heads():
     table = alibi_bias(8, 3)
     assert table.shape == (8, 5) and table[0].tolist() == [-1.0, -0.5, 0.0, -0.5, -1.0]

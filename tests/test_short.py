@@ -7,6 +7,7 @@ import hilbert_attn.backends as backends
 import hilbert_attn.block_sparse as block_sparse
 import hilbert_attn.blocks.schedule as schedule
 import hilbert_attn.calls as calls_module
+import hilbert_attn.cross as cross_module
 import hilbert_attn.sdpa as sdpa
 from hilbert_attn import (
     DilatedAttention,
@@ -381,3 +382,18 @@ def test_a_backend_that_is_named_does_not_ask_the_environment(monkeypatch):
     hilbert_attention(*x, segment_size=10, backend="sdpa")
     with pytest.raises(ValueError, match="HILBERT_ATTN_BACKEND='typo'"):
         hilbert_attention(*x, segment_size=10)
+
+
+def test_many_keys_make_a_cross_attention_long(monkeypatch):
+    masked = []
+    def spy(q, k, *args, **options):
+        masked.append(k.shape[2])
+        return sdpa.attend_kept(q, k, *args, **options)
+    monkeypatch.setattr(cross_module, "attend_kept", spy)
+    backends._short_calls.clear()
+    q = torch.randn(1, 1, 200, 8)
+    for m in (200, 4096):
+        k = torch.randn(1, 1, m, 8)
+        hilbert_cross_attention(q, k, k, segment_size=10)
+    assert masked == [200]
+    assert not sdpa._can_keep(q, k, None) and sdpa._can_keep(q[:, :, :1], k, None)
