@@ -511,6 +511,12 @@ def test_other_kinds_of_models_are_refused(hf):
         use_hilbert_attention(nn.Linear(2, 2), segment_size=8)
 
 
+def test_learned_masks_are_refused(hf):
+    model = build(hf, "DogeConfig", GROUPED, head="AutoModelForCausalLM")
+    with pytest.raises(ValueError, match="Doge.* cannot be switched: its layers learn masks"):
+        use_hilbert_attention(model)
+
+
 def test_settings_and_names_are_checked(hf):
     with pytest.raises(ValueError, match="no setting"):
         switched(hf, segments=8)
