@@ -312,7 +312,9 @@ def curve_order(
     """The permutation that lays the tokens of `grid` along a curve.
 
     With "-trans" rows and columns are exchanged; in three dimensions all axes are reversed, and
-    the Hilbert walk exchanges its two longest. A `ValueError` for a bad grid or an unknown curve."""
+    the Hilbert walk exchanges its two longest.
+
+    A `ValueError` for a bad grid or an unknown curve."""
     grid, device = as_grid(grid), torch.device(device or "cpu")
     _parse_curve(curve)
     if torch.compiler.is_compiling():

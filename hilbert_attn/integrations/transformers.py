@@ -571,22 +571,22 @@ def _held(
     return key, value, mask[:, tokens - n:], tokens - n
 
 # %% ../../nbs/14c_transformers.ipynb #244a7ed4
-def _needs_window(
+def _needed_window(
     settings: HilbertSettings,
     window: int | None, # tokens, the query's own included; None: the mask has none
     n: int, # tokens so far
     gone: int, # that a cache has let go
-) -> bool: # False: segments allow no more
-    "Does a layer attend its own window? Raises `ValueError` for a pattern between the two."
+) -> int | None: # None: segments allow no more
+    "The window that a layer attends instead of segments. Raises `ValueError` for a pattern between the two."
     if window is None and gone:
         raise ValueError(
             f"{gone} of {n} tokens are no longer in the cache, and the layer has no window: "
             "give it a cache that keeps all tokens, as DynamicCache()")
-    if window is None or n <= window: return False
+    if window is None or n <= window: return None
     lengths, _ = settings.branches
     moved = settings.order_name is not None or settings.shift or settings.prefix_tokens
-    if not moved and settings.segment_lengths is None: return True
-    if not moved and max(lengths) <= window and not gone: return False
+    if not moved and settings.segment_lengths is None: return window
+    if not moved and max(lengths) <= window and not gone: return None
     raise ValueError(
         f"sliding_window={window} with {n} tokens and {settings.to_dict()}: a layer with a window "
         "can be dense, which leaves it its window, or have segments that are no longer, without "
@@ -659,9 +659,10 @@ def _transformers_attention(name: str) -> Callable:
         causal, key_mask = _who_attends(module, query, n, attention_mask, is_causal)
         if softcap is not None: scaling = Scores(score_rule(scaling, query).scale, softcap)
         rest = dropout, scaling, s_aux is not None
-        if _needs_window(settings, own, n + gone, gone):
-            window = own - 1, 0 if causal else own - 1
-            out, lse = _window_attention(query, key, value, window, key_mask, *rest)
+        window = _needed_window(settings, own, n + gone, gone)
+        if window is not None:
+            reach = window - 1, 0 if causal else window - 1
+            out, lse = _window_attention(query, key, value, reach, key_mask, *rest)
         else: out, lse = _attend(query, key, value, settings, causal, key_mask, *rest)
         if s_aux is not None: out, _ = with_sinks(out, lse, s_aux)
         return out.transpose(1, 2).contiguous(), None  # (B, N, H, D), and no weights
