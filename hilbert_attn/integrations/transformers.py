@@ -577,7 +577,7 @@ def _needed_window(
     n: int, # tokens so far
     gone: int, # that a cache has let go
 ) -> int | None: # None: segments allow no more
-    "The window that a layer attends instead of segments. Raises `ValueError` for a pattern between the two."
+    "The window in place of segments. Raises `ValueError` for a pattern between the two."
     if window is None and gone:
         raise ValueError(
             f"{gone} of {n} tokens are no longer in the cache, and the layer has no window: "
