@@ -260,14 +260,14 @@ def _parse_curve(curve: str) -> tuple[str, tuple[int, ...]]:
     known = ", ".join(map(repr, _CURVES))
     raise ValueError(
         f"curve={curve!r}: known curves are {known} and 'tile:S' for tiles of side S; "
-        f"{TRANSPOSED!r} behind a name is the same walk with rows for columns")
+        f"{TRANSPOSED!r} behind a name is the same walk with its axes exchanged")
 
 # %% ../nbs/00b_curves.ipynb #c0de6002
 TRANSPOSED = "-trans"
 
 
 def _transposed(sides: tuple[int, ...], curve: str) -> np.ndarray:
-    "The same walk with its axes exchanged."
+    "The same walk with all axes reversed; the Hilbert walk exchanges its two longest."
     name, options = _parse_curve(curve)
     if name == "hilbert": return _hilbert(sides, turned=True)
     token = np.arange(prod(sides)).reshape(sides).T.ravel()
@@ -305,11 +305,14 @@ def _cached_order(grid: tuple[int, ...], curve: str, device: torch.device) -> Te
 # %% ../nbs/00b_curves.ipynb #0454a80b
 def curve_order(
     grid: int | Sequence[int], # N, (H, W) or (T, H, W)
-    # a name in `CURVES`, or "tile:S"; "-trans" behind it: the same walk with rows for columns
+    # a name in `CURVES`, or "tile:S"; "-trans" behind it: the same walk, axes exchanged
     curve: str = "hilbert",
     device: torch.device | str | None = None, # where the result lies; None is the CPU
 ) -> Tensor: # int64 (N,): the token index at each position; cached, so do not write into it
     """The permutation that lays the tokens of `grid` along a curve.
+
+    With "-trans" rows and columns are exchanged; in three dimensions all axes are reversed, and
+    the Hilbert walk exchanges its two longest.
 
     A `ValueError` for a bad grid or an unknown curve."""
     grid, device = as_grid(grid), torch.device(device or "cpu")

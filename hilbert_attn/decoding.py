@@ -154,9 +154,10 @@ def _check_lengths(starts: Any, lengths: Any, few: int, capacity: int, order: Te
 
 
 # %% ../nbs/11d_decoding.ipynb #54a9575b
-def _overlapping(room: int, overlap: int, segment_size, **others) -> OverlapPattern:
+def _overlapping(room: int, overlap: int, segment_size, **dilation) -> OverlapPattern:
     "Segments whose queries see what comes before, too. Raises `ValueError`."
-    given = {name: x for name, x in others.items() if x not in (None, 1, "residue")}
+    plain = dict(dilation_rate=1, mode="residue")
+    given = {name: x for name, x in dilation.items() if x is not None and x != plain.get(name)}
     if segment_size is None or given:
         raise ValueError(
             f"overlap={overlap} with segment_size={segment_size}, {given}: "

@@ -356,3 +356,12 @@ def test_the_snake_has_the_segments_of_rows():
     assert not torch.equal(
         segment_map((64, 64), 256, "hilbert"), segment_map((64, 64), 256, "row_major")
     )
+
+
+def test_transposed_walks_of_three_dimensions():
+    "All axes are reversed; the Hilbert walk exchanges its two longest, the first of equal ones."
+    reversed_axes = torch.arange(24).view(2, 3, 4).permute(2, 1, 0).flatten()
+    assert curve_order((2, 3, 4), "row_major-trans").equal(reversed_axes)
+    exchanged = torch.arange(64).view(4, 4, 4).transpose(0, 1).flatten()
+    plain = curve_order((4, 4, 4), "hilbert")
+    assert curve_order((4, 4, 4), "hilbert-trans").equal(exchanged[plain])

@@ -260,6 +260,8 @@ BAD = [
     (dict(overlap=4, window=8), "overlap=4 with window=8"),
     (dict(overlap=4), "overlap=4 with segment_size=None"),
     (dict(overlap=4, segment_size=8, dilation_rate=2), "dilation_rate"),
+    (dict(overlap=4, segment_size=8, offsets=1), "'offsets': 1"),
+    (dict(overlap=4, segment_size=8, dilation_mode=1), "'mode': 1"),
     (dict(order=ORDER, lengths=20), "at most 16 tokens"),
     (dict(order=torch.zeros(16, dtype=torch.int64)), "order is no permutation"),
     (dict(order=[0, 1]), "order is given with list"),

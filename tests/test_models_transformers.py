@@ -355,9 +355,10 @@ def test_packed_documents_are_refused(hf):
 def test_caches_that_do_not_fit_are_refused(hf):
     with pytest.raises(ValueError, match="curve="):
         switched(hf, segment_size=8, curve="hilbert").generate(IDS, **SHORT)
-    window = use_hilbert_attention(build(hf, *NATIVE["Mistral"], head="AutoModelForCausalLM"))
-    with pytest.raises(ValueError, match="no static cache of a window"):
-        window.generate(IDS[:, :5], cache_implementation="static", **SHORT)
+    mask = hf.AttentionMaskInterface()["hilbert"]
+    for q_offset, kv_offset in ((3, 0), (3, 2), (9, 0)):  # of 9 keys
+        with pytest.raises(ValueError, match="must be the last of the keys"):
+            mask(1, 1, 9, q_offset, kv_offset, mask_function=lambda *x: True)
 
 
 def test_attention_weights_are_refused(hf):
@@ -427,9 +428,62 @@ def test_chunks_are_no_windows():
     def chunked(b, h, q, k): return (k <= q) & (q // 8 == k // 8)
     def window(b, h, q, k): return (k <= q) & (k > q - 8)
     keys = torch.ones(1, 30, dtype=torch.bool)
-    assert of_transformers._window_is_causal(window, 8, keys)
+    def both_ways(b, h, q, k): return abs(q - k) <= 8
+    assert of_transformers._window_of(window, 8, keys) == (True, 8)
+    assert of_transformers._window_of(window, 8, keys[:, :8]) == (True, None)
+    assert of_transformers._window_of(both_ways, 8, keys) == (False, 9)
     with pytest.raises(ValueError, match="a chunk of 8"):
-        of_transformers._window_is_causal(chunked, 8, keys)
+        of_transformers._window_of(chunked, 8, keys)
+
+
+# windows that only the mask has, or only the layer
+
+EXPERTS = dict(num_experts=2, num_experts_per_tok=1, sliding_window=7)
+SLIDING = ["sliding_attention"] * 2
+ALL_SLIDE = {
+    "Gemma3": ("Gemma3TextConfig", GROUPED | KINDS | dict(sliding_window=7, layer_types=SLIDING)),
+    "Qwen2Moe": ("Qwen2MoeConfig", GROUPED | EXPERTS | dict(
+        moe_intermediate_size=16, shared_expert_intermediate_size=16, use_sliding_window=True,
+        layer_types=SLIDING)),
+    "Phimoe": ("PhimoeConfig", GROUPED | dict(
+        num_local_experts=2, num_experts_per_tok=1, sliding_window=7)),
+}
+MASKED = ALL_SLIDE | {"Olmoe": ("OlmoeConfig", GROUPED | EXPERTS | dict(pad_token_id=0))}
+
+
+def moved(hf, name, switch):
+    "A model whose weights are far from its first ones."
+    model = build(hf, *MASKED[name], attention="sdpa", head="AutoModelForCausalLM")
+    generator = torch.Generator().manual_seed(1)
+    for p in model.parameters(): p.data += 0.15 * torch.randn(p.shape, generator=generator)
+    return use_hilbert_attention(model) if switch else model
+
+
+@pytest.mark.parametrize("padding", (None, "left"))
+@pytest.mark.parametrize("name", MASKED)
+def test_the_window_of_the_mask_holds(hf, name, padding):
+    "Whether a layer passes a window on, or passes one that its mask has not."
+    inputs, keep = texts(23, padding)
+    ours, sdpa = (moved(hf, name, switch)(**inputs).logits[keep] for switch in (True, False))
+    torch.testing.assert_close(ours, sdpa, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_without_window_needs_all_keys(hf):
+    "Its cache slides, for its configuration names a window, but its mask does not."
+    with pytest.raises(ValueError, match="of 21 tokens are no longer in the cache"):
+        moved(hf, "Olmoe", True).generate(IDS[:, :20], **SHORT)
+
+
+@pytest.mark.parametrize("cache", ("static", None))
+@pytest.mark.parametrize("length", (4, 20))
+@pytest.mark.parametrize("name", ALL_SLIDE)
+def test_generation_where_all_layers_slide(hf, name, length, cache):
+    "From prompts shorter and longer than the window."
+    how = SHORT | dict(max_new_tokens=8, do_sample=False, output_logits=True,
+                       return_dict_in_generate=True, cache_implementation=cache)
+    ours, sdpa = (torch.stack(moved(hf, name, switch).generate(IDS[:, :length], **how).logits)
+                  for switch in (True, False))
+    torch.testing.assert_close(ours, sdpa, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("padded", (False, True))
@@ -455,6 +509,12 @@ def test_other_kinds_of_models_are_refused(hf):
         use_hilbert_attention(t5, segment_size=8)
     with pytest.raises(ValueError, match="expected a transformers.PreTrainedModel"):
         use_hilbert_attention(nn.Linear(2, 2), segment_size=8)
+
+
+def test_learned_masks_are_refused(hf):
+    model = build(hf, "DogeConfig", GROUPED, head="AutoModelForCausalLM")
+    with pytest.raises(ValueError, match="Doge.* cannot be switched: its layers learn masks"):
+        use_hilbert_attention(model)
 
 
 def test_settings_and_names_are_checked(hf):

@@ -192,34 +192,35 @@ def _neighbours_apart(
     return bool((~sees & keys[:, 1:] & keys[:, :-1]).any())
 
 # %% ../../nbs/14c_transformers.ipynb #918781ff
-def _slides(
+def _reach(
     sees: Callable, # (query, key) -> attends
     window: int, # what the model calls its window or chunk
     n: int, # keys
-) -> bool:
-    "Does the first query that cannot see everything see as far back as the last one?"
+) -> int | None: # tokens; None: it slides not
+    "How far back the first query that cannot see everything sees, if the last one does, too."
     for reach in (window - 1, window):  # the query itself counts, or does not
         ends = [query for query in (reach + 1, n - 1) if reach < query < n]
-        if all(sees(x, x - reach) and not sees(x, x - reach - 1) for x in ends): return True
-    return False
+        if all(sees(x, x - reach) and not sees(x, x - reach - 1) for x in ends): return reach
+    return None
 
 # %% ../../nbs/14c_transformers.ipynb #953a2da3
-def _window_is_causal(
+def _window_of(
     mask_function: Callable, # (batch, head, query, key) -> attends
     window: int, # what the model calls its window or chunk
     keys: Tensor, # bool (B, N): no padding
-) -> bool:
-    "Is a window causal? Raises `ValueError` for what slides not: chunks, documents."
+) -> tuple[bool, int | None]: # causal; tokens in sight with the query's own, None: all
+    "Which way a window looks, and how far. Raises `ValueError` for chunks and documents."
     n, zero = keys.shape[1], torch.zeros((), dtype=torch.int64, device=keys.device)
     def sees(query, key): return bool(mask_function(zero, zero, zero + query, zero + key))
-    if n > window and not _slides(sees, window, n):
+    reach = _reach(sees, window, n) if n > window else None
+    if n > window and reach is None:
         raise ValueError(
             f"a chunk of {window} and {n} keys: segments are the "
             "pattern here, and a chunk another; use 'eager' or 'sdpa', or "
             f"at most {window} tokens")
     if _neighbours_apart(mask_function, keys):
         raise ValueError(_PACKED)
-    return not sees(0, 1)
+    return not sees(0, 1), None if reach is None else reach + 1
 
 # %% ../../nbs/14c_transformers.ipynb #2dacbe2a
 _PACKED = (
@@ -236,7 +237,7 @@ _UNSEEN = (
 
 # %% ../../nbs/14c_transformers.ipynb #f0eab5b6
 def _tokens_so_far(
-    q_length: int, kv_length: int, q_offset: Any, kv_offset: int, causal: bool, slides: bool,
+    q_length: int, kv_length: int, q_offset: Any, kv_offset: int, causal: bool,
 ) -> int:
     """Tokens up to the last query. Of a static cache, the keys behind them are not there yet; a
     sliding one has let go of `kv_offset`. Raises `ValueError` for other caches."""
@@ -244,13 +245,12 @@ def _tokens_so_far(
     elif torch.compiler.is_compiling(): raise ValueError(_STATIC)
     else: n = int(q_offset) + q_length
     room = kv_offset + kv_length
-    if n == room and (slides or not kv_offset): return n
-    if n < room and causal and not kv_offset and not slides: return n
+    fits = n == room or n < room and not kv_offset
+    if fits and (causal or n == kv_length): return n
     raise ValueError(
         f"{q_length} queries from {q_offset}, {kv_length} keys from "
         f"{kv_offset}: the queries must be the last of the keys (a cache "
-        "that grows, as DynamicCache, or a static one; no static cache of a window, no "
-        "cross-attention cache)")
+        "that grows, as DynamicCache, or a static one; no cross-attention cache)")
 
 # %% ../../nbs/14c_transformers.ipynb #5be847e5
 def _padded_keys(
@@ -265,6 +265,27 @@ def _padded_keys(
     keys = attention_mask[:, :n].bool()
     return nn.functional.pad(keys, (0, n - keys.shape[1]))
 
+# %% ../../nbs/14c_transformers.ipynb #7d1c5a03
+def _with_window(
+    mask: Tensor | None, # of our own
+    window: int, # tokens, the query's own included
+    keys: Tensor, # bool (B, N)
+) -> Tensor: # with three dimensions in front, of which the first is the window
+    "A mask that says its window; one without rows has no padding."
+    if mask is None: mask = keys[:0]
+    return mask.expand(window, 1, 1, *mask.shape)
+
+
+# %% ../../nbs/14c_transformers.ipynb #7d1c5a04
+def _without_window(
+    mask: Tensor | None, # as the layer gets it
+) -> tuple[Tensor | None, int | None]: # the mask, and its window in tokens, None: it has none
+    "Takes off what `_with_window` put in front."
+    if mask is None or mask.ndim <= 4: return mask, None
+    window, mask = mask.shape[0], mask[0, 0, 0]
+    return (mask if len(mask) else None), window
+
+
 # %% ../../nbs/14c_transformers.ipynb #53abf519
 def _transformers_mask(
     causal_function: Callable, # transformers' plain causal mask
@@ -275,19 +296,20 @@ def _transformers_mask(
                      mask_function=causal_function, attention_mask=None, local_size=None,
                      use_vmap=False, device="cpu", **options):
         plain, slides = mask_function is causal_function, local_size is not None
-        n = _tokens_so_far(q_length, kv_length, q_offset, kv_offset, plain, slides)
+        n = _tokens_so_far(q_length, kv_length, q_offset, kv_offset, plain or slides)
+        attention_mask, _ = _without_window(attention_mask)  # generation may ask twice
         keys = _padded_keys(attention_mask, batch_size, n, device)
-        compiling = torch.compiler.is_compiling()
-        if local_size is not None:
-            causal = _window_is_causal(mask_function, local_size, keys)
+        compiling, window = torch.compiler.is_compiling(), None
+        if slides: causal, window = _window_of(mask_function, local_size, keys)
         elif use_vmap or mask_function not in (causal_function, both_ways_function):
             raise ValueError(_UNSEEN if compiling else _PACKED)
         else: causal = plain
-        if n != kv_length: return keys  # which tells the layer how many there are
-        if attention_mask is None or not compiling and bool(keys.all()):
-            # a layer that gets None, and does not say which way it looks, counts as causal
-            return None if causal else keys.new_ones(1, 1, 1, 1)
-        return keys if causal else keys[:, None, None, :]
+        full = attention_mask is None or not compiling and bool(keys.all())
+        if n != kv_length: mask = keys  # which tells the layer how many there are
+        # a layer that gets None, and does not say which way it looks, counts as causal
+        elif full: mask = None if causal else keys.new_ones(1, 1, 1, 1)
+        else: mask = keys if causal else keys[:, None, None, :]
+        return mask if window is None else _with_window(mask, window, keys)
     return hilbert_mask
 
 # %% ../../nbs/14c_transformers.ipynb #48460532
@@ -549,18 +571,22 @@ def _held(
     return key, value, mask[:, tokens - n:], tokens - n
 
 # %% ../../nbs/14c_transformers.ipynb #244a7ed4
-def _needs_window(
+def _needed_window(
     settings: HilbertSettings,
-    window: int | None, # tokens, the query's own included; None: the layer has none
+    window: int | None, # tokens, the query's own included; None: the mask has none
     n: int, # tokens so far
     gone: int, # that a cache has let go
-) -> bool: # False: segments allow no more
-    "Does a layer attend its own window? Raises `ValueError` for a pattern between the two."
-    if window is None or n <= window: return False
+) -> int | None: # None: segments allow no more
+    "The window in place of segments. Raises `ValueError` for a pattern between the two."
+    if window is None and gone:
+        raise ValueError(
+            f"{gone} of {n} tokens are no longer in the cache, and the layer has no window: "
+            "give it a cache that keeps all tokens, as DynamicCache()")
+    if window is None or n <= window: return None
     lengths, _ = settings.branches
     moved = settings.order_name is not None or settings.shift or settings.prefix_tokens
-    if not moved and settings.segment_lengths is None: return True
-    if not moved and max(lengths) <= window and not gone: return False
+    if not moved and settings.segment_lengths is None: return window
+    if not moved and max(lengths) <= window and not gone: return None
     raise ValueError(
         f"sliding_window={window} with {n} tokens and {settings.to_dict()}: a layer with a window "
         "can be dense, which leaves it its window, or have segments that are no longer, without "
@@ -623,19 +649,20 @@ def _attend(
 def _transformers_attention(name: str) -> Callable:
     "The attention function for a registered name."
     def hilbert_attention_forward(module, query, key, value, attention_mask=None, dropout=0.0,
-                                  scaling=None, is_causal=None, sliding_window=None, softcap=None,
-                                  s_aux=None, **options):
+                                  scaling=None, is_causal=None, softcap=None, s_aux=None,
+                                  **options):
         _refuse(name, module, options)
+        attention_mask, own = _without_window(attention_mask)  # whatever `sliding_window` says
         key, value, attention_mask, gone = _held(key, value, attention_mask)
         n = key.shape[2]
         settings = _enter(module, name, n)
         causal, key_mask = _who_attends(module, query, n, attention_mask, is_causal)
         if softcap is not None: scaling = Scores(score_rule(scaling, query).scale, softcap)
         rest = dropout, scaling, s_aux is not None
-        if _needs_window(settings, sliding_window, n + gone, gone):
-            reach = sliding_window - 1
-            window = reach, 0 if causal else reach
-            out, lse = _window_attention(query, key, value, window, key_mask, *rest)
+        window = _needed_window(settings, own, n + gone, gone)
+        if window is not None:
+            reach = window - 1, 0 if causal else window - 1
+            out, lse = _window_attention(query, key, value, reach, key_mask, *rest)
         else: out, lse = _attend(query, key, value, settings, causal, key_mask, *rest)
         if s_aux is not None: out, _ = with_sinks(out, lse, s_aux)
         return out.transpose(1, 2).contiguous(), None  # (B, N, H, D), and no weights
@@ -699,6 +726,7 @@ _OUT_OF_ORDER = {
     "qwen3_vl_vision": "its patches come in blocks of 2 x 2, several pictures in a row",
     "swin": "its windows are attention patterns of their own",
     "swinv2": "its windows are attention patterns of their own"}
+_OWN_MASKS = ("doge",)  # which a layer learns, and cuts out of the mask that it gets
 
 # %% ../../nbs/14c_transformers.ipynb #09735722
 def _reads_text(
@@ -724,6 +752,10 @@ def _model_geometry(
             raise ValueError(
                 f"{name} cannot be switched: {_OUT_OF_ORDER[key]}, so that no "
                 "grid says how they lie; use 'eager' or 'sdpa'")
+    if kind in _OWN_MASKS:
+        raise ValueError(
+            f"{name} cannot be switched: its layers learn masks of their own, which no segments "
+            "are; use 'eager' or 'sdpa'")
     if _reads_text(model): return Geometry("sequence")
     source = patch_layer(model)
     if kind in _IN_ORDER and source is not None:
