@@ -1,9 +1,12 @@
 """Cells in curve order from a model's first layer to its last: the same output, without gathers."""
 
 import copy
+import inspect
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn as nn
 from dit_cases import CASES, built, given
 from sampling import sampled
 from test_diffusion import assert_equal, calls, results
@@ -151,3 +154,59 @@ def test_arguments_with_a_value_for_each_cell(name, argument, value):
     _, model = both(name)
     with pytest.raises(ValueError, match=f"{argument} has a value for each cell"):
         model(**given(name) | {argument: value})
+
+
+class Wrapper(nn.Module):
+    "As an adapter: the layer that it wraps keeps its hooks."
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, *args, **options): return self.base_layer(*args, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ("x_embedder", "norm_out", "pos_embed"))
+@pytest.mark.parametrize("other", (Wrapper, copy.deepcopy))
+def test_hooked_modules_that_were_replaced_later_are_named(name, other):
+    model = use_hilbert_attention(built(diffusers, FLUX), tiles=3, reorder=True)
+    setattr(model, name, other(getattr(model, name)))
+    with pytest.raises(RuntimeError, match=f"reorder=True, but {name} was replaced or wrapped"):
+        model(**given(FLUX))
+    plain = use_hilbert_attention(built(diffusers, FLUX), tiles=3)
+    use_hilbert_attention(model, tiles=3, reorder=True)
+    difference = model(**given(FLUX)).sample - plain(**given(FLUX)).sample
+    assert difference.abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_another_thread_behind_the_last_layer():
+    "The order of the way out is not that of the other thread's grid."
+    _, model = both(WAN)
+
+    def interrupt(layer, args, out):
+        handle.remove()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(torch.no_grad()(model), **given(WAN, 1)).result()
+
+    handle = model.blocks[-1].register_forward_hook(interrupt)
+    with pytest.raises(RuntimeError, match="two threads"):
+        model(**given(WAN))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", (FLUX, COG))
+def test_positional_arguments_stay_positional(name):
+    "Later hooks see a call as it was made; one argument too many is the model's own error."
+    plain, model = both(name)
+    inputs = with_tables(name, given(name))
+    names = list(inspect.signature(model.forward).parameters)
+    args = [inputs.get(own) for own in names[:names.index("return_dict")]]
+    seen = []
+    handle = model.register_forward_pre_hook(lambda model, args: seen.append(len(args)))
+    difference = model(*args).sample - plain(**inputs).sample
+    assert seen == [len(args)] and difference.abs().max() < 1e-12
+    handle.remove()
+    with pytest.raises(TypeError, match="positional"):
+        model(*args, *[None] * len(names))
