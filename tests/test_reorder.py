@@ -163,34 +163,41 @@ class Wrapper(nn.Module):
         super().__init__()
         self.base_layer = base_layer
 
-    def forward(self, *args, **options): return self.base_layer(*args, **options)
+    def forward(self, *args, **options):
+        return self.base_layer(*args, **options)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ("x_embedder", "norm_out", "pos_embed"))
+@pytest.mark.parametrize(
+    "name", ("x_embedder", "norm_out", "pos_embed")
+)
 @pytest.mark.parametrize("other", (Wrapper, copy.deepcopy))
-def test_hooked_modules_that_were_replaced_later_are_named(name, other):
-    model = use_hilbert_attention(built(diffusers, FLUX), tiles=3, reorder=True)
+def test_hooked_modules_that_were_replaced(name, other):
+    plain, model = both(FLUX, tiles=3)
+    inputs = given(FLUX)
     setattr(model, name, other(getattr(model, name)))
-    with pytest.raises(RuntimeError, match=f"reorder=True, but {name} was replaced or wrapped"):
-        model(**given(FLUX))
-    plain = use_hilbert_attention(built(diffusers, FLUX), tiles=3)
+    message = f"{name} was replaced or wrapped"
+    with pytest.raises(RuntimeError, match=message):
+        model(**inputs)
     use_hilbert_attention(model, tiles=3, reorder=True)
-    difference = model(**given(FLUX)).sample - plain(**given(FLUX)).sample
+    wanted = plain(**inputs).sample
+    difference = model(**inputs).sample - wanted
     assert difference.abs().max() < 1e-12
 
 
 @torch.no_grad()
 def test_another_thread_behind_the_last_layer():
-    "The order of the way out is not that of the other thread's grid."
+    "The way out is not that of the other thread's grid."
     _, model = both(WAN)
+    other = torch.no_grad()(model)
 
     def interrupt(layer, args, out):
         handle.remove()
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(torch.no_grad()(model), **given(WAN, 1)).result()
+            pool.submit(other, **given(WAN, 1)).result()
 
-    handle = model.blocks[-1].register_forward_hook(interrupt)
+    last = model.blocks[-1]
+    handle = last.register_forward_hook(interrupt)
     with pytest.raises(RuntimeError, match="two threads"):
         model(**given(WAN))
 
@@ -198,15 +205,24 @@ def test_another_thread_behind_the_last_layer():
 @torch.no_grad()
 @pytest.mark.parametrize("name", (FLUX, COG))
 def test_positional_arguments_stay_positional(name):
-    "Later hooks see a call as it was made; one argument too many is the model's own error."
+    "One too many is the model's own error."
     plain, model = both(name)
     inputs = with_tables(name, given(name))
-    names = list(inspect.signature(model.forward).parameters)
-    args = [inputs.get(own) for own in names[:names.index("return_dict")]]
+    forward = inspect.signature(model.forward)
+    names = list(forward.parameters)
+    names = names[: names.index("return_dict")]
+    args = [inputs.get(own) for own in names]
     seen = []
-    handle = model.register_forward_pre_hook(lambda model, args: seen.append(len(args)))
-    difference = model(*args).sample - plain(**inputs).sample
-    assert seen == [len(args)] and difference.abs().max() < 1e-12
+
+    def count(model, args):
+        seen.append(len(args))
+
+    handle = model.register_forward_pre_hook(count)
+    wanted = plain(**inputs).sample
+    difference = model(*args).sample - wanted
+    assert difference.abs().max() < 1e-12
+    assert seen == [len(args)]
     handle.remove()
+    beyond = [None] * len(forward.parameters)
     with pytest.raises(TypeError, match="positional"):
-        model(*args, *[None] * len(names))
+        model(*args, *beyond)

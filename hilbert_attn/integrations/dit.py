@@ -1046,7 +1046,7 @@ def _restore(
 
 def _still_switched(model: nn.Module, noted: Any) -> Any: # None where no layer is
     "What holds of a note when a model is saved."
-    processors = [getattr(layer, "processor", None) for layer in model.modules()]
+    processors: list[Any] = [getattr(layer, "processor", None) for layer in model.modules()]
     seams = [own.hilbert_seam for own in processors if hasattr(own, "hilbert_seam")]
     if not seams: return None
     names = [*seams[0].door.layers, *noted.get("by_hand", ())]
