@@ -4,8 +4,10 @@ import copy
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from fractions import Fraction
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -241,6 +243,13 @@ def test_training_has_no_steps(diffusers):
         ("blocks.0.*", ["blocks.0.attn1"]),
         (["blocks.1.attn1", 0], None),
         (None, None),
+        (np.int64(1), ["blocks.1.attn1"]),
+        ([np.int64(-1)], ["blocks.1.attn1"]),
+        (torch.tensor(0), ["blocks.0.attn1"]),
+        ([torch.tensor(0)], ["blocks.0.attn1"]),
+        (np.arange(2), None),
+        (torch.arange(2), None),
+        (range(1), ["blocks.0.attn1"]),
     ],
 )
 def test_layers_that_are_asked_for(diffusers, layers, names):
@@ -470,6 +479,11 @@ def test_rules_for_layers(diffusers):
         (dict(tiles=2, layers=[]), "none of the 2"),
         (dict(tiles=2, layers=[0, 99]), "99 in it is none of the 2"),
         (dict(tiles=2, layers=["blocks.0.*", "blokcs.1.attn1"]), "'blokcs.1.attn1' in it"),
+        (dict(layers=[0, 1.0]), "1.0 in it is none"),
+        (dict(layers=1.5), "layers=1.5: none of the 2"),
+        (dict(layers=True), "layers=True: none of the 2"),
+        (dict(layers=np.zeros(1)), "0.0 in it is none"),
+        (dict(layers=iter([9])), "9 in it is none"),
         (dict(tiles=2, tile_shift="a"), "tile_shift='a': must be a finite"),
         (dict(tiles=2, layer_shift=math.nan), "layer_shift=nan: must be a finite"),
         (dict(tiles=2, dense_steps=-1), "-1"),
@@ -657,6 +671,11 @@ def test_compiled_in_one_graph(diffusers, name):
     dict(kernel_size=(1, 3, 3), grid=(2, 4, 3)),
     dict(tiles=2, layers={"1": {"segment_size": 5}, "0": "dense"}),
     dict(tiles=2, dense_steps=1, layers=slice(0, 1)),
+    dict(tiles=2, tile_shift=np.float32(0.5)),
+    dict(tiles=2, layer_shift=Fraction(1, 4)),
+    dict(layers={0: {"tiles": np.int64(3)}}),
+    dict(layers={"1": [{"window": np.array([2, 3])}]}),
+    dict(layers={"1": {"tile_shift": Fraction(1, 2)}}),
 ])
 def test_a_saved_switch_is_restored(diffusers, tmp_path, options):
     model = use_hilbert_attention(built(diffusers, WAN).float().double(), **options)
@@ -688,3 +707,34 @@ def test_a_saved_pipeline(diffusers, tmp_path, monkeypatch):
     for block in model.blocks: block.attn1.set_processor(block.attn2.processor)
     model.save_pretrained(tmp_path / "plain")
     assert not sites(loaded(type(model), tmp_path / "plain"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", (None, {":": {"tiles": 4}}))
+def test_a_replaced_layer_is_saved_as_such(
+    diffusers, tmp_path, layers
+):
+    "Those behind it keep their numbers: their tiles stay."
+    kind = diffusers.WanTransformer3DModel
+    options = CASES[WAN].options | dict(num_layers=3)
+    torch.manual_seed(0)
+    model = use_hilbert_attention(
+        kind(**options).eval(),
+        tiles=3,
+        layer_shift=0.3,
+        layers=layers,
+    )
+    twin = copy.deepcopy(model).double()
+    seam = twin.blocks[1].attn1.processor.hilbert_seam
+    seam.settings = DiTSettings(tiles=1)
+    wanted = twin(**given(WAN)).sample
+    block = model.blocks[1]
+    block.attn1.set_processor(block.attn2.processor)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        model = loaded(kind, tmp_path)
+        twin = copy.deepcopy(model).double()
+        difference = twin(**given(WAN)).sample - wanted
+        assert difference.abs().max() < 1e-9
+        names = [site.name for site in sites(model)]
+        assert names == ["blocks.0.attn1", "blocks.2.attn1"]

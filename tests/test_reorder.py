@@ -1,9 +1,12 @@
 """Cells in curve order from a model's first layer to its last: the same output, without gathers."""
 
 import copy
+import inspect
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn as nn
 from dit_cases import CASES, built, given
 from sampling import sampled
 from test_diffusion import assert_equal, calls, results
@@ -151,3 +154,75 @@ def test_arguments_with_a_value_for_each_cell(name, argument, value):
     _, model = both(name)
     with pytest.raises(ValueError, match=f"{argument} has a value for each cell"):
         model(**given(name) | {argument: value})
+
+
+class Wrapper(nn.Module):
+    "As an adapter: the layer that it wraps keeps its hooks."
+
+    def __init__(self, base_layer):
+        super().__init__()
+        self.base_layer = base_layer
+
+    def forward(self, *args, **options):
+        return self.base_layer(*args, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ("x_embedder", "norm_out", "pos_embed")
+)
+@pytest.mark.parametrize("other", (Wrapper, copy.deepcopy))
+def test_hooked_modules_that_were_replaced(name, other):
+    plain, model = both(FLUX, tiles=3)
+    inputs = given(FLUX)
+    setattr(model, name, other(getattr(model, name)))
+    message = f"{name} was replaced or wrapped"
+    with pytest.raises(RuntimeError, match=message):
+        model(**inputs)
+    use_hilbert_attention(model, tiles=3, reorder=True)
+    wanted = plain(**inputs).sample
+    difference = model(**inputs).sample - wanted
+    assert difference.abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_another_thread_behind_the_last_layer():
+    "The way out is not that of the other thread's grid."
+    _, model = both(WAN)
+    other = torch.no_grad()(model)
+
+    def interrupt(layer, args, out):
+        handle.remove()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(other, **given(WAN, 1)).result()
+
+    last = model.blocks[-1]
+    handle = last.register_forward_hook(interrupt)
+    with pytest.raises(RuntimeError, match="two threads"):
+        model(**given(WAN))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", (FLUX, COG))
+def test_positional_arguments_stay_positional(name):
+    "One too many is the model's own error."
+    plain, model = both(name)
+    inputs = with_tables(name, given(name))
+    forward = inspect.signature(model.forward)
+    names = list(forward.parameters)
+    names = names[: names.index("return_dict")]
+    args = [inputs.get(own) for own in names]
+    seen = []
+
+    def count(model, args):
+        seen.append(len(args))
+
+    handle = model.register_forward_pre_hook(count)
+    wanted = plain(**inputs).sample
+    difference = model(*args).sample - wanted
+    assert difference.abs().max() < 1e-12
+    assert seen == [len(args)]
+    handle.remove()
+    beyond = [None] * len(forward.parameters)
+    with pytest.raises(TypeError, match="positional"):
+        model(*args, *beyond)

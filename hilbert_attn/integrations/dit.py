@@ -8,13 +8,14 @@ __all__ = ['LAYOUTS', 'WAYS', 'DiTSettings', 'joint_attention', 'latent_grid', '
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #de4d6054
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from math import isfinite, prod
-from numbers import Real
+from numbers import Integral, Real
+from operator import index
 from threading import get_ident
 from types import FunctionType, SimpleNamespace
 from typing import Any
@@ -35,7 +36,7 @@ from .diffusers import KEEPERS, Keeper, note_switch
 from .settings import ModelSettings, plain_numbers, plain_value
 from ..schedule import LayerSchedule, Rules, schedule_from
 from .switch import (
-    Geometry, Site, Switch, in_backward, register_switch, remove_hooks, remove_switch)
+    Geometry, Site, Switch, in_backward, register_switch, release, remove_hooks, remove_switch)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e011
 _PATTERNS = ("tiles", "segment_size", "window", "kernel_size")
@@ -87,10 +88,13 @@ class DiTSettings(ModelSettings):
 def _plain_fields(
     settings: "DiTSettings",
 ) -> dict[str, Any]: # name -> value
-    "Fields that hold whole numbers, as Python's own."
+    "Fields that hold numbers, as Python's own."
     names = (*_PATTERNS, "dense_steps", "grid")
     plain = {name: plain_numbers(name, getattr(settings, name)) for name in names}
     if plain["grid"] is not None: plain["grid"] = as_grid(plain["grid"])
+    for name in _SHIFTS:
+        shift = getattr(settings, name)
+        plain[name] = float(shift) if isinstance(shift, Real) else shift
     return plain
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #32be1565
@@ -348,14 +352,21 @@ def _agreed(
         f"grid={stated}: the cells of this call lie on {read}; leave grid out to follow the calls")
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b2
+def _without_seam(
+    model: nn.Module,
+    layers: Sequence[str], # names
+) -> list[str]:
+    "The layers whose processor is none of ours."
+    own = {name: getattr(model.get_submodule(name), "processor", None) for name in layers}
+    return [name for name, processor in own.items() if not hasattr(processor, "hilbert_seam")]
+
+
 def _check_seams(
     model: nn.Module,
     layers: Sequence[str], # names of the switched ones
 ):
     "Raises `RuntimeError` where a layer was given another processor."
-    lost = [
-        name for name in layers
-        if not hasattr(getattr(model.get_submodule(name), "processor", None), "hilbert_seam")]
+    lost = _without_seam(model, layers)
     if not lost: return
     raise RuntimeError(
         f"{type(model).__name__} was switched, but {', '.join(lost)} got another processor "
@@ -582,6 +593,19 @@ def _tokens_in_order(
         return _in_order(x.reshape(-1, len(order), x.shape[2]), order, 1, False).view_as(x)
     return _in_order(x, order, 1, text_first)
 
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e019
+def _check_hooked(
+    model: nn.Module,
+    hooked: Mapping[str, nn.Module], # name -> module, when the model was switched
+):
+    "Raises `RuntimeError` where a module with a hook is another one by now."
+    lost = [name for name, module in hooked.items() if model.get_submodule(name) is not module]
+    if not lost: return
+    raise RuntimeError(
+        f"{type(model).__name__} was switched with reorder=True, but {', '.join(lost)} was "
+        "replaced or wrapped since, and would mix up the order of its cells: call "
+        "use_hilbert_attention again, or use_dense_attention")
+
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e006
 class Reordering:
     "Cells in the order of a curve, from the first layer of a model to the last one."
@@ -596,23 +620,32 @@ class Reordering:
         self.door, self.way, self.curve = door, way, curve
         self.text_first = door.layout.text == "before"
         model.register_forward_pre_hook(self.enter, with_kwargs=True)
-        model.get_submodule(way.into).register_forward_hook(self.go_in)
-        model.get_submodule(way.out).register_forward_pre_hook(self.come_out)
+        self.hooked = {name: model.get_submodule(name) for name in (way.into, way.out)}
+        self.hooked[way.into].register_forward_hook(self.go_in)
+        self.hooked[way.out].register_forward_pre_hook(self.come_out)
         if way.rotary and hasattr(model, way.rotary):
-            model.get_submodule(way.rotary).register_forward_hook(self.turn)
+            self.hooked[way.rotary] = model.get_submodule(way.rotary)
+            self.hooked[way.rotary].register_forward_hook(self.turn)
 
     def order(self, x: Tensor) -> Tensor: # (cells,)
         "Of the cells of this call, where `x` is. Raises `ValueError` where their grid is unknown."
-        if self.door.grid is None: raise ValueError(_NO_GRID)
-        return curve_order(self.door.grid, self.curve, x.device)
+        grid = self.door.grid
+        _check_thread(self.door.thread)  # behind the reading: it was still ours
+        if grid is None: raise ValueError(_NO_GRID)
+        return curve_order(grid, self.curve, x.device)
 
-    def enter(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        "Checks a call; turns rotary tables that are among its arguments."
-        given = dict(zip(self.door.names, args)) | kwargs
+    def enter(self, model: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        "Checks a call; turns rotary tables that are among its arguments. None: there are none."
+        names, rotary = self.door.names, self.way.rotary
+        given = dict(zip(names, args)) | kwargs
+        _check_hooked(model, self.hooked)
         _check_by_cell(given)
-        tables = given.get(self.way.rotary)
-        if tables is not None: given[self.way.rotary] = self.turn(model, (), tables)
-        return (), given
+        tables = given.get(rotary)
+        if tables is None: return None
+        turned = self.turn(model, (), tables)
+        if rotary in kwargs: return args, kwargs | {rotary: turned}
+        place = names.index(rotary)
+        return (*args[:place], turned, *args[place + 1:]), kwargs
 
     def go_in(self, layer: Any, args: tuple, out: Tensor) -> Tensor:
         "Behind what makes tokens of the cells."
@@ -804,15 +837,36 @@ def _self_attention(
             "their own, or this diffusers is another one than 0.36 to 0.42")
     return layers
 
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e015
+def _python_value(value: Any) -> Any: # the same in dictionaries, lists and Python's own numbers
+    "What a file can hold of a user's value; what is no number stays."
+    if isinstance(value, Mapping):
+        return {name: _python_value(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)): return [_python_value(one) for one in value]
+    if hasattr(value, "tolist"): return value.tolist()
+    fraction = isinstance(value, Real) and not isinstance(value, Integral)
+    return float(value) if fraction else value
+
 # %% ../../nbs/14f_diffusion_transformers.ipynb #bd9e29b5
 def _named(
     names: list[str], # of layers, in the order of the model
-    which: str | int | slice, # a name with * and ?, a number, or a range of numbers
-) -> list[str]:
+    which: Any, # a name with * and ?, a number, or a range of numbers
+) -> list[str]: # [] for what is none of these
     "The names that one entry of a user's list means."
     if isinstance(which, str): return [name for name in names if fnmatchcase(name, which)]
-    if isinstance(which, int): which = slice(which, which + 1 or None)
-    return names[which]
+    if isinstance(which, slice): return names[which]
+    if isinstance(which, bool) or not hasattr(which, "__index__"): return []
+    number = index(which)
+    return names[number:number + 1 or None]
+
+# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e017
+def _entries(
+    which: Any, # names, numbers; None: all
+) -> tuple[list[Any], bool]: # entries; were several given?
+    "What a user asks for, one by one."
+    plain = slice(None) if which is None else _python_value(which)
+    if isinstance(plain, (str, slice)) or not isinstance(plain, Iterable): return [plain], False
+    return _python_value(list(plain)), True
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #c4bb8db2
 def _asked_for(
@@ -821,14 +875,13 @@ def _asked_for(
 ) -> dict[str, Any]: # name -> layer
     "The layers that a user asks for. Raises `ValueError` for an entry that means none."
     names = list(layers)
-    several: Any = slice(None) if which is None else which
-    if isinstance(several, (str, int, slice)): several = [several]
-    found = [_named(names, one) for one in several]
+    entries, several = _entries(which)
+    found = [_named(names, one) for one in entries]
     wanted = {name for some in found for name in some}
     if found and all(found):
         return {name: layer for name, layer in layers.items() if name in wanted}
-    empty = [one for one, some in zip(several, found, strict=True) if not some]
-    what = f"{empty[0]!r} in it is " if empty and several is which else ""
+    empty = [one for one, some in zip(entries, found, strict=True) if not some]
+    what = f"{empty[0]!r} in it is " if empty and several else ""
     known = f", {names[0]} to {names[-1]}" if names else ""
     raise ValueError(
         f"layers={which!r}: {what}none of the {len(names)} layers of self-attention{known}")
@@ -939,7 +992,7 @@ def _as_noted(
 ) -> dict[str, Any]: # settings, layers
     "A switch in values that a file can hold."
     rules = isinstance(which, (Mapping, LayerSchedule))
-    layers = plain_value(schedule_from(which)) if rules else list(each)
+    layers = _python_value(plain_value(schedule_from(which))) if rules else list(each)
     return dict(settings=settings.to_dict(), layers=layers)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #684a5f84
@@ -967,21 +1020,38 @@ def switch_diffusion(
     return model
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e010
+def _give_back(
+    layer: Any, # a switched one
+    name: str, # in its model
+):
+    "A layer's own processor, for good."
+    door = layer.processor.hilbert_seam.door
+    door.layers = tuple(other for other in door.layers if other != name)
+    layer.processor = own_processor(layer.processor)
+    release(layer)
+
+
 def _restore(
     model: Any,
     noted: Mapping[str, Any], # as in a configuration
 ):
-    "Switches a loaded model again."
+    "Switches a loaded model again, without the layers that had another processor."
     layers = noted["layers"]
     rules = bool(layers) and not isinstance(layers[0], str)
     settings = DiTSettings.from_dict(noted["settings"])
     switch_diffusion(model, settings, layers=dict(layers) if rules else layers)
+    for name in noted.get("by_hand", ()): _give_back(model.get_submodule(name), name)
+    note_switch(model, _NOTED, noted)
 
 
 def _still_switched(model: nn.Module, noted: Any) -> Any: # None where no layer is
     "What holds of a note when a model is saved."
-    processors = [getattr(layer, "processor", None) for layer in model.modules()]
-    return noted if any(hasattr(own, "hilbert_seam") for own in processors) else None
+    processors: list[Any] = [getattr(layer, "processor", None) for layer in model.modules()]
+    seams = [own.hilbert_seam for own in processors if hasattr(own, "hilbert_seam")]
+    if not seams: return None
+    names = [*seams[0].door.layers, *noted.get("by_hand", ())]
+    lost = _without_seam(model, names)
+    return dict(noted) | dict(by_hand=lost) if lost else noted
 
 
 KEEPERS.append(Keeper(_NOTED, _restore, _still_switched))
