@@ -121,8 +121,8 @@ def test_fuzz_sdpa_mask(case): check(case, backend="sdpa_mask")
 
 @given(calls(max_n=24))
 def test_fuzz_plain_expression(case):
-    def plain(q, k, v, *, causal, key_mask, dropout_p, scale, **how):
-        numbers = dict(dropout_p=dropout_p, scale=scale)
+    def plain(q, k, v, *, causal, key_mask, dropout_p, scale, softcap=None, **how):
+        numbers = dict(dropout_p=dropout_p, scale=scale, softcap=softcap)
         call = check_call(
             q, k, v, causal=causal, key_mask=key_mask, **numbers, return_lse=True,
             custom_backward=False)

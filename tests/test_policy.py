@@ -111,7 +111,7 @@ def shown(notebook: str, after: str = "", names: dict | None = None) -> list[str
     cells = json.loads((NBS / notebook).read_text())["cells"]
     sources = ["".join(cell["source"]) for cell in cells]
     first = next(i for i, source in enumerate(sources) if source.startswith(after))
-    names = {} if names is None else names
+    names = dict(display=print) | (names or {})  # as in a notebook
     code = [
         source
         for source, cell in zip(sources[first:], cells[first:])

@@ -383,6 +383,9 @@ def test_pages_on_other_screens(server, open_page, width, first):
     assert not {name: wrong for name, wrong in found.items() if wrong}
 
 
+CHANGED = "before => document.querySelector('.readout').innerText !== before"
+
+
 def test_the_report_can_be_pointed_at(server, open_page):
     "The stored page of the demo, in both themes: what a patch attends is drawn where it is."
     for scheme in ("light", "dark"):
@@ -391,7 +394,7 @@ def test_the_report_can_be_pointed_at(server, open_page):
         canvas = page.locator("canvas[data-view=look]").first
         canvas.scroll_into_view_if_needed()
         canvas.click(position={"x": 20, "y": 30})
-        assert page.locator(".readout").inner_text() != before
+        page.wait_for_function(CHANGED, arg=before)  # in the next frame
         assert " ms" not in page.locator("main").inner_text()  # times are for the reader's machine
 
 

@@ -57,7 +57,6 @@ ANY = {  # where any object will do, or where torch decides
     *(
         f"{layer}.settings return"
         for layer in ("HilbertAttentionCore", "DilatedAttention", "BlockSparseAttention")),
-    "HilbertSettings.to_dict return", "HilbertSettings.from_dict values", # JSON
 }
 
 

@@ -55,6 +55,7 @@ class ModelOptions(HilbertOptions, total=False):
     layer_shift: float
     step_shift: float
     dense_steps: int
+    reorder: bool
     layers: Any
 
 # %% ../../nbs/14_integrations.ipynb #d59ccadd
