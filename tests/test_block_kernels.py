@@ -243,6 +243,7 @@ PATTERNS = [WindowPattern((9, 14), (4, 5), (1, 2)),
 def name_of(pattern): return type(pattern).__name__.removesuffix("Pattern")
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=name_of)
 @pytest.mark.parametrize(
@@ -286,6 +287,7 @@ def test_given_block_masks(own):
 LARGE = [((128, 128), Tile(64, 32), 333), ((64, 128), Tile(64, 64), 333), ((48, 80), None, 131)]
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("block_size, tile, n", LARGE)
 @pytest.mark.parametrize("ordered", [False, True])

@@ -258,6 +258,7 @@ def test_small_groups_of_gpus_fit_registers():
     assert fit(128, True, 64, bf16, ampere) and not fit(128, True, 64, bf16, ampere, dropout=True)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [16, 17, 48, 72, 80, 96, 100, 128, 160, 192, 256])
@@ -277,6 +278,7 @@ def test_columns_are_split_into_powers_of_two():
         assert b == 0 or math.log2(b).is_integer()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mode", DILATION_MODES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(mode, causal):
