@@ -725,7 +725,7 @@ def test_candidates_are_those_that_nothing_spoils():
     assert plain[0] == default and len(plain) == len(set(plain)) > 2
     assert not any(tile.tma for tile in plain) and any(tile.tma for tile in described)
     assert not any(tile.overlap for tile in candidates("order", tma=True))
-    for trait in ("dropout", "mask", "causal", "blocks"):
+    for trait in ("dropout", "mask", "causal", "softcap", "blocks"):
         assert len(candidates(trait, tma=True)) < len(described)
     assert candidates("whole", tma=True) == [*described, *tuning.PRODUCERS]
     assert candidates("causal", kernel="dkv", tma=True) == [default]

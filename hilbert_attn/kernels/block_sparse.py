@@ -432,14 +432,15 @@ def default_block_tile(
     capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
     dropout: bool = False, # the generator needs registers
     axes: int = 0, # coordinates per slot, which need registers too
+    capped: bool = False, # so does a cap on scores
 ) -> Tile: # before it is fitted to the block
     """The tile to use where nothing was measured: that of the segment kernels, smaller where the
     bounds would spill."""
-    tile = default_tile(kernel, head_dim, dtype, min(capability, (9, 0)), dropout)
+    tile = default_tile(kernel, head_dim, dtype, min(capability, (9, 0)), dropout, capped)
     if not is_half(dtype) or head_dim > 128 or capability < (8, 0): return tile
     if capability < (9, 0):
         few = 2 if kernel == "dkv" else 3
-        if not dropout and axes < few: return tile
+        if not (dropout or capped) and axes < few: return tile
         return Tile(32, 64, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
     if kernel == "dq": return replace(tile, num_stages=3)
     if kernel != "dkv" or not (dropout or axes > 2): return tile
@@ -509,7 +510,8 @@ class BlockCall(launch.Call):
     def default(self, kernel: str) -> Tile:
         "Where nothing was measured."
         return default_block_tile(
-            kernel, self.D, self.q.dtype, self.capability, self.dropout, self.axes)
+            kernel, self.D, self.q.dtype, self.capability, self.dropout, self.axes,
+            self.capped != 0)
 
     def walk_keys(self) -> tuple: # of the kernels that own queries
         "Layout, lists, and the other pointers."
