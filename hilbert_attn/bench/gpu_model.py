@@ -65,7 +65,7 @@ class Loop:
     def warps(self) -> int: return self.computing + 4 * self.tile.producer
 
     @property
-    def rows(self) -> int: # of two tensors, that a tile reads: keys, or queries where keys are owned
+    def rows(self) -> int: # that a tile reads of two tensors: keys, or queries of owned keys
         return self.tile.block_m if self.products > _PRODUCTS["dq"] else self.tile.block_n
 
 # %% ../../nbs/15j_gpu_model.ipynb #6d0c2f3e
