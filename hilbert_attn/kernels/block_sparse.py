@@ -103,14 +103,20 @@ def _load_bounds(layout, slot, n_slots, AXES: tl.constexpr):
     return Bounds(lo, _load_axes(layout.hi, slot, n_slots, AXES))
 
 # %% ../../nbs/10b_block_kernels.ipynb #e7a45409
+_LARGEST = tl.constexpr(2 ** 31 - 2)
+
 @triton.jit
 def _room(lo, hi, at, K_DIM: tl.constexpr):
     """Of a coordinate of keys between the bounds of queries: negative where it is outside.
 
-    Coordinates are 0 or more, and a key that all see stands at 0 here; bounds below 0 are as good
-    as 0 and -1. So nothing overflows, and nothing is as low as what `_asked` asks of such a key."""
-    at = tl.expand_dims(tl.maximum(at, 0), K_DIM)
+    Coordinates are 0 or more, bounds below 0 are as good as 0 and -1, and a key that all see is at
+    -1: nothing is as low as what `_asked` asks of such a key. Where keys are columns, the many, its
+    own distances may pass the end of the numbers, and stay above that. Where they are rows, it
+    stands at 0."""
     lo, hi = tl.maximum(lo, 0), tl.maximum(hi, -1)
+    if K_DIM == 0: lo = tl.minimum(lo, _LARGEST)
+    else: at = tl.maximum(at, 0)
+    at = tl.expand_dims(at, K_DIM)
     return (at - tl.expand_dims(lo, 1 - K_DIM)) | (tl.expand_dims(hi, 1 - K_DIM) - at)
 
 # %% ../../nbs/10b_block_kernels.ipynb #4d0b7c1e
