@@ -165,6 +165,12 @@ def test_rows_of_short(toys):
     settings = [s.name for n in c["tokens"] for s in short._settings(n, c["heads"])]
     assert [x["setting"] for x in lines] == [name for name in settings for _ in range(2)]
     assert {f"blocks of {size}" for size in (16, 4096)} < set(settings)
+    *parts, whole = toys["short"]["profile"]
+    assert whole["part"] == "in all" and min(whole["again"], whole["new"]) > 0
+    for call in ("again", "new"):
+        assert sum(row[call] or 0 for row in parts) == pytest.approx(whole[call])
+    printed = str(short.profile_table(toys["short"]))
+    assert all(row["part"] in printed for row in parts) and f"{whole['new']:.0f}" in printed
 
 
 def test_what_is_slow():

@@ -19,6 +19,8 @@ from hilbert_attn.bench.short import (
     RATIO,
     SHORT_CONFIG,
     SHORT_QUICK,
+    profile_table,
+    short_profile,
     short_run,
     short_table,
     short_tables,
@@ -50,14 +52,14 @@ def whole(folder, config, quick):
         measured(folder / f"{threads}-{n}.json", config, threads, n, quick)
         for threads, n in pieces(config)]
     rows = [row for run in runs for row in run["rows"]]
-    return runs[-1] | dict(config=config, rows=rows)
+    return runs[-1] | dict(config=config, rows=rows, profile=short_profile(config))
 
 
 def tell(run):
     "The calls that are slow; how many there are."
     lines = short_table(run)
     slow = sorted((x for x in lines if x["slow"]), key=lambda x: -x["ratio"])
-    for table in short_tables(run)[:1]: print(table)
+    for table in (short_tables(run)[0], profile_table(run)): print(table)
     for x in slow:
         place = f"{x['threads']} threads, {x['tokens']:4} tokens, {x['direction']:16}"
         print(f"slow: {place} {x['ratio']:5.2f} x, {x['behind']:6.0f} µs behind: {x['setting']}")
