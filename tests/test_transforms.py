@@ -191,7 +191,7 @@ def cases_of(names, several): return sampled([(x, p) for x in names for p in (0.
 
 
 @pytest.mark.parametrize("name, dropout", [
-    *cases_of(DROPPING, [("longnet", 0.3), ("blocks", 0.0), ("tiles", 0.0)]),
+    *cases_of(DROPPING, [("longnet", 0.3), ("blocks", 0.0), ("tiles", 0.0), ("window", 0.0)]),
     *sampled([(x, 0.0) for x in FUNCTIONS if x not in DROPPING], [("ring_branches", 0.0)])])
 def test_functions_compile_twice_at_most(name, dropout):
     assert compiled_alike(*function_case(name, dropout)) <= 2
