@@ -22,7 +22,7 @@ from .backends import attend, check_backend_name
 from .blocks.lists import BlockLists, take_blocks
 from .calls import check_call
 from .curves import inverse_order
-from .ring import one_rank_alone
+from .ring import is_alone
 from .ring_exchange import Ring, begin, begin_call, digest, swap
 from .ring_plan import shard_sizes
 
@@ -307,6 +307,8 @@ def block_sparse_ring_attention(
     Differentiable in q, k, v through output and LSE; only needed blocks travel. Rules and errors as
     in `ring_attention`."""
     options = group, scale, backend, return_lse
-    if one_rank_alone(q, group): return _alone(q, k, v, lists, *options[1:])
-    if not torch.compiler.is_compiling(): return _ring_round(q, k, v, lists, *options)
+    compiling = torch.compiler.is_compiling()
+    without_data = compiling or isinstance(q, Tensor) and q.is_meta
+    if without_data and is_alone(group): return _alone(q, k, v, lists, *options[1:])
+    if not compiling: return _ring_round(q, k, v, lists, *options)
     return torch.compiler.disable(_ring_round)(q, k, v, lists, *options)

@@ -9,7 +9,7 @@ __all__ = ['check_tensors', 'autocast_inputs', 'check_order', 'check_scale', 'ch
 # %% ../nbs/06b_calls.ipynb #e1bded80
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, prod
+from math import inf, prod
 from numbers import Real
 from typing import Any
 
@@ -183,14 +183,14 @@ def check_scale(
 ) -> float | Scores | None:
     "A scale that is positive and finite, or None, or a rule; a `ValueError` for others."
     if isinstance(scale, Scores): return scale
-    if scale is None or isfinite(_check_number("scale", scale)) and scale > 0: return scale
+    if scale is None or 0 < _check_number("scale", scale) < inf: return scale
     rule = "must be positive and finite, or None for 1 / sqrt(D); to turn the sign, negate q"
     raise ValueError(f"scale={scale}: {rule}")
 
 # %% ../nbs/06b_calls.ipynb #d2530ba7
 def _with_cap(call: "Call", softcap: Any) -> "Call":
     "A `ValueError` for a cap that is not positive and finite."
-    if isfinite(_check_number("softcap", softcap)) and softcap > 0:
+    if 0 < _check_number("softcap", softcap) < inf:
         return replace(call, scale=Scores(call.rule.scale, float(softcap)))
     raise ValueError(f"softcap={softcap}: must be positive and finite, or None for no cap")
 

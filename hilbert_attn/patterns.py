@@ -540,7 +540,8 @@ class WindowPattern(AxisPattern):
         n, window, shift = self.grid[axis], self.window[axis], self.shift[axis]
         place = np.arange(n)
         begin = (place - shift) // window * window + shift
-        return place, begin.clip(0), (begin + window).clip(max=n) - 1
+        last = np.minimum(begin + window - 1, place[-1])  # not n, which may be a symbol of a graph
+        return place, begin.clip(0), last
 
 # %% ../nbs/01_patterns.ipynb #75b7bf90
 @dataclass(frozen=True)

@@ -118,6 +118,13 @@ def _lse(
     lse = (scores if bias is None else scores + bias).logsumexp(-1)
     return lse if empty is None else lse.masked_fill(empty[..., 0], -torch.inf)
 
+# %% ../nbs/06_sdpa.ipynb #a3ff8ca3
+class _Notes(threading.local):
+    calls: list[tuple] | None = None # (q, k, v, out, how) while somebody listens
+
+
+_notes = _Notes()
+
 # %% ../nbs/06_sdpa.ipynb #a3ff8ca1
 @dataclass(frozen=True)
 class ShortCall:
@@ -131,22 +138,19 @@ class ShortCall:
         return [x for x in (self.bias, self.empty) if x is not None]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-        return _add_mask(q, k, v, self.bias, self.empty, self.scale, dropout_p)
-
-# %% ../nbs/06_sdpa.ipynb #a3ff8ca3
-class _Notes(threading.local):
-    calls: list[tuple] | None = None # (q, k, v, out, how) while somebody listens
-
-
-_notes = _Notes()
+        out = _add_mask(q, k, v, self.bias, self.empty, self.scale, dropout_p)
+        if _notes.calls is not None and not dropout_p: _notes.calls.append((q, k, v, out, self))
+        return out
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8ca4
 @contextmanager
 def noted_calls() -> Iterator[list[tuple]]: # of (q, k, v, out, `ShortCall`)
-    "Lists the calls with a kept mask, without LSE and dropout, that this thread makes inside."
+    "Lists the calls with a kept mask, without dropout, that this thread makes inside."
     before, _notes.calls = _notes.calls, []
     try: yield _notes.calls
-    finally: _notes.calls = before
+    finally:
+        found, _notes.calls = _notes.calls, before
+        if before is not None: before.extend(found)  # somebody listens who called the listener
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8c9b
 def attend_kept(
@@ -171,7 +175,6 @@ def attend_kept(
         short = ShortCall(*kept.bias(q.dtype), rule.scale)
         out = short(q, k, v, dropout_p)
         if need_lse: return out, _lse(q, k, short.bias, short.empty, rule.scale)
-        if _notes.calls is not None and not dropout_p: _notes.calls.append((q, k, v, out, short))
         return out, None
     mask = kept.make()
     if key_mask is not None: mask = mask.masked_fill(~key_mask[:, None, None], 0)

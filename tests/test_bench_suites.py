@@ -1,6 +1,8 @@
 """Every suite at its toy size: what it refuses, what it returns, what it prints and draws."""
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,6 +35,9 @@ from hilbert_attn.bench.suites import (
     run_suite,
     run_tables,
 )
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
+import run_short  # noqa: E402
 
 LOCAL = ("cpu", "memory", "curves", "crossover", "short", "decode", "dit", "dilated")
 
@@ -165,6 +170,13 @@ def test_rows_of_short(toys):
     settings = [s.name for n in c["tokens"] for s in short._settings(n, c["heads"])]
     assert [x["setting"] for x in lines] == [name for name in settings for _ in range(2)]
     assert {f"blocks of {size}" for size in (16, 4096)} < set(settings)
+
+
+def test_where_the_time_of_a_short_call_goes():
+    *parts, whole = run_short.profile(short.SHORT_QUICK, 3)
+    assert min(whole["again"], whole["new"]) > 0
+    for call in ("again", "new"):
+        assert sum(row[call] or 0 for row in parts) == whole[call]
 
 
 def test_what_is_slow():

@@ -187,6 +187,7 @@ def assert_exact(lists: BlockLists, mask: torch.Tensor):
 @example(Layout(NeighborhoodPattern((7, 9), 3, 2), "random", (4, 8), True, 5, False, 0))
 @example(Layout(TilesSharedPattern(40, 3, 7, 5), "random", (8, 4), True, 3, False, 0))
 @example(Layout(NeighborhoodPattern((7, 9), 1), "none", (4, 8), True, 0, False, 0))
+@example(Layout(NeighborhoodPattern((6, 7), 3, 2), "none", (1, 1), True, 0, False, 0))
 def test_lists_are_exact(case): assert_exact(case.lists(), case.mask())
 
 
@@ -1170,9 +1171,10 @@ def test_what_has_no_keys_is_zero_in_the_plain_expression():
     assert all(x.isfinite().all() for x in (out, *gradients))
 
 
-def test_a_nan_query_stays_in_its_row_of_the_plain_expression():
+@pytest.mark.parametrize("rest", (True, False)) # have the other rows keys?
+def test_a_nan_query_stays_in_its_row_of_the_plain_expression(rest):
     q, k, v = (torch.randn(1, 1, 32, 16) for _ in range(3))
     q[:, :, 3] = torch.nan
-    lists = lists_from_block_mask(torch.eye(2, dtype=torch.bool), 32, 32, (16, 16))
+    lists = lists_from_block_mask(torch.tensor([[True, False], [False, rest]]), 32, 32, (16, 16))
     out, _ = engine._block_expression(q, k, v, lists, None, 0.0, 0.25)
     assert (out.isnan().any(-1)[0, 0] == (torch.arange(32) == 3)).all()

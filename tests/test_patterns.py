@@ -22,6 +22,7 @@ from hilbert_attn.patterns import (
     _axis_mask,
     attention_mask,
     create_dilated_mask,
+    even_sizes,
 )
 
 
@@ -183,6 +184,12 @@ def test_windows_begin_at_their_shift(shift):
     box = [(x - shift) // 5 for x in range(13)]
     same = [[a == b for b in box] for a in box]
     assert WindowPattern((13,), 5, shift).mask()[0].tolist() == same
+
+
+def test_the_first_shares_are_the_longer_ones():
+    assert even_sizes(10, 4) == (3, 3, 2, 2) and even_sizes(4, 4) == (1,) * 4
+    heads = [b.heads for b in DilatedPattern.for_heads(16, 5, [4, 16], [1, 2], "heads").branches]
+    assert heads == [(0, 3), (3, 5)]
 
 
 def test_branches_that_are_alike_count_as_often_as_they_are_asked_for():

@@ -2,12 +2,14 @@
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 import hilbert_attn.backends as backends
 import hilbert_attn.block_sparse as block_sparse
 import hilbert_attn.blocks.schedule as schedule
 import hilbert_attn.calls as calls_module
 import hilbert_attn.cross as cross_module
+import hilbert_attn.ring as ring
 import hilbert_attn.sdpa as sdpa
 from hilbert_attn import (
     DilatedAttention,
@@ -17,6 +19,8 @@ from hilbert_attn import (
     hilbert_slide_attention,
     hilbert_window_attention,
     neighborhood_attention,
+    ring_attention,
+    ring_dilated_attention,
     set_backend,
     tiles_shared_attention,
     window_attention,
@@ -59,6 +63,16 @@ FUNCTIONS = {
     "cross": lambda *x, **o: hilbert_cross_attention(*x, segment_size=10, key_curve="morton", **o),
 }
 
+ALONE = {  # a ring of one process; it has no key mask
+    "ring": lambda *x, **o: ring_attention(*x, segment_size=10, dilation_rate=2, **o),
+    "ring, dense": lambda *x, **o: ring_attention(*x, causal=True, layout="zigzag", **o),
+    "ring, order": lambda *x, **o: ring_attention(*x, segment_size=10, order=POINTS, **o),
+    "ring, branches": lambda *x, **o: ring_dilated_attention(*x, [8, None], [1, 2], **o),
+    "ring, heads": lambda *x, **o: ring_dilated_attention(
+        *x, (8, 16), (1, 2), combine="heads", **o),
+}
+KNOWN_AGAIN = FUNCTIONS | ALONE
+
 
 def inputs(n=48, dtype=torch.float32, kv_heads=2):
     torch.manual_seed(n)
@@ -92,9 +106,9 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("return_lse", (False, True))
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", KNOWN_AGAIN)
 def test_one_call_with_a_kept_mask_is_right(name, return_lse, calls):
-    x, function = inputs(), FUNCTIONS[name]
+    x, function = inputs(), KNOWN_AGAIN[name]
     options = dict(return_lse=return_lse)
     expected = results(function, [y.detach().double().requires_grad_() for y in x],
                        **options, backend="reference")
@@ -245,15 +259,47 @@ def checked(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", KNOWN_AGAIN)
 def test_the_same_call_again_is_one_sdpa(name, checked, calls):
-    x, function = inputs(), FUNCTIONS[name]
+    x, function = inputs(), KNOWN_AGAIN[name]
     function(*x)
     del checked[:], calls[:]
     again = function(*[y.detach().roll(1, 2) for y in x])
     assert calls == ["scaled_dot_product_attention"] and not checked
     backends._short_calls.clear()
     assert torch.equal(again, function(*[y.detach().roll(1, 2) for y in x]))
+
+
+def test_a_ring_goes_by_what_others_found(checked, calls):
+    "A call that the ring comes down to may be known already."
+    x = inputs()
+    for _ in range(2): hilbert_attention(*x, curve=None, segment_size=10, dilation_rate=2)
+    ALONE["ring"](*x)
+    del checked[:], calls[:]
+    ALONE["ring"](*x)
+    assert calls == ["scaled_dot_product_attention"] and not checked
+
+
+@pytest.fixture
+def group_of_one():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_only_a_ring_of_one_sends_nothing(group_of_one, monkeypatch, checked):
+    x, met = inputs(), []
+    expected = ALONE["ring"](*x)
+
+    def begin(group, *rest):
+        met.append(group)
+        raise RuntimeError("would send")
+    monkeypatch.setattr(ring, "begin_call", begin)
+    for group in (None, group_of_one): assert torch.equal(ALONE["ring"](*x, group=group), expected)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    for group in (None, group_of_one):
+        with pytest.raises(RuntimeError, match="would send"): ALONE["ring"](*x, group=group)
+    assert met == [None, group_of_one]
 
 
 OTHER_CALLS = {

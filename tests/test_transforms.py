@@ -191,10 +191,34 @@ def cases_of(names, several): return sampled([(x, p) for x in names for p in (0.
 
 
 @pytest.mark.parametrize("name, dropout", [
-    *cases_of(DROPPING, [("longnet", 0.3), ("blocks", 0.0), ("tiles", 0.0)]),
+    *cases_of(DROPPING, [("longnet", 0.3), ("blocks", 0.0), ("tiles", 0.0), ("window", 0.0)]),
     *sampled([(x, 0.0) for x in FUNCTIONS if x not in DROPPING], [("ring_branches", 0.0)])])
 def test_functions_compile_twice_at_most(name, dropout):
     assert compiled_alike(*function_case(name, dropout)) <= 2
+
+
+@pytest.mark.parametrize("setting", ("scale", "softcap"))
+def test_settings_that_are_symbols(setting):
+    "Numbers of a call are constants of a graph, also where all numbers are left open."
+    torch.compiler.reset()
+    def attend(x, value): return FUNCTIONS["hilbert"](*x, **{setting: value})
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = inputs(72)
+    for value in (0.25, 0.5, 3.0): close(compiled(x, value), attend(x, value))
+
+
+def test_a_temperature_is_a_tensor():
+    "Then one graph serves all of its values, and it has a gradient."
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    def attend(q, k, v, t): return FUNCTIONS["hilbert"](q * t, k, v, scale=1.0)
+    compiled, x = torch.compile(attend, fullgraph=True, backend=counter), inputs(72)
+    for step in range(10):
+        t = torch.tensor(0.1 + 0.05 * step, requires_grad=True)
+        out = compiled(*x, t)
+        close(out, FUNCTIONS["hilbert"](*x, scale=t.item()))
+        assert torch.autograd.grad(out.sum(), t)[0] != 0
+    assert counter.frame_count == 1
 
 
 WITH_DROPOUT = [name for name, (*_, drops) in LAYERS.items() if drops]

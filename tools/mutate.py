@@ -3,19 +3,26 @@
 The list is mutations.json: file, text to replace (it occurs once), what to put there, tests, and
 what goes wrong. A mistake that no test notices is named, unless the list says why none can.
 
+A mistake is noticed when a test fails that passes without it. Tests that take too long say nothing:
+such a mistake is named, too, and tried again by the next run.
+
 What was found is stored after each mistake. The next run tries only those whose entry, file or
-tests have changed since, so that a run that was stopped goes on where it was.
+tests have changed since, so that a run that was stopped goes on where it was; and it begins with
+the test that noticed the mistake before.
 """
 import argparse
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from datetime import date
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from checkout import checkout_files, copy_checkout
@@ -23,6 +30,8 @@ from checkout import checkout_files, copy_checkout
 ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tools" / "mutations.json"
 FOUND = ROOT / "nbs" / "results" / "mutations.json"
+PRELOADED = ["torch", "numpy", "pytest", "hypothesis"] # of the process that tests are forked from
+UNDECIDED = "TIMED OUT"
 
 
 @dataclass(frozen=True)
@@ -47,23 +56,76 @@ def misplaced(mutations: list[Mutation], root: Path = ROOT) -> list[str]:
     return [m.name for m in mutations if (root / m.file).read_text().count(m.old) != 1]
 
 
-def run_tests(folder: Path, tests: tuple[str, ...], seconds: float) -> bool:
+@dataclass(frozen=True)
+class Outcome:
+    "Of one run of tests."
+    word: str # passed, failed, or timed out
+    by: str = "" # the test that failed first, or the file that could not be collected
+
+
+class FirstFailure:
+    "Notes what fails first, for pytest."
+    name = ""
+
+    def note(self, report):
+        if report.failed and not self.name: self.name = report.nodeid
+
+    pytest_runtest_logreport = pytest_collectreport = note
+
+
+def do_not_shrink():
+    "A failure is enough: hypothesis need not look for a smaller one."
+    from hypothesis import Phase, settings
+    settings.register_profile("first", phases=(Phase.explicit, Phase.generate))
+    settings.load_profile("first") # profiles that tests register build on it
+
+
+def serve(sender: Connection, folder: Path, tests: tuple[str, ...]):
+    "Runs tests in a process of its own, which can be ended with all that it started."
+    os.setsid()
+    os.chdir(folder)
+    os.environ["PYTHONPATH"] = str(folder)
+    sys.path.insert(0, str(folder))
+    sys.dont_write_bytecode = True # a mistake and its file may be of the same second and size
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (1, 2): os.dup2(silence, stream)
+    do_not_shrink()
+    import pytest
+    failure = FirstFailure()
+    code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests], plugins=[failure])
+    sender.send(Outcome("failed" if code else "passed", failure.name))
+
+
+def run_tests(folder: Path, tests: tuple[str, ...], seconds: float) -> Outcome:
     "Do these tests pass in this folder?"
-    environment = os.environ | {"PYTHONPATH": str(folder)}
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *tests]
+    context = get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=serve, args=(sender, folder, tests))
+    process.start()
+    sender.close()
     try:
-        done = subprocess.run(command, cwd=folder, env=environment, timeout=seconds,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired: return False  # a mistake that hangs is noticed
-    return done.returncode == 0
+        if not receiver.poll(seconds): return Outcome("timed out")
+        return receiver.recv()
+    except EOFError: return Outcome("failed") # it ended its process
+    finally: end(process)
 
 
-def try_one(mutation: Mutation, folder: Path, seconds: float) -> bool:
-    "Plants a mistake, runs its tests, takes it out again; was it noticed?"
+def end(process):
+    "With what it started and left running."
+    try: os.killpg(process.pid, signal.SIGKILL)
+    except ProcessLookupError: process.kill() # it never became a group, or all of it is gone
+    process.join()
+
+
+def try_one(mutation: Mutation, folder: Path, seconds: float, first: str = "") -> Outcome:
+    "Plants a mistake, runs its tests, takes it out again. A test that may notice it comes first."
     path = folder / mutation.file
     before = path.read_text()
     path.write_text(before.replace(mutation.old, mutation.new))
-    try: return not run_tests(folder, mutation.tests, seconds)
+    try:
+        if first and (found := run_tests(folder, (first,), seconds)).word == "failed": return found
+        return run_tests(folder, mutation.tests, seconds)
     finally: path.write_text(before)
 
 
@@ -90,7 +152,7 @@ def store(found: dict[str, dict], path: Path):
 
 def to_try(mutations: list[Mutation], found: dict[str, dict]) -> list[Mutation]:
     "Those of which nothing is known as they now are."
-    known = {name: row["digest"] for name, row in found.items()}
+    known = {name: row["digest"] for name, row in found.items() if row["verdict"] != UNDECIDED}
     return [m for m in mutations if known.get(m.name) != digest(m)]
 
 
@@ -99,27 +161,35 @@ class Trial:
 
     def __init__(self, folder: Path, seconds: float):
         self.folder, self.seconds = folder, seconds
-        self.passing: set[tuple[str, ...]] = set() # tests that pass without a mistake
+        self.passing: set[str] = set() # tests that pass without a mistake
         copy_checkout(folder, checkout_files())
         self.commit = commit()
 
-    def check(self, tests: tuple[str, ...]):
-        "The tests pass without a mistake, or nothing can be said."
-        if tests in self.passing: return
-        if not run_tests(self.folder, tests, self.seconds):
-            sys.exit(f"these tests fail without any mutation: {' '.join(tests)}")
-        self.passing.add(tests)
+    def check(self, by: str, tests: tuple[str, ...]):
+        "What noticed a mistake passes without it, or nothing can be said."
+        if by in self.passing: return
+        whole = "::" not in by # a file that could not be collected, or a process that ended
+        if run_tests(self.folder, tests if whole else (by,), self.seconds).word != "passed":
+            sys.exit(f"this fails without any mutation: {by or ' '.join(tests)}")
+        self.passing.add(by)
 
-    def verdict(self, mutation: Mutation) -> dict:
+    def verdict(self, mutation: Mutation, first: str = "") -> dict:
         "A row of what was found."
-        self.check(mutation.tests)
         start = time.monotonic()
-        noticed = try_one(mutation, self.folder, self.seconds)
-        word = "noticed" if noticed else "explained" if mutation.explained else "SURVIVES"
+        outcome = try_one(mutation, self.folder, self.seconds, first)
         took = round(time.monotonic() - start)
-        row = dict(name=mutation.name, verdict=word, seconds=took)
-        if word == "explained": row["why"] = mutation.explained
+        row = dict(name=mutation.name, verdict=judged(outcome, mutation), seconds=took)
+        if outcome.word == "failed":
+            self.check(outcome.by, mutation.tests)
+            row["by"] = outcome.by
+        if row["verdict"] == "explained": row["why"] = mutation.explained
         return row | dict(commit=self.commit, date=str(date.today()))
+
+
+def judged(outcome: Outcome, mutation: Mutation) -> str:
+    if outcome.word == "failed": return "noticed"
+    if mutation.explained: return "explained"
+    return UNDECIDED if outcome.word == "timed out" else "SURVIVES"
 
 
 def commit() -> str:
@@ -147,15 +217,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         trial = Trial(Path(name), given.seconds)
         for i, mutation in enumerate(left, 1):
-            row = trial.verdict(mutation)
+            row = trial.verdict(mutation, found.get(mutation.name, {}).get("by", ""))
             found[mutation.name] = row | dict(digest=digests[mutation.name])
             store(found, given.results)
             print(f"{i:3} of {len(left)}  {row['verdict']:9} {row['seconds']:5} s  {mutation.name}",
                   flush=True)
-    survivors = [m.name for m in mutations if found[m.name]["verdict"] == "SURVIVES"]
-    print(f"{len(mutations) - len(survivors)} noticed or explained, {len(survivors)} survive")
-    for name in survivors: print(f"  {name}")
-    return 1 if survivors else 0
+    return tell([found[m.name] for m in mutations])
+
+
+def tell(rows: list[dict]) -> int:
+    "Names what is left to do; 1 if something is."
+    left = [row for row in rows if row["verdict"] in ("SURVIVES", UNDECIDED)]
+    print(f"{len(rows) - len(left)} noticed or explained, {len(left)} not")
+    for row in left: print(f"  {row['verdict']}  {row['name']}")
+    return 1 if left else 0
 
 
 if __name__ == "__main__": sys.exit(main())
