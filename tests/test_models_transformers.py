@@ -186,18 +186,45 @@ def test_segments_of_a_decoder_overlap(hf, settings, padding):
     assert_same(results(sparse, keep, **inputs), expected)
 
 
+NO_OVERLAP = [
+    dict(),
+    dict(segment_size=8, dilation_rate=2),
+    dict(segment_size=8, shift=3),
+    dict(segment_size=8, curve="hilbert"),
+    dict(
+        segment_lengths=[4, 8],
+        dilation_rates=[1, 1],
+    ),
+]
+
+
+def stored(model, **how):
+    switched = use_hilbert_attention(model, **how)
+    return switched.config.hilbert_attention
+
+
 def test_which_segments_overlap_by_themselves(hf):
-    def stored(model, **how): return use_hilbert_attention(model, **how).config.hilbert_attention
-    assert stored(llama(hf), segment_size=8) == dict(segment_lengths=8, overlap="segment")
-    assert stored(llama(hf), segment_size=8, overlap=0) == dict(segment_lengths=8, overlap=0)
-    layers = {"0": "dense", "1": dict(segment_size=4)}
-    assert stored(llama(hf), layers=layers)["overlap"] == "segment"
-    for how in (dict(), dict(segment_size=8, dilation_rate=2), dict(segment_size=8, shift=3), dict(
-            segment_lengths=[4, 8], dilation_rates=[1, 1]), dict(segment_size=8, curve="hilbert")):
+    eight = dict(segment_lengths=8)
+    found = stored(llama(hf), segment_size=8)
+    assert found == eight | dict(overlap="segment")
+    found = stored(llama(hf), segment_size=8, overlap=0)
+    assert found == eight | dict(overlap=0)
+    layers = {
+        "0": "dense",
+        "1": dict(segment_size=4),
+    }
+    found = stored(llama(hf), layers=layers)
+    assert found["overlap"] == "segment"
+    for how in NO_OVERLAP:
         assert "overlap" not in stored(llama(hf), **how)
-    assert "overlap" not in stored(build(hf, *TEXT["BERT"]), segment_size=8)
-    with pytest.raises(ValueError, match="overlap=3 with .*dilation_rates=2"):
-        use_hilbert_attention(llama(hf), segment_size=8, dilation_rate=2, overlap=3)
+    encoder = build(hf, *TEXT["BERT"])
+    assert stored(encoder, segment_size=8) == eight
+
+
+@pytest.mark.parametrize("how", NO_OVERLAP[1:])
+def test_what_has_no_overlap_says_so(hf, how):
+    with pytest.raises(ValueError, match="overlap=3 with "):
+        use_hilbert_attention(llama(hf), **how, overlap=3)
 
 
 def test_a_configuration_from_before_there_was_an_overlap(hf, tmp_path):

@@ -71,13 +71,20 @@ def _steps(config: dict) -> Iterator[_Calls]:
         def sliced(w=w): return sdpa(k[:, :, -w:], v[:, :, -w:])
         calls = {STEP: partial(decode_attention, q, k, v, n, window=w - 1), SLICED: sliced}
         yield dict(setting=f"window {w:,}", keys=w), calls | {DENSE: whole}, sliced()
-    for w, r in config["sparse"]:
-        def every(w=w, r=r): return sdpa(*(x[:, :, -w:][:, :, (w - 1) % r::r] for x in (k, v)))
-        step = partial(decode_attention, q, k, v, n, segment_size=w, dilation_rate=r)
-        about = dict(setting=f"every {r:,}th of {w:,}", keys=w // r)
-        yield about, {STEP: step, SLICED: every, DENSE: whole}, every()
     calls = {STEP: partial(decode_attention, q, k, v, n)}
     yield dict(setting="all", keys=n), calls | {DENSE: whole}, whole()
+
+# %% ../../nbs/15hb_decode.ipynb #17b0000e
+def _sparse_steps(config: dict) -> Iterator[_Calls]:
+    "Steps that see every few keys one."
+    n, (q, k, v) = config["cached"], _cache(config)
+    for w, r in config["sparse"]:
+        def every(w=w, r=r):
+            keys = slice(n - w + (w - 1) % r, None, r)
+            return F.scaled_dot_product_attention(q, k[:, :, keys], v[:, :, keys], enable_gqa=True)
+        step = partial(decode_attention, q, k, v, n, segment_size=w, dilation_rate=r)
+        about = dict(setting=f"every {r:,}th of {w:,}", keys=w // r)
+        yield about, {STEP: step, SLICED: every}, every()
 
 # %% ../../nbs/15hb_decode.ipynb #0f41dfd6
 def _ragged_steps(config: dict) -> Iterator[_Calls]:
@@ -110,6 +117,7 @@ def _crosses(config: dict) -> Iterator[_Calls]:
 
 # %% ../../nbs/15hb_decode.ipynb #ded5c7d4
 _Inputs = tuple[Tensor, Tensor, Tensor] # q, k, v (1, H, N, D)
+_Named = dict[str, Any] # calls
 
 
 def _random(heads: int, n: int, d: int) -> _Inputs:
@@ -119,7 +127,7 @@ def _random(heads: int, n: int, d: int) -> _Inputs:
 
 
 def _both_ways(
-    about: dict, calls: dict[str, Any], x: _Inputs, forward: dict[str, Any],
+    about: dict, calls: _Named, x: _Inputs, forward: _Named,
 ) -> Iterator[_Calls]:
     "Forward, some of it only so, and with backward; the first call is what the others must give."
     def both(f): return lambda: torch.autograd.grad(f().square().sum(), x)
@@ -128,11 +136,11 @@ def _both_ways(
         yield dict(about, direction=direction), some, next(iter(some.values()))()
 
 # %% ../../nbs/15hb_decode.ipynb #17b00002
-def _flex(config: dict, x: _Inputs, sees: Callable) -> dict[str, Any]: # {} without a compiler
+def _flex(config: dict, x: _Inputs, sees: Callable) -> _Named: # {} without a compiler
     "FlexAttention where `sees(query, key)`."
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     if config["compiled"] and which(os.environ.get("CXX", "g++")) is None: return {}
-    n, plain = x[0].shape[2], [y.detach() for y in x]
+    n, (q, k, v) = x[0].shape[2], (y.detach() for y in x)
     blocks = create_block_mask(
         lambda b, h, i, j: sees(i, j), None, None, n, n, device="cpu")
     attend = torch.compile(flex_attention, dynamic=False) if config["compiled"] else flex_attention
@@ -140,7 +148,7 @@ def _flex(config: dict, x: _Inputs, sees: Callable) -> dict[str, Any]: # {} with
     def call():
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "flex_attention called without")
-            return attend(*plain, block_mask=blocks)
+            return attend(q, k, v, block_mask=blocks)
 
     return {FLEX: call}
 
@@ -224,7 +232,7 @@ def bench_decode(
 ) -> dict: # JSON-ready; rows in seconds
     "Runs the suite. A `RuntimeError` where calls differ: then nothing is timed."
     config = DECODE_QUICK if quick else DECODE_CONFIG
-    makers = _steps, _ragged_steps, _crosses, _packs, _slides, _prefixes
+    makers = _steps, _sparse_steps, _ragged_steps, _crosses, _packs, _slides, _prefixes
     settings = [x for make in makers for x in make(config)]
     errors: dict[str, float] = {}
     for _, calls, expected in settings:
@@ -264,28 +272,35 @@ _GOALS = {(PACKED, ALONE): 1.1, (PACKED, PADDED): 1.0, (SLIDE, FLEX): 1.0, (PREF
 _FASTER = {(SLIDE, MASKED): 8.0} # at least so many times
 
 
+def _goal_of(row: dict) -> list[dict]: # of `_beside`; one target, or none
+    "What a call should reach beside another one."
+    pair, beside, ratio = (row["call"], row["beside"]), row["beside"], row["ratio"]
+    about = f"{row['setting']}, {row['direction']}"
+    if pair in _GOALS: return [target(f"{about}: time / {beside}", ratio, _GOALS[pair], False)]
+    if pair not in _FASTER: return []
+    return [target(f"{about}: times as fast as {beside}", 1 / ratio, _FASTER[pair])]
+
+# %% ../../nbs/15hb_decode.ipynb #17b00008
+def _cross_goals(run: dict) -> Iterator[dict]:
+    for place, times in _places(run, "pairs"):
+        what = f"cross-attention, {place['setting']}, {place['direction']}: time / {SELF}"
+        yield target(what, times[CROSS] / times[SELF], 1.1, at_least=False)
+
+# %% ../../nbs/15hb_decode.ipynb #17b0000a
+def _step_goal(run: dict) -> dict:
+    steps = {place["keys"]: times[STEP] for place, times in _places(run, "keys")
+             if place["setting"].startswith("window") and SLICED in times}
+    few, *_, many = sorted(steps)[-3:]
+    what = f"a step that sees {many:,} keys: time / one that sees {few:,}"
+    return target(what, steps[many] / steps[few], many / few, at_least=False)
+
+# %% ../../nbs/15hb_decode.ipynb #17b0000c
 def decode_targets(
     run: dict, # of the suite `decode`
 ) -> list[dict]: # what, measured, target, met
     "Ratios beside what they should be."
-    found = []
-    for row in _beside(run):
-        pair = row["call"], row["beside"]
-        about = f"{row['setting']}, {row['direction']}"
-        if pair in _GOALS:
-            what = f"{about}: time / {row['beside']}"
-            found.append(target(what, row["ratio"], _GOALS[pair], at_least=False))
-        if pair in _FASTER:
-            what = f"{about}: times as fast as {row['beside']}"
-            found.append(target(what, 1 / row["ratio"], _FASTER[pair]))
-    for place, times in _places(run, "pairs"):
-        what = f"cross-attention, {place['setting']}, {place['direction']}: time / {SELF}"
-        found.append(target(what, times[CROSS] / times[SELF], 1.1, at_least=False))
-    steps = {place["keys"]: times[STEP] for place, times in _places(run, "keys")
-             if place["setting"].startswith("window") and SLICED in times}
-    few, many = sorted(steps)[-3:][0], max(steps)
-    what = f"a step that sees {many:,} keys: time / one that sees {few:,}"
-    return [*found, target(what, steps[many] / steps[few], many / few, at_least=False)]
+    found = [goal for row in _beside(run) for goal in _goal_of(row)]
+    return [*found, *_cross_goals(run), _step_goal(run)]
 
 # %% ../../nbs/15hb_decode.ipynb #fbaf70ed
 def decode_tables(run: dict) -> list[Table]: # of the suite `decode`

@@ -1033,20 +1033,26 @@ def _is_decoder(
     return any(getattr(x, "is_causal", False) for x in model.modules() if _is_attention(x))
 
 # %% ../../nbs/14c_transformers.ipynb #17a00014
+def _each_kind(
+    settings: HilbertSettings,
+) -> list[HilbertSettings]: # of the layers that have segments
+    "What a schedule makes of settings."
+    schedule: Any = settings.layers
+    options = schedule.options() if schedule else ()
+    kinds = [settings, *(layer_settings(settings, x) for x in options)]
+    return [x for x in kinds if x.segment_lengths is not None]
+
+# %% ../../nbs/14c_transformers.ipynb #17a00016
 def _for_decoders(
     model: Any, # a `transformers.PreTrainedModel`
     settings: HilbertSettings,
 ) -> HilbertSettings: # with an overlap, where segments can have one and nobody says otherwise
     "The first token of a segment would see itself alone."
-    schedule: Any = settings.layers
-    options = schedule.options() if schedule else ()
-    layers = [settings, *(layer_settings(settings, x) for x in options)]
-    sparse = [x for x in layers if x.segment_lengths is not None]
-    if settings.overlap is not None or not all(map(can_overlap, sparse)): return settings
-    window = _said_by(getattr(model, "model", model), "sliding_window")
-    longest = max((x.branches[0][0] for x in sparse), default=0)
-    fits = window is None or 2 * longest <= window
-    if not sparse or not fits or not _is_decoder(model): return settings
+    sparse, window = _each_kind(settings), _said_by(model, "sliding_window")
+    if settings.overlap is not None or not sparse or not all(map(can_overlap, sparse)):
+        return settings
+    reach = 2 * max(x.branches[0][0] for x in sparse)
+    if window is not None and reach > window or not _is_decoder(model): return settings
     return replace(settings, overlap="segment")
 
 # %% ../../nbs/14c_transformers.ipynb #c5da82e5
