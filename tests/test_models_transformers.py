@@ -163,7 +163,14 @@ def test_vision_models(hf, name):
     assert (ours[0] - expected[0]).abs().max() > 1e-2
 
 
-OVERLAPPING = dict(segment_size=8), dict(segment_size=8, overlap=3, prefix_tokens=2)
+OVERLAPPING = [
+    dict(segment_size=8),
+    dict(
+        segment_size=8,
+        overlap=3,
+        prefix_tokens=2,
+    ),
+]
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
