@@ -186,10 +186,11 @@ def _slides(config: dict) -> Iterator[_Calls]:
     (n, w), sinks = config["slides"].values(), config["sinks"]
     x = _random(config["heads"], n, config["head_dim"])
     mask = SlidePattern(n, (w - 1, 0), sinks).mask()
-    slide = partial(hilbert_slide_attention, *x, n, (w - 1, 0), sinks=sinks, curve=None)
+    how: Any = dict(sinks=sinks, curve=None, backend="sdpa")
+    slide = partial(hilbert_slide_attention, *x, n, (w - 1, 0), **how)
     masked = partial(F.scaled_dot_product_attention, *x, mask)
     about = dict(setting=f"window {w}, {sinks} sinks", tokens=n)
-    calls = {SLIDE: partial(slide, backend="sdpa"), MASKED: masked}
+    calls = {SLIDE: slide, MASKED: masked}
     flex = _flex(config, x, lambda i, j: (j <= i) & ((i - j < w) | (j < sinks)))
     yield from _both_ways(about, calls, x, flex)
 
