@@ -185,14 +185,14 @@ def _slides(config: dict) -> Iterator[_Calls]:
     "A window with sinks."
     (n, w), sinks = config["slides"].values(), config["sinks"]
     x = _random(config["heads"], n, config["head_dim"])
-    mask = SlidePattern(n, (w - 1, 0), sinks).mask()
     how: Any = dict(sinks=sinks, curve=None, backend="sdpa")
-    slide = partial(hilbert_slide_attention, *x, n, (w - 1, 0), **how)
-    masked = partial(F.scaled_dot_product_attention, *x, mask)
+    mask = SlidePattern(n, (w - 1, 0), sinks).mask()
+    calls: _Named = {
+        SLIDE: partial(hilbert_slide_attention, *x, n, (w - 1, 0), **how),
+        MASKED: partial(F.scaled_dot_product_attention, *x, mask)}
     about = dict(setting=f"window {w}, {sinks} sinks", tokens=n)
-    calls = {SLIDE: slide, MASKED: masked}
-    flex = _flex(config, x, lambda i, j: (j <= i) & ((i - j < w) | (j < sinks)))
-    yield from _both_ways(about, calls, x, flex)
+    def sees(i, j): return (j <= i) & ((i - j < w) | (j < sinks))
+    yield from _both_ways(about, calls, x, _flex(config, x, sees))
 
 # %% ../../nbs/15hb_decode.ipynb #4a1601b0
 def _prefixes(config: dict) -> Iterator[_Calls]:
