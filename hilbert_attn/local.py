@@ -626,10 +626,9 @@ def _rule_of(
     if rule.bias is None: return rule
     (batch, heads, group), tiles, whole = sizes, len(rows), rule.bias
     bias = whole._replace(
-        queries=whole.queries[rows[some, None, None]],
-        keys=whole.keys[columns[some, None, None]],
-        heads=whole.heads.view(heads, group, 1, 1))()
-    bias = bias.flatten(2, 3).expand(tiles, -1, -1, -1)  # (T, heads, group * P, J)
+        queries=whole.queries[rows[some]], keys=whole.keys[columns[some]])()
+    bias = bias.unflatten(0, (heads, group)).movedim(2, 0)  # (T or 1, heads, group, P, J)
+    bias = bias.flatten(2, 3).expand(tiles, -1, -1, -1)
     return rule._replace(bias=bias.expand(batch, *bias.shape).flatten(0, 1))
 
 # %% ../nbs/11_local.ipynb #f44103b8
@@ -705,8 +704,8 @@ def sdpa_local(call: Call) -> tuple[Tensor, Tensor | Any]: # out, lse
     if call.q.device.type in ("cpu", "meta") and call.custom_backward:
         numbers = *encode_pattern(pattern), call.numbers, call.dropout_p
         return _tiles_attention(*inputs, call.seeds(), *numbers)
-    need_lse = call.need_lse or not call.custom_backward
-    return _local_expression(*inputs, pattern, call.dropout_p, call.scale, need_lse)
+    written = not call.custom_backward and call.rule.bias is None
+    return _local_expression(*inputs, pattern, call.dropout_p, call.scale, call.need_lse or written)
 
 # %% ../nbs/11_local.ipynb #57526f8f
 _BLOCK_SIZE = (128, 128) # slots per block of queries and of keys

@@ -46,10 +46,13 @@ class Scores(NamedTuple):
         if self.softcap is None: return scores
         return self.softcap * (scores / self.softcap).tanh()
 
+    @property
+    def added(self) -> Tensor: # (..., N, M); where there is a bias
+        return self.bias if isinstance(self.bias, Tensor) else self.bias()
+
     def biased(self, scores: Tensor) -> Tensor:
         "Scores with what is added to them."
-        if self.bias is None: return scores
-        return scores + (self.bias if isinstance(self.bias, Tensor) else self.bias())
+        return scores if self.bias is None else scores + self.added
 
 # %% ../nbs/02_reference.ipynb #bca38239
 def score_rule(

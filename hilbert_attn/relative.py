@@ -11,6 +11,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .common import lse_dtype
@@ -36,19 +37,18 @@ class RelativeBias(NamedTuple):
     table: Tensor # (H, T)
     queries: Tensor # int64 (..., N): their numbers
     keys: Tensor # int64 (..., M)
-    heads: Tensor # int64 (...), broadcastable to the shape of the result: which row of the table
+    heads: Tensor # int64 (heads,): whose rows of the table
     axes: int = 1 # of the grid; with one, equally spaced groups have equal differences
 
-    def __call__(self) -> Tensor: # (..., N, M)
+    def __call__(self) -> Tensor: # (heads, ..., N, M)
         "0 where a difference lies outside of the table."
-        heads, size = self.table.shape
+        size = self.table.shape[1]
         place = self.queries[..., :, None] - self.keys[..., None, :]
-        inside = (place >= 0) & (place < size)
-        entry = place.clamp(0, size - 1) + size * self.heads
-        flat = self.table.to(lse_dtype(self.table.dtype)).flatten()  # gradients are summed in it
-        if flat.device.type == "cuda": found = flat[entry]
-        else: found = flat.index_select(0, entry.flatten()).view(entry.shape)
-        return found.where(inside, 0)
+        place = place.masked_fill((place < 0) | (place >= size), size)  # behind it stands a 0
+        rows = self.table.to(lse_dtype(self.table.dtype))[self.heads]  # gradients are summed in it
+        rows = F.pad(rows, (0, 1))
+        if rows.device.type == "cuda": return rows[:, place]
+        return rows.index_select(1, place.flatten()).unflatten(1, place.shape)
 
 # %% ../nbs/06a_relative_bias.ipynb #6a00000f
 _MOST = 1 << 22 # entries for a head: numbers of tokens are exact in float32, as tiles read them
@@ -86,9 +86,9 @@ def relative_bias(
     far = tuple(map(min, widest if reach is None else reach, widest))
     _check_table(bias, grid, far, heads, device)
     queries, keys = (x.to(device) for x in place_numbers(grid, bias.shape[1:]))
-    keys = torch.nn.functional.pad(keys, (0, registers), value=_NOWHERE)
-    own = torch.arange(heads, device=device)[:, None, None]
-    return RelativeBias(bias.flatten(1), queries, keys, own, len(grid))
+    keys = F.pad(keys, (0, registers), value=_NOWHERE)
+    every = torch.arange(heads, device=device)
+    return RelativeBias(bias.flatten(1), queries, keys, every, len(grid))
 
 # %% ../nbs/06a_relative_bias.ipynb #6a000013
 def alibi_bias(

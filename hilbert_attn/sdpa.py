@@ -19,9 +19,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .common import Cache, known_now, lse_dtype
+from .common import Cache, is_plain, known_now, lse_dtype
 from .operators import AttentionOperator, draw_seeds
 from .patterns import Lattice, Pattern, SegmentPattern, attention_mask
 from .reference import Scores, default_scale, masked_attention, score_rule
@@ -34,6 +35,16 @@ def _additive(mask: Tensor, empty: Tensor, dtype: torch.dtype) -> Tensor:
     "A mask as SDPA adds it; the logarithm of a count is not rounded to half precision."
     dtype = dtype if mask.dtype == torch.bool else lse_dtype(dtype)
     return mask.double().log().masked_fill(empty, 0).to(dtype)
+
+
+def _with_bias(rule: Scores, mask: Tensor, empty: Tensor, dtype: torch.dtype) -> Tensor:
+    "A bias as SDPA adds it, and a mask."
+    bias = rule.added.to(lse_dtype(dtype))
+    if mask.dtype != torch.bool: return bias + _additive(mask, empty, dtype)
+    allowed = mask | empty
+    readable = not torch.compiler.is_compiling() and is_plain(mask) and mask.is_cpu
+    if readable and bool(allowed.all()): return bias
+    return bias.where(allowed, -torch.inf)
 
 
 def _add_mask(
@@ -52,6 +63,13 @@ def _add_mask(
     return out if empty is None else out.masked_fill(empty, 0)
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8c95
+def _by_sdpa(rule: Scores) -> bool:
+    "Does SDPA make such scores? It has no cap; `torch.func` may want more than one derivative."
+    if rule.softcap is not None: return False
+    plain = torch.compiler.is_compiling() or peek_interpreter_stack() is None
+    return rule.bias is None or plain
+
+
 def masked_sdpa(
     q: Tensor, # (B, H, N, D)
     k: Tensor, # (B, H_kv, M, D)
@@ -60,17 +78,18 @@ def masked_sdpa(
     scale: float | Scores | None, # None is 1 / sqrt(D)
     dropout_p: float = 0.0, # probability of dropping an attention weight
 ) -> Tensor: # (B, H, N, D)
-    """SDPA with a mask; rows without keys give 0. SDPA has no forward-mode derivative, no cap and
-    no bias: there it is written out."""
-    rule = score_rule(scale, q)
-    if not rule.by_kernels:
+    """SDPA with a mask, and a bias; rows without keys give 0. SDPA has no forward-mode derivative
+    and no cap: there it is written out."""
+    rule, empty = score_rule(scale, q), ~mask.any(-1, keepdim=True)
+    if not _by_sdpa(rule):
         wide = lse_dtype(q.dtype)
         out, _ = masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, rule, dropout_p)
         return out.to(q.dtype)
     if torch.autograd.forward_ad._current_level >= 0:
         return masked_attention(q, k, v, mask, scale, dropout_p)[0]
-    empty = ~mask.any(-1, keepdim=True)
-    allowed = mask | empty if mask.dtype == torch.bool else _additive(mask, empty, q.dtype)
+    if rule.bias is not None: allowed = _with_bias(rule, mask, empty, q.dtype)
+    elif mask.dtype == torch.bool: allowed = mask | empty
+    else: allowed = _additive(mask, empty, q.dtype)
     return _add_mask(q, k, v, allowed, empty, rule.scale, dropout_p)
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8c98
@@ -682,9 +701,8 @@ def _rule_of(
     whole = rule.bias
     if whole.axes == 1 and not ordered: groups = groups[0][:1, :1], groups[1][:1, :1]
     queries, keys = (x[tokens].flatten(0, 1) for x, tokens in zip(whole[1:3], groups))
-    heads = whole.heads.flatten()[own][:, None, None, None]
-    bias = whole._replace(queries=queries, keys=keys, heads=heads)()
-    return rule._replace(bias=bias.repeat(batch, 1, 1, 1))
+    bias = whole._replace(queries=queries, keys=keys, heads=whole.heads[own])()
+    return rule._replace(bias=bias.expand(batch, *bias.shape).flatten(0, 1))
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55eb
 def _grouped_expression(
@@ -701,9 +719,9 @@ def _grouped_expression(
 ) -> tuple[Tensor, Tensor | None]: # out, lse
     "The groups as plain differentiable PyTorch, on any device."
     dtype, (batch, heads, n, _) = q.dtype, q.shape
-    if need_lse: q, k, v = (x.to(lse_dtype(dtype)) for x in (q, k, v))
-    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     rule, ordered = score_rule(scale, q), order is not None
+    if need_lse or rule.bias is not None: q, k, v = (x.to(lse_dtype(dtype)) for x in (q, k, v))
+    k, v = (x.repeat_interleave(heads // x.shape[1], 1) for x in (k, v))
     if order is None: order = torch.arange(n, device=q.device)
 
     def attention(own, tokens, q, k, v, mask):
@@ -740,11 +758,12 @@ def sdpa_attention(
 ) -> tuple[Tensor, Tensor | Any]: # out (B, H, N, D), lse (B, H, N) or None
     """Segmented, dilated attention through dense kernels on its groups; time and memory follow
     the pairs, never N^2."""
+    rule = score_rule(scale, q)
     if q.device.type not in ("cpu", "meta") or not custom_backward:
+        written = need_lse or not custom_backward and rule.bias is None
         return _grouped_expression(
-            q, k, v, pattern, order, causal, key_mask, dropout_p, scale,
-            need_lse or not custom_backward)
-    seed, numbers = draw_seeds(dropout_p, q.device), score_rule(scale, q).numbers
+            q, k, v, pattern, order, causal, key_mask, dropout_p, scale, written)
+    seed, numbers = draw_seeds(dropout_p, q.device), rule.numbers
     settings = pattern.segment_size, pattern.dilation_rate, pattern.mode, list(pattern.offsets)
     return _groups_attention(
         q, k, v, order, key_mask, seed, *settings, causal, numbers, float(dropout_p))

@@ -14,7 +14,9 @@ from hilbert_attn import (
     hilbert_attention,
     hilbert_slide_attention,
     hilbert_window_attention,
+    local,
     neighborhood_attention,
+    sdpa,
     window_attention,
 )
 from hilbert_attn.curves import curve_order
@@ -186,6 +188,49 @@ def test_graphs_and_transforms(function):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(*x).sin().sum(), x), expected)
+
+
+def counted(monkeypatch, module, name):
+    "Calls of a function, each a dictionary of its arguments by place and name."
+    calls, real = [], getattr(module, name)
+    def counting(*args, **options):
+        calls.append(dict(enumerate(args)) | options)
+        return real(*args, **options)
+    monkeypatch.setattr(module, name, counting)
+    return calls
+
+
+@each
+@pytest.mark.parametrize("backend", ("sdpa", "sdpa_mask"))
+@pytest.mark.parametrize("fixed", (True, False))
+def test_sdpa_takes_the_table_as_its_mask(monkeypatch, function, backend, fixed):
+    "Nothing is written out for an LSE that nobody asked for; gradients are those of the oracle."
+    x = inputs()
+    leaves = x[:3] if fixed else x
+    if fixed: x[3].requires_grad_(False)
+    expected = function(*x, backend="reference")
+    wanted = torch.autograd.grad(expected.sin().sum(), leaves)
+    by_sdpa = counted(monkeypatch, torch.nn.functional, "scaled_dot_product_attention")
+    written = [counted(monkeypatch, module, "masked_attention") for module in (sdpa, local)]
+    out = function(*x, backend=backend)
+    found = torch.autograd.grad(out.sin().sum(), leaves)
+    assert by_sdpa and all(call[3].dtype == torch.float64 for call in by_sdpa)
+    assert not any(written)
+    torch.testing.assert_close((out, *found), (expected, *wanted))
+    for options in (dict(return_lse=True), dict(softcap=2.0)):
+        for calls in written: calls.clear()
+        function(*x, backend=backend, **options)
+        assert any(written)
+
+
+@each
+def test_a_table_of_another_precision(function):
+    "Scores are in the precision of the queries, or in float32."
+    x = inputs()
+    fine, coarse = function(*x[:3], x[3].float()), function(*(y.float() for y in x[:3]), x[3])
+    assert fine.dtype == torch.float64 and coarse.dtype == torch.float32
+    torch.testing.assert_close(fine, function(*x[:3], x[3].float().double()))
+    torch.testing.assert_close(coarse.double(), fine, rtol=1e-5, atol=1e-5)
 
 
 def exact(function, q, k, v, *where, **options):

@@ -272,7 +272,7 @@ def costs(chunk: int, key_cost: int):
 
 
 @st.composite
-def local_options(draw, name: str, grid: tuple[int, ...]) -> dict:
+def local_options(draw, name: str, grid: tuple[int, ...], overlaps=False) -> dict:
     n = math.prod(grid)
     if name == "window":
         window = tuple(draw(st.integers(1, side + 2)) for side in grid)
@@ -296,7 +296,7 @@ def local_options(draw, name: str, grid: tuple[int, ...]) -> dict:
         reach = st.integers(0, max(1, n // 3))
         after = draw(st.sampled_from((0, 1))) and draw(reach)
         options = dict(window=(draw(reach), after), sinks=draw(st.integers(0, 6)))
-    if name == "hilbert_window" and draw(st.booleans()):
+    if name == "hilbert_window" and (overlaps or draw(st.booleans())):
         options |= dict(overlap=draw(st.integers(0, n)), causal=draw(st.booleans()))
     return options
 
@@ -315,6 +315,7 @@ def local_cases(
         "hilbert_slide",
         "tiles_shared",
     ),
+    overlaps: bool = False,
 ) -> LocalCase:
     ndim = draw(st.integers(1, 3))
     grid = (
@@ -327,7 +328,7 @@ def local_cases(
         if math.prod(grid) > max_n:
             grid = tuple(max(1, n // 2) for n in grid)
     name = draw(st.sampled_from(names))
-    options = draw(local_options(name, grid))
+    options = draw(local_options(name, grid, overlaps))
     kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]))
     key_mask = draw(st.sampled_from(("none", "none", "tokens", "all")))
     return LocalCase(
@@ -375,6 +376,22 @@ def test_the_other_paths_equal_the_oracle(case, path):
 @examples(40, 300)
 @given(local_cases(names=("hilbert_slide",)))
 def test_slides_equal_the_oracle(case): case.check(backend="sdpa")
+
+
+@examples(20, 300)
+@given(local_cases(names=("hilbert_window",), overlaps=True))
+def test_overlapping_segments_equal_the_oracle(case): case.check(backend="sdpa")
+
+
+@needs_triton
+@examples(3, 60)
+@given(local_cases(
+    max_n=48, head_dims=(16, 32), dtypes=(torch.float32, torch.float64),
+    names=("hilbert_window",), overlaps=True))
+def test_overlapping_segments_in_triton(case):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(local, "_BLOCK_SIZE", (16, 16))
+        case.check(DEVICE, backend="triton")
 
 
 @needs_triton

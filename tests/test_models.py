@@ -497,7 +497,15 @@ def test_adapters_bring_their_settings(hf, tmp_path, monkeypatch):
     )
     loaded = PeftModel(llama(hf))
     assert loaded.load_adapter(str(tmp_path)) == "loaded"
-    assert loaded.base.config.hilbert_attention == {"segment_lengths": 4}
+    stored = dict(segment_lengths=4, overlap="segment")
+    assert loaded.base.config.hilbert_attention == stored
+    file = tmp_path / "adapter_config.json"  # written before there was an overlap: it had none
+    file.write_text(json.dumps(dict(hilbert_attention=dict(segment_lengths=4))))
+    old = PeftModel(llama(hf))
+    assert old.load_adapter(str(tmp_path)) == "loaded"
+    assert old.base.config.hilbert_attention == dict(segment_lengths=4, overlap=0)
+    with pytest.raises(ValueError, match="trained with"): loaded.load_adapter(str(tmp_path))
+    file.write_text(json.dumps(dict(hilbert_attention=stored)))
     assert loaded.base.config._attn_implementation == "hilbert"
     other = PeftModel(h.use_hilbert_attention(llama(hf), segment_size=5))
     with pytest.raises(ValueError, match="trained with"):

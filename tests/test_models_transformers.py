@@ -1,5 +1,7 @@
 """Models of transformers against eager attention: exact, with padding, caches, masks."""
 
+import json
+
 import pytest
 import torch
 import torch.nn as nn
@@ -161,6 +163,95 @@ def test_vision_models(hf, name):
     assert (ours[0] - expected[0]).abs().max() > 1e-2
 
 
+OVERLAPPING = [
+    dict(segment_size=8),
+    dict(
+        segment_size=8,
+        overlap=3,
+        prefix_tokens=2,
+    ),
+]
+
+
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("settings", OVERLAPPING)
+def test_segments_of_a_decoder_overlap(hf, settings, padding):
+    "Against its own attention under a mask that is written out, with gradients."
+    n, w, prefix = 30, settings["segment_size"], settings.get("prefix_tokens", 0)
+    before = settings.get("overlap", w)
+    place = torch.arange(n) - prefix
+    begin = place // w * w
+    near = (place >= begin[:, None] - before) & (place <= place[:, None])
+    _COUNTS[0] = (near | (place < 0)).tril()[None].long()
+    if padding:
+        late = torch.zeros_like(_COUNTS[0])
+        late[:, 11:, 11:] = _COUNTS[0][:, :19, :19]
+        _COUNTS[0] = torch.stack([_COUNTS[0], late])
+    inputs, keep = texts(padding=padding)
+    sparse = use_hilbert_attention(build(hf, *TEXT["Llama"]), **settings)
+    expected = results(build(hf, *TEXT["Llama"], "masked"), keep, **inputs)
+    assert_same(results(sparse, keep, **inputs), expected)
+
+
+NO_OVERLAP = [
+    dict(),
+    dict(segment_size=8, dilation_rate=2),
+    dict(segment_size=8, shift=3),
+    dict(segment_size=8, curve="hilbert"),
+    dict(
+        segment_lengths=[4, 8],
+        dilation_rates=[1, 1],
+    ),
+]
+
+
+def stored(model, **how):
+    switched = use_hilbert_attention(model, **how)
+    return switched.config.hilbert_attention
+
+
+def test_which_segments_overlap_by_themselves(hf):
+    eight = dict(segment_lengths=8)
+    found = stored(llama(hf), segment_size=8)
+    assert found == eight | dict(overlap="segment")
+    found = stored(llama(hf), segment_size=8, overlap=0)
+    assert found == eight | dict(overlap=0)
+    layers = {
+        "0": "dense",
+        "1": dict(segment_size=4),
+    }
+    found = stored(llama(hf), layers=layers)
+    assert found["overlap"] == "segment"
+    for how in NO_OVERLAP:
+        assert "overlap" not in stored(llama(hf), **how)
+    encoder = build(hf, *TEXT["BERT"])
+    assert stored(encoder, segment_size=8) == eight
+
+
+@pytest.mark.parametrize("how", NO_OVERLAP[1:])
+def test_what_has_no_overlap_says_so(hf, how):
+    with pytest.raises(ValueError, match="overlap=3 with "):
+        use_hilbert_attention(llama(hf), **how, overlap=3)
+
+
+def test_a_configuration_from_before_there_was_an_overlap(hf, tmp_path):
+    "What is stored without one means what it meant."
+    model = use_hilbert_attention(llama(hf), segment_size=8, overlap=0)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    text = json.loads(file.read_text())
+    assert text["hilbert_attention"].pop("overlap") == 0
+    file.write_text(json.dumps(text))
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert again.config.hilbert_attention == dict(segment_lengths=8)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    new = use_hilbert_attention(llama(hf), segment_size=8)
+    new.save_pretrained(tmp_path)
+    again = hf.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(IDS).logits, new(IDS).logits)
+    assert (new(IDS).logits - model(IDS).logits).abs().max() > 1e-3
+
+
 @pytest.mark.parametrize("name", TEXT)
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 def test_text_models(hf, name, padding):
@@ -193,7 +284,9 @@ def test_the_mask_is_not_dropped(hf):
 # caches
 
 GROWING = [
-    dict(segment_size=8, prefix_tokens=2),
+    dict(segment_size=8, prefix_tokens=2), # each segment sees the one before it
+    dict(segment_size=8, overlap=0),
+    dict(segment_size=6, overlap=9),
     dict(segment_lengths=(4, 16), dilation_rates=(1, 4), dilation_mode="longnet"),
     dict(segment_size=12, dilation_rate=3),
     dict(),
@@ -415,11 +508,15 @@ def test_native_windows_in_generation(hf, name, padded):
 
 def test_segments_within_a_window(hf):
     "Segments that are no longer than the window are the pattern; longer ones are refused."
-    window = use_hilbert_attention(build(hf, *NATIVE["Mistral"]), segment_size=8)
-    plain = use_hilbert_attention(
-        build(hf, "MistralConfig", GROUPED | dict(sliding_window=None)), segment_size=8)
-    assert_same(results(window, input_ids=IDS), results(plain, input_ids=IDS))
-    for how in (dict(segment_size=9), dict(segment_size=8, shift=1)):
+    without = "MistralConfig", GROUPED | dict(sliding_window=None)
+    for how in (dict(segment_size=8), dict(segment_size=5, overlap=3), dict(segment_size=4)):
+        window = use_hilbert_attention(build(hf, *NATIVE["Mistral"]), **how)
+        own = HilbertSettings.from_dict(window.config.hilbert_attention)
+        assert own.before == (0 if own.segment_lengths == 8 else 8 - own.segment_lengths)
+        plain = use_hilbert_attention(build(hf, *without), **how | dict(overlap=own.before))
+        assert_same(results(window, input_ids=IDS), results(plain, input_ids=IDS))
+    for how in (dict(segment_size=9), dict(segment_size=8, shift=1), dict(
+            segment_size=5, overlap=4)):
         with pytest.raises(ValueError, match="sliding_window=8 with 30 tokens"):
             use_hilbert_attention(build(hf, *NATIVE["Mistral"]), **how)(IDS)
 
@@ -538,7 +635,7 @@ def test_registered_names_carry_settings(hf):
             == "hilbert_eight"
         )
     by_name = build(hf, *TEXT["Llama"], "hilbert_eight", head="AutoModelForCausalLM")
-    by_model = switched(hf, eight)
+    by_model = switched(hf, segment_size=8, overlap=0)
     assert torch.equal(by_name(IDS).logits, by_model(IDS).logits)
     assert not torch.equal(by_name(IDS).logits, switched(hf, nine)(IDS).logits)
     by_model.set_attn_implementation("sdpa")

@@ -4,12 +4,15 @@
 
 # %% auto #0
 __all__ = ['DECODE_CONFIG', 'DECODE_QUICK', 'STEP', 'SLICED', 'CROSS', 'SELF', 'PACKED', 'ALONE', 'PADDED', 'SLIDE', 'MASKED',
-           'PREFIX', 'SHARED', 'NO_TEXT', 'bench_decode', 'decode_tables', 'plot_decode']
+           'PREFIX', 'SHARED', 'NO_TEXT', 'FLEX', 'bench_decode', 'decode_targets', 'decode_tables', 'plot_decode']
 
 # %% ../../nbs/15hb_decode.ipynb #48c24d35
+import os
+import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
 from math import inf
+from shutil import which
 from typing import Any
 
 import torch
@@ -20,7 +23,8 @@ from ..backends import hilbert_attention
 from .contenders import DENSE, timing_rows
 from .machine import run_of, suite_limits
 from .measuring import measure, telling
-from .results import BLUE, GREEN, GREY, Table
+from .results import (
+    BLUE, GREEN, GREY, Table, target, target_tables)
 from ..cross import hilbert_cross_attention
 from ..decoding import decode_attention
 from ..dilated import dilated_attention
@@ -34,17 +38,20 @@ DECODE_CONFIG: dict[str, Any] = dict(
     heads=8, kv_heads=2, head_dim=64, dtype="float32", cached=65536, sinks=4,
     windows=[128, 512, 2048, 8192], grid=[64, 64], segments=[64, 256, 512], repeats=21,
     max_seconds=20, documents=[512, 1024, 256, 2048, 4352], segment=256, prefix=64, tiles=32,
-    slides=dict(tokens=16384, window=512))
+    slides=dict(tokens=16384, window=512), sparse=[[8192, 16], [65536, 128]], compiled=True)
 DECODE_QUICK = DECODE_CONFIG | dict(
     cached=512, windows=[8, 64], grid=[8, 8], segments=[16], repeats=3, documents=[24, 5, 40],
-    segment=16, prefix=4, tiles=2, slides=dict(tokens=96, window=16))
+    segment=16, prefix=4, tiles=2, slides=dict(tokens=96, window=16), sparse=[[64, 4]],
+    compiled=False)
 _Calls = tuple[dict, dict[str, Any], Any] # settings; calls by name; what they must give
 STEP, SLICED = "decode_attention", "slice + SDPA"
 CROSS, SELF = "cross-attention", "self-attention"
 PACKED, ALONE, PADDED = "packed", "one call for each", "padded"
 SLIDE, MASKED = "slide", "SDPA with a mask"
 PREFIX, SHARED, NO_TEXT = "prefix", "shared tokens", "without text"
-_OTHERS = {PACKED: (ALONE, PADDED), SLIDE: (MASKED,), PREFIX: (NO_TEXT, SHARED)} # beside which
+FLEX = "FlexAttention"
+_OTHERS = { # beside which
+    PACKED: (ALONE, PADDED, FLEX), SLIDE: (MASKED, FLEX), PREFIX: (NO_TEXT, SHARED, FLEX)}
 
 # %% ../../nbs/15hb_decode.ipynb #9ff19989
 def _cache(config: dict) -> tuple[Tensor, Tensor, Tensor]: # q, k, v
@@ -66,6 +73,18 @@ def _steps(config: dict) -> Iterator[_Calls]:
         yield dict(setting=f"window {w:,}", keys=w), calls | {DENSE: whole}, sliced()
     calls = {STEP: partial(decode_attention, q, k, v, n)}
     yield dict(setting="all", keys=n), calls | {DENSE: whole}, whole()
+
+# %% ../../nbs/15hb_decode.ipynb #17b0000e
+def _sparse_steps(config: dict) -> Iterator[_Calls]:
+    "Steps that see every few keys one."
+    n, (q, k, v) = config["cached"], _cache(config)
+    for w, r in config["sparse"]:
+        def every(w=w, r=r):
+            keys = slice(n - w + (w - 1) % r, None, r)
+            return F.scaled_dot_product_attention(q, k[:, :, keys], v[:, :, keys], enable_gqa=True)
+        step = partial(decode_attention, q, k, v, n, segment_size=w, dilation_rate=r)
+        about = dict(setting=f"every {r:,}th of {w:,}", keys=w // r)
+        yield about, {STEP: step, SLICED: every}, every()
 
 # %% ../../nbs/15hb_decode.ipynb #0f41dfd6
 def _ragged_steps(config: dict) -> Iterator[_Calls]:
@@ -98,6 +117,7 @@ def _crosses(config: dict) -> Iterator[_Calls]:
 
 # %% ../../nbs/15hb_decode.ipynb #ded5c7d4
 _Inputs = tuple[Tensor, Tensor, Tensor] # q, k, v (1, H, N, D)
+_Named = dict[str, Any] # calls
 
 
 def _random(heads: int, n: int, d: int) -> _Inputs:
@@ -106,12 +126,31 @@ def _random(heads: int, n: int, d: int) -> _Inputs:
     return q, k, v
 
 
-def _both_ways(about: dict, calls: dict[str, Any], x: _Inputs) -> Iterator[_Calls]:
-    "Forward, and forward with backward; the first call is what the others must give."
+def _both_ways(
+    about: dict, calls: _Named, x: _Inputs, forward: _Named,
+) -> Iterator[_Calls]:
+    "Forward, some of it only so, and with backward; the first call is what the others must give."
     def both(f): return lambda: torch.autograd.grad(f().square().sum(), x)
-    for direction, some in (
-        ("forward", calls), ("forward+backward", {name: both(f) for name, f in calls.items()})):
+    back = {name: both(f) for name, f in calls.items()}
+    for direction, some in (("forward", calls | forward), ("forward+backward", back)):
         yield dict(about, direction=direction), some, next(iter(some.values()))()
+
+# %% ../../nbs/15hb_decode.ipynb #17b00002
+def _flex(config: dict, x: _Inputs, sees: Callable) -> _Named: # {} without a compiler
+    "FlexAttention where `sees(query, key)`."
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    if config["compiled"] and which(os.environ.get("CXX", "g++")) is None: return {}
+    n, (q, k, v) = x[0].shape[2], (y.detach() for y in x)
+    blocks = create_block_mask(
+        lambda b, h, i, j: sees(i, j), None, None, n, n, device="cpu")
+    attend = torch.compile(flex_attention, dynamic=False) if config["compiled"] else flex_attention
+
+    def call():
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "flex_attention called without")
+            return attend(q, k, v, block_mask=blocks)
+
+    return {FLEX: call}
 
 # %% ../../nbs/15hb_decode.ipynb #ee517c46
 def _packs(config: dict) -> Iterator[_Calls]:
@@ -136,18 +175,24 @@ def _packs(config: dict) -> Iterator[_Calls]:
     borders = [0, *torch.tensor(sizes).cumsum(0).tolist()]
     packed = partial(dilated_attention, *x, w, 1, cu_seqlens=borders, **how)
     about = dict(setting=f"{len(sizes)} documents, segments of {w}", tokens=sum(sizes))
-    yield from _both_ways(about, {PACKED: packed, ALONE: alone, PADDED: padded}, x)
+    parts = [torch.arange(size) // w for size in sizes]
+    group = torch.cat([(i << 20) + part for i, part in enumerate(parts)])
+    flex = _flex(config, x, lambda i, j: group[i] == group[j])
+    yield from _both_ways(about, {PACKED: packed, ALONE: alone, PADDED: padded}, x, flex)
 
 # %% ../../nbs/15hb_decode.ipynb #17dc1136
 def _slides(config: dict) -> Iterator[_Calls]:
     "A window with sinks."
     (n, w), sinks = config["slides"].values(), config["sinks"]
     x = _random(config["heads"], n, config["head_dim"])
+    how: Any = dict(sinks=sinks, curve=None, backend="sdpa")
     mask = SlidePattern(n, (w - 1, 0), sinks).mask()
-    slide = partial(hilbert_slide_attention, *x, n, (w - 1, 0), sinks=sinks, curve=None)
-    masked = partial(F.scaled_dot_product_attention, *x, mask)
+    calls: _Named = {
+        SLIDE: partial(hilbert_slide_attention, *x, n, (w - 1, 0), **how),
+        MASKED: partial(F.scaled_dot_product_attention, *x, mask)}
     about = dict(setting=f"window {w}, {sinks} sinks", tokens=n)
-    yield from _both_ways(about, {SLIDE: partial(slide, backend="sdpa"), MASKED: masked}, x)
+    def sees(i, j): return (j <= i) & ((i - j < w) | (j < sinks))
+    yield from _both_ways(about, calls, x, _flex(config, x, sees))
 
 # %% ../../nbs/15hb_decode.ipynb #4a1601b0
 def _prefixes(config: dict) -> Iterator[_Calls]:
@@ -167,7 +212,8 @@ def _prefixes(config: dict) -> Iterator[_Calls]:
         SHARED: partial(tiles_shared_attention, *x, tiles=tiles, shared=p, **how),
         NO_TEXT: without}
     about = dict(setting=f"{p} tokens before {tiles} tiles of {w}", tokens=n)
-    yield from _both_ways(about, calls, x)
+    def sees(i, j): return (i < p) | (j < p) | ((i - p) // w == (j - p) // w)
+    yield from _both_ways(about, calls, x, _flex(config, x, sees))
 
 # %% ../../nbs/15hb_decode.ipynb #006a6caf
 def _check(name: str, found: Any, expected: Any) -> float:
@@ -187,7 +233,7 @@ def bench_decode(
 ) -> dict: # JSON-ready; rows in seconds
     "Runs the suite. A `RuntimeError` where calls differ: then nothing is timed."
     config = DECODE_QUICK if quick else DECODE_CONFIG
-    makers = _steps, _ragged_steps, _crosses, _packs, _slides, _prefixes
+    makers = _steps, _sparse_steps, _ragged_steps, _crosses, _packs, _slides, _prefixes
     settings = [x for make in makers for x in make(config)]
     errors: dict[str, float] = {}
     for _, calls, expected in settings:
@@ -214,9 +260,52 @@ def _places(run: dict, field: str) -> Iterator[tuple[dict, dict[str, float]]]:
     for place, times in places.items():
         yield dict(zip(("setting", field, "direction"), place)), times
 
+# %% ../../nbs/15hb_decode.ipynb #17b00004
+def _beside(run: dict) -> list[dict]: # place, call, ms, beside, ratio
+    "Packed documents, windows and prefixes, each beside what does the same."
+    return [
+        place | dict(call=ours, ms=1e3 * times[ours], beside=name, ratio=times[ours] / times[name])
+        for place, times in _places(run, "tokens")
+        for ours, names in _OTHERS.items() if ours in times for name in names if name in times]
+
+# %% ../../nbs/15hb_decode.ipynb #17b00006
+_GOALS = {(PACKED, ALONE): 1.1, (PACKED, PADDED): 1.0, (SLIDE, FLEX): 1.0, (PREFIX, NO_TEXT): 1.3}
+_FASTER = {(SLIDE, MASKED): 8.0} # at least so many times
+
+
+def _goal_of(row: dict) -> list[dict]: # of `_beside`; one target, or none
+    "What a call should reach beside another one."
+    pair, beside, ratio = (row["call"], row["beside"]), row["beside"], row["ratio"]
+    about = f"{row['setting']}, {row['direction']}"
+    if pair in _GOALS: return [target(f"{about}: time / {beside}", ratio, _GOALS[pair], False)]
+    if pair not in _FASTER: return []
+    return [target(f"{about}: times as fast as {beside}", 1 / ratio, _FASTER[pair])]
+
+# %% ../../nbs/15hb_decode.ipynb #17b00008
+def _cross_goals(run: dict) -> Iterator[dict]:
+    for place, times in _places(run, "pairs"):
+        what = f"cross-attention, {place['setting']}, {place['direction']}: time / {SELF}"
+        yield target(what, times[CROSS] / times[SELF], 1.1, at_least=False)
+
+# %% ../../nbs/15hb_decode.ipynb #17b0000a
+def _step_goal(run: dict) -> dict:
+    steps = {place["keys"]: times[STEP] for place, times in _places(run, "keys")
+             if place["setting"].startswith("window") and SLICED in times}
+    few, *_, many = sorted(steps)[-3:]
+    what = f"a step that sees {many:,} keys: time / one that sees {few:,}"
+    return target(what, steps[many] / steps[few], many / few, at_least=False)
+
+# %% ../../nbs/15hb_decode.ipynb #17b0000c
+def decode_targets(
+    run: dict, # of the suite `decode`
+) -> list[dict]: # what, measured, target, met
+    "Ratios beside what they should be."
+    found = [goal for row in _beside(run) for goal in _goal_of(row)]
+    return [*found, *_cross_goals(run), _step_goal(run)]
+
 # %% ../../nbs/15hb_decode.ipynb #fbaf70ed
 def decode_tables(run: dict) -> list[Table]: # of the suite `decode`
-    "Steps, and cross-attention."
+    "Steps, cross-attention, what has tokens, and targets."
     steps, crosses = [], []
     for place, times in _places(run, "keys"):
         us = {name: 1e6 * t for name, t in times.items()}
@@ -225,17 +314,15 @@ def decode_tables(run: dict) -> list[Table]: # of the suite `decode`
             dense=us.get(DENSE), per_key=1e3 * us[STEP] / place["keys"]))
     for place, times in _places(run, "pairs"):
         crosses.append(place | dict(ms=1e3 * times[CROSS], ratio=times[CROSS] / times[SELF]))
-    others = [
-        place | dict(call=ours, ms=1e3 * times[ours], beside=name, ratio=times[ours] / times[name])
-        for place, times in _places(run, "tokens")
-        for ours, names in _OTHERS.items() if ours in times for name in names]
+    others = _beside(run)
     formats = dict(setting="", keys=",", us=".0f", sliced=".0f", dense=".0f", per_key=".1f")
     titles = dict(us="µs", sliced=f"{SLICED}, µs", dense=f"{DENSE}, µs", per_key="ns a key")
     cross = dict(setting="", pairs=",", direction="", ms=".2f", ratio=".2f")
     other = dict(setting="", tokens=",", direction="", call="", ms=".2f", beside="", ratio=".2f")
     return [Table("step", steps, formats, titles),
             Table("cross", crosses, cross, dict(ms="ms", ratio=f"x {SELF}")),
-            *([Table("others", others, other, dict(ms="ms", ratio="ratio"))] if others else [])]
+            Table("others", others, other, dict(ms="ms", ratio="ratio")),
+            *target_tables([] if run["quick"] else decode_targets(run))]
 
 # %% ../../nbs/15hb_decode.ipynb #ce41d676
 def plot_decode(run: dict): # of the suite `decode`

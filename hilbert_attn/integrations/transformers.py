@@ -10,8 +10,9 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from inspect import signature
 from math import prod
@@ -26,14 +27,14 @@ from ..calls import autocast_inputs
 from ..common import hide_masked
 from ..curves import inverse_order
 from ..decoding import (
-    KeyTable, attend_keys, decode_attention, segment_keys, slide_keys)
+    KeyTable, attend_keys, decode_attention, overlap_keys, segment_keys, slide_keys)
 from .settings import (
-    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, cell_order, few_attention,
-    key_counts, prefix_attention, settings_from)
+    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, can_overlap, cell_order,
+    few_attention, key_counts, layer_settings, prefix_attention, settings_from)
 from .switch import (
     Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, switch_of)
 from ..local import hilbert_slide_attention
-from ..patterns import SlidePattern
+from ..patterns import OverlapPattern, SlidePattern
 from ..reference import Scores, score_rule, with_sinks
 from ..schedule import frozen
 
@@ -322,7 +323,8 @@ def _keys_in_reach(
     prefix, keys = settings.prefix_tokens, torch.arange(n)
     if settings.order_name is not None or settings.shift: return keys
     first = max(n - m - prefix, 0)  # position of the first query
-    start = prefix + min(first // w * w for w in settings.branches[0])
+    start = min(first // w * w for w in settings.branches[0]) - settings.before
+    start = prefix + max(start, 0)
     return torch.cat([keys[:prefix], keys[start:]])
 
 # %% ../../nbs/14c_transformers.ipynb #6f647b8a
@@ -399,10 +401,26 @@ def _row_by_row(
     back = torch.cat(places).argsort()
     return torch.cat(outs)[back], torch.cat(lses)[back]
 
-# %% ../../nbs/14c_transformers.ipynb #68a6f519
+# %% ../../nbs/14c_transformers.ipynb #17a00021
 _FEW = 8  # queries that each read their own keys
 
 
+def _keys_of_segments(
+    settings: HilbertSettings,
+    position: Tensor, # int64 (B, M): of the queries
+    cells: int, # tokens behind the prefix
+    num_heads: int, # H
+) -> Iterator[KeyTable]: # of positions, later ones too
+    "The keys of each branch, as often as they count; or of segments that overlap."
+    if settings.before:
+        yield overlap_keys(
+            position, OverlapPattern(cells, settings.branches[0][0], settings.before))
+        return
+    for branch in settings.pattern(cells, num_heads).branches:
+        table = segment_keys(position, branch.pattern)
+        for _ in range(branch.copies): yield table
+
+# %% ../../nbs/14c_transformers.ipynb #68a6f519
 def _tokens_seen(
     settings: HilbertSettings,
     token: Tensor, # int64 (B, M): of the queries, counted from the start of each row
@@ -418,12 +436,10 @@ def _tokens_seen(
     own, late = token[:, None, :, None], (token >= prefix)[:, None, :, None]
     first = torch.arange(prefix, device=token.device).expand(*own.shape[:3], -1)
     table = KeyTable(first, first <= own)
-    for branch in settings.pattern(cells, num_heads).branches:
-        keys, seen = segment_keys(position, branch.pattern)
+    for keys, seen in _keys_of_segments(settings, position, cells, num_heads):
         if order is not None: keys = order[keys.clamp(max=cells - 1)]
         keys = keys + prefix
-        part = KeyTable(keys, seen & late & (keys <= own))
-        for _ in range(branch.copies): table = table.and_also(part)
+        table = table.and_also(KeyTable(keys, seen & late & (keys <= own)))
     return table
 
 # %% ../../nbs/14c_transformers.ipynb #2594ee49
@@ -476,7 +492,7 @@ def _plain_step(
     (w,), (r,), n = *settings.branches, k.shape[2]
     how: Any = dict(
         segment_size=min(w, n), dilation_rate=r, dilation_mode=settings.dilation_mode,
-        offsets=settings.offsets, dropout_p=dropout_p, scale=scale)
+        offsets=settings.offsets, overlap=settings.before, dropout_p=dropout_p, scale=scale)
     if not need_lse: return decode_attention(q, k, v, n, **how), None
     out, lse = decode_attention(q, k, v, n, return_lse=True, **how)
     return out, lse
@@ -586,7 +602,7 @@ def _needed_window(
     lengths, _ = settings.branches
     moved = settings.order_name is not None or settings.shift or settings.prefix_tokens
     if not moved and settings.segment_lengths is None: return window
-    if not moved and max(lengths) <= window and not gone: return None
+    if not moved and max(lengths) + settings.before <= window and not gone: return None
     raise ValueError(
         f"sliding_window={window} with {n} tokens and {settings.to_dict()}: a layer with a window "
         "can be dense, which leaves it its window, or have segments that are no longer, without "
@@ -971,12 +987,14 @@ def _restore_from_adapter(
     "Switches the base model as an adapter's file says. Raises `ValueError` where it is otherwise."
     values = None if file is None else json.loads(Path(file).read_text()).get(_SETTING)
     if values is None: return
-    base, settings = peft_model.get_base_model(), HilbertSettings.from_dict(values)
+    # what was stored without an overlap had none
+    settings = HilbertSettings.from_dict(dict(overlap=0) | values)
+    base = peft_model.get_base_model()
     if base.config._attn_implementation not in _DEFAULTS:
         use_hilbert_attention(base, settings)
         return
     own = _settings_of(base, base.config._attn_implementation)
-    if own != settings:
+    if replace(own, overlap=own.overlap or 0) != settings:
         raise ValueError(
             f"the adapter was trained with {settings.to_dict()}, the model "
             f"that it is loaded into has {own.to_dict()}: use one of them")
@@ -1006,6 +1024,37 @@ def extend_peft():
 
     model.save_pretrained, model.load_adapter = save_pretrained, load_adapter
 
+# %% ../../nbs/14c_transformers.ipynb #17a00012
+def _is_decoder(
+    model: Any, # a `transformers.PreTrainedModel`
+) -> bool:
+    "Does it read one row of words, each of which sees those before it?"
+    if not _reads_text(model) or not _said_by(model, "is_causal", True): return False
+    return any(getattr(x, "is_causal", False) for x in model.modules() if _is_attention(x))
+
+# %% ../../nbs/14c_transformers.ipynb #17a00014
+def _each_kind(
+    settings: HilbertSettings,
+) -> list[HilbertSettings]: # of the layers that have segments
+    "What a schedule makes of settings."
+    schedule: Any = settings.layers
+    options = schedule.options() if schedule else ()
+    kinds = [settings, *(layer_settings(settings, x) for x in options)]
+    return [x for x in kinds if x.segment_lengths is not None]
+
+# %% ../../nbs/14c_transformers.ipynb #17a00016
+def _for_decoders(
+    model: Any, # a `transformers.PreTrainedModel`
+    settings: HilbertSettings,
+) -> HilbertSettings: # with an overlap, where segments can have one and nobody says otherwise
+    "The first token of a segment would see itself alone."
+    sparse, window = _each_kind(settings), _said_by(model, "sliding_window")
+    if settings.overlap is not None or not sparse or not all(map(can_overlap, sparse)):
+        return settings
+    reach = 2 * max(x.branches[0][0] for x in sparse)
+    if window is not None and reach > window or not _is_decoder(model): return settings
+    return replace(settings, overlap="segment")
+
 # %% ../../nbs/14c_transformers.ipynb #c5da82e5
 Model = TypeVar("Model")
 
@@ -1020,8 +1069,10 @@ def use_hilbert_attention(
     """Switches a model of transformers; its configuration keeps the settings.
 
     A transformer of diffusers, or a pipeline with one, takes the fields of `DiTSettings`, and
-    `layers`. Grid and prefix are read off each call. Raises `ValueError` where settings or model
-    do not fit; the first forward raises `RuntimeError` where a layer goes on without us."""
+    `layers`. Grid and prefix are read off each call. Segments of a decoder overlap by their
+    length, where they can and `overlap` does not say otherwise. Raises `ValueError` where
+    settings or model do not fit; the first forward raises `RuntimeError` where a layer goes on
+    without us."""
     other = switch_of(model)
     if other is not None: return other(model, settings, **options)
     transformers = need("transformers", "transformers")
@@ -1033,7 +1084,7 @@ def use_hilbert_attention(
             f"model is a {type(inner).__name__}: expected a "
             "transformers.PreTrainedModel; for other models see "
             "convert_attention and convert_vit")
-    values = settings_from(settings, options).to_dict()
+    values = _for_decoders(inner, settings_from(settings, options)).to_dict()
     register_hilbert_attention(name=name)
     with _undone_on_error(inner):
         for config in _configs(inner):
