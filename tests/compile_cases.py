@@ -13,6 +13,7 @@ from gpu.compiling import Launch, recording
 from hilbert_attn.blocks.lists import lists_from_bounds
 from hilbert_attn.kernels import backward, block_sparse, forward
 from hilbert_attn.kernels.tuning import PRODUCERS, Tile, Workload, default_tile
+from hilbert_attn.reference import Scores
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32,
           "fp64": torch.float64}
@@ -31,10 +32,11 @@ class Case:
     order: bool = False
     rows: int = 4096 # keys of a group
     mode: str = "residue" # "keys": of as many queries as two groups
-    traits: tuple = () # of CAUSAL, HAS_KEY_MASK, HAS_DROPOUT
+    traits: tuple = () # of CAUSAL, HAS_KEY_MASK, HAS_DROPOUT, CAPPED
     tile: Tile | None = None # None is the default of the architecture
     axes: int = 0 # coordinates per slot, for block kernels
     block: tuple = (128, 128) # for block kernels
+    filled: bool = False # with an order: no slot is empty
 
     @property
     def half(self): return self.dtype in ("bf16", "fp16")
@@ -46,6 +48,7 @@ class Case:
         words += self.traits
         if self.kernel.startswith("block"):
             words += [f"axes{self.axes}", "x".join(map(str, self.block))]
+        words += ["filled"] * self.filled
         if t := self.tile:
             size = f"{t.block_m}x{t.block_n}w{t.num_warps}s{t.num_stages}"
             words.append(size + "o" * t.overlap + "t" * t.tma + "p" * t.producer)
@@ -59,6 +62,7 @@ class Case:
         if "HAS_DROPOUT" in self.traits:
             seed = torch.empty(1, dtype=torch.int64, device="meta")
             found |= dict(dropout_p=0.1, seed=seed)
+        if "CAPPED" in self.traits: found["scale"] = Scores(0.125, 50.0)
         return found
 
     def launch(self) -> Launch:
@@ -89,7 +93,7 @@ class Case:
         backward.attention_backward(*x, out, lse, out, None, *fields, **options, tiles=tiles)
 
     def launch_blocks(self):
-        n, (tile, tiles) = 500 if self.order else 512, self.forced()
+        n, (tile, tiles) = 512 if self.filled or not self.order else 500, self.forced()
         slots = torch.arange(512, dtype=torch.int32)
         layout = dict(causal="CAUSAL" in self.traits)
         if self.axes:
@@ -106,6 +110,7 @@ class Case:
 LOOPS = ("forward", "dq", "dkv")
 BLOCKS = tuple(f"block_{kernel}" for kernel in LOOPS)
 TRAITS = dict(CAUSAL="causal", HAS_KEY_MASK="mask", HAS_DROPOUT="dropout")  # of kernels, of tuning
+WORDS = TRAITS | dict(CAPPED="softcap")
 
 
 def kernels_of_segments() -> list[Case]:
@@ -159,6 +164,15 @@ def gradients_of_small_groups() -> Iterator[Case]:
             yield Case("small", arch, dtype, d, order, keys, mode, traits)
 
 
+def blocks_of_the_gpu_tool() -> list[Case]:
+    "Defaults for the block lists that `make gpu` times: segments, windows, neighbourhoods."
+    lists = ((True, 0, (128, 128), False), (True, 1, (128, 128), False),
+             (False, 1, (128, 128), False), (False, 1, (128, 64), False),
+             (True, 2, (128, 128), True), (True, 2, (128, 64), True), (True, 2, (64, 64), True))
+    return [Case(kernel, 90, head_dim=128, order=order, axes=axes, block=block, filled=filled)
+            for kernel in BLOCKS for order, axes, block, filled in lists]
+
+
 def kernels_of_blocks() -> list[Case]:
     "Every number of axes, blocks wider than tiles, other architectures and dtypes."
     cases = [Case(kernel, 90, head_dim=d, order=(axes + d // 64) % 2 == 0, axes=axes,
@@ -176,7 +190,7 @@ def kernels_of_blocks() -> list[Case]:
 
 def choices(kernel: str, d: int, traits: tuple, order: bool, blocks: bool) -> list[Tile]:
     "What the tuner may take, the default first."
-    words = ("blocks",) * blocks + ("order",) * order + tuple(TRAITS[t] for t in traits)
+    words = ("blocks",) * blocks + ("order",) * order + tuple(WORDS[t] for t in traits)
     if kernel == "forward" and not words: words = "whole",
     work = Workload(kernel, d, 4096, (16, 16), torch.bfloat16, words, tma=not order)
     default = default_tile(kernel, d, torch.bfloat16, (9, 0), "HAS_DROPOUT" in traits)
@@ -204,6 +218,36 @@ def may_describe(kernel: str, tile: Tile | None, traits: tuple) -> bool:
     return tile is None or not tile.tma or kernel == "dkv" or "HAS_KEY_MASK" not in traits
 
 
+def capped() -> list[Case]:
+    "Scores within a cap: every kernel with what most often comes with one, and the tuner's tiles."
+    causal, rest = ("CAUSAL", "CAPPED"), ("HAS_KEY_MASK", "HAS_DROPOUT", "CAPPED")
+    cases = [Case(kernel, arch, head_dim=d, order=(d == 64) == (arch == 80), traits=causal)
+             for kernel in LOOPS for arch in (80, 90, 100) for d in (64, 128)]
+    cases += [Case(kernel, arch, head_dim=d, order=d == 128, axes=2, traits=causal)
+              for kernel in BLOCKS for arch in (80, 90, 100) for d in (64, 128)]
+    cases += [Case(kernel, 90, head_dim=d, order=d == 64, traits=rest)
+              for kernel in LOOPS for d in (64, 128)]
+    return cases + capped_groups() + capped_tiles()
+
+
+def capped_groups() -> list[Case]:
+    "The largest groups whose gradients one kernel takes, with all traits at once."
+    sizes = ((80, 64, 128), (80, 128, 64), (90, 64, 128), (90, 128, 128), (100, 128, 128))
+    cases = [Case("small", arch, head_dim=d, rows=rows, traits=("CAUSAL", "HAS_KEY_MASK", "CAPPED"))
+             for arch, d, rows in sizes]
+    return cases + [Case("small", 90, head_dim=d, rows=d, traits=tuple(WORDS)) for d in (64, 128)]
+
+
+def capped_tiles() -> list[Case]:
+    "What the tuner may take beside the defaults."
+    found = []
+    for kernel, d, order in product(LOOPS, (64, 128), (False, True)):
+        traits = ("CAPPED",) if kernel == "dkv" else ("CAUSAL", "CAPPED")
+        found += [Case(kernel, 90, head_dim=d, order=order, traits=traits, tile=tile)
+                  for tile in choices(kernel, d, traits, order, blocks=False)]
+    return found
+
+
 def producers_of_other_modes() -> list[Case]:
     return [Case("forward", 90, dtype, d, mode=mode, tile=tile)
             for tile, (dtype, d, mode) in product(
@@ -213,10 +257,10 @@ def producers_of_other_modes() -> list[Case]:
 def matrix() -> list[Case]:
     "All of it; most only where everything is tested."
     cases = kernels_of_segments() + small_groups() + kernels_of_blocks() + tiles_of_the_tuner()
-    cases += producers_of_other_modes()
+    cases += producers_of_other_modes() + blocks_of_the_gpu_tool() + capped()
     return list(dict.fromkeys(cases))
 
 
 def sampled(cases: list[Case]) -> list[Case]:
-    "One in twenty-eight, which together hold every kernel, and a tile with a producer."
-    return cases[::28]
+    "One in fifty-six, which together hold every kernel, and a tile with a producer."
+    return cases[::56]

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from interpreter import interpreted, quick
 
-PRELOADED = ["torch", "numpy", "IPython", "execnb.shell", "matplotlib.pyplot"]
+PRELOADED = [
+    "torch", "torch._dynamo", "torch._inductor.compile_fx", "numpy", "pandas", "sklearn.datasets",
+    "IPython", "execnb.shell", "matplotlib.pyplot", "transformers.modeling_utils", "diffusers"]
 
 
 def _run(path: Path, folder: Path, first: str) -> list[dict]:

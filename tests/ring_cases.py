@@ -4,12 +4,13 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate
 
 import torch
+from sampling import FULL
 
 from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import SegmentPattern, attention_mask
 from hilbert_attn.ring_plan import plan_ring, shard_positions, shard_sizes
 
-WORLDS = (1, 2, 3, 4)
+WORLDS = (1, 2, 3, 4) if FULL else (1, 3)
 MODES = ("residue", "keys", "longnet")
 
 

@@ -38,8 +38,9 @@ from hilbert_attn.blocks.lists import (
 )
 from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
-from hilbert_attn.kernels import block_sparse
+from hilbert_attn.kernels import block_sparse, launch
 from hilbert_attn.kernels.block_sparse import (
+    BlockCall,
     block_attention_backward,
     block_attention_forward,
     block_triton_attention,
@@ -243,6 +244,7 @@ PATTERNS = [WindowPattern((9, 14), (4, 5), (1, 2)),
 def name_of(pattern): return type(pattern).__name__.removesuffix("Pattern")
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("pattern", PATTERNS, ids=name_of)
 @pytest.mark.parametrize(
@@ -286,6 +288,7 @@ def test_given_block_masks(own):
 LARGE = [((128, 128), Tile(64, 32), 333), ((64, 128), Tile(64, 64), 333), ((48, 80), None, 131)]
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("block_size, tile, n", LARGE)
 @pytest.mark.parametrize("ordered", [False, True])
@@ -594,6 +597,19 @@ def test_warps_follow_the_side_that_they_share():
     tile = Tile(128, 64, 8, 3)
     assert fit_block_tile(tile, (64, 64)) == Tile(64, 64, 4, 3)
     assert fit_block_tile(tile, (128, 32)) == Tile(128, 32, 8, 3)
+
+
+def test_a_cap_takes_smaller_tiles_on_ampere(monkeypatch):
+    monkeypatch.setattr(launch, "capability", lambda device: (8, 0))
+    q = torch.empty(1, 1, 64, 64, dtype=torch.bfloat16, device="meta")
+    lists = lists_from_block_mask(torch.ones(1, 1, dtype=torch.bool), 64, 64, (64, 64))
+    settings = dict(key_mask=None, dropout_p=0.0, seed=None)
+    rules = None, Scores(0.125, softcap=50.0)
+    usual, capped = (BlockCall(q, q, lists, scale=rule, **settings) for rule in rules)
+    for kernel in ("forward", "dq", "dkv"):
+        before, after = usual.default(kernel), capped.default(kernel)
+        sizes = [t.block_m * t.block_n / t.num_warps for t in (after, before)]
+        assert sizes[0] < sizes[1], kernel
 
 
 def test_fewer_rows_where_half_the_warps_would_spill():

@@ -4,6 +4,7 @@ The processes run block_ring_worker.py."""
 import pytest
 import torch
 from block_ring_worker import NAMES
+from ring_cases import WORLDS
 from ring_processes import run_ranks, said
 
 from hilbert_attn.block_ring import lists_order, plan_block_ring
@@ -19,7 +20,7 @@ def exact(tmp_path_factory):
     "Results for each number of processes."
     def run(world):
         return run_ranks(WORKER, ["exact"], world, tmp_path_factory.mktemp("exact"), 120)
-    return {world: run(world) for world in (1, 2, 3, 4)}
+    return {world: run(world) for world in WORLDS}
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def faults(tmp_path_factory):
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("world", (1, 2, 3, 4))
+@pytest.mark.parametrize("world", WORLDS)
 def test_against_the_oracle_and_the_plan(exact, world, name):
     said(exact[world], "exact", name, range(world))
 

@@ -474,6 +474,7 @@ LISTS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", LISTS)
 @pytest.mark.parametrize("masked", (False, True))
 def test_gradcheck(name, masked, small_pieces):
@@ -660,6 +661,7 @@ def with_strides(x: torch.Tensor, kind: str) -> torch.Tensor:
 STRIDES = ("transposed", "turned", "stepped", "offset", "expanded", "one batch")
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", ("reference", "sdpa_mask", "sdpa", "triton"))
 @pytest.mark.parametrize("kind", STRIDES)
 def test_any_strides(kind, backend):
@@ -690,6 +692,7 @@ def test_any_strides_in_a_graph(kind):
     torch.testing.assert_close(compiled(*x), model(*x))
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("backend", ("reference", "sdpa_mask", "sdpa", "triton"))
 @pytest.mark.parametrize("bad", (torch.nan, torch.inf))
 def test_masked_keys_never_matter(bad, backend):

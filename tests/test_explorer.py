@@ -142,6 +142,7 @@ def test_a_bad_address_is_put_right(page, address):
     json.dumps(state, allow_nan=False)
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("width", [390, 900, 1400])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_nothing_is_cut_off(browser, width, scheme):

@@ -9,22 +9,28 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
-from gpu.report import beside, with_prediction, write
+from gpu.cases import hilbert_a_cases, speed_name, window_cases
+from gpu.problems import lists_of, walked
+from gpu.report import beside, with_prediction, work_of, write
 
 from hilbert_attn.bench.gpu_model import (
+    BLOCKS,
     GPUS,
     GROUPS,
     LOOPS,
+    Blocks,
     Work,
     _loops_of,
     _runs_on,
     gpu_of,
+    is_predicted,
     kernel_seconds,
     kernels_of,
     predicted_ms,
     programs_at_once,
     tile_cycles,
 )
+from hilbert_attn.blocks.lists import lists_from_kinds
 from hilbert_attn.kernels.backward import fit_small
 
 STORED = Path(__file__).parent.parent / "nbs" / "results" / "kernels.jsonl"
@@ -68,6 +74,17 @@ def test_groups_are_those_of_the_stored_table(compiled):
                 count = inner + round((count - inner) / pieces)
             assert (row["registers"], row["shared"], count) == (
                 loop.registers, loop.shared, loop.instructions), case
+
+
+def test_blocks_are_those_of_the_stored_table(compiled):
+    for (kernel, d, order, axes, size), loops in BLOCKS.items():
+        words = ["block_" + kernel, "sm90-bf16", f"D{d}", *["order"] * order, f"axes{axes}"]
+        words += ["x".join(map(str, size)), *["filled"] * (axes == 2)]
+        row = compiled["-".join(words)]
+        for loop in loops:
+            figures = row["registers"], row["shared"], [count for count, _ in row["loops"]]
+            counts = [loop.instructions, loop.tested]
+            assert figures == (loop.registers, loop.shared, counts), words
 
 
 def test_gpus_take_what_they_can_run():
@@ -161,6 +178,62 @@ def test_devices_are_known_by_their_names():
                   "NVIDIA A100-SXM4-40GB", "NVIDIA H100 NVL"): assert gpu_of(other) is None
 
 
+def test_blocks_are_counted():
+    kinds = torch.randint(3, (2, 5, 4), dtype=torch.int8, generator=torch.manual_seed(0))
+    lists = lists_from_kinds(kinds, num_queries=5 * 16, num_keys=4 * 32, block_size=(16, 32),
+                             q_tokens=None, k_tokens=None, groups=(1, 2))
+    counts = [3 * int((kinds == kind).sum()) for kind in (2, 1)]  # three heads of each
+    assert Blocks.of(lists, 6) == Blocks((16, 32), 0, *counts)
+
+
+def walking(size: tuple, full: int, partial: int) -> Work:
+    return Work(65536, 24, 24, 128, 0, 0, True, Blocks(size, 2, full, partial))
+
+
+def test_blocks_by_hand():
+    "A block of 128 x 128 is two tiles of the forward; a tested tile has more instructions."
+    h200, size = GPUS["H200"], (128, 128)
+    loop, = BLOCKS["forward", 128, True, 2, size]
+    tested = replace(loop, instructions=loop.tested)
+    assert (loop.tile.block_m, loop.tile.block_n) == (128, 64) and loop.tested > loop.instructions
+    cycles = 2 * 70000 * tile_cycles(h200, loop, 128) + 2 * 30000 * tile_cycles(h200, tested, 128)
+    seconds = cycles / (h200.multiprocessors * h200.clock) + 3e-6
+    found = kernel_seconds(h200, "forward", walking(size, 70000, 30000))
+    assert found == (pytest.approx(seconds), "arithmetic")
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=GPUS)
+def test_blocks_stay_above_their_floors(gpu):
+    for size, kind in product(((128, 128), (128, 64), (64, 64)), KINDS):
+        work = walking(size, 1000, 1000)
+        operations = 4 if kind == "forward" else 14
+        floor = 2000 * size[0] * size[1] * operations * 128
+        ms = predicted_ms(gpu, work, kind)
+        assert ms > 1e3 * floor / (gpu.multiprocessors * gpu.clock * gpu.matrix)
+        assert ms > 1e3 * 2 * 4 * 65536 * 24 * 128 / gpu.memory
+        assert "small" not in kernels_of(gpu, work, kind)
+
+
+QUICK = [case for case in hilbert_a_cases() + window_cases() if case["n"] < 32768]
+
+
+@pytest.mark.parametrize("case", QUICK, ids=speed_name)
+def test_the_block_lists_that_are_timed_are_predicted(case):
+    row = dict(case=case, kind="forward", name="triton", pairs=1, ms=1.0, walked=walked(case))
+    work, told = work_of(json.loads(json.dumps(row))), with_prediction(row, "NVIDIA H200")
+    assert work == Work.of_blocks(lists_of(case, "cpu"), case["h"], case["d"], pairs=1)
+    assert told["predicted_ms"] == predicted_ms(GPUS["H200"], work, "forward")
+
+
+def test_the_layouts_of_the_longer_ones_are_compiled():
+    for case in window_cases():
+        layout = bool(case["curve"]), len(case.get("grid", [0])), tuple(case["block"])
+        for kernel in ("forward", "dq", "dkv"):
+            assert (kernel, 128, *layout) in BLOCKS or "boxes" in case["name"]
+    other = walking((32, 32), 1, 1)
+    assert not is_predicted(GPUS["H200"], other)
+
+
 CASE = dict(name="N32768", n=32768, h=16, kv=16, d=64, w=4096, r=4, order=True)
 ROW = dict(case=CASE, kind="forward", name="triton", pairs=32768 * 1024 * 16, ms=0.5)
 
@@ -173,7 +246,7 @@ def test_predictions_stand_beside_measurements():
 
 
 @pytest.mark.parametrize("change", [dict(name="cudnn"), dict(case=CASE | dict(pattern=[]))])
-def test_only_our_segments_are_predicted(change):
+def test_what_is_not_ours_or_does_not_say_what_it_walked_is_not_predicted(change):
     assert with_prediction(ROW | change, "NVIDIA H200") == ROW | change
     assert with_prediction(ROW, "NVIDIA X") == ROW
 

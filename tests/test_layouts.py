@@ -125,6 +125,7 @@ def test_mixtures_on_triton(branches: Branches):
     check_mixture("triton", replace(branches, case=few_programs(branches.case)))
 
 
+@pytest.mark.grid
 @each_backend
 @pytest.mark.parametrize("name", LOCAL)
 @many

@@ -612,6 +612,7 @@ def test_deterministic(n, f):
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 
 
+@pytest.mark.grid
 @each
 @pytest.mark.parametrize(
     "options",
@@ -661,6 +662,7 @@ FORWARD_CHECKS = (
     "test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic")
 
 
+@pytest.mark.grid
 @each_pattern
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(pattern, dtype):

@@ -349,6 +349,7 @@ ROTARY = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("name", ROTARY)
 @pytest.mark.parametrize("segment", [6, 24])
 def test_layers_with_rotary_embeddings(name, segment):

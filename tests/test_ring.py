@@ -160,9 +160,12 @@ def test_branches_without_a_group_are_dilated_attention(combine):
     for a, b in zip(found, expected): torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(240)
 def test_example_trains_like_one_process(tmp_path):
-    "Losses and weights of two processes, each with half of the sequence, are those of one."
+    """Losses and weights of two processes, each with half of the sequence, are those of one.
+
+    Page 09d runs the example too, with an even length, in `make test`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     example = [str(ROOT / "examples" / "train_ring.py"), "--steps", "6", "--tokens", "301"]
     found = []

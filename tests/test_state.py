@@ -105,6 +105,7 @@ def forget():
 REFUSALS = RuntimeError, NotImplementedError, TypeError, ValueError, AssertionError
 
 
+@pytest.mark.grid
 @each
 @pytest.mark.parametrize("spoil", SPOILERS, ids=lambda f: f.__name__)
 def test_a_valid_call_is_right_afterwards(name, spoil):

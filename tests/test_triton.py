@@ -51,7 +51,7 @@ from hilbert_attn.kernels.forward import (
 )
 from hilbert_attn.kernels.tuning import Tile, TileCache, Workload, default_tile, split_head_dim
 from hilbert_attn.patterns import DILATION_MODES, SegmentPattern, attention_mask
-from hilbert_attn.reference import assert_matches_oracle, masked_attention
+from hilbert_attn.reference import Scores, assert_matches_oracle, masked_attention
 
 pytestmark = RUNS
 
@@ -215,23 +215,37 @@ def test_warps_that_only_load(launches, r, mode):
     assert not launches[-1][1].PRODUCER
 
 
-def spares_warps(capability=(9, 0), dtype=torch.bfloat16, d=64, w=1024, r=2, **options):
-    "Of a Hopper GPU, unless another is asked for."
+def call_of(capability=(9, 0), dtype=torch.bfloat16, d=64, w=1024, r=2, **options):
+    "On a Hopper GPU, unless another is asked for; and its queries."
     q = torch.empty(1, 2, 4096, d, dtype=dtype, device="meta")
     usual = dict.fromkeys(("order", "seed", "key_mask", "scale"))
     usual |= dict(causal=False, dropout_p=0.0) | options
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(launch, "capability", lambda device: capability)
-        return forward.SegmentCall(q, q, w, r, "residue", (0,), **usual).spares_warps(q)
+        return forward.SegmentCall(q, q, w, r, "residue", (0,), **usual), q
+
+
+def spares_warps(**settings):
+    call, q = call_of(**settings)
+    return call.spares_warps(q)
 
 
 @pytest.mark.parametrize("changes", [
     dict(capability=(8, 0)), dict(capability=(10, 0)), dict(dtype=torch.float32), dict(d=32),
     dict(w=1040), dict(w=4096, r=3), dict(causal=True), dict(dropout_p=0.1),
-    dict(key_mask=torch.ones(1, 4096, dtype=torch.bool)), dict(order=torch.arange(4096))])
+    dict(key_mask=torch.ones(1, 4096, dtype=torch.bool)), dict(order=torch.arange(4096)),
+    dict(scale=Scores(0.1, softcap=50.0))])
 def test_warps_that_only_load_are_tried_for_whole_tiles_on_hopper(changes):
     assert spares_warps() and spares_warps(d=128, w=512)
     assert not spares_warps(**changes)
+
+
+@pytest.mark.parametrize("kernel, d, capability", [
+    ("dq", 64, (8, 0)), ("dkv", 128, (8, 0)), ("dq", 128, (10, 0))])
+def test_a_cap_takes_smaller_tiles_where_registers_run_out(kernel, d, capability):
+    def tile(scale): return call_of(capability, d=d, scale=scale)[0].default(kernel)
+    usual, capped = tile(None), tile(Scores(0.1, softcap=50.0))
+    assert capped.block_m * capped.block_n < usual.block_m * usual.block_n
 
 
 def test_memory_for_descriptors_is_lent_for_one_launch():
@@ -258,6 +272,7 @@ def test_small_groups_of_gpus_fit_registers():
     assert fit(128, True, 64, bf16, ampere) and not fit(128, True, 64, bf16, ampere, dropout=True)
 
 
+@pytest.mark.grid
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("d", [16, 17, 48, 72, 80, 96, 100, 128, 160, 192, 256])
@@ -277,6 +292,7 @@ def test_columns_are_split_into_powers_of_two():
         assert b == 0 or math.log2(b).is_integer()
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize("mode", DILATION_MODES)
 @pytest.mark.parametrize("causal", [False, True])
 def test_gradcheck(mode, causal):
@@ -725,7 +741,7 @@ def test_candidates_are_those_that_nothing_spoils():
     assert plain[0] == default and len(plain) == len(set(plain)) > 2
     assert not any(tile.tma for tile in plain) and any(tile.tma for tile in described)
     assert not any(tile.overlap for tile in candidates("order", tma=True))
-    for trait in ("dropout", "mask", "causal", "blocks"):
+    for trait in ("dropout", "mask", "causal", "softcap", "blocks"):
         assert len(candidates(trait, tma=True)) < len(described)
     assert candidates("whole", tma=True) == [*described, *tuning.PRODUCERS]
     assert candidates("causal", kernel="dkv", tma=True) == [default]

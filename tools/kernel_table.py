@@ -28,16 +28,22 @@ def append(row: dict) -> None:
     with STORED.open("a") as file: file.write(json.dumps(row) + "\n")
 
 
+def cases() -> list:
+    "What the table holds: of a kernel without a cap what the tuner may take, of others defaults."
+    from compile_cases import blocks_of_the_gpu_tool, capped, small_groups, tiles_of_the_tuner
+    found = tiles_of_the_tuner() + blocks_of_the_gpu_tool() + small_groups() + capped()
+    return list(dict.fromkeys(found))
+
+
 def measure(label: str) -> None:
     "One row a case, stored when it is known."
     import triton
-    from compile_cases import small_groups, tiles_of_the_tuner
     from compile_worker import compile_case
     where = dict(label=label, triton=triton.__version__)
     known = {row["case"] for row in stored() if where.items() <= row.items()}
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache
-        for case in tiles_of_the_tuner() + small_groups():
+        for case in cases():
             if str(case) in known: continue
             result = compile_case(asdict(case))
             append(where | dict(case=str(case)) | {k: result[k] for k in KEPT if k in result})

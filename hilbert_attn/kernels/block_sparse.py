@@ -103,14 +103,20 @@ def _load_bounds(layout, slot, n_slots, AXES: tl.constexpr):
     return Bounds(lo, _load_axes(layout.hi, slot, n_slots, AXES))
 
 # %% ../../nbs/10b_block_kernels.ipynb #e7a45409
+_LARGEST = tl.constexpr(2 ** 31 - 2)
+
 @triton.jit
 def _room(lo, hi, at, K_DIM: tl.constexpr):
     """Of a coordinate of keys between the bounds of queries: negative where it is outside.
 
-    Coordinates are 0 or more, and a key that all see stands at 0 here; bounds below 0 are as good
-    as 0 and -1. So nothing overflows, and nothing is as low as what `_asked` asks of such a key."""
-    at = tl.expand_dims(tl.maximum(at, 0), K_DIM)
+    Coordinates are 0 or more, bounds below 0 are as good as 0 and -1, and a key that all see is at
+    -1: nothing is as low as what `_asked` asks of such a key. Where keys are columns, the many, its
+    own distances may pass the end of the numbers, and stay above that. Where they are rows, it
+    stands at 0."""
     lo, hi = tl.maximum(lo, 0), tl.maximum(hi, -1)
+    if K_DIM == 0: lo = tl.minimum(lo, _LARGEST)
+    else: at = tl.maximum(at, 0)
+    at = tl.expand_dims(at, K_DIM)
     return (at - tl.expand_dims(lo, 1 - K_DIM)) | (tl.expand_dims(hi, 1 - K_DIM) - at)
 
 # %% ../../nbs/10b_block_kernels.ipynb #4d0b7c1e
@@ -432,14 +438,15 @@ def default_block_tile(
     capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
     dropout: bool = False, # the generator needs registers
     axes: int = 0, # coordinates per slot, which need registers too
+    capped: bool = False, # so does a cap on scores
 ) -> Tile: # before it is fitted to the block
     """The tile to use where nothing was measured: that of the segment kernels, smaller where the
     bounds would spill."""
-    tile = default_tile(kernel, head_dim, dtype, min(capability, (9, 0)), dropout)
+    tile = default_tile(kernel, head_dim, dtype, min(capability, (9, 0)), dropout, capped)
     if not is_half(dtype) or head_dim > 128 or capability < (8, 0): return tile
     if capability < (9, 0):
         few = 2 if kernel == "dkv" else 3
-        if not dropout and axes < few: return tile
+        if not (dropout or capped) and axes < few: return tile
         return Tile(32, 64, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
     if kernel == "dq": return replace(tile, num_stages=3)
     if kernel != "dkv" or not (dropout or axes > 2): return tile
@@ -509,7 +516,8 @@ class BlockCall(launch.Call):
     def default(self, kernel: str) -> Tile:
         "Where nothing was measured."
         return default_block_tile(
-            kernel, self.D, self.q.dtype, self.capability, self.dropout, self.axes)
+            kernel, self.D, self.q.dtype, self.capability, self.dropout, self.axes,
+            self.capped != 0)
 
     def walk_keys(self) -> tuple: # of the kernels that own queries
         "Layout, lists, and the other pointers."

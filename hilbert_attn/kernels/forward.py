@@ -368,7 +368,8 @@ class SegmentCall(launch.Call):
     def spares_warps(self, q: Tensor) -> bool:
         "May the tuner try tiles whose loads have warps of their own? They compile for Hopper."
         hopper = (9, 0) <= self.capability < (10, 0) and is_half(q.dtype)
-        return hopper and self.D in (64, 128) and self.whole(128) and self.describes(q)
+        plain = self.D in (64, 128) and self.whole(128) and not self.capped
+        return hopper and plain and self.describes(q)
 
 # %% ../../nbs/03_triton_forward.ipynb #472d67af
 def _launch_forward(call: SegmentCall, tile: Tile, q, k, v, out, lse, tma: bool):

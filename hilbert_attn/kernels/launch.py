@@ -133,7 +133,8 @@ class Call:
 
     def default(self, kernel: str) -> Tile:
         "Where nothing was measured."
-        return tuning.default_tile(kernel, self.D, self.q.dtype, self.capability, self.dropout)
+        return tuning.default_tile(
+            kernel, self.D, self.q.dtype, self.capability, self.dropout, self.capped != 0)
 
     def workload(self, kernel: str, keys: int, tma: bool) -> Workload:
         "`keys`: of a group, or of a row of blocks."

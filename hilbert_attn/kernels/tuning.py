@@ -60,6 +60,9 @@ _AMPERE = _table(
 _BLACKWELL = _HOPPER | _table(forward={64: "128x128w8s3"}, dq={128: "128x32w8s2"})
 _DROPPED = _table(dkv={64: "32x128w8s3", 96: "16x128w8s2", 128: "32x64w8s2", 256: "16x32w4s2"})
 _DEFAULT_TILES = {(10, 0): _BLACKWELL, (9, 0): _HOPPER, (8, 0): _AMPERE}  # from this GPU on
+_CAPPED_TILES = {
+    (10, 0): _BLACKWELL | _table(dq={128: "128x16w8s2"}), (9, 0): _HOPPER,
+    (8, 0): _AMPERE | _table(dq={64: "64x32w4s2"}, dkv={128: "32x64w8s2"})}
 
 # %% ../../nbs/02e_tile_choice.ipynb #c8e7ee35
 def _row_of(table: dict, kernel: str, head_dim: int):
@@ -86,13 +89,15 @@ def default_tile(
     dtype: torch.dtype, # of q, k, v
     capability: tuple[int, int], # of the GPU; (0, 0) in the interpreter
     dropout: bool = False, # the generator needs registers
+    capped: bool = False, # so does a cap on scores
 ) -> Tile: # before it is fitted to the group
     "The tile to use where nothing was measured."
     if capability < (8, 0): return Tile(32, 32, 4, 1)  # the interpreter: small tests, several tiles
     if not is_half(dtype): return _exact_tile(kernel, head_dim, dtype)
     if dropout and kernel == "dkv": return _row_of(_DROPPED, kernel, head_dim)[0]
     if dropout and kernel == "forward" and capability < (9, 0): return Tile(64, 32, 4, 2)
-    table = next(tiles for since, tiles in _DEFAULT_TILES.items() if capability >= since)
+    tables = _CAPPED_TILES if capped else _DEFAULT_TILES
+    table = next(tiles for since, tiles in tables.items() if capability >= since)
     return _row_of(table, kernel, head_dim)[0]
 
 # %% ../../nbs/02e_tile_choice.ipynb #c81512d1
@@ -127,7 +132,7 @@ GATHERED = _table(  # where the rows of the loop are gathered, and it differs
 PRODUCERS = tiles("128x64w4s3tp 128x128w4s2tp")  # of the forward on Hopper, for whole tiles
 
 # These ask for registers too, and so do the bounds of blocks. Beside the default, what is left:
-_CROWD = {"dropout", "mask", "causal"}
+_CROWD = {"dropout", "mask", "causal", "softcap"}
 _LEAN = _table(
     forward={64: "128x64w8s3t 128x64w8s3ot", 128: "128x64w8s3o 128x64w8s3ot", 256: ""},
     dq={64: "64x64w4s3 128x64w8s3t", 128: "128x64w8s3t", 256: ""},

@@ -16,7 +16,7 @@ import triton
 from hilbert_attn.kernels import tuning
 
 from . import cases, checks, compiling, contenders, timing
-from .problems import DRY, device, large_problem, small_problem
+from .problems import DRY, device, large_problem, small_problem, walked
 from .session import Store
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -161,6 +161,7 @@ class Machine:
         for kind, run in (("forward", forward), ("forward+backward", both)):
             if kind != "forward": check_blacklist(contenders.kernels_of(name, case), self.wrong())
             row = dict(case=label | dict(name=cases.speed_name(case)), kind=kind, name=name)
+            if "pattern" in case and name == "triton": row["walked"] = walked(case)
             peak = timing.peak_mib(run)
             emit(row | timing.milliseconds(run) | dict(peak_mib=peak, pairs=problem.pairs))
 

@@ -2,7 +2,7 @@
 import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hilbert_attn.bench.gpu_model import Blocks
 from hilbert_attn.blocks.lists import lists_from_block_mask
 from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
@@ -216,6 +217,12 @@ def lists_of(case: dict, where: str):
     names = ("pattern", "n", "curve", "grid", "around", "block")
     spec = {name: case[name] for name in names if name in case}
     return _lists(json.dumps(spec), "cpu" if where == "meta" else where)
+
+
+def walked(case: dict) -> dict:
+    "What the kernels visit, as numbers."
+    lists = lists_of(case, device())
+    return asdict(Blocks.of(lists, case["h"])) | dict(order=lists.k_tokens is not None)
 
 
 def tensors(case: dict, where: str) -> list[Tensor]:

@@ -2,7 +2,7 @@
 import json
 from pathlib import Path
 
-from hilbert_attn.bench.gpu_model import Work, gpu_of, predicted_ms
+from hilbert_attn.bench.gpu_model import Blocks, Work, gpu_of, is_predicted, predicted_ms
 
 from .cases import FLUX
 
@@ -30,12 +30,23 @@ def with_shares(row: dict, rates: dict) -> dict:
         share_of_copy=gbs / rates["copy_gbs"])
 
 
+def work_of(row: dict) -> Work | None:
+    "What the model is told of a row; nothing where the row doesn't say what was walked."
+    case = row["case"]
+    shape = case["n"], case["h"], case["kv"], case["d"]
+    if "pattern" not in case:
+        return Work(*shape, case["w"] // case["r"], row["pairs"], case["order"])
+    if "walked" not in row: return None
+    numbers = dict(row["walked"])
+    order, size = numbers.pop("order"), tuple(numbers.pop("size"))
+    return Work(*shape, 0, row["pairs"], order, Blocks(size=size, **numbers))
+
+
 def with_prediction(row: dict, device_name: str) -> dict:
-    "A timed row of our segments, with what paper says; other rows as they are."
-    case, gpu = row["case"], gpu_of(device_name)
-    if gpu is None or row["name"] != "triton" or "pattern" in case: return row
-    work = Work(case["n"], case["h"], case["kv"], case["d"], case["w"] // case["r"], row["pairs"],
-                case["order"])
+    "A timed row of our kernels, with what paper says; other rows as they are."
+    gpu = gpu_of(device_name)
+    work = work_of(row) if gpu and row["name"] == "triton" else None
+    if work is None or not is_predicted(gpu, work): return row
     return row | dict(predicted_ms=predicted_ms(gpu, work, row["kind"]))
 
 
