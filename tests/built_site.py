@@ -15,7 +15,7 @@ NBS = ROOT / "nbs"
 SITE = ROOT / "_docs"
 PROCESSED = ROOT / "_proc"
 FOLDERS = [NBS, ROOT / "tools", ROOT / "hilbert_attn"]
-FILES = [ROOT / "_quarto.yml", ROOT / "settings.ini"]
+FILES = [ROOT / "_quarto.yml", ROOT / "settings.ini", ROOT / "CHANGELOG.md"]
 PASSING = {".ipynb_checkpoints", "__pycache__", "nbdev.yml", "site.json"}
 
 

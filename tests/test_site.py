@@ -27,6 +27,8 @@ from built_site import (
     read_cells,
 )
 
+import hilbert_attn
+
 pytestmark = pytest.mark.timeout(600)
 PUBLISHED = "https://hilbert-attn.github.io"
 FENCED = re.compile(r"^```.*?^```", re.M | re.S)
@@ -252,12 +254,26 @@ def test_every_page_is_in_the_navigation_and_sources_come_last(pages):
     sections = navigation(PROCESSED)
     listed = [file for _, files in sections for file in files]
     assert sorted(listed) == sorted(pages)
-    assert sections[-2] == ("---", [])  # previous and next stop here
+    assert sections[-3] == ("---", [])  # previous and next stop here
+    assert sections[-2] == ("Versions", ["changelog.ipynb"])
     modules = sorted(name for name in pages if name.startswith("module_"))
     assert len(modules) == len(exported())
     assert sections[-1] == ("Source", modules)
-    for name in modules:
+    for name in [*modules, "changelog.ipynb"]:
         assert front(pages[name])["page-navigation"] is False
+
+
+def test_every_page_says_its_version(html, quarto):
+    "And leads to what that version brought, with either renderer."
+    words = f"Version {hilbert_attn.__version__}: changes"
+    assert quarto["website"]["page-footer"] == {
+        "left": [{"text": words, "href": "changelog.ipynb"}]
+    }
+    for name, text in html.items():
+        file = "#" if name == "changelog.html" else "changelog.html"
+        assert f'<a class="version" href="{file}">{words}</a>' in text, name
+    newest = re.search(r"^## (.+)", (ROOT / "CHANGELOG.md").read_text(), re.M)[1]
+    assert f"<h2>{newest}<" in html["changelog.html"]
 
 
 @pytest.mark.parametrize("notebook, file", exported().items())
@@ -422,7 +438,7 @@ def test_pager_is_the_reading_path(html, pages):
 
 def test_pages_of_modules_are_no_part_of_it(html):
     for name, text in html.items():
-        if name.startswith("module_"):
+        if name.startswith(("module_", "changelog")):
             assert not re.search('class="(next|prev)-page"', text)
 
 
@@ -433,6 +449,25 @@ def test_weight(site):
     weights = {name: weight for name, weight in found["pages"].items()}
     assert statistics.median(weights.values()) < 300e3
     assert max(weights.values()) < 1.5e6
+
+
+BEFORE_PAINT = 250e3  # bytes: a second of a phone's 2 Mbit/s
+SCRIPT = re.compile(r'<script\b([^>]*) src="([^"?]+)[^"]*"([^>]*)>')
+PLAYED = ["index.html", "explorer.html", "search.html", "explorer/index.html"]
+
+
+@pytest.mark.parametrize("name", PLAYED)
+def test_little_comes_before_the_first_paint(site, name):
+    "The page, its sheets, and the scripts that it waits for: not formulas, nor pictures."
+    page = site / name
+    text = page.read_text()
+    waited = [src for a, src, b in SCRIPT.findall(text) if "defer" not in a + b]
+    at_the_end = [src for src in waited if text.index(src) > text.index("</main>")]
+    sheets = [sheet.partition("?")[0] for sheet in weigh_site.SHEET.findall(text)]
+    files = {page, *(page.parent / file for file in sheets + waited if file not in at_the_end)}
+    assert weigh_site.size(files) < BEFORE_PAINT
+    assert len(waited) - len(at_the_end) <= 1
+    assert "mathjax" not in text
 
 
 def test_weights_are_stored(site):

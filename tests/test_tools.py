@@ -24,6 +24,7 @@ import documented
 import lighter
 import make_readme
 import notebook
+import photos
 import processed
 import search_index
 import sphinx_site
@@ -317,6 +318,9 @@ def test_pages_are_made_lighter(tmp_path):
     "Code stays as it is; the first page of a module lists all of them, and others lead there."
     (tmp_path / "_static").mkdir()
     (tmp_path / "_static/x.map").touch()
+    sheet = tmp_path / "_static/styles/furo.css"
+    sheet.parent.mkdir()
+    sheet.write_text("p code.literal { a: b }")
     for name in ("curves", "module_a", "module_b", "search"):
         (tmp_path / f"{name}.html").write_text(PAGE)
     lighter.lighten(tmp_path)
@@ -328,6 +332,7 @@ def test_pages_are_made_lighter(tmp_path):
     script = (tmp_path / "_static/icons.js").read_text()
     assert 'symbol id=\\"svg-moon' in script and "menu" not in script and "eye" not in script
     assert not (tmp_path / "_static/x.map").exists()
+    assert sheet.read_text() == "p code:not(pre *) { a: b }"
 
 
 def test_a_module_s_page_leads_to_all_notebooks():
@@ -393,3 +398,53 @@ def test_drawings_get_a_palette_and_photos_do_not(tmp_path):
     path = saved(tmp_path, clear)
     lighter.lighten_picture(path)
     assert Image.open(path).mode == "RGBA"
+
+
+def test_photos_lose_the_paper_around_them():
+    "Panels stay as they are, also where they are white; letters are grey, the ground is clear."
+    picture = np.full((80, 120, 3), 255, np.uint8)
+    picture[30:70, 10:50] = 20, 90, 200
+    picture[30:40, 10:20] = 255  # a white corner of a photo
+    picture[30:70, 60:110] = 0
+    picture[10:20, 30:32] = 0  # a letter above them
+    shown = np.asarray(photos.without_paper(Image.fromarray(picture)))
+    assert (shown[30:70, 10:50, :3] == picture[30:70, 10:50]).all()
+    assert (shown[30:70, 10:50, 3] == 255).all() and (shown[30:70, 60:110, 3] == 255).all()
+    assert (shown[10:20, 30:32] == (photos.INK, photos.INK, photos.INK, 255)).all()
+    assert (shown[:10, :, 3] == 0).all() and (shown[:, 52:58, 3] == 0).all()
+
+
+@pytest.mark.parametrize("lossless, level, drawn", [
+    (True, 255, True),
+    (True, 0, False),
+    (False, 255, True),
+    (False, 120, False),
+])
+def test_what_a_photo_is(lossless, level, drawn):
+    picture = Image.new("RGB", (40, 40), (level, level, level))
+    assert photos.is_drawn(picture, lossless) == drawn
+    picture.putalpha(0)
+    assert photos.is_drawn(picture, lossless)  # it has no paper
+
+
+def test_what_is_said_of_hidden_code_leads_to_it(page, monkeypatch):
+    "Where prose stands in front of exported code that no page shows, it names that code."
+    cells = [
+        new_markdown_cell("It steps.", id="a"),
+        new_code_cell("#| export\ndef _step(): pass\n\n\nLIMIT: int = 3\nA.x, b = 1, 2"),
+        new_markdown_cell("A box, documented.", id="b"),
+        new_code_cell("#| export\ndef box(): pass"),
+        new_markdown_cell("- shown", id="c"),
+        new_code_cell("#| exports\ndef _walk(): pass"),
+        new_markdown_cell("- hidden", id="d"),
+        new_code_cell("#| exporti\nORDER = 1"),
+    ]
+    monkeypatch.setattr(processed, "read", lambda path: new_notebook(cells=cells))
+    page.notebook.cells = [cell for cell in cells if cell.cell_type == "markdown"]
+    processed.name_hidden_code(page, "hilbert_attn/curves.py")
+    first, box, shown, listed = [cell.source for cell in page.notebook.cells]
+    link = '<a href="module_curves.html#def-{0}"><code>{0}</code></a>'.format
+    names = ", ".join(map(link, ["_step", "LIMIT", "b"]))
+    assert first == f'It steps. <span class="defined">{names}</span>'
+    assert (box, shown) == ("A box, documented.", "- shown")
+    assert listed == f'- hidden\n\n<span class="defined">{link("ORDER")}</span>'

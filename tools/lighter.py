@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+from photos import is_drawn, without_paper
 from PIL import Image
 from search_index import write_index
 
@@ -18,7 +19,7 @@ UNUSED = {  # marks of Sphinx that nothing here looks at
     "<pre><span></span>": "<pre>",
     '<tr class="row-even">': "<tr>",
     '<tr class="row-odd">': "<tr>",
-    'class="docutils literal notranslate"': 'class="literal"',
+    '<code class="docutils literal notranslate">': "<code>",  # see `style_all_code`
     "docutils container": "container",
     " notranslate": "",
 }
@@ -62,6 +63,7 @@ def lighten(site: Path) -> None:
     write_index(site, SEARCH[0])
     smaller = smaller_pictures(site / "_images")
     move_colours(site)
+    style_all_code(site / "_static" / "styles" / "furo.css")
     for path in site.glob("*.html"):
         text, symbols = without_theme_icons(path.read_text())
         themes |= symbols
@@ -86,6 +88,12 @@ def move_colours(site: Path) -> None:
             path.write_text(text.replace(found[0], ""))
     with open(site / "_static" / "styles.css", "a") as sheet:
         sheet.write(colours)
+
+
+def style_all_code(sheet: Path) -> None:
+    "Code in text needs no class: the theme's rules for that class hold outside of blocks."
+    rules = sheet.read_text()
+    sheet.write_text(rules.replace("code.literal", "code:not(pre *)"))
 
 
 def add_search(page: Path) -> None:
@@ -137,17 +145,28 @@ def smaller_pictures(folder: Path) -> dict[str, str]:
     "Pictures as WebP, where that is smaller: the names they had, and those that they have now."
     found = {}
     for path in [*folder.glob("*.png"), *folder.glob("*.jpg")]:
-        if path.suffix == ".png":
-            lighten_picture(path)
         new = path.with_suffix(".webp")
-        lossless = path.suffix == ".png"
-        with Image.open(path) as picture:
-            picture.save(new, quality=QUALITY, lossless=lossless, method=6)
-        worse = new.stat().st_size >= path.stat().st_size
+        photo = save_webp(path, new)
+        worse = not photo and new.stat().st_size >= path.stat().st_size
         (new if worse else path).unlink()
         if not worse:
             found[path.name] = new.name
     return found
+
+
+def save_webp(path: Path, new: Path) -> bool:
+    "Whether it is a photo, which then has lost the paper around it."
+    lossless = path.suffix == ".png"
+    with Image.open(path) as picture:
+        photo = not is_drawn(picture, lossless)
+        if photo:
+            without_paper(picture).save(new, quality=QUALITY, alpha_quality=QUALITY, method=6)
+    if not photo:
+        if lossless:
+            lighten_picture(path)
+        with Image.open(path) as picture:
+            picture.save(new, quality=QUALITY, lossless=lossless, method=6)
+    return photo
 
 
 def lighten_picture(path: Path) -> None:

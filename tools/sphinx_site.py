@@ -32,7 +32,9 @@ from notebook import (
     outside_code,
     read,
 )
+from photos import is_drawn
 from PIL import Image
+from processed import CHANGES
 from pygments.token import Name, Operator, Punctuation, String, Text, Whitespace
 from sphinx.application import Sphinx
 
@@ -45,9 +47,13 @@ THEME = {
     for mode, color in COLORS.items()
 }
 WIDE = 700  # pixels: on a phone, a wider picture is shown large enough to be read, and scrolls
-WHITE, PAPER = 245, 0.6  # of 256 levels; the share of a drawing that is no line
 LAST_FIRST = "## Three routes"  # of the start page: the cards of all pages follow
 CARD = "card.png"
+LOOKED_UP = ("module_", CHANGES)  # pages that nobody reads one after the other
+SIDEBAR = ["brand", "version", "search", "scroll-start", "navigation", "scroll-end"]
+VERSION = f"""<a class="version" href="{{{{ pathto('{CHANGES}') }}}}">\
+Version {{{{ release }}}}: changes</a>
+"""
 PICTURES = {".png", ".svg", ".jpg", ".gif"}
 EXTENSIONS = "amsmath attrs_block attrs_inline colon_fence deflist dollarmath tasklist"
 UNKNOWN = re.compile(r"^:::+ *\{\..*|\{\{<.*|(?<![\w@])@(?:tbl|sec|lst)-.*", re.M)
@@ -70,6 +76,8 @@ def build(processed: Path, name: str, static: list[str]) -> None:
     source.mkdir()
     write_sources(processed, source)
     copy_pictures(processed, source)
+    (source / "_templates" / "sidebar").mkdir(parents=True)
+    (source / "_templates" / "sidebar" / "version.html").write_text(VERSION)
     (source / "_static").mkdir()
     for file in static:
         shutil.copy(NBS / file, source / "_static")
@@ -114,6 +122,8 @@ def configuration() -> dict:
         "myst_dmath_double_inline": True,
         "numfig": True,
         "numfig_format": {"figure": "Figure %s"},
+        "templates_path": ["_templates"],
+        "html_sidebars": {"**": [f"sidebar/{part}.html" for part in SIDEBAR]},
         "html_theme": "furo",
         "html_theme_options": THEME,
         "html_title": project.title,
@@ -154,10 +164,10 @@ def copy_pictures(processed: Path, source: Path) -> None:
 
 
 def stop_pager(app, name: str, template: str, context: dict, doctree) -> None:
-    "Previous and next stop before the modules' pages, as they do for Quarto at the separator."
+    "Previous and next stop before what is looked up, as they do for Quarto at the separator."
     for way in ("prev", "next"):
         pages = [name, (context.get(way) or {}).get("link", "")]
-        if any(page.startswith("module_") for page in pages):
+        if any(page.startswith(LOOKED_UP) for page in pages):
             context[way] = None
 
 
@@ -244,7 +254,7 @@ def tags(given: dict) -> list[str]:
 def look(cell: NotebookNode, given: dict, title: str) -> dict:
     caption, summary = given.get("fig-cap"), given.get("code-summary", "Code")
     width = "wide" if pixels(cell) > WIDE else "narrow"
-    kind = "drawing" if is_drawn(cell) else "photo"
+    kind = "drawing" if all_drawn(cell) else "photo"
     image = {
         "alt": given.get("fig-alt") or caption or f"Figure: {title}",
         "classes": f"{given.get('classes') or width} {kind}",
@@ -261,16 +271,15 @@ def pixels(cell: NotebookNode) -> int:
     return max(map(picture_width, pictures), default=0)
 
 
-def is_drawn(cell: NotebookNode) -> bool:
-    "Are its pictures lines on white paper? Photos are stored as JPEG, and so are a few drawings."
-    found = (output.get("data", {}).get("image/jpeg") for output in cell.outputs)
-    return all(map(is_mostly_white, filter(None, found)))
-
-
-def is_mostly_white(jpeg: str) -> bool:
-    with Image.open(BytesIO(b64decode(jpeg))) as picture:
-        counts = picture.convert("L").histogram()
-    return sum(counts[WHITE:]) > PAPER * sum(counts)
+def all_drawn(cell: NotebookNode) -> bool:
+    "Are its pictures drawings? Photos stay as they are where the page is dark."
+    found = []
+    for output in cell.outputs:
+        for kind in ("image/jpeg", "image/png"):
+            if kind in output.get("data", {}):
+                with Image.open(BytesIO(b64decode(output["data"][kind]))) as picture:
+                    found.append(is_drawn(picture, kind == "image/png"))
+    return all(found)
 
 
 def picture_width(data: dict) -> int:
@@ -324,7 +333,7 @@ def contents(sections, fronts: dict[str, dict], docs: Docs) -> tuple[NotebookNod
     cards, trees = ["## The notebooks", "{.cards}"], []
     for title, pages in sections:
         trees.append(toctree(title, [(docs[name], text) for name, text in pages]))
-        if any(name.startswith("module_") for name, _ in pages):
+        if any(name.startswith(LOOKED_UP) for name, _ in pages):
             continue
         links = [f"[{fronts[name]['title']}]({docs[name]}.ipynb)" for name, _ in pages]
         listed = "\n".join(f"  - {link}" for link in links)
