@@ -21,8 +21,9 @@ TIMED = re.compile(
     r"|<p>Time: .*?</p>\n",
     re.S,
 )
-FIRST = re.compile(r"data:image/webp;base64,([A-Za-z0-9+/=]+)")
-WIDTH = 360  # pixels
+PICTURE = re.compile(r"data:image/webp;base64,([A-Za-z0-9+/=]+)")
+WIDTH = 360  # pixels, of the picture at the head, which comes again below
+QUALITY = 60
 HOME = '<p class="eyebrow"><a href="../index.html">hilbert_attn</a></p>'
 
 
@@ -34,15 +35,16 @@ def main() -> None:
     assert count == 4, f"{count} parts with times, of 4: see hilbert_attn/demo/body.html"
     target = NBS / "report" / "index.html"
     target.parent.mkdir(exist_ok=True)
-    page = FIRST.sub(lambda match: smaller(match[1]), page, count=1)
+    page = PICTURE.sub(lambda match: smaller(match[1], WIDTH), page, count=1)
+    page = PICTURE.sub(lambda match: smaller(match[1]), page)
     target.write_text(page.replace('<p class="eyebrow">hilbert_attn</p>', HOME))
 
 
-def smaller(picture: str) -> str:
-    "The picture at the head of the page: it comes again below, in full."
+def smaller(picture: str, width: int = 4096) -> str:
+    "As a photo that is looked at once, and no wider than this."
     with Image.open(BytesIO(b64decode(picture))) as opened:
-        opened.thumbnail((WIDTH, 2 * WIDTH))
-        opened.save(out := BytesIO(), "webp", quality=75)
+        opened.thumbnail((width, 2 * width))
+        opened.save(out := BytesIO(), "webp", quality=QUALITY, method=6)
     return f"data:image/webp;base64,{b64encode(out.getvalue()).decode()}"
 
 
