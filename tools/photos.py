@@ -1,7 +1,7 @@
 """Photos between drawings: which pictures are some, and how they stand on a dark page."""
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw
 
 WHITE, PAPER = 245, 0.6  # of 256 levels; the share of a drawing that is no line
 BLACK, NIGHT = 48, 0.5  # and the share of a dark picture that is black
@@ -36,14 +36,24 @@ def inside_panels(picture: Image.Image) -> np.ndarray: # bool (height, width)
     framed = Image.new("L", (ink.width + 2, ink.height + 2))  # paper goes all around
     framed.paste(ink, (1, 1))
     ImageDraw.floodfill(framed, (0, 0), 128)
-    solid = framed.point(lambda level: 255 * (level != 128))
-    opened = solid.filter(ImageFilter.MinFilter(LETTER)).filter(ImageFilter.MaxFilter(LETTER))
-    found = np.asarray(opened)[1:-1, 1:-1] > 0
+    solid = np.asarray(framed) != 128
+    found = near(~near(~solid))[1:-1, 1:-1]
     panels = np.zeros_like(found)
     for rows in runs(found.any(1)):
         for columns in runs(found[rows].mean(0) > PART):
             panels[rows, columns] = True
     return panels
+
+
+def near(holds: np.ndarray) -> np.ndarray: # bool (height, width), both
+    "Where it holds anywhere in a square of the width of a letter."
+    for axis in (0, 1):
+        sides = [(0, 0), (0, 0)]
+        sides[axis] = (LETTER // 2 + 1, LETTER // 2)
+        before = np.cumsum(np.pad(holds, sides, mode="edge"), axis, dtype=np.int32)
+        first, last = np.split(before, [-LETTER], axis)[0], np.split(before, [LETTER], axis)[1]
+        holds = last > first
+    return holds
 
 
 def runs(holds: np.ndarray) -> list[slice]: # bool (n,)
