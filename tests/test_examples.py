@@ -39,6 +39,7 @@ results.results_folder = lambda: Path({str(folder)!r})
     return "\n".join(said(outputs, "text/plain", "text/markdown"))
 
 
+@pytest.mark.full
 def test_video_dit(tmp_path):
     said, curves = stored("video_dit", tmp_path)
     assert list(curves) == ["dense", "Hilbert tiles", "row tiles"]

@@ -430,7 +430,8 @@ def test_what_is_saved(saved):
         return json.loads((saved / name / "config.json").read_text())
 
     assert entries("llama")["attn_implementation"] == "hilbert"
-    assert entries("llama")["hilbert_attention"] == {"segment_lengths": 4}
+    saved_settings = {"segment_lengths": 4, "overlap": "segment"}  # a decoder's default
+    assert entries("llama")["hilbert_attention"] == saved_settings
     assert not {"attn_implementation", "hilbert_attention"} & entries("dense").keys()
     assert entries("clip")["attn_implementation"] == {"vision_config": "hilbert"}
 
