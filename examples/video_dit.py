@@ -12,6 +12,7 @@ Losses and videos are written to out/video_dit/.
 """
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -122,6 +123,11 @@ def checker(count: int) -> Callable[[Network], float]:
     return check
 
 
+def rate_at(done: float, highest: float) -> float:
+    "The learning rate, of a training that is done to this share: a short rise, then a cosine to 0."
+    return highest * min(1.0, done / 0.03) * (1 + math.cos(math.pi * min(done, 1.0))) / 2
+
+
 def train(name: str, args: argparse.Namespace) -> tuple[Network, Curve]:
     "One network, for so many seconds or steps; time spent on checks is not counted."
     torch.manual_seed(0)
@@ -140,6 +146,8 @@ def train(name: str, args: argparse.Namespace) -> tuple[Network, Curve]:
             loss = flow_loss(model, videos, kinds, draw)
             optimizer.zero_grad()
             loss.backward()
+            done = max(seconds / args.seconds, step / args.steps)
+            optimizer.param_groups[0]["lr"] = rate_at(done, args.rate)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             passed, step = time.perf_counter() - start, step + 1
