@@ -71,6 +71,16 @@ def test_measure_takes_turns():
     assert len({tuple(turn) for turn in rounds}) > 2  # and not always in the same order
 
 
+def test_measure_makes_a_short_call_several_times_in_a_row():
+    clock = Clock()
+    calls = {"a": clock.call("a", [100] + 99 * [2]), "b": clock.call("b", [100] + 99 * [50])}
+    found = measure(calls, 3, warmup=2, least_seconds=7, clock=clock)
+    assert (found["a"].median, found["b"].median, found["a"].repeats) == (2, 50, 3)
+    assert sorted(clock.log[:4]) == ["a", "a", "b", "b"]
+    rounds = ["".join(clock.log[i:i + 5]) for i in range(4, 19, 5)]
+    assert set(rounds) <= {"aaaab", "baaaa"} and len(clock.log) == 19
+
+
 @pytest.mark.parametrize("limit, repeats", [(1, 3), (105, 10)])
 def test_measure_stops_early_but_not_before_three_rounds(limit, repeats):
     clock = Clock()

@@ -12,7 +12,6 @@ __all__ = ['Inputs', 'MATMUL', 'NAIVE', 'DENSE', 'MASKED', 'MASKED_HILBERT', 'RE
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
 
 import torch
 import torch.nn.functional as F
@@ -236,17 +235,16 @@ def check_cases(
 
 # %% ../../nbs/15c_contenders.ipynb #89f857a8
 def _time_case(
-    case: Case, direction: str, repeats: int, tell: Callable, max_seconds: float,
+    case: Case, direction: str, config: dict, tell: Callable,
 ) -> list[dict]:
     "Rows of one case in one direction."
     calls, pairs = case.calls(direction), case.pairs_of()
 
     def progress(name): tell(labelled(f"timing {name}", case.about), 1 / len(calls))
 
+    how = {key: config[key] for key in ("warmup", "max_seconds", "least_seconds") if key in config}
     timed = measure(
-        calls, repeats, max_seconds=max_seconds, progress=progress,
-        synchronize=synchronize_of(case.device),
-    )
+        calls, config["repeats"], **how, progress=progress, synchronize=synchronize_of(case.device))
     rows = timing_rows(timed, direction=direction, **case.about)
     return [row | {"pairs": pairs[row["name"]]} if row["name"] in pairs else row for row in rows]
 
@@ -254,21 +252,20 @@ def _time_case(
 def run_cases(
     suite: str, # its name
     quick: bool, # of a toy size
-    config: dict, # repeats, and max_seconds of each case and direction where there is a limit
+    config: dict, # repeats, and of `measure` warmup, max_seconds, least_seconds where they are given
     cases: Sequence[Case],
     flops: float = 1e8, # of the matrix product that is timed as a limit of the machine
 ) -> dict: # JSON-ready; rows in seconds
     """A run: checks all cases, then times one after the other, the calls of each in turn.
 
     A `RuntimeError` where a candidate does not match the oracle: then nothing is timed."""
-    repeats, max_seconds = config["repeats"], config.get("max_seconds", inf)
     rounds = [(case, direction) for case in cases for direction in case.directions]
     rows = []
-    with telling(len(cases) + len(rounds) * (repeats + 1)) as tell:
+    with telling(len(cases) + len(rounds) * (config["repeats"] + config.get("warmup", 1))) as tell:
         checks = check_cases(cases, tell)
         limits = suite_limits(quick, flops, cases[0].device)
         for case, direction in rounds:
-            rows += _time_case(case, direction, repeats, tell, max_seconds)
+            rows += _time_case(case, direction, config, tell)
     return run_of(suite, quick, config, limits=limits, checks=checks, rows=rows)
 
 # %% ../../nbs/15c_contenders.ipynb #82a71709

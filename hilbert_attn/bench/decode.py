@@ -186,7 +186,7 @@ def _slides(config: dict) -> Iterator[_Calls]:
     (n, w), sinks = config["slides"].values(), config["sinks"]
     x = _random(config["heads"], n, config["head_dim"])
     how: Any = dict(sinks=sinks, curve=None, backend="sdpa")
-    mask = SlidePattern(n, (w - 1, 0), sinks).mask()
+    mask = SlidePattern(n, (w - 1, 0), sinks).mask()[None]  # with 3 axes SDPA forms all scores
     calls: _Named = {
         SLIDE: partial(hilbert_slide_attention, *x, n, (w - 1, 0), **how),
         MASKED: partial(F.scaled_dot_product_attention, *x, mask)}

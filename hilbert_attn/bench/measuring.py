@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf
 
 import numpy as np
 
@@ -51,19 +51,20 @@ def _no_collection() -> Iterator[None]:
 # %% ../../nbs/15_bench.ipynb #1bdceb33
 def _one_round(
     calls: dict[str, Callable], # in the order in which they run
+    counts: dict[str, int], # how often each runs
     clock: Callable[[], float],
     wait: Callable, # until the device has finished
     tell: Callable[[str], None],
 ) -> dict[str, float]: # seconds by name
-    "Runs every call once."
+    "Runs every call, and takes the mean of its runs."
     times = {}
     for name, call in calls.items():
         tell(name)
         wait()
         start = clock()
-        result = call()
+        for _ in range(counts[name]): result = call()
         wait()
-        times[name] = clock() - start
+        times[name] = (clock() - start) / counts[name]
         del result
     return times
 
@@ -74,6 +75,7 @@ def measure(
     *,
     warmup: int = 1, # rounds before, not counted
     max_seconds: float = inf, # stop after the round that passes this, but not before three rounds
+    least_seconds: float = 0.0, # of one time: a shorter call is made several times in a row
     synchronize: Callable | None = None, # waits for the device, as `torch.cuda.synchronize` does
     progress: Callable[[str], None] | None = None, # told the name of each call before it runs
     clock: Callable[[], float] = time.perf_counter, # in seconds
@@ -82,6 +84,7 @@ def measure(
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats={repeats}, warmup={warmup}: at least 1 and at least 0")
     times: dict[str, list[float]] = {name: [] for name in calls}
+    counts = dict.fromkeys(calls, 1)
     names, shuffle = list(calls), random.Random(0).shuffle
     wait, tell = synchronize or (lambda: None), progress or (lambda name: None)
     began = clock()
@@ -89,8 +92,10 @@ def measure(
         for turn in range(-warmup, repeats):
             gc.collect(1)  # what the last round left behind
             shuffle(names)
-            taken = _one_round({name: calls[name] for name in names}, clock, wait, tell)
-            if turn < 0: continue
+            taken = _one_round({name: calls[name] for name in names}, counts, clock, wait, tell)
+            if turn < 0:  # the last of these rounds decides how often a call is made
+                counts = {x: max(1, ceil(least_seconds / max(t, 1e-9))) for x, t in taken.items()}
+                continue
             for name, seconds in taken.items(): times[name].append(seconds)
             if turn >= 2 and clock() - began > max_seconds: break
     return {name: Timing.of(seconds) for name, seconds in times.items()}

@@ -41,7 +41,9 @@ SHORT_CONFIG: dict[str, Any] = dict(
     tokens=[1, 8, 16, 32, 49, 64, 65, 100, 128, 197, 256, 512],
     threads=[1, 2],
     repeats=41,
-    max_seconds=0.08,
+    warmup=2,
+    max_seconds=0.2,
+    least_seconds=5e-4,
 )
 SHORT_QUICK = SHORT_CONFIG | dict(heads=4, head_dim=16, tokens=[9], threads=[1], repeats=3)
 OURS_SHORT = "ours"
