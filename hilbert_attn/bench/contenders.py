@@ -252,7 +252,7 @@ def _time_case(
 def run_cases(
     suite: str, # its name
     quick: bool, # of a toy size
-    config: dict, # repeats, and of `measure` warmup, max_seconds, least_seconds where they are given
+    config: dict, # repeats; warmup, max_seconds, least_seconds, of `measure`, may be there
     cases: Sequence[Case],
     flops: float = 1e8, # of the matrix product that is timed as a limit of the machine
 ) -> dict: # JSON-ready; rows in seconds
