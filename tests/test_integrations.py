@@ -207,7 +207,7 @@ def test_prefix_gradcheck():
     s = HilbertSettings(
         segment_lengths=(4, 9), dilation_rates=(1, 2), grid=(3, 3), prefix_tokens=2
     )
-    leaves = [x.requires_grad_() for x in qkv(11, 2, 1, dim=4, dtype=torch.float64)]
+    leaves = [x.requires_grad_() for x in qkv(11, 2, 1, dim=2, dtype=torch.float64)]
 
     def ours(*x):
         return prefix_attention(*x, s, return_lse=True)
