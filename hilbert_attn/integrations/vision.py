@@ -101,13 +101,15 @@ class FusedQKVAttention(SharedParts):
         return self.attended(x, *self.projected(x), attn_mask, is_causal)
 
 # %% ../../nbs/14d_vision.ipynb #8e294c2b
-def _is_fused(layer: nn.Module) -> bool:
+def _is_fused(
+    layer: Any, # a module
+) -> bool:
     "Has a layer the attributes of timm's attention?"
-    qkv, proj = getattr(layer, "qkv", None), getattr(layer, "proj", None)
-    if qkv is None: qkv = getattr(layer, "q_proj", None)
-    linear = isinstance(qkv, nn.Module) and isinstance(proj, nn.Module)
-    apart = not hasattr(layer, "qkv")
-    return linear and not apart and hasattr(qkv, "out_features") and hasattr(layer, "num_heads")
+    if not hasattr(layer, "qkv") or not hasattr(layer, "num_heads"): return False
+    first = getattr(layer, "q_proj", None) if layer.qkv is None else layer.qkv
+    last = getattr(layer, "proj", None)
+    modules = isinstance(first, nn.Module) and isinstance(last, nn.Module)
+    return modules and hasattr(first, "out_features")
 
 # %% ../../nbs/14d_vision.ipynb #0e44cf0c
 _ROTATION = "apply_rot_embed_cat"
@@ -308,7 +310,7 @@ def _replace(
             continue
         ours = MultiheadDilatedAttention in map(type, module.modules())
         if ours: module.use_nested_tensor = False
-    first = {id(layer): name for name, layer in reversed(list(found.items()))}
+    first = {id(layer): name for name, layer in reversed(list(found.items()))}  # of its names
     sites: dict[str, Any] = {name: new[key].attention for key, name in first.items()}
     Switch(model, sites, dict.fromkeys(sites, geometry), type(model).__name__)
     return list(found)
