@@ -14,6 +14,7 @@ from itertools import zip_longest
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .common import lse_dtype, unit_stride
@@ -83,7 +84,7 @@ def _three_columns(dlse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     for _ in range(3):
         pieces.append(rest.to(dtype))
         rest = rest - pieces[-1].float()
-    columns = torch.nn.functional.pad(torch.stack(pieces, -1), (0, 5))
+    columns = F.pad(torch.stack(pieces, -1), (0, 5))
     ones = torch.zeros_like(columns)
     ones[..., :3] = 1
     return columns, ones
@@ -93,7 +94,7 @@ def _cuda_flash_backward(dout, dlse, q, k, v, out, lse, triangle, scale) -> list
     size = q.shape[-1]
     if dlse is not None:
         columns, ones = _three_columns(dlse, q.dtype)
-        q, k, v = (torch.nn.functional.pad(x, (0, 8)) for x in (q, k, v))
+        q, k, v = (F.pad(x, (0, 8)) for x in (q, k, v))
         out, dout = torch.cat((out, columns), -1), torch.cat((dout, ones), -1)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_backward
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the state of no dropout

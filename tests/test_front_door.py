@@ -130,10 +130,10 @@ def test_numpy_numbers_are_numbers():
 
 @pytest.mark.parametrize(
     "order",
-    (torch.zeros(192, dtype=torch.int64), torch.arange(1, 193), torch.arange(192).flip(0) - 1))
+    (torch.zeros(288, dtype=torch.int64), torch.arange(1, 289), torch.arange(288).flip(0) - 1))
 @pytest.mark.parametrize("mode", ("eager", "inference", "inference order", "compiled", "traced"))
 def test_an_order_that_is_no_permutation_is_refused_everywhere(order, mode):
-    x = rand(1, 2, 192, 8)
+    x = rand(1, 2, 288, 8)
     def f(x, order): return hilbert_attention(x, x, x, order=order, segment_size=24)
     def run(order):
         if mode == "compiled":
@@ -141,7 +141,7 @@ def test_an_order_that_is_no_permutation_is_refused_everywhere(order, mode):
         if mode == "traced": return make_fx(f)(x, order)(x, order)
         with torch.inference_mode(mode != "eager"):
             return f(x, order.clone() if mode == "inference order" else order)
-    right = torch.randperm(192, generator=torch.Generator().manual_seed(0))
+    right = torch.randperm(288, generator=torch.Generator().manual_seed(0))
     assert torch.equal(run(right), f(x, right))
     with pytest.raises(ValueError, match="order is no permutation"): run(order)
 
@@ -249,7 +249,7 @@ def test_forcing_a_backend(monkeypatch):
         used.append(backend.name)
         return function(backend, call, family)
     monkeypatch.setattr(Backend, "run", noted)
-    x = torch.randn(1, 1, 140, 8)
+    x = torch.randn(1, 1, 240, 8)
     def call(**options):
         hilbert_attention(x, x, x, **options)
         return used.pop()
@@ -336,13 +336,13 @@ def test_detect_here(): assert detect_gpu_architecture("cpu").name == "CPU"
 
 def test_explain_backend():
     choice = explain_backend(
-        (2, 4, 200, 16), segment_size=30, dilation_rate=2, dtype=torch.bfloat16)
-    mask = attention_mask(hilbert_attn.SegmentPattern(200, 30, 2))
+        (2, 4, 240, 16), segment_size=30, dilation_rate=2, dtype=torch.bfloat16)
+    mask = attention_mask(hilbert_attn.SegmentPattern(240, 30, 2))
     assert choice.backend == "sdpa"
     assert choice.pairs == 8 * mask.sum()
     assert choice.density == pytest.approx(mask.double().mean().item())
     assert choice.flops == 4 * 16 * choice.pairs
-    assert choice.bytes == 4 * 2 * 4 * 200 * 16 * 2 + 4 * 2 * 4 * 200
+    assert choice.bytes == 4 * 2 * 4 * 240 * 16 * 2 + 4 * 2 * 4 * 240
     assert set(choice.rejected) == set(backends.REGISTRY) - {"sdpa"}
     assert all(choice.rejected.values())
     assert re.search(r"sdpa: .*\n.*pairs.*GFLOP.*MB", str(choice))

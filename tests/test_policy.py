@@ -21,6 +21,7 @@ from hilbert_attn.bench import (
 NBS = Path(__file__).resolve().parent.parent / "nbs"
 CPU_MASK = next(row for row in POLICY if (row.device, row.backend) == ("cpu", "sdpa_mask"))
 LIMIT = CPU_MASK.max_tokens["segments"]
+SEVERAL = next(row for row in POLICY if row.min_threads > 1).max_tokens["segments"]
 REAL_POLICY = True
 
 
@@ -84,7 +85,8 @@ def test_choice_and_ratio():
     both = ["sdpa_mask", "sdpa"]
     for n in (1, LIMIT): assert policy_choice("cpu", n, both, 1) == "sdpa_mask"
     for n in (LIMIT + 1, 10**6): assert policy_choice("cpu", n, both, 1) == "sdpa"
-    assert policy_choice("cpu", LIMIT + 1, both, 2) == "sdpa_mask"
+    assert policy_choice("cpu", SEVERAL, both, 2) == "sdpa_mask"
+    assert policy_choice("cpu", SEVERAL + 1, both, 2) == "sdpa"
     assert policy_choice("cuda", 16, [*both, "triton"]) == "triton"
     assert policy_choice("cuda", 16, both) == "sdpa"
     run = measured({16: 0.5, 32: 2.0}, spread=0.0)

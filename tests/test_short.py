@@ -229,22 +229,22 @@ def test_beyond_the_limit_the_engine_computes(name, limits, calls):
 
 
 def test_several_threads_share_one_call_for_longer(calls):
-    before, x = torch.get_num_threads(), inputs(LIMITS["segments"] + 1)
+    before, x = torch.get_num_threads(), inputs(LIMITS["cross"] + 1)
     try:
         for threads, masked in ((1, False), (2, True), (1, False)):
             torch.set_num_threads(threads)
             del calls[:]
-            hilbert_attention(*x, segment_size=10)
+            hilbert_cross_attention(*x, segment_size=10, key_curve=None)
             assert ("scaled_dot_product_attention" in calls) == masked
     finally: torch.set_num_threads(before)
 
 
 def test_a_layer_goes_by_its_family(limits, calls):
-    x = [torch.randn(1, limits["heads"] + 8, 2, 16) for _ in "qkv"]
+    x = [torch.randn(1, limits["segments"] + 8, 2, 16) for _ in "qkv"]
     DilatedAttention([8, 16], [1, 2])(*x)
     assert calls.count("scaled_dot_product_attention") == 1
     del calls[:]
-    DilatedAttention([8, 16], [1, 2], combine="heads")(*x)
+    DilatedAttention([8], [1])(*x)
     assert not calls
 
 

@@ -69,6 +69,14 @@ def _one_round(
     return times
 
 # %% ../../nbs/15_bench.ipynb #256c8ecf
+def _how_often(
+    taken: dict[str, float], # seconds of each call, in a round that does not count
+    least_seconds: float, # of one time
+) -> dict[str, int]: # by name
+    "How many calls in a row take long enough."
+    return {name: max(1, ceil(least_seconds / max(t, 1e-9))) for name, t in taken.items()}
+
+
 def measure(
     calls: dict[str, Callable], # name -> call without arguments
     repeats: int = 20, # counted rounds
@@ -93,8 +101,8 @@ def measure(
             gc.collect(1)  # what the last round left behind
             shuffle(names)
             taken = _one_round({name: calls[name] for name in names}, counts, clock, wait, tell)
-            if turn < 0:  # the last of these rounds decides how often a call is made
-                counts = {x: max(1, ceil(least_seconds / max(t, 1e-9))) for x, t in taken.items()}
+            if turn < 0:
+                counts = _how_often(taken, least_seconds)
                 continue
             for name, seconds in taken.items(): times[name].append(seconds)
             if turn >= 2 and clock() - began > max_seconds: break

@@ -367,10 +367,11 @@ def _summary(changes: list[dict], unit: str) -> dict:
 def _limit_rows(new: dict, old: dict) -> list[dict]:
     "How the machine's limits changed."
     rows, now, then = [], new.get("limits", {}), old.get("limits", {})
+    unknown = dict.fromkeys(("count", "lower", "higher"))
     for name in now:
-        if not name.endswith("_per_s") or name not in then: continue
-        what = f"limit: {name.removesuffix('_per_s').replace('_', ' ')} per second"
-        unknown = dict.fromkeys(("count", "lower", "higher"))
+        limit, is_rate, _ = name.partition("_per_s")
+        if not is_rate or name not in then: continue
+        what = f"limit: {limit.replace('_', ' ')} per second"
         rows.append(unknown | dict(what=what, ratio=now[name] / then[name]))
     return rows
 
