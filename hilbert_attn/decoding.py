@@ -89,11 +89,12 @@ def _rows(x: Tensor, keys: Tensor) -> Tensor: # (B, H_kv, C, D), (B, G, M, K) ->
 
 # %% ../nbs/11d_decoding.ipynb #6f4bc780
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | Scores | None, dropout_p: float,
-    need_lse: bool,
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, # None: all keys
+    scale: float | Scores | None, dropout_p: float, need_lse: bool,
 ) -> tuple[Tensor, Tensor | Any]: # out, lse or None
     "Dense attention of few queries; with an LSE it is written out, in the precision of sums."
     if not need_lse: return masked_sdpa(q, k, v, mask, scale, dropout_p), None
+    if mask is None: mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
     wide = torch.promote_types(q.dtype, torch.float32)
     return masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale, dropout_p)
 
@@ -229,9 +230,8 @@ def _range_attention(call: Call, ranges: list[range], start: int) -> tuple[Tenso
     def rows(x):
         parts = [x[:, :, start + r.start:start + r.stop] for r in ranges if r]
         return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
-    everything = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=call.q.device)
     rest = call.scale, call.dropout_p, call.need_lse
-    return _attend(call.q, rows(call.k), rows(call.v), everything, *rest)
+    return _attend(call.q, rows(call.k), rows(call.v), None, *rest)
 
 # %% ../nbs/11d_decoding.ipynb #65461cca
 def decode_attention(

@@ -74,19 +74,23 @@ def masked_sdpa(
     q: Tensor, # (B, H, N, D)
     k: Tensor, # (B, H_kv, M, D)
     v: Tensor, # (B, H_kv, M, D)
-    mask: Tensor, # bool, or int: how often each key counts
+    mask: Tensor | None, # bool, or int: how often each key counts; None: every key once
     scale: float | Scores | None, # None is 1 / sqrt(D)
     dropout_p: float = 0.0, # probability of dropping an attention weight
 ) -> Tensor: # (B, H, N, D)
     """SDPA with a mask, and a bias; rows without keys give 0. SDPA has no forward-mode derivative
     and no cap: there it is written out."""
-    rule, empty = score_rule(scale, q), ~mask.any(-1, keepdim=True)
+    rule, derived = score_rule(scale, q), torch.autograd.forward_ad._current_level >= 0
+    if mask is None:
+        if _by_sdpa(rule) and rule.bias is None and not derived:
+            return _add_mask(q, k, v, None, None, rule.scale, dropout_p)
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
+    empty = ~mask.any(-1, keepdim=True)
     if not _by_sdpa(rule):
         wide = lse_dtype(q.dtype)
         out, _ = masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, rule, dropout_p)
         return out.to(q.dtype)
-    if torch.autograd.forward_ad._current_level >= 0:
-        return masked_attention(q, k, v, mask, scale, dropout_p)[0]
+    if derived: return masked_attention(q, k, v, mask, scale, dropout_p)[0]
     if rule.bias is not None: allowed = _with_bias(rule, mask, empty, q.dtype)
     elif mask.dtype == torch.bool: allowed = mask | empty
     else: allowed = _additive(mask, empty, q.dtype)

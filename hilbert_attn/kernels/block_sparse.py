@@ -81,7 +81,7 @@ _ALWAYS = tl.constexpr(ALWAYS)
 class Bounds(NamedTuple):
     "What a partial block is decided from, on the queries' side."
     lo: Any # three vectors, of which the first AXES count
-    hi: Any
+    count: Any # the same: so many coordinates are attended, from lo on; uint32
 
 # %% ../../nbs/10b_block_kernels.ipynb #3fe74b0b
 @triton.jit
@@ -97,36 +97,26 @@ def _load_axes(ptr, slot, n_slots, AXES: tl.constexpr):
 
 # %% ../../nbs/10b_block_kernels.ipynb #4d106ff8
 @triton.jit
+def _count(lo, hi):
+    "How many coordinates lie between bounds, as a number without a sign."
+    return tl.where(hi >= lo, hi - lo + 1, 0).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def _load_bounds(layout, slot, n_slots, AXES: tl.constexpr):
-    "Of these query slots."
-    lo = _load_axes(layout.lo, slot, n_slots, AXES)
-    return Bounds(lo, _load_axes(layout.hi, slot, n_slots, AXES))
+    "Of these query slots. Coordinates are 0 or more, so a bound below 0 rules nothing out."
+    hi = _load_axes(layout.hi, slot, n_slots, AXES)
+    a, b, c = _load_axes(layout.lo, slot, n_slots, AXES)
+    a, b, c = tl.maximum(a, 0), tl.maximum(b, 0), tl.maximum(c, 0)
+    return Bounds((a, b, c), (_count(a, hi[0]), _count(b, hi[1]), _count(c, hi[2])))
 
 # %% ../../nbs/10b_block_kernels.ipynb #e7a45409
-_LARGEST = tl.constexpr(2 ** 31 - 2)
-
 @triton.jit
-def _room(lo, hi, at, K_DIM: tl.constexpr):
-    """Of a coordinate of keys between the bounds of queries: negative where it is outside.
-
-    Coordinates are 0 or more, bounds below 0 are as good as 0 and -1, and a key that all see is at
-    -1: nothing is as low as what `_asked` asks of such a key. Where keys are columns, the many, its
-    own distances may pass the end of the numbers, and stay above that. Where they are rows, it
-    stands at 0."""
-    lo, hi = tl.maximum(lo, 0), tl.maximum(hi, -1)
-    if K_DIM == 0: lo = tl.minimum(lo, _LARGEST)
-    else: at = tl.maximum(at, 0)
-    at = tl.expand_dims(at, K_DIM)
-    return (at - tl.expand_dims(lo, 1 - K_DIM)) | (tl.expand_dims(hi, 1 - K_DIM) - at)
-
-# %% ../../nbs/10b_block_kernels.ipynb #4d0b7c1e
-_LEAST, _MOST = tl.constexpr(-2 ** 31), tl.constexpr(2 ** 31 - 1)
-
-@triton.jit
-def _asked(at, valid):
-    "What the room of a key must exceed: -1; less if all see it; too much if it is not there."
-    ask = tl.where(at == _ALWAYS, _LEAST, -1)
-    return tl.where(valid, ask, _MOST)
+def _inside(bounds, at, AXIS: tl.constexpr, K_DIM: tl.constexpr):
+    "Whether coordinates of keys lie between the bounds of queries."
+    past = tl.expand_dims(at, K_DIM) - tl.expand_dims(bounds.lo[AXIS], 1 - K_DIM)
+    count = tl.expand_dims(bounds.count[AXIS], 1 - K_DIM)
+    return past.to(tl.uint32, bitcast=True) < count
 
 # %% ../../nbs/10b_block_kernels.ipynb #f3ffbce4
 @triton.jit
@@ -136,10 +126,11 @@ def _attended(q_token, bounds, k_token, k_valid, at, n_queries, S: tl.constexpr,
     where keys are columns, 1 where they are rows."""
     seen = tl.expand_dims(k_valid, K_DIM)
     if S.AXES > 0:
-        room = _room(bounds.lo[0], bounds.hi[0], at[0], K_DIM)
-        if S.AXES > 1: room |= _room(bounds.lo[1], bounds.hi[1], at[1], K_DIM)
-        if S.AXES > 2: room |= _room(bounds.lo[2], bounds.hi[2], at[2], K_DIM)
-        seen = room > tl.expand_dims(_asked(at[0], k_valid), K_DIM)
+        by_all = k_valid & (at[0] == _ALWAYS)
+        seen = _inside(bounds, tl.where(k_valid, at[0], -1), 0, K_DIM)
+        if S.AXES > 1: seen &= _inside(bounds, at[1], 1, K_DIM)
+        if S.AXES > 2: seen &= _inside(bounds, at[2], 2, K_DIM)
+        seen |= tl.expand_dims(by_all, K_DIM)
     if S.CAUSAL:  # registers count as earlier than everything
         token = tl.where(k_token >= n_queries, -1, k_token)
         seen &= tl.expand_dims(q_token, 1 - K_DIM) >= tl.expand_dims(token, K_DIM)
