@@ -29,8 +29,8 @@ def forest(rows, contrasts: list[Contrast]):
         for y, c in enumerate(c for c in contrasts if c.task == task):
             _forest_row(ax, y, rows, c)
         ax.set_yticks(range(len(OTHERS)), OTHERS)
-        ax.invert_yaxis()
-        ax.set_xlabel("loss of Hilbert against it (%)")
+        ax.set_ylim(len(OTHERS) - 0.5, -0.5)
+        ax.set_xlabel("Hilbert's loss against its (%)")
     for ax in axes[1:]: ax.set_yticklabels([])
 
 
@@ -45,18 +45,38 @@ def _forest_row(ax, y: int, rows, c: Contrast) -> None:
 
 def curves(runs: list[dict]):
     "Test loss against steps: the mean over seeds, and the best guess without learning."
-    fig, axes = new_figure(1, len(TASKS), panel=(3.1, 2.6), titles=list(TASKS))
+    fig, axes = new_figure(1, len(TASKS), panel=(3.1, 2.8))
     for ax, task in zip(axes, TASKS):
-        for arm in ARMS:
-            mine = [run for run in runs if (run["task"], run["arm"]) == (task, arm)]
-            if not mine: continue
-            points = np.array([run["curve"] for run in mine]).mean(0)
-            ax.plot(points[:, 0], points[:, 2], color=COLORS[arm], label=f"{arm} ({len(mine)})")
-        guesses = [min(r["guesses"].values()) for r in runs if r["task"] == task]
-        if guesses: ax.axhline(np.mean(guesses), color="#e03131", lw=1, ls=":")
+        mine = [run for run in runs if run["task"] == task]
+        _curves_of(ax, mine)
+        ax.set_title(f"{task}, seeds stored: {_seeds_by_arm(mine)}")
         ax.set_xlabel("steps")
     axes[0].set_ylabel("test loss")
-    if axes[0].lines: axes[0].legend(frameon=False, fontsize=7, title="arm (runs)")
+    _legend_below(fig, axes[0])
+
+
+def _curves_of(ax, runs: list[dict]) -> None: # of one task
+    for arm in ARMS:
+        found = [run["curve"] for run in runs if run["arm"] == arm]
+        if not found: continue
+        steps, _, losses = np.array(found).mean(0).T
+        ax.plot(steps, losses, color=COLORS[arm], label=arm)
+    guesses = [min(run["guesses"].values()) for run in runs]
+    if guesses: ax.axhline(np.mean(guesses), color="#e03131", lw=1, ls=":")
+
+
+def _seeds_by_arm(runs: list[dict]) -> str:
+    "How many seeds an arm has: one number, or the fewest and the most."
+    counts = [sum(run["arm"] == arm for run in runs) for arm in ARMS]
+    return " to ".join(map(str, sorted({min(counts), max(counts)})))
+
+
+def _legend_below(fig, ax) -> None:
+    "One legend for all panels, where it covers no line."
+    handles, labels = ax.get_legend_handles_labels()
+    if not handles: return
+    look = dict(frameon=False, fontsize=8, ncols=len(labels))
+    fig.legend(handles, labels, loc="outside lower center", **look)
 
 
 def neighbours(task: Task, reach: int = 6):
@@ -70,7 +90,7 @@ def neighbours(task: Task, reach: int = 6):
 
 def growth(tasks: list[Task], layers: int = 12):
     "Share of pairs that attention connects after some layers, in two schemes."
-    fig, axes = new_figure(1, len(tasks), panel=(3.4, 2.6), titles=[
+    fig, axes = new_figure(1, len(tasks), panel=(3.4, 2.8), titles=[
         f"{task.name}, segments of {task.segment_size}" for task in tasks])
     for ax, task in zip(axes, tasks):
         for name in ARMS:
@@ -81,7 +101,7 @@ def growth(tasks: list[Task], layers: int = 12):
         ax.set_xlabel("layers (dotted: one order, no shift)")
         ax.set_xticks(range(1, layers + 1))
     axes[0].set_ylabel("pairs connected")
-    axes[0].legend(frameon=False, fontsize=7)
+    _legend_below(fig, axes[0])
 
 
 def progress(runs: list[dict]) -> str:
