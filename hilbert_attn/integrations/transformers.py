@@ -716,7 +716,7 @@ def _attention_layers(
               if _is_attention(layer) and not any(map(_is_attention, list(layer.modules())[1:]))}
     if model.config.model_type == "vjepa2":  # the predictor picks tokens from the grid
         layers = {name: layer for name, layer in layers.items() if "predictor." not in name}
-    hears = {cls: _uses_interface(cls) for cls in {type(layer) for layer in layers.values()}}
+    hears = {cls: _uses_interface(cls) for cls in set(map(type, layers.values()))}
     deaf = [name for name, layer in layers.items() if not hears[type(layer)]]
     if deaf:
         raise ValueError(
