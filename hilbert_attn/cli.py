@@ -209,9 +209,10 @@ _COMMANDS = {
         "Some minutes; best when nothing else runs. cpu: the backends, beside groups made by "
         "hand, masked SDPA, naive PyTorch and what the machine can do. memory: peak memory by "
         "length. curves: making an order. crossover: from which length on one backend is "
-        "faster than another. short: every function on short sequences, beside SDPA. dilated: "
-        "several branches in one call. local: windows and neighbourhoods. ring: several "
-        "processes. gpu: the Triton kernels.",
+        "faster than another. short: every function on short sequences, beside SDPA. decode: one "
+        "step over a cache. dit: blocks of diffusion transformers. dilated: several branches in "
+        "one call. local: windows and neighbourhoods. ring: several processes. gpu: the Triton "
+        "kernels.",
     ),
     "explain": _Command(
         _explain, _explain_options,

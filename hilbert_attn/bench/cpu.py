@@ -54,7 +54,8 @@ def cpu_candidates(
     order = curve_order(grid)
     rank = inverse_order(order)
     plain, hilbert = attention_mask(pattern), attention_mask(pattern, order=order)
-    hidden, how = ~plain, dict[str, Any](grid=grid, segment_size=w, dilation_rate=r, backend="sdpa")
+    hidden = ~plain
+    how: Any = dict(grid=grid, segment_size=w, dilation_rate=r, backend="sdpa")
     ours = partial(hilbert_attention, **how)
     attentions: dict[str, Callable] = {
         NAIVE: lambda q, k, v: naive_attention(q, k, v, hidden),
@@ -189,7 +190,7 @@ def bench_rows(
     return [with_ratios(row) for row in run["rows"]]
 
 # %% ../../nbs/15e_cpu.ipynb #320619fb
-_GOALS = { # at least, at least, at most, at least
+_GOALS = {
     OURS: dict(masked=12, naive=50, matmul=1.8, masked_both=12),
     OURS_HILBERT: dict(masked=8, naive=35, matmul=2.6, masked_both=8),
 }

@@ -18,7 +18,7 @@ import torch
 from ..backends import POLICY, detect_gpu_architecture, hilbert_attention
 from .contenders import Candidate, Case, run_cases
 from .machine import FLOPS_PER_PAIR
-from .results import BLUE, GREEN, GREY, RED, Table
+from .results import BLUE, GREEN, GREY, RED, Table, ratio_ticks
 from ..curves import curve_order
 from ..patterns import SegmentPattern, attention_mask
 from ..plots import new_figure
@@ -216,8 +216,6 @@ def plot_crossover(run: dict):
     ax.set(xscale="log", yscale="log", xlabel="tokens")
     ax.set(ylabel="time of sdpa_mask / time of sdpa")
     ax.set_xticks(tokens, tokens, fontsize=7)
-    bottom, top = ax.get_ylim()
-    ticks = [2.0 ** i for i in range(-4, 5) if bottom <= 2.0 ** i <= top]
-    ax.set_yticks(ticks, [f"{x:g}" for x in ticks])
     ax.minorticks_off()
+    ratio_ticks(ax.yaxis)
     ax.legend(frameon=False, fontsize=7)

@@ -125,7 +125,7 @@ def _random(heads: int, n: int, d: int) -> _Inputs:
     q, k, v = (torch.randn(1, heads, n, d, generator=g).requires_grad_() for _ in "qkv")
     return q, k, v
 
-
+# %% ../../nbs/15hb_decode.ipynb #a216a0c2
 def _both_ways(
     about: dict, calls: _Named, x: _Inputs, forward: _Named,
 ) -> Iterator[_Calls]:
@@ -223,7 +223,7 @@ def _check(name: str, found: Any, expected: Any) -> float:
     if error <= 1e-5: return error
     raise RuntimeError(f"refusing to time {name!r}: it differs from the others by {error:.1e}")
 
-
+# %% ../../nbs/15hb_decode.ipynb #587e0471
 def _checked(name: str, call: Callable, expected: Any) -> float:
     return 0.0 if name in (DENSE, NO_TEXT) else _check(name, call(), expected)
 
@@ -326,8 +326,8 @@ def decode_tables(run: dict) -> list[Table]: # of the suite `decode`
 
 # %% ../../nbs/15hb_decode.ipynb #ce41d676
 def plot_decode(run: dict): # of the suite `decode`
-    "The time of a step by the keys that it sees."
-    places = [x for x in _places(run, "keys")]
+    "The time of a step by the keys that it sees, of windows and of the whole cache."
+    places = [(place, times) for place, times in _places(run, "keys") if DENSE in times]
     fig, (ax,) = new_figure(1, panel=(4.8, 3.0))
     for name, color in ((STEP, BLUE), (SLICED, GREEN), (DENSE, GREY)):
         points = [(place["keys"], 1e6 * times[name]) for place, times in places if name in times]

@@ -41,17 +41,17 @@ class _Family:
     inputs: Callable[[dict], dict[str, Any]] # from the configuration
     block: str # the layer that is timed
 
-
+# %% ../../nbs/15hc_dit.ipynb #a3f13b9e
 def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
-
+# %% ../../nbs/15hc_dit.ipynb #85ce6f58
 def _words(config: dict, width: int = 64) -> dict[str, Any]:
     "A text and a time, which every family is given."
     return dict(
         encoder_hidden_states=_random(1, config["text"], width), timestep=torch.tensor([500.0]))
 
-
+# %% ../../nbs/15hc_dit.ipynb #06149542
 def _width(config: dict) -> int: return config["heads"] * config["head_dim"]
 
 # %% ../../nbs/15hc_dit.ipynb #27b133f6
@@ -63,14 +63,14 @@ def _flux(config: dict) -> dict[str, Any]:
         hidden_states=_random(1, len(ids), 4), img_ids=ids, pooled_projections=_random(1, 64),
         txt_ids=torch.zeros(config["text"], 3))
 
-
+# %% ../../nbs/15hc_dit.ipynb #be1f28c8
 def _qwen(config: dict) -> dict[str, Any]:
     "A picture as a row of tokens, with its sides."
     cells = prod(config["picture"])
     return _words(config) | dict(
         hidden_states=_random(1, cells, 16), img_shapes=[[(1, *config["picture"])]])
 
-
+# %% ../../nbs/15hc_dit.ipynb #58b617b5
 def _sd3(config: dict) -> dict[str, Any]:
     "A picture as a latent."
     height, width = config["picture"]
@@ -83,19 +83,19 @@ def _wan(config: dict) -> dict[str, Any]:
     frames, height, width = config["video"]
     return _words(config) | dict(hidden_states=_random(1, 4, frames, 2 * height, 2 * width))
 
-
+# %% ../../nbs/15hc_dit.ipynb #e3d22f21
 def _hunyuan(config: dict) -> dict[str, Any]:
     return _wan(config) | dict(
         pooled_projections=_random(1, 8), guidance=torch.tensor([6.0]),
         encoder_attention_mask=torch.ones(1, config["text"]))
 
-
+# %% ../../nbs/15hc_dit.ipynb #0864ae88
 def _cogvideox(config: dict) -> dict[str, Any]:
     "Frames in front of channels."
     video = _wan(config)
     return video | dict(hidden_states=video["hidden_states"].transpose(1, 2).contiguous())
 
-
+# %% ../../nbs/15hc_dit.ipynb #a2abe54c
 def _ltx(config: dict) -> dict[str, Any]:
     "A video as a row of tokens, with its sides."
     frames, height, width = config["video"]
@@ -166,7 +166,7 @@ def _built(family: _Family) -> nn.Module:
     kind: Any = getattr(need("diffusers", "diffusers"), family.model)
     return kind(**family.options).eval()
 
-
+# %% ../../nbs/15hc_dit.ipynb #65a0159e
 def _models(family: _Family, tiles: int) -> dict[str, nn.Module]:
     "The contenders."
     models = {name: _built(family) for name in (OWN, TILES, ORDERED)}
@@ -182,7 +182,7 @@ def _difference(family: _Family, found: Any, expected: Any) -> float:
     raise RuntimeError(
         f"refusing to time {family.model!r}: it differs from its yardstick by {error:.1e}")
 
-
+# %% ../../nbs/15hc_dit.ipynb #7bee45a4
 @torch.no_grad()
 def _checked(family: _Family, models: dict[str, Any], inputs: dict) -> dict[str, float]:
     "One tile beside dense attention, and reordered tiles beside tiles."
@@ -210,7 +210,7 @@ def _block_call(model: nn.Module, block: str, inputs: dict) -> Callable[[], Tens
 
     return call
 
-
+# %% ../../nbs/15hc_dit.ipynb #0055bfe3
 def _backward(call: Callable[[], Tensor], layer: nn.Module) -> tuple:
     "Forward, and gradients of the weights."
     weights = [p for p in layer.parameters() if p.requires_grad]
@@ -220,7 +220,7 @@ def _backward(call: Callable[[], Tensor], layer: nn.Module) -> tuple:
 @torch.no_grad()
 def _forward(call: Callable[[], Tensor]) -> Tensor: return call()
 
-
+# %% ../../nbs/15hc_dit.ipynb #a20b4f6f
 def _contenders(
     family: _Family,
     models: dict[str, nn.Module],
@@ -278,9 +278,9 @@ def plot_dit(run: dict): # of the suite `dit`
     rows = [row for row in dit_tables(run)[0].rows if row["direction"] == "forward+backward"]
     fig, (ax,) = new_figure(1, panel=(5.6, 3.0))
     places = torch.arange(len(rows)).numpy()
-    for shift, name, color in ((-0.2, "tiles", GREEN), (0.2, "ordered", BLUE)):
-        ax.bar(places + shift, [row[name] for row in rows], 0.38, color=color, label=name)
+    for shift, key, name, color in ((-0.2, "tiles", TILES, GREEN), (0.2, "ordered", ORDERED, BLUE)):
+        ax.bar(places + shift, [row[key] for row in rows], 0.38, color=color, label=name)
     ax.axhline(1, color=GREY, lw=1)
     ax.set_xticks(places, [row["family"] for row in rows], rotation=20, fontsize=8)
     ax.set_ylabel("x as fast as a dense block\nforward and backward")
-    ax.legend(frameon=False, fontsize=8)
+    fig.legend(frameon=False, fontsize=8, loc="outside upper left", ncols=2)

@@ -34,7 +34,7 @@ FLOPS_PER_PAIR = {"forward": 4, "forward+backward": 14} # times D: 2 products, a
 def matmul_shape(
     flops: float, # operations that the product should take
 ) -> tuple[int, int, int]: # (m, k, n) of (m, k) @ (k, n); m = k, a power of two
-    "A nearly cubic matrix product of about so many operations."
+    "A matrix product of about so many operations, whose first matrix is square."
     side = 1 << int(np.log2(max(flops / 2, 8)) / 3)
     return side, side, max(1, round(flops / (2 * side * side)))
 

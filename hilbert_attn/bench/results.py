@@ -6,7 +6,7 @@
 __all__ = ['SPREAD', 'SPREAD_TITLES', 'BASELINES', 'RED', 'BLUE', 'GREEN', 'GREY', 'results_folder', 'dump_rows', 'save_run',
            'gpu_environment', 'target', 'from_gpu_run', 'load_runs', 'latest_runs', 'load_run', 'measurements',
            'compare_runs', 'race_rows', 'table_cells', 'format_table', 'Table', 'target_tables', 'pivot', 'race_tables',
-           'change_tables', 'colors_of', 'plot_race', 'plot_lines']
+           'change_tables', 'colors_of', 'plot_race', 'ratio_ticks', 'plot_lines']
 
 # %% ../../nbs/15d_results.ipynb #1a21dbfb
 import json
@@ -447,6 +447,16 @@ def _token_ticks(ax, lengths: Iterable[int]):
     for n in sorted(set(lengths)):
         if not ticks or n > 2.5 * ticks[-1]: ticks.append(n)
     ax.set_xticks(ticks, [f"{n:,}" for n in ticks])
+
+# %% ../../nbs/15d_results.ipynb #9e5de51e
+def ratio_ticks(
+    axis, # x or y axis of matplotlib, logarithmic
+):
+    "Powers of two as plain numbers, as far as the axis reaches."
+    low, high = axis.get_view_interval()
+    ticks = [2.0 ** i for i in range(-8, 9) if low <= 2.0 ** i <= high]
+    axis.set_ticks(ticks, [f"{x:g}" for x in ticks])
+    axis.set_ticks([], minor=True)
 
 # %% ../../nbs/15d_results.ipynb #97608bba
 def plot_lines(

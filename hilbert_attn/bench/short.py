@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..backends import hilbert_attention
 from .contenders import DENSE, MASKED, Candidate, Case, run_cases, shape_of
-from .results import BLUE, GREEN, GREY, RED, Table
+from .results import BLUE, GREEN, GREY, RED, Table, ratio_ticks
 from ..block_sparse import block_sparse_attention
 from ..cross import hilbert_cross_attention
 from ..curves import curve_order
@@ -253,5 +253,6 @@ def plot_short(run: dict):
         ax.axhline(RATIO, color=RED, lw=1, ls="--", label=f"x {RATIO}")
         ax.set_xticks(range(len(tokens)), [str(n) for n in tokens], fontsize=7)
         ax.set(yscale="log", xlabel="tokens", title=direction)
-    axes[0].set(ylabel="time / the better of dense and masked SDPA")
+        ax.set_ylabel("time / the better of\ndense and masked SDPA", fontsize=8)
+        ratio_ticks(ax.yaxis)
     axes[0].legend(frameon=False, fontsize=7)

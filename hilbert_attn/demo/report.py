@@ -141,7 +141,7 @@ _HEADINGS = dict(
 )
 _ROW_KINDS = {"hilbert": ' class="key"', MASKED: ' class="base"', NAIVE: ' class="base"'}
 
-
+# %% ../../nbs/16d_report.ipynb #cc1ac978
 def _table_html(
     rows: list[dict],
     formats: dict[str, str], # column -> format of its values
@@ -389,7 +389,8 @@ def run_demo(
         "segments": lambda: draw_segments(picture, w),
         "attention": lambda: draw_attention(picture, q, k, w, place),
     }
-    with telling(6 + 2 * 8 * (repeats + 1) + 4) as tell:
+    calls = 2 * 8 * (repeats + 1)  # both directions
+    with telling(6 + calls + len(drawings) + 1) as tell:
         rows = compare_orders(picture.grid, (q, k, v), w, repeats=repeats, tell=tell)
         written = _draw_all(drawings, folder, tell)
         tell("writing report.html")
