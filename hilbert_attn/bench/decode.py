@@ -327,7 +327,7 @@ def decode_tables(run: dict) -> list[Table]: # of the suite `decode`
 # %% ../../nbs/15hb_decode.ipynb #ce41d676
 def plot_decode(run: dict): # of the suite `decode`
     "The time of a step by the keys that it sees, of windows and of the whole cache."
-    places = [(place, times) for place, times in _places(run, "keys") if DENSE in times]
+    places = [x for x in _places(run, "keys") if DENSE in x[1]]
     fig, (ax,) = new_figure(1, panel=(4.8, 3.0))
     for name, color in ((STEP, BLUE), (SLICED, GREEN), (DENSE, GREY)):
         points = [(place["keys"], 1e6 * times[name]) for place, times in places if name in times]

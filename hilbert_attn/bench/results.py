@@ -452,11 +452,10 @@ def _token_ticks(ax, lengths: Iterable[int]):
 def ratio_ticks(
     axis, # x or y axis of matplotlib, logarithmic
 ):
-    "Powers of two as plain numbers, as far as the axis reaches."
-    low, high = axis.get_view_interval()
-    ticks = [2.0 ** i for i in range(-8, 9) if low <= 2.0 ** i <= high]
-    axis.set_ticks(ticks, [f"{x:g}" for x in ticks])
-    axis.set_ticks([], minor=True)
+    "Powers of two, as plain numbers."
+    from matplotlib.ticker import LogLocator
+    axis.set_major_locator(LogLocator(2))
+    axis.set_major_formatter("{x:g}")
 
 # %% ../../nbs/15d_results.ipynb #97608bba
 def plot_lines(

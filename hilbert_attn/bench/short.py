@@ -255,4 +255,5 @@ def plot_short(run: dict):
         ax.set(yscale="log", xlabel="tokens", title=direction)
         ax.set_ylabel("time / the better of\ndense and masked SDPA", fontsize=8)
         ratio_ticks(ax.yaxis)
+        ax.minorticks_off()
     axes[0].legend(frameon=False, fontsize=7)
