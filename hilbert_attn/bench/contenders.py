@@ -115,8 +115,9 @@ def reshaped_attention(
 ) -> Tensor: # (B, H, N, D)
     "Every residue of every segment as one dense group."
     shape = (-1, segment_size // dilation_rate, dilation_rate, q.shape[-1])
-    groups = [x.view(shape).transpose(1, 2) for x in (q, k, v)]  # (segments, r, w / r, D)
-    out = F.scaled_dot_product_attention(*groups)
+    # (segments, r, w / r, D)
+    q_groups, k_groups, v_groups = (x.view(shape).transpose(1, 2) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(q_groups, k_groups, v_groups)
     return out.transpose(1, 2).reshape(q.shape)
 
 # %% ../../nbs/15c_contenders.ipynb #012c7df7
