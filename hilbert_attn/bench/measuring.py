@@ -76,7 +76,7 @@ def _how_often(
     "How many calls in a row take long enough."
     return {name: max(1, ceil(least_seconds / max(t, 1e-9))) for name, t in taken.items()}
 
-
+# %% ../../nbs/15_bench.ipynb #56cfefac
 def measure(
     calls: dict[str, Callable], # name -> call without arguments
     repeats: int = 20, # counted rounds
