@@ -389,8 +389,7 @@ def run_demo(
         "segments": lambda: draw_segments(picture, w),
         "attention": lambda: draw_attention(picture, q, k, w, place),
     }
-    calls = 2 * 8 * (repeats + 1)  # both directions
-    with telling(6 + calls + len(drawings) + 1) as tell:
+    with telling(6 + 2 * 8 * (repeats + 1) + 4) as tell:
         rows = compare_orders(picture.grid, (q, k, v), w, repeats=repeats, tell=tell)
         written = _draw_all(drawings, folder, tell)
         tell("writing report.html")
