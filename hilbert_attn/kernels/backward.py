@@ -276,7 +276,8 @@ def fit_small(
     if same and block <= square:
         warps = 8 if block * max(head_dim, 64) > 64 * 64 else 4
         return Fit(Tile(block, block, warps, 1), block // pow2(keys), True)
-    rows = 64 if capability >= (10, 0) and block * head_dim <= 64 * 64 else 32
+    few = block <= 64 or block * head_dim <= 64 * 64
+    rows = 64 if capability >= (10, 0) and few else 32
     if not shared or dropout and head_dim > 64: rows = 16
     return Fit(Tile(rows, block, 8, 1), 1, False)
 
