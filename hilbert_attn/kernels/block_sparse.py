@@ -439,7 +439,9 @@ def default_block_tile(
         few = 2 if kernel == "dkv" else 3
         if not (dropout or capped) and axes < few: return tile
         return Tile(32, 64, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
-    if kernel == "dq": return replace(tile, num_stages=3)
+    if kernel == "dq":
+        keys = 32 if dropout and axes > 1 and head_dim < 128 else tile.block_n
+        return replace(tile, block_n=keys, num_stages=3)
     if kernel != "dkv" or not (dropout or axes > 2): return tile
     if dropout: return Tile(16 if head_dim > 64 else 32, 128, 8, 2)
     return Tile(32, 128, 8, 3)
