@@ -529,6 +529,15 @@ def test_unknown_models_are_refused(diffusers):
 
 @torch.no_grad()
 @pytest.mark.full
+@pytest.mark.parametrize("first", [(0, 0, 0), (3, 5, 7)])
+def test_a_box_of_ids_may_lie_anywhere(first):
+    from hilbert_attn.integrations.dit import _box
+    ids = torch.cartesian_prod(*map(torch.arange, (2, 3, 4))) + torch.tensor(first)
+    assert _box(ids) == ((2, 3, 4), True)
+    assert _box(ids.flip(0)) == _box(ids.roll(1, 0)) == ((2, 3, 4), False)
+    assert _box(ids[:-1]) == ((2, 3, 4), False)
+
+
 def test_grids_that_are_none(diffusers):
     flux = use_hilbert_attention(built(diffusers, FLUX), tiles=3)
     inputs = given(FLUX)

@@ -69,6 +69,16 @@ def test_layers_take_turns_and_later_rules_win():
     ]
 
 
+def test_turns_begin_where_a_rule_does():
+    each = LayerSchedule({"1:": [{"shift": 1}, {"shift": 2}]}).each(4)
+    assert each == [{}, {"shift": 1}, {"shift": 2}, {"shift": 1}]
+
+
+def test_a_rule_wins_over_options_of_all_layers():
+    each = LayerSchedule({"0": {"segment_size": 4}}).each(2, segment_size=8, shift=1)
+    assert each == [{"segment_size": 4, "shift": 1}, {"segment_size": 8, "shift": 1}]
+
+
 @pytest.mark.parametrize("rules", [{"6": "dense"}, {"-7": "dense"}, {"6:": "dense"}])
 def test_a_rule_about_no_layer_is_an_error(rules):
     with pytest.raises(ValueError, match="no layer of a model that has 6"):
@@ -468,6 +478,14 @@ def test_a_block_that_is_opened_again_counts_anew():
     with pytest.raises(RuntimeError, match="replaced no call"):
         with block: attend(*qkv(5))
     assert sum(block.left.values()) == 1
+
+
+def test_a_block_that_is_opened_again_inside_goes_on_counting():
+    x = [rand(1, 2, 16, 8, seed=i) for i in range(3)]
+    with (block := hilbert_attention_everywhere(segment_size=4)):
+        F.scaled_dot_product_attention(*x)
+        with block: F.scaled_dot_product_attention(*x)
+    assert sum(block.replaced.values()) == 2
 
 
 def test_a_mask_of_one_key_is_left():

@@ -172,6 +172,13 @@ def test_gradients_of_small_groups(n, w, r, mode, traits):
     check(pattern, heads([(2, n), (1, n), (1, n)]), **{name: every[name] for name in traits})
 
 
+@pytest.mark.usefixtures("poisoned")
+def test_gradients_of_small_groups_with_scores_so_low_that_a_zero_overflows():
+    "A masked key is read as 0, and exp(0 - lse) is infinite."
+    q, k, v = heads([(2, 20), (1, 20), (1, 20)])
+    check(SegmentPattern(20, 10), (q * 0 + 30, k * 0 - 30, v), key_mask=some(1, 20, share=0.7))
+
+
 @pytest.fixture
 def launches(monkeypatch):
     "Names of kernels, and what was known when they were compiled, in their order."
