@@ -527,8 +527,6 @@ def test_unknown_models_are_refused(diffusers):
         use_hilbert_attention(diffusers.AutoencoderTiny(), tiles=2)
 
 
-@torch.no_grad()
-@pytest.mark.full
 @pytest.mark.parametrize("first", [(0, 0, 0), (3, 5, 7)])
 def test_a_box_of_ids_may_lie_anywhere(first):
     from hilbert_attn.integrations.dit import _box
@@ -538,6 +536,8 @@ def test_a_box_of_ids_may_lie_anywhere(first):
     assert _box(ids[:-1]) == ((2, 3, 4), False)
 
 
+@torch.no_grad()
+@pytest.mark.full
 def test_grids_that_are_none(diffusers):
     flux = use_hilbert_attention(built(diffusers, FLUX), tiles=3)
     inputs = given(FLUX)
