@@ -436,9 +436,11 @@ def default_block_tile(
     tile = default_tile(kernel, head_dim, dtype, min(capability, (9, 0)), dropout, capped)
     if not is_half(dtype) or head_dim > 128 or capability < (8, 0): return tile
     if capability < (9, 0):
-        few = 2 if kernel == "dkv" else 3
-        if not (dropout or capped) and axes < few: return tile
-        return Tile(32, 64, 8, 2) if kernel == "dkv" else Tile(64, 32, 8, 2)
+        enough = 2 if kernel == "dkv" else 3
+        if not (dropout or capped) and axes < enough: return tile
+        if kernel == "dkv": return Tile(32, 64, 8, 2)
+        slim = capped and kernel == "forward" and head_dim <= 64
+        return Tile(64, 32, 4 if slim else 8, 2)
     if kernel == "dq":
         keys = 32 if dropout and axes > 1 and head_dim < 128 else tile.block_n
         return replace(tile, block_n=keys, num_stages=3)
