@@ -53,7 +53,7 @@ UNREAD = """searchindex.js _static/documentation_options.js _static/doctools.js
     _static/file.png _static/minus.png _static/plus.png objects.inv""".split()
 COLOURS = re.compile(r"<style>(\s*body \{.*?)</style>", re.S)
 PICTURE = re.compile(r"(?<=_images/)\w+\.(?:png|jpg)\b")
-QUALITY = 78  # of photos; drawings lose nothing
+QUALITY = 72  # of photos; drawings lose nothing
 SHOWS_NO_DIFFERENCE = 0.2  # of 255 levels, on average
 
 
