@@ -181,6 +181,22 @@ def test_sinks_of_both_kinds_in_a_window():
         torch.testing.assert_close(one, whole[:, :, i:i + 1])
 
 
+@pytest.mark.parametrize("how", [dict(window=5), dict(segment_size=16)])
+def test_a_step_whose_keys_are_all_seen_has_no_mask(how, monkeypatch):
+    q, k, v = torch.randn(1, 4, 1, 8), torch.randn(1, 2, 32, 8), torch.randn(1, 2, 32, 8)
+    masks, sdpa = [], torch.nn.functional.scaled_dot_product_attention
+
+    def listen(q, k, v, mask=None, *rest, **options):
+        masks.append(mask)
+        return sdpa(q, k, v, mask, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", listen)
+    found = decode_attention(q, k, v, 24, **how)
+    assert masks == [None]
+    seen = slice(18, 24) if "window" in how else slice(16, 24)
+    torch.testing.assert_close(found, sdpa(q, k[:, :, seen], v[:, :, seen], enable_gqa=True))
+
+
 def test_padding_on_the_left_changes_nothing():
     q, k, v = cache()
     for how in (dict(segment_size=8), dict(window=6, sinks=2)):
