@@ -15,7 +15,7 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import partial, wraps
@@ -475,7 +475,7 @@ def _is_short(q: Any, k: Any, v: Any, backend: Any) -> bool:
     return not torch.is_autocast_enabled("cpu") and _forced("auto")[0] == "auto"
 
 # %% ../nbs/07_backends.ipynb #0c520b03
-_WORDS = (int, float, bool, str, type(None))  # Python's own; NumPy's would lose their type
+_WORDS = frozenset({int, float, bool, str, type(None)})  # NumPy's own would lose their type
 
 
 def _is_word(x: Any) -> bool:
@@ -487,8 +487,10 @@ def _is_word(x: Any) -> bool:
 def _options_key(
     values: Sequence[Any], # of all arguments but q, k, v
     names: Iterable[str], # of those that were given by name
-) -> bytes | None: # equal for equal options; None: some are neither plain nor tensors
+) -> Hashable | None: # equal for equal options; None: some are neither plain nor tensors
     "Numbers, texts and lists of them, each with its type: 1, 1.0 and True are three."
+    kinds = tuple(map(type, values))
+    if _WORDS.issuperset(kinds): return *values, *kinds, *names
     if not all(isinstance(x, Tensor) or _is_word(x) for x in values): return None
     plain = [... if isinstance(x, Tensor) else x for x in values]
     return marshal.dumps((plain, *names), 2)  # of this format equal values are equal bytes

@@ -195,6 +195,30 @@ def test_what_is_slow():
     assert verdict(90, 200, 100) == (0.9, -10, False)
 
 
+def test_what_seems_slow_is_measured_again_and_longer(monkeypatch):
+    def row(case, name, us):
+        return case.about | dict(name=name, direction="forward", median=us * 1e-6)
+
+    def run(suite, quick, config, cases):
+        limits.append((config["repeats"], config["max_seconds"]))
+        ours = {"slow": 300, "seems slow": 300 if len(limits) == 1 else 110, "quick": 90}
+        times = {short.DENSE: 100, short.MASKED: 120}
+        return dict(rows=[
+            row(case, name, us) for case in cases
+            for name, us in ({short.OURS_SHORT: ours[case.about["setting"]]} | times).items()])
+
+    limits = []
+    monkeypatch.setattr(short, "run_cases", run)
+    cases = [contenders.Case(dict(threads=1, tokens=9, setting=name), (1, 1, 9, 4), list)
+             for name in ("slow", "quick", "seems slow")]
+    lines = short.short_table(short._settled(short.SHORT_CONFIG, False, cases))
+    told = {x["setting"]: (round(x["us"]), x["slow"]) for x in lines}
+    assert told == {"slow": (300, True), "quick": (90, False), "seems slow": (110, False)}
+    assert limits == [(41, 0.2), (410, 2.0)]
+    run_once = short._settled(short.SHORT_CONFIG, False, cases[1:2])
+    assert len(run_once["rows"]) == 3 and len(limits) == 3
+
+
 PLACES = {"memory": cpu, "crossover": crossover, "short": short, "dilated": suites}
 
 
