@@ -1,6 +1,8 @@
 # `make` lists the targets. Each creates .venv and installs what it needs by itself.
 PYTHON ?= python3
 BIN := .venv/bin
+# Where Python may not keep what it compiled, each of many processes compiles PyTorch anew.
+unexport PYTHONDONTWRITEBYTECODE
 SETUP := settings.ini pyproject.toml setup.py constraints.txt
 # Triton's kernels run in its interpreter where there is no NVIDIA GPU.
 INTERPRET = $(if $(shell nvidia-smi -L 2>/dev/null),,TRITON_INTERPRET=1)

@@ -41,7 +41,6 @@ class Timing:
 def _no_collection() -> Iterator[None]:
     "Python's garbage collector waits."
     enabled = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield
