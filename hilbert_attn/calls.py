@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .common import (
-    Cache, define_operator, hide_masked, is_plain, known_now, lse_dtype, true_or_false)
+    Cache, define_operator, hide_masked, is_plain, known_now, lse_dtype, shown, true_or_false)
 from .curves import _parse_curve, as_grid, curve_order
 from .operators import draw_seeds
 from .patterns import DilatedPattern, SegmentPattern
@@ -170,7 +170,7 @@ def _check_number(name: str, value: Any) -> float | Any: # Any: a symbol of a gr
     "A real number; a `ValueError` for anything else, texts, bools and tensors included."
     known = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, Real))
     if known and not isinstance(value, bool): return value
-    raise ValueError(f"{name}={value!r}: expected a number")
+    raise ValueError(f"{name}={shown(value)}: expected a number")
 
 # %% ../nbs/06b_calls.ipynb #17a1b4f2
 def _check_dropout(dropout_p: Any) -> float:

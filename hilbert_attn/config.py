@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import check_backend_name, detect_gpu_architecture
 from .calls import check_curve
-from .common import check_word, true_or_false, whole_number
+from .common import check_word, shown, true_or_false, whole_number
 from .modules import grid_or_none, one_of, share
 from .options import Backend, Combine, Curve, Layout, Mode
 from .patterns import COMBINES, DILATION_MODES, SegmentPattern, branch_lists
@@ -65,7 +65,7 @@ def _dtype(value: Any) -> torch.dtype | None:
     if isinstance(value, str): found = getattr(torch, value.removeprefix("torch."), None)
     if isinstance(found, torch.dtype) and found.is_floating_point: return found
     known = "expected a floating-point torch.dtype or its name, 'auto', or None for float32"
-    raise ValueError(f"dtype={value!r}: {known}")
+    raise ValueError(f"dtype={shown(value)}: {known}")
 
 # %% ../nbs/12f_config.ipynb #a1ec34af
 def _checked_sizes(values: dict[str, Any]) -> dict[str, Any]:

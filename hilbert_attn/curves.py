@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .common import Cache, define_operator, is_plain, whole_number, whole_numbers
+from .common import Cache, define_operator, is_plain, shown, whole_number, whole_numbers
 
 # %% ../nbs/00b_curves.ipynb #6b76e754
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -248,7 +248,7 @@ def as_grid(
     except ValueError: dims = ()
     if 1 <= len(dims) <= 3: return dims
     raise ValueError(
-        f"grid={grid!r}: expected N, (H, W) or (T, H, W), whole numbers, each at least 1")
+        f"grid={shown(grid)}: expected N, (H, W) or (T, H, W), whole numbers, each at least 1")
 
 # %% ../nbs/00b_curves.ipynb #eeeabf3b
 def _parse_curve(curve: str) -> tuple[str, tuple[int, ...]]:
@@ -259,7 +259,7 @@ def _parse_curve(curve: str) -> tuple[str, tuple[int, ...]]:
         return name, (int(side or 8),) if name == "tile" else ()
     known = ", ".join(map(repr, _CURVES))
     raise ValueError(
-        f"curve={curve!r}: known curves are {known} and 'tile:S' for tiles of side S; "
+        f"curve={shown(curve)}: known curves are {known} and 'tile:S' for tiles of side S; "
         f"{TRANSPOSED!r} behind a name is the same walk with its axes exchanged")
 
 # %% ../nbs/00b_curves.ipynb #c0de6002

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as _checkpoint
 
 from .backends import attend, check_backend_name, choose_backend, known_length
 from .calls import check_call, check_curve, on_segments
-from .common import true_or_false, whole_number, whole_numbers
+from .common import shown, true_or_false, whole_number, whole_numbers
 from .curves import as_grid, curve_order
 from .options import Backend, Curve, Mode
 from .patterns import SegmentPattern
@@ -48,7 +48,7 @@ def share(
     if isinstance(value, Real) and not isinstance(value, bool):
         number = float(value)
         if 0 <= number < 1: return number
-    raise ValueError(f"{name}={value!r}: must be at least 0 and less than 1")
+    raise ValueError(f"{name}={shown(value)}: must be at least 0 and less than 1")
 
 # %% ../nbs/12_modules.ipynb #5b1d0c13
 def grid_or_none(
@@ -168,8 +168,8 @@ class AttentionLayer(nn.Module):
     def extra_repr(self) -> str:
         defaults = dict(curve=None, grid=None, causal=False, dropout=0.0)
         given = {name: getattr(self, name) for name in defaults}
-        shown = {name: x for name, x in given.items() if x != defaults[name]}
-        return ", ".join(f"{name}={x!r}" for name, x in (self.settings() | shown).items())
+        other = {name: x for name, x in given.items() if x != defaults[name]}
+        return ", ".join(f"{name}={x!r}" for name, x in (self.settings() | other).items())
 
     def settings(self) -> dict[str, Any]: # name -> value
         "What is the layer's own, for its `repr`."

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from hilbert_attn.common import (
-    check_word, known_now, remembered, true_or_false, whole_number, whole_numbers,
+    check_word, known_now, remembered, shown, true_or_false, whole_number, whole_numbers,
 )
 from .curves import as_grid, inverse_order
 
@@ -502,7 +502,7 @@ def _per_axis(name: str, value: Any, grid: tuple, check: Callable = whole_number
     values = tuple(value) if several else (value,) * len(grid)
     if len(values) == len(grid): return tuple(check(name, x) for x in values)
     raise ValueError(
-        f"{name}={value!r}: expected one value, or one per axis of the {len(grid)}-D grid")
+        f"{name}={shown(value)}: expected one value, or one per axis of the {len(grid)}-D grid")
 
 # %% ../nbs/01_patterns.ipynb #182ceaa8
 @dataclass(frozen=True)
@@ -644,7 +644,7 @@ def _reaches(window: Any) -> tuple[int, int]: # before and after
     "How far a window reaches to either side, from one number or two."
     if isinstance(window, (list, tuple)):
         if len(window) != 2:
-            raise ValueError(f"window={window!r}: expected one number, or (before, after)")
+            raise ValueError(f"window={shown(window)}: expected one number, or (before, after)")
         before, after = (min(whole_number("window", x, 0), _FARTHEST) for x in window)
         return before, after
     half = min(whole_number("window", window, 1) // 2, _FARTHEST)

@@ -19,7 +19,7 @@ from torch import Tensor
 from .backends import attend, shortcut
 from .calls import check_call, check_order
 from .common import (
-    Cache, check_word, is_plain, true_or_false, whole_number, whole_numbers)
+    Cache, check_word, is_plain, shown, true_or_false, whole_number, whole_numbers)
 from .curves import hilbert_decode
 from .local import LocalPattern
 from .patterns import AxisBounds, AxisPattern
@@ -189,7 +189,7 @@ def _check_grid_size(grid_size: Any):
     if grid_size is None: return
     number = isinstance(grid_size, Real) and not isinstance(grid_size, bool)
     if number and 0 < grid_size < float("inf"): return
-    raise ValueError(f"grid_size={grid_size!r}: expected a positive number, or None")
+    raise ValueError(f"grid_size={shown(grid_size)}: expected a positive number, or None")
 
 # %% ../nbs/11b_points.ipynb #0ba99edd
 _CHUNK = 1 << 15  # points at a time on a CPU: what is computed of them stays in its cache

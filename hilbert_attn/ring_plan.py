@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import true_or_false, whole_number, whole_numbers
+from .common import shown, true_or_false, whole_number, whole_numbers
 from hilbert_attn.patterns import (
     DilatedPattern,
     Progression,
@@ -38,7 +38,7 @@ def check_layout(
     "Raises a `ValueError` for anything else."
     if layout not in LAYOUTS:
         known = ", ".join(map(repr, LAYOUTS))
-        raise ValueError(f"layout={layout!r}: known layouts are {known}")
+        raise ValueError(f"layout={shown(layout)}: known layouts are {known}")
 
 # %% ../nbs/09_ring_plan.ipynb #09c7aa78
 def shard_sizes(

@@ -9,10 +9,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from hilbert_attn import hilbert_attention, window_attention
 from hilbert_attn.common import (
     Cache,
     hide_masked,
     is_plain,
+    shown,
     true_or_false,
     unit_stride,
     whole_number,
@@ -135,6 +137,30 @@ def test_numbers_have_a_least_value():
     with pytest.raises(ValueError, match="size=0: must be at least 1"): whole_number("size", 0, 1)
     with pytest.raises(ValueError, match="sizes=-1: must be at least 0"):
         whole_numbers("sizes", [3, -1], 0)
+
+
+@pytest.mark.parametrize(("value", "text"), [
+    (2.5, "2.5"),
+    ((3, 4), "(3, 4)"),
+    (np.float32(2), repr(np.float32(2))),
+    (torch.tensor([4, 8]), "tensor([4, 8])"),
+    (torch.zeros(2, 1, 7, dtype=torch.half), "<Tensor float16 (2, 1, 7)>"),
+    (np.zeros((5, 3)), "<ndarray float64 (5, 3)>"),
+    ([3, torch.zeros(9)], "list of 3, <Tensor float32 (9,)>"),
+    ("ab" * 99 + "cde", "'" + "ab" * 99 + "c..."),
+])
+def test_messages_stay_short(value, text):
+    assert shown(value) == text
+    with pytest.raises(ValueError) as refused: whole_number("size", value)
+    assert str(refused.value) == f"size={text}: expected a whole number"
+
+
+def test_a_tensor_in_the_place_of_a_size_is_told_by_its_shape():
+    q = torch.randn(1, 2, 16, 8)
+    with pytest.raises(ValueError, match=r"segment_size=<Tensor float32 \(1, 2, 16, 8\)>: "):
+        hilbert_attention(q, q, q, segment_size=q)
+    with pytest.raises(ValueError, match=r"window=<Tensor float32 \(1, 2, 16, 8\)>: "):
+        window_attention(q, q, q, (4, 4), q)
 
 
 def test_unit_stride_copies_only_what_needs_it():

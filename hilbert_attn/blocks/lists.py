@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import is_plain, whole_numbers
+from ..common import is_plain, shown, whole_numbers
 
 if TYPE_CHECKING: from torch.nn.attention.flex_attention import BlockMask
 
@@ -276,7 +276,8 @@ def as_block_size(
     if len(sizes) == 1 and not isinstance(block_size, Sequence): return sizes * 2
     if len(sizes) == 2: return sizes
     raise ValueError(
-        f"block_size={block_size!r}: expected one number, or two (queries, keys), each at least 1")
+        f"block_size={shown(block_size)}: "
+        "expected one number, or two (queries, keys), each at least 1")
 
 # %% ../../nbs/10_block_lists.ipynb #330dbc62
 def _in_order(
