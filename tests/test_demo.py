@@ -174,6 +174,13 @@ def test_large_photos_are_scaled_down(tmp_path):
     assert load_photo(tmp_path / "a.png").note == ""
 
 
+@pytest.mark.parametrize("most", [60_001, 3, 2.5, True])
+def test_the_report_has_room_for_so_many_patches(tmp_path, most):
+    with pytest.raises(ValueError, match=f"max_patches={most}: "):
+        run_demo(out=tmp_path, max_patches=most)
+    assert not list(tmp_path.iterdir())
+
+
 WRONG = {
     "absent.jpg": "no such file",
     ".": "a folder",

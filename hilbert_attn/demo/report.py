@@ -26,6 +26,7 @@ import hilbert_attn
 from ..bench.machine import describe_environment, environment
 from ..bench.measuring import telling
 from ..bench.results import table_cells
+from ..common import whole_number
 from ..curves import CURVES, curve_in_words, curve_order, locality, segment_map
 from hilbert_attn.demo.comparison import (
     KEEPS, MASKED, NAIVE, TAKES, compare_orders, demo_table, which_order,
@@ -49,6 +50,9 @@ def _fits(q: Tensor, limit: int = _LARGEST_KEYS) -> bool:
     return q.numel() * 4 / 3 <= limit
 
 # %% ../../nbs/16d_report.ipynb #5b8870fe
+_MOST_PATCHES = 60_000 # their numbers have 16 bits in the page
+
+
 def _page_data(
     photo: Photo,
     q: Tensor, # queries (1, H, N, D), equal to the keys
@@ -372,13 +376,15 @@ def run_demo(
     patch: tuple[int, int] | None = None, # (row, column) to look at; None: the middle, or a cheek
     *,
     seed: int = 0, # of the random projections
-    max_patches: int = 9216, # larger photos are scaled down
+    max_patches: int = 9216, # larger photos are scaled down; at most 60,000
 ) -> DemoResult: # print it
     """Attention along five curves on a photo: checked, timed, drawn, and written up.
 
     A `ValueError` for bad arguments, a `RuntimeError` without matplotlib or Pillow."""
     needs("matplotlib", "draws with matplotlib")
     began, repeats = time.perf_counter(), 5
+    if whole_number("max_patches", max_patches, 4) > _MOST_PATCHES:
+        raise ValueError(f"max_patches={max_patches}: the report has room for {_MOST_PATCHES:,}")
     picture = load_photo(photo, max_patches)
     w, place = _checked_sizes(picture, segment_size, patch, photo is None)
     folder = Path(out)
