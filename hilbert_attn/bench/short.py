@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SHORT_CONFIG', 'SHORT_QUICK', 'OURS_SHORT', 'RATIO', 'MICROSECONDS', 'FURTHEST', 'short_table', 'short_tables',
-           'short_run', 'bench_short', 'plot_short']
+           'plot_short', 'short_run', 'bench_short']
 
 # %% ../../nbs/15h_short.ipynb #ded90c7c
 from collections.abc import Callable, Iterator
@@ -208,6 +208,28 @@ def short_tables(run: dict) -> list[Table]:
     tables = [Table("tokens", _worst_calls(lines), place | dict(median=".2f") | numbers, titles)]
     return tables + [Table("slow", slow, place | numbers, titles)] * bool(slow)
 
+# %% ../../nbs/15h_short.ipynb #55eb88a5
+def plot_short(run: dict):
+    "The ratio of every call, by length, forward and with the backward."
+    lines, tokens = short_table(run), run["config"]["tokens"]
+    directions = list(dict.fromkeys(x["direction"] for x in lines))
+    fig, axes = new_figure(len(directions), panel=(4.6, 3.0))
+    for ax, direction in zip(axes, directions):
+        for threads, color in zip(run["config"]["threads"], (BLUE, GREEN)):
+            mine = [x for x in lines if (x["threads"], x["direction"]) == (threads, direction)]
+            aside = 0.16 * (threads - 1.5)  # points of one length stand side by side
+            xs = [tokens.index(x["tokens"]) + aside for x in mine]
+            ys = [x["ratio"] for x in mine]
+            ax.plot(xs, ys, ".", ms=4, color=color, label=f"threads: {threads}")
+        ax.axhline(1, color=GREY, lw=1, ls=":")
+        ax.axhline(RATIO, color=RED, lw=1, ls="--", label=f"x {RATIO}")
+        ax.set_xticks(range(len(tokens)), [str(n) for n in tokens], fontsize=7)
+        ax.set(yscale="log", xlabel="tokens", title=direction)
+        ax.set_ylabel("time / the better of\ndense and masked SDPA", fontsize=8)
+        ratio_ticks(ax.yaxis)
+        ax.minorticks_off()
+    axes[0].legend(frameon=False, fontsize=7)
+
 # %% ../../nbs/15h_short.ipynb #5b0d3fb1
 _LONGER = 10 # times as long: the measurement of what seems slow
 
@@ -253,25 +275,3 @@ def bench_short(
 ) -> dict: # JSON-ready; rows in seconds
     "Runs the suite; raises what `short_run` does."
     return short_run(SHORT_QUICK if quick else SHORT_CONFIG, quick)
-
-# %% ../../nbs/15h_short.ipynb #55eb88a5
-def plot_short(run: dict):
-    "The ratio of every call, by length, forward and with the backward."
-    lines, tokens = short_table(run), run["config"]["tokens"]
-    directions = list(dict.fromkeys(x["direction"] for x in lines))
-    fig, axes = new_figure(len(directions), panel=(4.6, 3.0))
-    for ax, direction in zip(axes, directions):
-        for threads, color in zip(run["config"]["threads"], (BLUE, GREEN)):
-            mine = [x for x in lines if (x["threads"], x["direction"]) == (threads, direction)]
-            aside = 0.16 * (threads - 1.5)  # points of one length stand side by side
-            xs = [tokens.index(x["tokens"]) + aside for x in mine]
-            ys = [x["ratio"] for x in mine]
-            ax.plot(xs, ys, ".", ms=4, color=color, label=f"threads: {threads}")
-        ax.axhline(1, color=GREY, lw=1, ls=":")
-        ax.axhline(RATIO, color=RED, lw=1, ls="--", label=f"x {RATIO}")
-        ax.set_xticks(range(len(tokens)), [str(n) for n in tokens], fontsize=7)
-        ax.set(yscale="log", xlabel="tokens", title=direction)
-        ax.set_ylabel("time / the better of\ndense and masked SDPA", fontsize=8)
-        ratio_ticks(ax.yaxis)
-        ax.minorticks_off()
-    axes[0].legend(frameon=False, fontsize=7)
