@@ -827,7 +827,7 @@ def _attend(call: Call, pattern: AxisPattern, grid, curve: str | None, backend: 
     "Lays the pattern along the curve, where that matters, and runs the call."
     check_cells(grid, call.q.shape[2] - pattern.shared)
     check_curve(curve)
-    lay_bias(call, grid, _reach(pattern))
+    if call.bias is not None: lay_bias(call, grid, _reach(pattern))
     laid = LocalPattern(pattern, as_grid(grid), curve, call.k.shape[2] - call.q.shape[2])
     order = None
     if pattern.along_curve and curve not in (None, "row_major"):

@@ -239,7 +239,8 @@ for path in sys.argv[1:]:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 """
 SOME_EXPORTED = [(function_case, "longnet", 2), (function_case, "points", 2),
-                 (function_case, "ring_branches", 2), (layer_case, "BlockSparseAttention", 1)]
+                 (function_case, "window", 2), (function_case, "ring_branches", 2),
+                 (layer_case, "BlockSparseAttention", 1)]
 ALL_EXPORTED = [*((function_case, name, 2) for name in FUNCTIONS),
                 *((layer_case, name, 1) for name in LAYERS)]
 EXPORTED = ALL_EXPORTED if FULL else SOME_EXPORTED
