@@ -187,10 +187,11 @@ class Cache:
         compute: Callable[[], Any], # makes the value
         *sources: Tensor | None, # tensors that the value was made from, by identity
     ) -> Any: # the value: shared, so do not write into its tensors
-        "The value of a key; computed, and not kept, under a trace or a transform."
+        "The value of a key; computed, and not kept, under a trace and of wrapped sources."
         if not self.may_keep(*sources): return compute()
         if (found := self.find(key, *sources)) is not None: return found[0]
-        with torch.inference_mode(False): value = compute()  # others count no writes
+        # tensors of inference mode count no writes; under `torch.func` they would be wrapped
+        with torch.inference_mode(False), temporarily_clear_interpreter_stack(): value = compute()
         self.keep(key, value, *sources)
         return value
 

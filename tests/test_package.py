@@ -86,6 +86,22 @@ print(*sorted(set(sys.modules) - before))
     assert not {f"hilbert_attn.{name}" for name in ("bench", "demo", "cli")} & new
 
 
+def test_import_makes_operators_known_that_a_saved_graph_may_name():
+    "All but those of the block-sparse kernels, which come with Triton."
+    code = """
+import torch, hilbert_attn, importlib, pkgutil
+def known():
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.partition("::")[2] for name in names if name.startswith("hilbert_attn::")}
+before = known()
+for module in pkgutil.walk_packages(hilbert_attn.__path__, "hilbert_attn."):
+    if not module.name.endswith("__main__"): importlib.import_module(module.name)
+print("cross_forward" in before, "triton_backward" in before, *sorted(known() - before))
+"""
+    triton = ["block_triton_backward", "block_triton_forward"]
+    assert python(code).split() == ["True", "True", *triton]
+
+
 @pytest.mark.parametrize("missing", ("triton", "matplotlib tqdm PIL"))
 def test_works_without(missing):
     code = f"""
