@@ -13,7 +13,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from cases import SCALES, as_options, layouts, placed, random_tensors, spoilt, upstream
+from cases import SCALES, as_options, in_triton, layouts, placed, random_tensors, spoilt, upstream
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling import examples
@@ -383,15 +383,19 @@ def test_slides_equal_the_oracle(case): case.check(backend="sdpa")
 def test_overlapping_segments_equal_the_oracle(case): case.check(backend="sdpa")
 
 
-@needs_triton
+SMALL = dict(max_n=48, head_dims=(16, 32))
+
+
 @examples(3, 60)
-@given(local_cases(
-    max_n=48, head_dims=(16, 32), dtypes=(torch.float32, torch.float64),
-    names=("hilbert_window",), overlaps=True))
+@given(local_cases(**SMALL, names=("hilbert_window",), overlaps=True))
 def test_overlapping_segments_in_triton(case):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "_BLOCK_SIZE", (16, 16))
-        case.check(DEVICE, backend="triton")
+    in_triton(lambda device: case.check(device, spoil=True, backend="triton"))
+
+
+@examples(6, 60)
+@given(local_cases(**SMALL, names=("hilbert_slide",)))
+def test_slides_in_triton(case):
+    in_triton(lambda device: case.check(device, spoil=True, backend="triton"))
 
 
 @needs_triton

@@ -103,7 +103,7 @@ def packs(draw, side=6, most=20) -> Pack:
 def test_packs_equal_the_oracle(case): case.check()
 
 
-@examples(3, 60)
+@examples(4, 60)
 @given(packs(side=4, most=12))
 def test_packs_in_triton(case): in_triton(lambda device: case.check(device, backend="triton"))
 
@@ -269,7 +269,7 @@ def prefixes(draw, most=40, side=6) -> Prefixed:
     return with_heads(Prefixed(
         prefix=draw(st.integers(1, 9)),
         grid=draw(st.tuples(st.integers(1, most)) | st.tuples(sides, sides)),
-        inputs=draw(inputs(sinks=False, widths=False, scales=(None, 0.3))), **draw(branches())))
+        inputs=draw(inputs(sinks=(False,), widths=False, scales=(None, 0.3))), **draw(branches())))
 
 
 @examples(40, 300)
@@ -277,7 +277,7 @@ def prefixes(draw, most=40, side=6) -> Prefixed:
 def test_prefixes_equal_the_oracle(case): case.check()
 
 
-@examples(3, 60)
+@examples(4, 60)
 @given(prefixes(most=20, side=4))
 def test_prefixes_in_triton(case): in_triton(lambda device: case.check(device, backend="triton"))
 
