@@ -569,7 +569,8 @@ _tiles_attention = AttentionOperator(
 def _tiles_op(order, kind, numbers, group, most, keys, device) -> list[Tensor]:
     """For each unit rows of queries (T, M), of keys (T, J + R), the mask (M or 1, J + R), and the
     tiles whose differences are those of all."""
-    pattern = _decoded(kind, tuple(numbers))
+    group, most, keys = map(int, (group, most, keys))  # a graph has the units of one length
+    pattern = _decoded(kind, tuple(map(int, numbers)))
     cells, tokens = prod(pattern.grid), _tokens(pattern, order, keys)
     row = torch.arange(keys, device=device) if tokens is None else tokens.to(device)
     behind, late = row[cells:], _late(pattern)

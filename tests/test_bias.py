@@ -8,6 +8,7 @@ from cases import GROUPS, assert_same_gradient, random_tensors
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling import examples
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from hilbert_attn import (
     explain_backend,
@@ -184,6 +185,32 @@ def test_graphs_and_transforms(function):
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(*x).sin().sum(), x), expected)
+
+
+def decoder(q, k, v, bias):
+    return hilbert_slide_attention(
+        q, k, v, q.shape[2], (5, 0), sinks=2, curve=None, registers=(k[:, :, :2], v[:, :, :2]),
+        bias=bias)
+
+
+def text(q, k, v, bias):
+    return hilbert_attention(q, k, v, segment_size=8, causal=True, curve=None, bias=bias)
+
+
+@pytest.mark.parametrize("function, lengths", [(text, (40, 24, 72)), (decoder, (40, 24))])
+def test_two_graphs_for_all_lengths(function, lengths):
+    "With a table wider than each of them needs. The tiles of a slide are those of one length."
+    counter = CompileCounterWithBackend("aot_eager")
+    table = torch.randn(2, 199, dtype=torch.float64, requires_grad=True)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=counter)
+    for n in lengths:
+        x = [*inputs(n)[:3], table]
+        found, expected = compiled(*x), function(*x)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(
+            *(torch.autograd.grad(y.sin().sum(), x) for y in (found, expected)))
+    assert counter.frame_count <= 2
 
 
 def counted(monkeypatch, module, name):

@@ -8,6 +8,7 @@ from cases import inputs as drawn
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling import examples
+from torch._dynamo.testing import CompileCounterWithBackend
 from transform_cases import DROPPING, HEADS, WIDTH
 
 from hilbert_attn import explain_backend, hilbert_attention, merge_attention
@@ -128,6 +129,41 @@ def test_gradients_of_sinks(name):
     def attention(q, k, v, z): return DROPPING[name](q, k, v, sink_logits=z, return_lse=True)
     x = [*inputs(n=12), sinks(requires_grad=True)]
     assert torch.autograd.gradcheck(attention, x, fast_mode=True)
+
+
+@each_function
+def test_sinks_in_graphs_and_transforms(name):
+    def attention(q, k, v, z): return DROPPING[name](q, k, v, sink_logits=z)
+    def loss(*x): return attention(*x).sin().sum()
+    x = [*inputs(), sinks(requires_grad=True)]
+    expected, plain = torch.autograd.grad(loss(*x), x), [y.detach() for y in x]
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1, 2, 3))(*plain), expected)
+    several = torch.stack([plain[3], -2 * plain[3]])
+    mapped = torch.vmap(lambda z: attention(*plain[:3], z))(several)
+    torch.testing.assert_close(mapped[1], attention(*plain[:3], several[1]))
+    if name not in ("hilbert", "decoder", "packed"): return
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend=counter)
+    for n in (N, 24, 72):
+        x = [*inputs(n=n), x[3]]
+        torch.testing.assert_close(
+            *(torch.autograd.grad(run(*x).sin().sum(), x) for run in (compiled, attention)))
+    assert counter.frame_count <= 2
+
+
+BAD_SINKS = [
+    (torch.zeros(3), r"sink_logits is torch.float32 \(3,\) .* \(H,\) = \(2,\)"),
+    (torch.zeros(1, 2), r"sink_logits is torch.float32 \(1, 2\)"),
+    (torch.zeros(2, dtype=torch.int64), "sink_logits is torch.int64"),
+    (0.5, "sink_logits is float"),
+]
+
+
+@pytest.mark.parametrize("bad, message", BAD_SINKS)
+@each_function
+def test_bad_sinks(name, bad, message):
+    with pytest.raises(ValueError, match=message): DROPPING[name](*inputs(), sink_logits=bad)
 
 
 @pytest.mark.parametrize("backend", ("sdpa", "sdpa_mask", "reference", "triton"))

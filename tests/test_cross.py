@@ -9,7 +9,7 @@ from cases import Inputs, in_triton
 from cases import inputs as drawn
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import examples
+from sampling import examples, sampled
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -20,6 +20,7 @@ from hilbert_attn.blocks.planner import cross_lists
 from hilbert_attn.cross import sdpa_cross
 from hilbert_attn.patterns import CrossPattern
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("sdpa", "sdpa_mask", "reference", "expression")
 
 
@@ -207,10 +208,13 @@ def test_flops_know_registers():
     assert counter.get_total_flops() == 4 * Q.shape[3] * Q.shape[0] * pairs
 
 
-def test_the_operator():
-    q, k, v = double(12, 7)
-    order, key_order = torch.randperm(12), torch.randperm(7)
-    args = q, k, v, order, key_order, None, None, 5, 0, [0.25, 2.0], 0.0, False
+@pytest.mark.parametrize("triton", sampled([False, True], [False]))
+def test_the_operator(triton):
+    if triton: pytest.importorskip("triton")
+    device = DEVICE if triton else "cpu"
+    q, k, v = (x.detach().to(device).requires_grad_() for x in double(12, 7))
+    orders = (torch.randperm(n, device=device) for n in (12, 7))
+    args = q, k, v, *orders, None, None, 5, 0, [0.25, 2.0], 0.0, triton
     opcheck(torch.ops.hilbert_attn.cross_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.hilbert_attn.cross_forward(*args))
     plain = [x.detach() for x in (q, k, v)]

@@ -12,7 +12,7 @@ from test_dilated import counted
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hilbert_attn import curve_order, dilated_attention
-from hilbert_attn.dilated import _packed_attention
+from hilbert_attn.dilated import _packed_attention, _prefix_attention
 from hilbert_attn.integrations import HilbertSettings, prefix_attention
 from hilbert_attn.patterns import COMBINES, DILATION_MODES
 
@@ -204,14 +204,23 @@ def test_one_graph_for_packs_of_any_length():
     assert count.frame_count <= 2
 
 
-def test_opcheck():
+CUT = torch.cat([torch.arange(5).flip(0), 5 + torch.arange(7).flip(0)])
+SETTINGS = [4, 12], [1, 2], [1, 1], "residue", [0] * 4, True, [0.3, 2.0], 0.0, False
+OPERATORS = dict(
+    packed=(_packed_attention, CUT, (torch.tensor([0, 5, 12]), *SETTINGS)),
+    prefix=(_prefix_attention, torch.arange(9).flip(0), (*SETTINGS, 3)))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    operator, order, rest = OPERATORS[name]
     q, k, v = (y.requires_grad_() for y in random_inputs(0, 1, 2, 1, 12, 8, torch.float32))
-    settings = [4, 12], [1, 2], [1, 1], "residue", [0] * 4, True, [0.3, 2.0], 0.0, False
-    args = (q, k, v, torch.cat([torch.randperm(5), 5 + torch.randperm(7)]),
-            torch.ones(1, 12, dtype=torch.bool), None, torch.tensor([0, 5, 12]), *settings)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration",
-              "test_aot_dispatch_dynamic")
-    torch.library.opcheck(_packed_attention.forward_op, args, test_utils=checks)
+    rest = order, torch.ones(1, 12, dtype=torch.bool), None, *rest
+    torch.library.opcheck(operator.forward_op, (q, k, v, *rest))
+    plain = [x.detach() for x in (q, k, v)]
+    out, lse = operator(*plain, *rest)
+    upstream = torch.ones_like(out), torch.ones_like(lse)
+    torch.library.opcheck(operator.backward_op, (*upstream, *plain, out, lse, *rest))
 
 
 @pytest.mark.parametrize("options, named", [
