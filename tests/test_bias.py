@@ -7,7 +7,7 @@ import torch
 from cases import GROUPS, assert_same_gradient, random_tensors
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import examples
+from sampling import examples, sampled
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hilbert_attn import (
@@ -197,7 +197,10 @@ def text(q, k, v, bias):
     return hilbert_attention(q, k, v, segment_size=8, causal=True, curve=None, bias=bias)
 
 
-@pytest.mark.parametrize("function, lengths", [(text, (40, 24, 72)), (decoder, (40, 24))])
+LENGTHS = [(text, (40, 24, 72)), (decoder, (40, 24))]
+
+
+@pytest.mark.parametrize("function, lengths", sampled(LENGTHS, LENGTHS[1:]))
 def test_two_graphs_for_all_lengths(function, lengths):
     "With a table wider than each of them needs. The tiles of a slide are those of one length."
     counter = CompileCounterWithBackend("aot_eager")

@@ -82,7 +82,7 @@ def test_options_equal_the_oracle(option, data): data.draw(on_functions(**OPTION
 
 
 @each_option
-@examples(6, 60)
+@examples(4, 60)
 @given(data=st.data())
 def test_options_in_triton(option, data):
     case = data.draw(on_functions(most=6, **OPTIONS[option]))
@@ -141,7 +141,7 @@ def test_sinks_in_graphs_and_transforms(name):
     several = torch.stack([plain[3], -2 * plain[3]])
     mapped = torch.vmap(lambda z: attention(*plain[:3], z))(several)
     torch.testing.assert_close(mapped[1], attention(*plain[:3], several[1]))
-    if name not in ("hilbert", "decoder", "packed"): return
+    if name not in ("decoder", "packed"): return
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(attention, fullgraph=True, backend=counter)
