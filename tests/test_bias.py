@@ -197,18 +197,18 @@ def text(q, k, v, bias):
     return hilbert_attention(q, k, v, segment_size=8, causal=True, curve=None, bias=bias)
 
 
-LENGTHS = [(text, (40, 24, 72)), (decoder, (40, 24))]
+SIZES = [(text, ((2, 40), (3, 24), (4, 72))), (decoder, ((2, 40), (3, 24)))] # batches, tokens
 
 
-@pytest.mark.parametrize("function, lengths", sampled(LENGTHS, LENGTHS[1:]))
-def test_two_graphs_for_all_lengths(function, lengths):
+@pytest.mark.parametrize("function, sizes", sampled(SIZES, SIZES[1:]))
+def test_two_graphs_for_all_sizes(function, sizes):
     "With a table wider than each of them needs. The tiles of a slide are those of one length."
     counter = CompileCounterWithBackend("aot_eager")
     table = torch.randn(2, 199, dtype=torch.float64, requires_grad=True)
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, backend=counter)
-    for n in lengths:
-        x = [*inputs(n)[:3], table]
+    for b, n in sizes:
+        x = [*(y.detach().repeat(b, 1, 1, 1).requires_grad_() for y in inputs(n)[:3]), table]
         found, expected = compiled(*x), function(*x)
         torch.testing.assert_close(found, expected)
         torch.testing.assert_close(
