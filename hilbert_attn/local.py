@@ -569,13 +569,13 @@ _tiles_attention = AttentionOperator(
 def _tiles_op(order, kind, numbers, group, most, keys, device) -> list[Tensor]:
     """For each unit rows of queries (T, M), of keys (T, J + R), the mask (M or 1, J + R), and the
     tiles whose differences are those of all."""
-    pattern = _decoded(kind, tuple(numbers))
+    pattern = _decoded(kind, tuple(map(int, numbers)))  # a graph has the units of one length
     cells, tokens = prod(pattern.grid), _tokens(pattern, order, keys)
     row = torch.arange(keys, device=device) if tokens is None else tokens.to(device)
-    behind, late = row[cells:], _late(pattern)
-    with_sinks = torch.cat([row[:pattern.sinks], behind]) if late else behind
-    units = [(unit, with_sinks if unit.runs[0].q[0] in late else behind)
-             for unit in _chunks(pattern, group, most)]
+    behind = row[cells:]
+    with_sinks = torch.cat([row[:pattern.sinks], behind])
+    units = [(unit, with_sinks if unit.runs[0].q[0] in _late(pattern) else behind)
+             for unit in _chunks(pattern, int(group), int(most))]
     if pattern.shared: units.append((_shared_unit(pattern), behind))
     found = []
     for unit, always in units:

@@ -1,14 +1,19 @@
 """Random attention calls, shared by the tests of all backends."""
 import os
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 
+import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import strategies as st
 
+from hilbert_attn import cross, local, reference
 from hilbert_attn.curves import CURVES, curve_order
+from hilbert_attn.kernels import launch
 from hilbert_attn.patterns import DILATION_MODES, SegmentPattern, attention_mask
-from hilbert_attn.reference import Scores, assert_matches_oracle
+from hilbert_attn.reference import Scores, assert_matches_oracle, masked_attention, score_rule
 
 HEAD_DIMS = (16, 24, 32, 48, 64, 80, 128, 256)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -105,7 +110,7 @@ def laid_out(layout, b, heads, n, d, dtype, generator):
 def spoilt(layout, q, k, v, key_mask, generator):
     "k and v, laid out, with NaN and infinities where a key is masked."
     values = torch.tensor([torch.nan, torch.inf, -torch.inf])
-    bad = values[torch.randint(3, k.shape[2:], generator=generator)]
+    bad = values[torch.randint(3, (k.shape[2], 1), generator=generator)]
     def spoil(x): return torch.where(key_mask[:, None, :, None], x, bad.to(x.dtype))
     return placed(layout, [q, spoil(k), spoil(v)])[1:]
 
@@ -181,3 +186,134 @@ def cases(draw, max_n: int = 90, head_dims=HEAD_DIMS, dtypes=DTYPES) -> Case:
         key_mask=masked, dtype=draw(st.sampled_from(dtypes)), layout=draw(layouts(masked)),
         scale=draw(st.sampled_from(SCALES)), lse_grad=draw(st.booleans()),
         seed=draw(st.integers(0, 2**31)))
+
+
+@contextmanager
+def listening():
+    "Names of kernels, and what was known when they were compiled, in their order."
+    found, start = [], launch.start
+
+    def listen(kernel, *arguments, S):
+        found.append((kernel.fn.__name__, S))
+        return start(kernel, *arguments, S=S)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "start", listen)
+        yield found
+
+
+def in_triton(check):
+    """`check(device)` on the kernels: they run, forward and backward, and read nothing that nobody
+    wrote. Blocks are small: a short sequence has several."""
+    pytest.importorskip("triton")
+    from kernel_cases import DEVICE, poison
+    with pytest.MonkeyPatch.context() as patch, listening() as launched:
+        patch.setattr(local, "_BLOCK_SIZE", (16, 16))
+        patch.setattr(cross, "_LONGEST", 16)
+        poison(lambda: check(DEVICE))
+    names = {name.removeprefix("_block") for name, _ in launched}
+    assert "_forward_kernel" in names and names & {"_dq_kernel", "_small_kernel"}
+
+
+def assert_same_gradient(leaf, found, exact, generator):
+    "Of what is no query, key or value, through results of two ways: within 64 roundings."
+    upstream = [torch.randn(x.shape, dtype=torch.float64, generator=generator) for x in exact]
+    ours, wanted = (
+        torch.autograd.grad([x.double() for x in results], leaf, upstream)[0].double()
+        for results in (found, exact))
+    allowed = torch.finfo(leaf.dtype).eps * 64 * wanted.abs().max().clamp(min=1)
+    assert (ours - wanted).abs().max() <= allowed
+
+
+@contextmanager
+def gradients_of(tokens: int):
+    "Further keys and values are the oracle's own: their gradients are nobody's."
+    run = reference._with_grads
+
+    def of_tokens(*given):
+        found = run(*given)
+        return found | {name: found[name][:, :, :tokens] for name in ("dk", "dv")}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reference, "_with_grads", of_tokens)
+        yield
+
+
+def with_a_key_for(sinks, q, kv, mask, scale):
+    "A key more, of zeros as its value is, whose score is what a sink is: k and v, mask, scores."
+    more = [F.pad(x, (0, 0, 0, 1)) for x in kv]
+    bias = F.pad(sinks.double()[:, None, None], (mask.shape[-1], 0))
+    return more, F.pad(mask, (0, 1), value=1), score_rule(scale, q)._replace(bias=bias)
+
+
+@dataclass
+class Inputs:
+    "What a call is given whatever its pattern, described by small numbers."
+    b: int
+    heads: int
+    kv_heads: int
+    d: int
+    dv: int # columns of values
+    masked: bool # is there a key mask?
+    sinks: bool # has each head a score without a key?
+    dtype: torch.dtype
+    layout: str | tuple[Memory, ...]
+    scale: float | Scores | None
+    lse_grad: bool
+    seed: int
+
+    def tensors(self, n: int, m: int, generator):
+        "q, k, v as they come, the name or the memories of their layout, and as it leaves them."
+        rest = self.dtype, generator
+        (q,) = random_tensors(self.b, [self.heads], n, self.d, *rest)
+        (k,) = random_tensors(self.b, [self.kv_heads], m, self.d, *rest)
+        (v,) = random_tensors(self.b, [self.kv_heads], m, self.dv, *rest)
+        whole = self.layout != "fused" or (n, self.d) == (m, self.dv)
+        layout = self.layout if whole else "BNHD"
+        return [q, k, v], layout, placed(layout, [q, k, v])
+
+    def check(self, attention, mask, device="cpu", spared: int = 0, unread: bool = False):
+        """`attention(q, k, v, **options)` gives output and LSE of the keys that `mask` (B, H, N, M)
+        names, or counts. What no query may read is NaN: keys that the key mask removes, the last
+        ones `spared`; if `unread`, all that no query sees."""
+        g = torch.Generator().manual_seed(self.seed)
+        (n, m), options = mask.shape[-2:], dict(as_options(self.scale), return_lse=True)
+        dense, layout, (q, *kv) = self.tensors(n, m, g)
+        seen = torch.ones(self.b, m, dtype=torch.bool)
+        if self.masked:
+            seen[:, :m - spared] = torch.rand(self.b, m - spared, generator=g) < 0.6
+            options["key_mask"], mask = seen.to(device), mask * seen[:, None, None]
+        if unread: seen = (mask != 0).flatten(1, 2).any(1).expand(self.b, -1)
+        given = spoilt(layout, *dense, seen, g)
+
+        def call(q, k, v):
+            moved = {name: x.to(device) for name, x in options.items() if torch.is_tensor(x)}
+            results = attention(*(x.to(device) for x in (q, k, v)), **(options | moved))
+            return [x.to(q.device) for x in results]
+
+        rule = dict(lse_grad=self.lse_grad, seed=self.seed, hidden=given)
+        rule |= dict(scale=self.scale, layout=upstream(self.layout))
+        if not self.sinks: return assert_matches_oracle(call, q, *kv, mask, **rule)
+        sinks = torch.randn(self.heads, dtype=torch.float64, generator=g).to(self.dtype)
+        options["sink_logits"] = sinks.requires_grad_()
+        more, mask, scores = with_a_key_for(sinks, q, kv, mask, self.scale)
+        with gradients_of(m):
+            rule["scale"] = scores._replace(bias=scores.bias.detach())
+            assert_matches_oracle(call, q, *more, mask, **rule)
+        exact = masked_attention(*(x.double() for x in (q, *more)), mask, scores)
+        assert_same_gradient(sinks, call(q, *given), exact, g)
+
+
+@st.composite
+def inputs(draw, b=None, dims=(8, 16, 20), dtypes=DTYPES, masks=True, sinks=(False, True),
+           widths=True, scales=SCALES) -> Inputs:
+    """`widths`: may values have other columns? Then keys of a head are never all the same: SDPA
+    takes another kernel, whose gradients are 0 there and no measure of rounding."""
+    kv_heads, group = draw(st.sampled_from(GROUPS))
+    d, masked = draw(st.sampled_from(dims)), masks and draw(st.booleans())
+    dv = draw(st.sampled_from(dims)) if widths else d
+    return Inputs(
+        b=b or draw(st.integers(1, 2)), heads=kv_heads * group, kv_heads=kv_heads, d=d, dv=dv,
+        masked=masked, sinks=draw(st.sampled_from(sinks)), dtype=draw(st.sampled_from(dtypes)),
+        layout=draw(layouts(masked or not masks or d != dv)), scale=draw(st.sampled_from(scales)),
+        lse_grad=draw(st.booleans()), seed=draw(st.integers(0, 2**31)))

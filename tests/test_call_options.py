@@ -1,6 +1,14 @@
 """What a call takes whatever its pattern: values of another width, and scores without a key."""
+from dataclasses import dataclass, replace
+
 import pytest
 import torch
+from cases import Inputs, in_triton
+from cases import inputs as drawn
+from hypothesis import given
+from hypothesis import strategies as st
+from sampling import examples
+from torch._dynamo.testing import CompileCounterWithBackend
 from transform_cases import DROPPING, HEADS, WIDTH
 
 from hilbert_attn import explain_backend, hilbert_attention, merge_attention
@@ -34,6 +42,51 @@ def test_values_of_another_width(name, columns):
     upstream = torch.randn_like(out)
     found, wanted = (torch.autograd.grad(x, (q, k, v), upstream) for x in (out, expected))
     torch.testing.assert_close(found, wanted)
+
+
+@dataclass
+class OnFunction:
+    "One of the functions, and what it is given."
+    name: str
+    n: int
+    inputs: Inputs
+
+    def mask(self):
+        """How often each key counts, int (1, H, N, N): with scores of 0, weights are shares of the
+        number that the log-sum-exp is the logarithm of."""
+        q, k = torch.zeros(2, 1, self.inputs.heads, self.n, 1, dtype=torch.float64)
+        v = torch.eye(self.n, dtype=torch.float64).expand(1, self.inputs.heads, -1, -1)
+        shares, lse = DROPPING[self.name](q, k, v, backend="reference", return_lse=True)
+        return (shares * lse.exp()[..., None]).round().long()
+
+    def check(self, device="cpu", **more):
+        def attention(q, k, v, **options): return DROPPING[self.name](q, k, v, **options, **more)
+        self.inputs.check(attention, self.mask(), device)
+
+
+@st.composite
+def on_functions(draw, most=12, **limits) -> OnFunction:
+    name, own = draw(st.sampled_from(list(DROPPING))), draw(drawn(**limits))
+    if name == "by_heads" and own.heads == 1: own = replace(own, heads=2)
+    return OnFunction(name, 4 * draw(st.integers(3, most)), own)
+
+
+OPTIONS = dict(sinks=dict(sinks=(True,)), softcap=dict(scales=(Scores(0.3, 0.5), Scores(1.0, 4.0))))
+each_option = pytest.mark.parametrize("option", OPTIONS)
+
+
+@each_option
+@examples(40, 300)
+@given(data=st.data())
+def test_options_equal_the_oracle(option, data): data.draw(on_functions(**OPTIONS[option])).check()
+
+
+@each_option
+@examples(4, 60)
+@given(data=st.data())
+def test_options_in_triton(option, data):
+    case = data.draw(on_functions(most=6, **OPTIONS[option]))
+    in_triton(lambda device: case.check(device, backend="triton"))
 
 
 def test_values_of_another_width_in_a_layer():
@@ -76,6 +129,41 @@ def test_gradients_of_sinks(name):
     def attention(q, k, v, z): return DROPPING[name](q, k, v, sink_logits=z, return_lse=True)
     x = [*inputs(n=12), sinks(requires_grad=True)]
     assert torch.autograd.gradcheck(attention, x, fast_mode=True)
+
+
+@each_function
+def test_sinks_in_graphs_and_transforms(name):
+    def attention(q, k, v, z): return DROPPING[name](q, k, v, sink_logits=z)
+    def loss(*x): return attention(*x).sin().sum()
+    x = [*inputs(), sinks(requires_grad=True)]
+    expected, plain = torch.autograd.grad(loss(*x), x), [y.detach() for y in x]
+    torch.testing.assert_close(torch.func.grad(loss, (0, 1, 2, 3))(*plain), expected)
+    several = torch.stack([plain[3], -2 * plain[3]])
+    mapped = torch.vmap(lambda z: attention(*plain[:3], z))(several)
+    torch.testing.assert_close(mapped[1], attention(*plain[:3], several[1]))
+    if name not in ("decoder", "packed"): return
+    counter = CompileCounterWithBackend("aot_eager")
+    torch._dynamo.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend=counter)
+    for n in (N, 24, 72):
+        x = [*inputs(n=n), x[3]]
+        torch.testing.assert_close(
+            *(torch.autograd.grad(run(*x).sin().sum(), x) for run in (compiled, attention)))
+    assert counter.frame_count <= 2
+
+
+BAD_SINKS = [
+    (torch.zeros(3), r"sink_logits is torch.float32 \(3,\) .* \(H,\) = \(2,\)"),
+    (torch.zeros(1, 2), r"sink_logits is torch.float32 \(1, 2\)"),
+    (torch.zeros(2, dtype=torch.int64), "sink_logits is torch.int64"),
+    (0.5, "sink_logits is float"),
+]
+
+
+@pytest.mark.parametrize("bad, message", BAD_SINKS)
+@each_function
+def test_bad_sinks(name, bad, message):
+    with pytest.raises(ValueError, match=message): DROPPING[name](*inputs(), sink_logits=bad)
 
 
 @pytest.mark.parametrize("backend", ("sdpa", "sdpa_mask", "reference", "triton"))

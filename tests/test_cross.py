@@ -5,10 +5,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import GROUPS, LAYOUTS, SCALES, as_options, placed, random_tensors
+from cases import Inputs, in_triton
+from cases import inputs as drawn
 from hypothesis import given
 from hypothesis import strategies as st
-from sampling import examples
+from sampling import examples, sampled
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,9 +19,8 @@ from hilbert_attn.blocks.engine import block_stats
 from hilbert_attn.blocks.planner import cross_lists
 from hilbert_attn.cross import sdpa_cross
 from hilbert_attn.patterns import CrossPattern
-from hilbert_attn.reference import Scores, assert_matches_oracle
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("sdpa", "sdpa_mask", "reference", "expression")
 
 
@@ -36,65 +36,46 @@ def segment_mask(n, m, w):
 @dataclass
 class Cross:
     "One call, described by small numbers."
-    b: int
-    heads: tuple[int, int] # H_kv, and query heads for each
     grids: tuple[tuple[int, ...], tuple[int, ...]]
     orders: tuple[str, str] # "none", "random" or a curve
     w: int | None
-    d: int
-    dv: int
     registers: int
-    masked: bool
-    dtype: torch.dtype
-    layout: str
-    scale: float | Scores | None
-    lse_grad: bool
-    seed: int
+    inputs: Inputs
 
     @property
     def sizes(self): return [torch.Size(grid).numel() for grid in self.grids]
 
-    def place(self, generator):
+    def place(self, device):
         "Arguments that say where tokens lie, and the orders that they mean."
+        generator = torch.Generator().manual_seed(self.inputs.seed)
         given, orders = {}, []
         for prefix, n, grid, name in zip(("", "key_"), self.sizes, self.grids, self.orders):
             given[f"{prefix}grid"] = grid
             given[f"{prefix}curve"] = None if name in ("none", "random") else name
             orders.append(torch.arange(n))
             if name == "random":
-                orders[-1] = given[f"{prefix}order"] = torch.randperm(n, generator=generator)
+                orders[-1] = torch.randperm(n, generator=generator)
+                given[f"{prefix}order"] = orders[-1].to(device)
             elif name != "none": orders[-1] = curve_order(grid, name)
         return given, orders
 
-    def mask(self, orders):
+    def mask(self, orders): # bool (1, 1, N, M + R)
         n, m = self.sizes
         mask = segment_mask(n, m, n if self.w is None else self.w)
         ranks = [order.argsort() for order in orders]
-        return mask[ranks[0][:, None], ranks[1]]
+        mask = mask[ranks[0][:, None], ranks[1]][None, None]
+        return torch.nn.functional.pad(mask, (0, self.registers), value=True)
 
-    def check(self, backend):
-        g, (n, m), r = torch.Generator().manual_seed(self.seed), self.sizes, self.registers
-        kv_heads, group = self.heads
-        (q,) = random_tensors(self.b, [kv_heads * group], n, self.d, self.dtype, g)
-        (k,) = random_tensors(self.b, [kv_heads], m + r, self.d, self.dtype, g)
-        (v,) = random_tensors(self.b, [kv_heads], m + r, self.dv, self.dtype, g)
-        place, orders = self.place(g)
-        mask = torch.nn.functional.pad(self.mask(orders), (0, r), value=True)[None, None]
-        common = dict(segment_size=self.w, **as_options(self.scale), return_lse=True)
-        if self.masked:
-            common["key_mask"] = torch.rand(self.b, m + r, generator=g) < 0.7
-            mask = mask & common["key_mask"][:, None, None]
+    def check(self, backend, device="cpu"):
+        place, orders = self.place(device)
+        m = self.sizes[1]
 
-        def attention(q, k, v):
+        def attention(q, k, v, **options):
             own, more = [x[:, :, :m] for x in (k, v)], [x[:, :, m:] for x in (k, v)]
-            rest = dict(place, registers=more if r else None, **common)
-            if backend != "expression":
-                return hilbert_cross_attention(q, *own, **rest, backend=backend)
-            return as_expression(q, *own, **rest)
-        layout = "BHND" if self.layout == "fused" else self.layout
-        q, k, v = (placed(layout, [x])[0] for x in (q, k, v))
-        assert_matches_oracle(
-            attention, q, k, v, mask, scale=self.scale, lse_grad=self.lse_grad, seed=self.seed)
+            rest = dict(place, segment_size=self.w, registers=more if self.registers else None)
+            if backend == "expression": return as_expression(q, *own, **rest, **options)
+            return hilbert_cross_attention(q, *own, **rest, **options, backend=backend)
+        self.inputs.check(attention, self.mask(orders), device)
 
 
 def as_expression(q, k, v, **options):
@@ -108,27 +89,18 @@ def as_expression(q, k, v, **options):
 
 
 @st.composite
-def crosses(draw, most=9, dtypes=DTYPES, dims=(8, 16, 20, 32)) -> Cross:
+def crosses(draw, most=9, dims=(8, 16, 20, 32)) -> Cross:
     side = st.integers(1, most)
     grids = [draw(st.tuples(side) | st.tuples(side, side) | st.tuples(side, side, st.just(2)))
              for _ in "qk"]
     n, m = (torch.Size(grid).numel() for grid in grids)
     orders = st.sampled_from(("none", "random", "hilbert", "morton"))
     return Cross(
-        b=draw(st.integers(1, 2)),
-        heads=draw(st.sampled_from(GROUPS)),
         grids=tuple(grids),
         orders=tuple(draw(orders) for _ in "qk"),
         w=draw(st.none() | st.integers(-(-n // m), n + 3)),
-        d=draw(st.sampled_from(dims)),
-        dv=draw(st.sampled_from(dims)),
         registers=draw(st.sampled_from((0, 0, 1, 3))),
-        masked=draw(st.booleans()),
-        dtype=draw(st.sampled_from(dtypes)),
-        layout=draw(st.sampled_from(LAYOUTS)),
-        scale=draw(st.sampled_from(SCALES)),
-        lse_grad=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**31)))
+        inputs=draw(drawn(dims=dims)))
 
 
 @examples(40, 300)
@@ -143,12 +115,8 @@ def test_on_every_backend(backend, case): case.check(backend)
 
 
 @examples(4, 60)
-@given(case=crosses(most=4, dims=(16, 32), dtypes=(torch.float32, torch.bfloat16)))
-def test_on_triton(case):
-    pytest.importorskip("triton")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cross_module, "_LONGEST", 16)
-        case.check("triton")
+@given(case=crosses(most=4, dims=(16, 32)))
+def test_on_triton(case): in_triton(lambda device: case.check("triton", device))
 
 
 def inputs(n=60, m=35, d=16, dv=16, heads=(2, 1), **options):
@@ -240,10 +208,13 @@ def test_flops_know_registers():
     assert counter.get_total_flops() == 4 * Q.shape[3] * Q.shape[0] * pairs
 
 
-def test_the_operator():
-    q, k, v = double(12, 7)
-    order, key_order = torch.randperm(12), torch.randperm(7)
-    args = q, k, v, order, key_order, None, None, 5, 0, [0.25, 2.0], 0.0, False
+@pytest.mark.parametrize("triton", sampled([False, True], [False]))
+def test_the_operator(triton):
+    if triton: pytest.importorskip("triton")
+    device = DEVICE if triton else "cpu"
+    q, k, v = (x.detach().to(device).requires_grad_() for x in double(12, 7))
+    orders = (torch.randperm(n, device=device) for n in (12, 7))
+    args = q, k, v, *orders, None, None, 5, 0, [0.25, 2.0], 0.0, triton
     opcheck(torch.ops.hilbert_attn.cross_forward.default, args)
     out, lse = (x.detach() for x in torch.ops.hilbert_attn.cross_forward(*args))
     plain = [x.detach() for x in (q, k, v)]

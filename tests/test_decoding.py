@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from cases import GROUPS, as_options, random_tensors
+from cases import Inputs, as_options, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling import examples
@@ -18,9 +18,6 @@ from hilbert_attn import (
     hilbert_window_attention,
 )
 from hilbert_attn.patterns import DILATION_MODES
-from hilbert_attn.reference import Scores, assert_matches_oracle
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def sees(i, j, h, how):
@@ -41,22 +38,16 @@ def sees(i, j, h, how):
 @dataclass
 class Step:
     "One call, described by small numbers."
-    heads: tuple[int, int] # H_kv, queries of each
     sizes: list[tuple[int, int]] # start and length of each row
     room: int
     few: int
-    d: int
-    dv: int
     how: dict
-    dtype: torch.dtype
     as_numbers: bool
-    lse_grad: bool
-    seed: int
-    scale: Scores | None = None
+    inputs: Inputs
 
     def mask(self):
         "bool (B, H, M, C)"
-        H = self.heads[0] * self.heads[1]
+        H = self.inputs.heads
         mask = torch.zeros(len(self.sizes), H, self.few, self.room, dtype=torch.bool)
         for b, (start, end) in enumerate(self.sizes):
             for h in range(H):
@@ -66,26 +57,22 @@ class Step:
         return mask
 
     def check(self):
-        g, (kv, group) = torch.Generator().manual_seed(self.seed), self.heads
-        B = len(self.sizes)
-        (q,) = random_tensors(B, [kv * group], self.few, self.d, self.dtype, g)
-        rest = self.dtype, g
-        (k,) = random_tensors(B, [kv], self.room, self.d, *rest)
-        (v,) = random_tensors(B, [kv], self.room, self.dv, *rest)
         starts, lengths = torch.tensor(self.sizes).T
         if self.as_numbers: starts, lengths = self.sizes[0]
-        def attention(q, k, v):
-            return decode_attention(q, k, v, lengths, **how, return_lse=True)
-        how, mask = dict(self.how, starts=starts), self.mask()
-        if self.scale: how |= as_options(self.scale)
-        assert_matches_oracle(
-            attention, q, k, v, mask, scale=self.scale, lse_grad=self.lse_grad, seed=self.seed)
-        expected = decode_attention(q, k, v, lengths, **how)
-        torch.testing.assert_close(expected, attention(q, k, v)[0], rtol=2e-2, atol=2e-2)
+        mask = self.mask()
+
+        def attention(q, k, v, **options):
+            return decode_attention(q, k, v, lengths, starts=starts, **self.how, **options)
+        self.inputs.check(attention, mask, unread=True)
+        generator = torch.Generator().manual_seed(self.inputs.seed)
+        q, k, v = self.inputs.tensors(self.few, self.room, generator)[0]
+        scores = as_options(self.inputs.scale)
+        expected = attention(q, k, v, **scores)
+        by_sums = attention(q, k, v, **scores, return_lse=True)[0]
+        torch.testing.assert_close(expected, by_sums, rtol=2e-2, atol=2e-2)
         unread = ~mask.any(1).any(1)  # of the heads' rows: nobody sees these
         hidden = (x.masked_fill(unread[:, None, :, None], torch.nan) for x in (k, v))
-        found = decode_attention(q, *hidden, lengths, **how)
-        assert torch.equal(found, expected)
+        assert torch.equal(attention(q, *hidden, **scores), expected)
 
 
 @st.composite
@@ -113,19 +100,8 @@ def steps(draw) -> Step:
         if kind == "order": how["order"] = curve_order((6, 6))
         overlap = draw(st.integers(1, 20))
         if kind == "overlap": how = dict(segment_size=max(w or 5, r), overlap=overlap)
-    widths = st.sampled_from((8, 16))
-    return Step(
-        heads=draw(st.sampled_from(GROUPS)),
-        sizes=sizes,
-        room=room,
-        few=few,
-        d=draw(widths),
-        dv=draw(widths),
-        how=how,
-        dtype=draw(st.sampled_from(DTYPES)),
-        as_numbers=alike,
-        lse_grad=draw(st.booleans()),
-        seed=draw(st.integers(0, 2**31)), scale=draw(st.sampled_from((None, Scores(0.3, 0.5)))))
+    own = draw(inputs(b=len(sizes), masks=False, dims=(8, 16)))
+    return Step(sizes=sizes, room=room, few=few, how=how, as_numbers=alike, inputs=own)
 
 
 @examples(40, 300)

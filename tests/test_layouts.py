@@ -45,6 +45,7 @@ in_triton = settings(max_examples=EXAMPLES if FULL else 20)  # its interpreter i
 
 def few_programs(case):
     "With a batch of two where there is one head, else of one: the interpreter is slow."
+    if isinstance(case, LocalCase): return replace(case, inputs=few_programs(case.inputs))
     return replace(case, b=2 if case.heads == 1 else 1)
 
 
@@ -132,7 +133,7 @@ def test_mixtures_on_triton(branches: Branches):
 @given(data=st.data())
 def test_local(name, backend, data):
     case: LocalCase = data.draw(local_cases(max_n=90, names=(name,)))
-    case.check(backend=backend, spoil=True)
+    case.check(backend=backend)
 
 
 @needs_triton
@@ -142,7 +143,7 @@ def test_local(name, backend, data):
 def test_local_on_triton(name, data):
     limits = dict(max_n=24, head_dims=(16,), dtypes=(torch.float32, torch.float64))
     case: LocalCase = data.draw(local_cases(**limits, names=(name,)))
-    few_programs(case).check(backend="triton", spoil=True)
+    few_programs(case).check(backend="triton")
 
 
 @dataclass

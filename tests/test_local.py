@@ -7,13 +7,13 @@ import importlib.util
 import itertools
 import math
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import numpy as np
 import pytest
 import torch
-from cases import SCALES, as_options, layouts, placed, random_tensors, spoilt, upstream
+from cases import Inputs, in_triton, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sampling import examples
@@ -43,7 +43,7 @@ from hilbert_attn.patterns import (
     encode_pattern,
 )
 from hilbert_attn.points import PatchPattern
-from hilbert_attn.reference import Scores, assert_matches_oracle
+from hilbert_attn.reference import assert_matches_oracle
 
 try:
     from test_triton import DEVICE, poison
@@ -167,22 +167,11 @@ class LocalCase:
     grid: tuple[int, ...]
     options: dict
     curve: str | None
-    b: int
-    heads: int
-    kv_heads: int
-    d: int
     registers: int
-    key_mask: str # "none", "tokens" or "all"
-    dtype: torch.dtype
-    layout: str | tuple
-    scale: float | Scores | None
-    lse_grad: bool
+    spared: bool # is the key mask of tokens alone?
     chunk: int
     key_cost: int
-    seed: int
-    generator: torch.Generator = field(init=False, repr=False)
-
-    def __post_init__(self): self.generator = torch.Generator().manual_seed(self.seed)
+    inputs: Inputs
 
     def keys(self) -> torch.Tensor:  # bool (N, N)
         o = self.options
@@ -197,8 +186,7 @@ class LocalCase:
         return tiles_shared_keys(self.grid, o["tiles"], o["offset"], o["shared"], self.curve)
 
     def call(self, q, k, v, **more):
-        own = dict(curve=self.curve, return_lse=True, **as_options(self.scale))
-        options = dict(self.options, **own, **more)
+        options = dict(self.options, curve=self.curve, **more)
         if self.name == "tiles_shared":
             return tiles_shared_attention(q, k, v, grid=self.grid, **options)
         if self.name == "neighborhood":
@@ -210,50 +198,19 @@ class LocalCase:
         }[self.name]
         return function(q, k, v, self.grid, options.pop("window"), **options)
 
-    def check(self, device="cpu", spoil=False, **more):
-        mask = self.keys()
-        n, r = len(mask), self.registers
-        mask = torch.cat([mask, torch.ones(n, r, dtype=torch.bool)], 1)[None, None]
-        dense = random_tensors(
-            self.b,
-            (self.heads, self.kv_heads, self.kv_heads),
-            n + r,
-            self.d,
-            self.dtype,
-            self.generator,
-        )
-        q, k, v = placed(self.layout, dense)
-        q, key_mask, hidden = q[:, :, :n], None, None
-        if self.key_mask != "none":
-            key_mask = (
-                torch.rand(
-                    self.b, n + (r if self.key_mask == "all" else 0), generator=self.generator
-                )
-                < 0.5
-            )
-            whole = torch.cat(
-                [key_mask, torch.ones(self.b, n + r - key_mask.shape[1], dtype=torch.bool)], 1
-            )
-            mask = mask & whole[:, None, None]
-            if spoil:
-                hidden = spoilt(self.layout, *dense, whole, self.generator)
+    def check(self, device="cpu", **more):
+        mask, r = self.keys(), self.registers
+        mask, n = torch.nn.functional.pad(mask, (0, r), value=True)[None, None], len(mask)
 
-        def attention(q, k, v):
-            registers = (k[:, :, n:].to(device), v[:, :, n:].to(device)) if r else None
-            out, lse = self.call(
-                q.to(device),
-                k[:, :, :n].to(device),
-                v[:, :, :n].to(device),
-                registers=registers,
-                key_mask=None if key_mask is None else key_mask.to(device),
-                **more,
-            )
-            return out.to(q.device), lse.to(q.device)
+        def attention(q, k, v, key_mask=None, **options):
+            if key_mask is not None and self.spared: key_mask = key_mask[:, :n]
+            if r: options["registers"] = k[:, :, n:], v[:, :, n:]
+            tokens = k[:, :, :n], v[:, :, :n]
+            return self.call(q, *tokens, key_mask=key_mask, **options, **more)
 
-        rule = dict(scale=self.scale, lse_grad=self.lse_grad, seed=self.seed, hidden=hidden)
-        rule["layout"] = upstream(self.layout)
+        spared = r if self.spared else 0
         with costs(self.chunk, self.key_cost):
-            return poison(lambda: assert_matches_oracle(attention, q, k, v, mask, **rule))
+            return poison(lambda: self.inputs.check(attention, mask, device, spared=spared))
 
 
 @contextmanager
@@ -329,27 +286,16 @@ def local_cases(
             grid = tuple(max(1, n // 2) for n in grid)
     name = draw(st.sampled_from(names))
     options = draw(local_options(name, grid, overlaps))
-    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]))
-    key_mask = draw(st.sampled_from(("none", "none", "tokens", "all")))
     return LocalCase(
         name,
         grid,
         options,
         draw(st.sampled_from((None, *CURVES))),
-        draw(st.integers(1, 2)),
-        kv_heads * group,
-        kv_heads,
-        draw(st.sampled_from(head_dims)),
-        draw(st.sampled_from((0, 0, 1, 4))),
-        key_mask,
-        draw(st.sampled_from(dtypes)),
-        draw(layouts(key_mask != "none")),
-        draw(st.sampled_from(SCALES)),
-        draw(st.booleans()),
-        draw(st.sampled_from((1 << 20, 3000, 1))),
-        draw(st.sampled_from((14, 2, 0))),
-        draw(st.integers(0, 2**31)),
-    )
+        registers=draw(st.sampled_from((0, 0, 1, 4))),
+        spared=draw(st.booleans()),
+        chunk=draw(st.sampled_from((1 << 20, 3000, 1))),
+        key_cost=draw(st.sampled_from((14, 2, 0))),
+        inputs=draw(inputs(dims=head_dims, dtypes=dtypes)))
 
 
 @examples(100, 600)
@@ -383,15 +329,22 @@ def test_slides_equal_the_oracle(case): case.check(backend="sdpa")
 def test_overlapping_segments_equal_the_oracle(case): case.check(backend="sdpa")
 
 
-@needs_triton
+PLAIN = Inputs(
+    b=1, heads=2, kv_heads=1, d=16, dv=16, masked=False, sinks=False, dtype=torch.float32,
+    layout="BNHD", scale=None, lse_grad=True, seed=0)
+SMALL = dict(max_n=48, head_dims=(16, 32))
+
+
 @examples(3, 60)
-@given(local_cases(
-    max_n=48, head_dims=(16, 32), dtypes=(torch.float32, torch.float64),
-    names=("hilbert_window",), overlaps=True))
+@given(local_cases(**SMALL, names=("hilbert_window",), overlaps=True))
 def test_overlapping_segments_in_triton(case):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "_BLOCK_SIZE", (16, 16))
-        case.check(DEVICE, backend="triton")
+    in_triton(lambda device: case.check(device, backend="triton"))
+
+
+@examples(6, 60)
+@given(local_cases(**SMALL, names=("hilbert_slide",)))
+def test_slides_in_triton(case):
+    in_triton(lambda device: case.check(device, backend="triton"))
 
 
 @needs_triton
@@ -423,50 +376,17 @@ def test_triton_equals_the_oracle(case, block_size):
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_triton_in_half_precision(name, options, dtype):
-    LocalCase(
-        name,
-        (6, 8),
-        options,
-        "hilbert",
-        1,
-        2,
-        1,
-        32,
-        3,
-        "none",
-        dtype,
-        "BNHD",
-        None,
-        True,
-        1 << 16,
-        14,
-        0,
-    ).check(DEVICE, backend="triton")
+    own = replace(PLAIN, heads=2, d=32, dv=32, dtype=dtype)
+    case = LocalCase(name, (6, 8), options, "hilbert", 3, True, 1 << 16, 14, own)
+    case.check(DEVICE, backend="triton")
 
 
 @pytest.mark.parametrize(
     "kernel, dilation", [((13, 13), (1, 1)), ((4, 13), (2, 1)), ((27, 3), (1, 3))]
 )
 def test_neighborhoods_of_many_tiles(kernel, dilation):
-    LocalCase(
-        "neighborhood",
-        (27, 31),
-        dict(kernel_size=kernel, dilation=dilation, causal=(False, False)),
-        None,
-        1,
-        2,
-        1,
-        16,
-        0,
-        "none",
-        torch.float32,
-        "BNHD",
-        None,
-        True,
-        1 << 16,
-        14,
-        0,
-    ).check()
+    options = dict(kernel_size=kernel, dilation=dilation, causal=(False, False))
+    LocalCase("neighborhood", (27, 31), options, None, 0, True, 1 << 16, 14, PLAIN).check()
 
 
 def calls():

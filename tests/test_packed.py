@@ -1,113 +1,134 @@
 """Documents packed in one row, and prefixes: each row of the mask written out by hand."""
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import pytest
 import torch
+from cases import Inputs, in_triton, inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from sampling import examples
+from test_dilated import counted
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from hilbert_attn import curve_order, dilated_attention
-from hilbert_attn.dilated import _packed_attention
+from hilbert_attn.dilated import _packed_attention, _prefix_attention
 from hilbert_attn.integrations import HilbertSettings, prefix_attention
-from hilbert_attn.reference import assert_matches_oracle
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+from hilbert_attn.patterns import COMBINES, DILATION_MODES
 
 
-def residue_counts(n, lengths, rates):
-    "How often key j counts for query i: once for each branch whose segment and residue they share."
-    i = torch.arange(n)
-    counts = torch.zeros(n, n, dtype=torch.int64)
-    for w, r in zip(lengths, rates):
-        same = (i // w)[:, None] == i // w
-        counts += same & ((i % w % r)[:, None] == i % w % r)
-    return counts
-
-
-def inputs(seed, b, heads, kv_heads, n, d, dtype):
+def random_inputs(seed, b, heads, kv_heads, n, d, dtype):
     g = torch.Generator().manual_seed(seed)
     return [torch.randn(b, h, n, d, generator=g).to(dtype) for h in (heads, kv_heads, kv_heads)]
 
 
-@st.composite
-def packs(draw):
-    "Lengths or pictures, branches, and everything else of a call."
-    pictures = draw(st.booleans())
-    side = st.integers(1, 6)
-    grids = draw(st.lists(st.tuples(side, side), min_size=1, max_size=4))
-    sizes = [h * w for h, w in grids]
-    if not pictures: sizes = draw(st.lists(st.integers(0, 20), min_size=1, max_size=5)) + [1]
-    rates = draw(st.sampled_from(((1,), (2,), (1, 3))))
-    heads = draw(st.sampled_from(((1, 1), (2, 1), (4, 2))))
-    return dict(
-        sizes=sizes, grids=grids if pictures else None, rates=rates,
-        lengths=tuple(draw(st.integers(3, 24)) for _ in rates), heads=heads,
-        causal=draw(st.booleans()), masked=draw(st.booleans()), d=draw(st.sampled_from((8, 24))),
-        dtype=draw(st.sampled_from(DTYPES)), seed=draw(st.integers(0, 2**31)))
+@dataclass
+class Pack:
+    "Several documents or pictures, and branches that attend each."
+    sizes: list[int]
+    grids: list[tuple[int, int]] | None # None: documents
+    shuffled: bool # are documents in another order than they lie?
+    lengths: tuple[int, ...]
+    rates: tuple[int, ...]
+    combine: str
+    mode: str
+    offsets: int | None
+    causal: bool
+    inputs: Inputs
 
+    def own_orders(self) -> list:
+        "Of each document: token at each position, or None."
+        if self.grids: return list(map(curve_order, self.grids))
+        if not self.shuffled: return [None] * len(self.sizes)
+        g = torch.Generator().manual_seed(self.inputs.seed)
+        return [torch.randperm(size, generator=g) for size in self.sizes]
 
-def pack_mask(case):
-    "int (N, N) in token order."
-    n = sum(case["sizes"])
-    mask, at = torch.zeros(n, n, dtype=torch.int64), 0
-    for i, size in enumerate(case["sizes"]):
-        own = residue_counts(size, case["lengths"], case["rates"])
-        if case["grids"]:
-            rank = curve_order(case["grids"][i]).argsort()
-            own = own[rank[:, None], rank]
-        mask[at:at + size, at:at + size] = own
-        at += size
-    return mask.tril() if case["causal"] else mask
+    def place(self, device="cpu") -> dict:
+        "Arguments that say where documents are, and in which order."
+        if self.grids: return dict(grid=self.grids)
+        own, cut = self.own_orders(), borders(self.sizes)
+        place = dict(cu_seqlens=torch.tensor(cut), curve=None)
+        if not self.shuffled: return place
+        return place | dict(order=torch.cat([x + at for x, at in zip(own, cut)]).to(device))
+
+    def mask(self):
+        "How often each key counts, int (1, H, N, N) in token order."
+        how = self.lengths, self.rates, self.combine, self.mode, self.offsets
+        heads = self.inputs.heads
+        mask = torch.zeros(1, heads, sum(self.sizes), sum(self.sizes), dtype=torch.int64)
+        for (a, b), order in zip(pairwise(borders(self.sizes)), self.own_orders()):
+            mask[0, :, a:b, a:b] = counted(b - a, heads, *how, order, self.causal)
+        return mask
+
+    def check(self, device="cpu", **more):
+        how = dict(combine=self.combine, dilation_mode=self.mode, offsets=self.offsets)
+        how |= dict(self.place(device), causal=self.causal, **more)
+        def attention(q, k, v, **options):
+            return dilated_attention(q, k, v, self.lengths, self.rates, **how, **options)
+        self.inputs.check(attention, self.mask(), device)
 
 
 def borders(sizes): return [0, *torch.tensor(sizes).cumsum(0).tolist()]
 
 
-def check_pack(case, backend="auto", dropout_p=0.0):
-    mask, n = pack_mask(case)[None, None], sum(case["sizes"])
-    q, k, v = inputs(case["seed"], 2, *case["heads"], n, case["d"], case["dtype"])
-    key_mask = None
-    if case["masked"]:
-        key_mask = torch.rand(2, n, generator=torch.Generator().manual_seed(1)) < 0.7
-        mask = mask * key_mask[:, None, None]
-    place = dict(cu_seqlens=torch.tensor(borders(case["sizes"])), curve=None)
-    if case["grids"]: place = dict(grid=case["grids"])
+@st.composite
+def branches(draw) -> dict:
+    "How keys are taken, in segments of each length."
+    rates = draw(st.sampled_from(((1,), (2,), (1, 3))))
+    return dict(lengths=tuple(draw(st.integers(3, 24)) for _ in rates), rates=rates,
+                combine=draw(st.sampled_from(COMBINES)), causal=draw(st.booleans()))
 
-    def attention(q, k, v):
-        return dilated_attention(
-            q, k, v, case["lengths"], case["rates"], dilation_mode="residue", **place,
-            causal=case["causal"], key_mask=key_mask, backend=backend, dropout_p=dropout_p,
-            return_lse=True)
 
-    assert_matches_oracle(attention, q, k, v, mask, seed=case["seed"])
+def with_heads(case):
+    "With two heads where two branches share them and there is one."
+    few = case.combine == "heads" and case.inputs.heads < len(case.rates)
+    return replace(case, inputs=replace(case.inputs, heads=2)) if few else case
+
+
+@st.composite
+def packs(draw, side=6, most=20) -> Pack:
+    sides = st.integers(1, side)
+    grids = draw(st.lists(st.tuples(sides, sides), min_size=1, max_size=4))
+    sizes, pictures = [h * w for h, w in grids], draw(st.booleans())
+    if not pictures: sizes = draw(st.lists(st.integers(0, most), min_size=1, max_size=5)) + [1]
+    mode = draw(st.sampled_from(DILATION_MODES))
+    offsets = None if mode == "residue" else draw(st.none() | st.integers(0, 6))
+    return with_heads(Pack(
+        sizes=sizes, grids=grids if pictures else None, shuffled=draw(st.booleans()), mode=mode,
+        offsets=offsets, inputs=draw(inputs()), **draw(branches())))
 
 
 @examples(40, 300)
 @given(packs())
-def test_packs_equal_the_oracle(case): check_pack(case)
+def test_packs_equal_the_oracle(case): case.check()
 
 
-PACK = dict(
-    sizes=[12, 0, 1, 20], grids=None, rates=(1, 3), lengths=(5, 20), heads=(2, 1), causal=True,
-    masked=True, d=16, dtype=torch.float32, seed=0)
+@examples(4, 60)
+@given(packs(side=4, most=12))
+def test_packs_in_triton(case): in_triton(lambda device: case.check(device, backend="triton"))
+
+
+PACK = Pack(
+    sizes=[12, 0, 1, 20], grids=None, shuffled=False, lengths=(5, 20), rates=(1, 3),
+    combine="lse", mode="residue", offsets=None, causal=True, inputs=Inputs(
+        b=2, heads=2, kv_heads=1, d=16, dv=16, masked=True, sinks=False, dtype=torch.float32,
+        layout="BHND", scale=None, lse_grad=True, seed=0))
 
 
 @pytest.mark.parametrize("backend", ["reference", "sdpa_mask", "triton"])
 def test_packs_on_every_backend(backend):
     if backend == "triton": pytest.importorskip("triton")
-    check_pack(PACK, backend)
-    check_pack(PACK | dict(sizes=[12, 6], grids=[(3, 4), (2, 3)]), backend)
+    PACK.check(backend=backend)
+    replace(PACK, sizes=[12, 6], grids=[(3, 4), (2, 3)]).check(backend=backend)
 
 
-def test_packs_that_drop_weights_form_them(): check_pack(PACK, "sdpa", 1e-12)
+def test_packs_that_drop_weights_form_them(): PACK.check(backend="sdpa", dropout_p=1e-12)
 
 
 def test_a_forward_derivative_goes_document_by_document():
-    x = inputs(0, 1, 2, 2, 33, 16, torch.float64)
+    x = random_inputs(0, 1, 2, 2, 33, 16, torch.float64)
     with torch.autograd.forward_ad.dual_level():
-        check_pack(PACK)
+        PACK.check()
 
     def of_queries(q): return dilated_attention(q, *x[1:], 8, 1, cu_seqlens=[0, 20, 33], curve=None)
 
@@ -118,7 +139,7 @@ def test_a_forward_derivative_goes_document_by_document():
 @pytest.mark.parametrize("combine, mode", [("lse", "longnet"), ("heads", None), ("lse", "keys")])
 def test_each_document_is_its_own_call(combine, mode):
     "Bit by bit, forward and backward, for modes with rows or heads of their own."
-    x = [y.requires_grad_() for y in inputs(3, 2, 4, 2, 50, 16, torch.float32)]
+    x = [y.requires_grad_() for y in random_inputs(3, 2, 4, 2, 50, 16, torch.float32)]
     how = dict(combine=combine, dilation_mode=mode, curve=None, backend="sdpa", return_lse=True)
     cut = borders([9, 0, 30, 1, 10])
     packed = dilated_attention(*x, (8, 30), (1, 2), cu_seqlens=cut, **how)
@@ -132,7 +153,7 @@ def test_each_document_is_its_own_call(combine, mode):
 
 
 def test_documents_drop_other_weights():
-    q, k, _ = inputs(0, 1, 1, 1, 64, 32, torch.float32)
+    q, k, _ = random_inputs(0, 1, 1, 1, 64, 32, torch.float32)
     values = torch.eye(32).repeat(2, 1)[None, None]
     q, k = (x[:, :, :32].repeat(1, 1, 2, 1) for x in (q, k))
     out = dilated_attention(
@@ -141,7 +162,7 @@ def test_documents_drop_other_weights():
 
 
 def test_orders_keep_documents_apart():
-    x = inputs(0, 1, 1, 1, 20, 16, torch.float64)
+    x = random_inputs(0, 1, 1, 1, 20, 16, torch.float64)
     order = torch.cat([torch.randperm(12), 12 + torch.randperm(8)])
     packed = dilated_attention(*x, 5, 1, cu_seqlens=[0, 12, 20], order=order)
     parts = [(0, 12, order[:12]), (12, 20, order[12:] - 12)]
@@ -152,7 +173,7 @@ def test_orders_keep_documents_apart():
 
 
 def test_transforms_and_gradcheck():
-    x = [y.requires_grad_() for y in inputs(0, 1, 2, 1, 11, 4, torch.float64)]
+    x = [y.requires_grad_() for y in random_inputs(0, 1, 2, 1, 11, 4, torch.float64)]
     def f(*x):
         return dilated_attention(
             *x, (3, 8), (1, 2), cu_seqlens=[0, 4, 4, 5, 11], curve=None, return_lse=True,
@@ -174,7 +195,7 @@ def test_one_graph_for_packs_of_any_length():
 
     compiled = torch.compile(f, fullgraph=True, backend=count)
     for sizes in ([9, 11], [4, 30, 7], [1, 0, 70], [50]):
-        x = [y.requires_grad_() for y in inputs(0, 1, 2, 1, sum(sizes), 16, torch.float32)]
+        x = [y.requires_grad_() for y in random_inputs(0, 1, 2, 1, sum(sizes), 16, torch.float32)]
         cu = torch.tensor(borders(sizes))
         out, expected = compiled(*x, cu), f(*x, cu)
         assert torch.allclose(out, expected, atol=1e-6)
@@ -183,14 +204,23 @@ def test_one_graph_for_packs_of_any_length():
     assert count.frame_count <= 2
 
 
-def test_opcheck():
-    q, k, v = (y.requires_grad_() for y in inputs(0, 1, 2, 1, 12, 8, torch.float32))
-    settings = [4, 12], [1, 2], [1, 1], "residue", [0] * 4, True, [0.3, 2.0], 0.0, False
-    args = (q, k, v, torch.cat([torch.randperm(5), 5 + torch.randperm(7)]),
-            torch.ones(1, 12, dtype=torch.bool), None, torch.tensor([0, 5, 12]), *settings)
-    checks = ("test_schema", "test_faketensor", "test_autograd_registration",
-              "test_aot_dispatch_dynamic")
-    torch.library.opcheck(_packed_attention.forward_op, args, test_utils=checks)
+CUT = torch.cat([torch.arange(5).flip(0), 5 + torch.arange(7).flip(0)])
+SETTINGS = [4, 12], [1, 2], [1, 1], "residue", [0] * 4, True, [0.3, 2.0], 0.0, False
+OPERATORS = dict(
+    packed=(_packed_attention, CUT, (torch.tensor([0, 5, 12]), *SETTINGS)),
+    prefix=(_prefix_attention, torch.arange(9).flip(0), (*SETTINGS, 3)))
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name):
+    operator, order, rest = OPERATORS[name]
+    q, k, v = (y.requires_grad_() for y in random_inputs(0, 1, 2, 1, 12, 8, torch.float32))
+    rest = order, torch.ones(1, 12, dtype=torch.bool), None, *rest
+    torch.library.opcheck(operator.forward_op, (q, k, v, *rest))
+    plain = [x.detach() for x in (q, k, v)]
+    out, lse = operator(*plain, *rest)
+    upstream = torch.ones_like(out), torch.ones_like(lse)
+    torch.library.opcheck(operator.backward_op, (*upstream, *plain, out, lse, *rest))
 
 
 @pytest.mark.parametrize("options, named", [
@@ -207,56 +237,64 @@ def test_opcheck():
     (dict(cu_seqlens=[0, 12], order=torch.arange(11)), "order"),
 ])
 def test_bad_packs(options, named):
-    x = inputs(0, 1, 1, 1, 12, 16, torch.float32)
+    x = random_inputs(0, 1, 1, 1, 12, 16, torch.float32)
     with pytest.raises(ValueError, match=named):
         dilated_attention(*x, 4, 1, **(dict(curve=None) | options))
 
 
+@dataclass
+class Prefixed:
+    "Branches over the cells behind a prefix."
+    prefix: int
+    grid: tuple[int, ...] # of the cells
+    lengths: tuple[int, ...]
+    rates: tuple[int, ...]
+    combine: str
+    causal: bool
+    inputs: Inputs
+
+    def mask(self):
+        "How often each key counts, int (1, H, N, N)."
+        cells, p = torch.Size(self.grid).numel(), self.prefix
+        order = curve_order(self.grid) if len(self.grid) > 1 else None
+        how = self.lengths, self.rates, self.combine, "residue", None, order, False
+        mask = torch.ones(1, self.inputs.heads, p + cells, p + cells, dtype=torch.int64)
+        mask[0, :, p:, p:] = counted(cells, self.inputs.heads, *how)
+        return mask.tril() if self.causal else mask
+
+    def check(self, device="cpu", **more):
+        grid = self.grid if len(self.grid) > 1 else None
+        settings = HilbertSettings(
+            self.lengths, self.rates, combine=self.combine, grid=grid, prefix_tokens=self.prefix,
+            **more)
+        def attention(q, k, v, **options):
+            return prefix_attention(q, k, v, settings, causal=self.causal, **options)
+        self.inputs.check(attention, self.mask(), device)
+
+
 @st.composite
-def prefixes(draw):
-    cells, rates = draw(st.integers(1, 40)), draw(st.sampled_from(((1,), (2,), (1, 3))))
-    return dict(
-        cells=cells, prefix=draw(st.integers(1, 9)), rates=rates,
-        lengths=tuple(draw(st.integers(3, 24)) for _ in rates),
-        heads=draw(st.sampled_from(((1, 1), (2, 1), (4, 2)))), causal=draw(st.booleans()),
-        masked=draw(st.booleans()), dtype=draw(st.sampled_from(DTYPES)),
-        combine=draw(st.sampled_from(("lse", "heads"))), seed=draw(st.integers(0, 2**31)))
+def prefixes(draw, most=40, side=6) -> Prefixed:
+    sides = st.integers(1, side)
+    return with_heads(Prefixed(
+        prefix=draw(st.integers(1, 9)),
+        grid=draw(st.tuples(st.integers(1, most)) | st.tuples(sides, sides)),
+        inputs=draw(inputs(sinks=(False,), widths=False, scales=(None, 0.3))), **draw(branches())))
 
 
 @examples(40, 300)
 @given(prefixes())
-def test_prefixes_equal_the_oracle(case):
-    prefix, heads = case["prefix"], case["heads"]
-    n = prefix + case["cells"]
-    many = case["combine"] == "heads" and len(case["rates"]) > 1
-    if many and heads[0] == 1: heads = (2, 1)
-    settings = HilbertSettings(
-        case["lengths"], case["rates"], combine=case["combine"], prefix_tokens=prefix)
-    own = residue_counts(case["cells"], case["lengths"], case["rates"])[None]
-    if many:
-        branches = zip(case["lengths"], case["rates"])
-        own = torch.stack([residue_counts(case["cells"], (w,), (r,)) for w, r in branches])
-        own = own.repeat_interleave(heads[0] // 2, 0)
-    mask = torch.ones(1, len(own), n, n, dtype=torch.int64)
-    mask[:, :, prefix:, prefix:] = own
-    if case["causal"]: mask = mask.tril()
-    key_mask = None
-    if case["masked"]:
-        key_mask = torch.rand(2, n, generator=torch.Generator().manual_seed(1)) < 0.7
-        mask = mask * key_mask[:, None, None]
+def test_prefixes_equal_the_oracle(case): case.check()
 
-    def attention(q, k, v):
-        return prefix_attention(
-            q, k, v, settings, causal=case["causal"], key_mask=key_mask, return_lse=True)
 
-    q, k, v = inputs(case["seed"], 2, *heads, n, 16, case["dtype"])
-    assert_matches_oracle(attention, q, k, v, mask, seed=case["seed"])
+@examples(4, 60)
+@given(prefixes(most=20, side=4))
+def test_prefixes_in_triton(case): in_triton(lambda device: case.check(device, backend="triton"))
 
 
 def test_a_prefix_is_one_operator_without_scores():
     "No N x prefix array: what grows with the tokens is q, k, v, results, and chunks."
     n, prefix = 5000, 64
-    q, k, v = (x.requires_grad_() for x in inputs(0, 1, 1, 1, n + prefix, 16, torch.float32))
+    q, k, v = (x.requires_grad_() for x in random_inputs(0, 1, 1, 1, n + prefix, 16, torch.float32))
     settings = HilbertSettings(256, prefix_tokens=prefix)
     with torch.autograd.graph.saved_tensors_hooks(kept := Kept(), lambda x: x):
         prefix_attention(q, k, v, settings)
@@ -279,7 +317,7 @@ def test_one_graph_for_prefixes_of_any_length():
 
     compiled = torch.compile(f, fullgraph=True, backend=count)
     for n in (300, 41, 77, 512):
-        x = [y.requires_grad_() for y in inputs(0, 1, 2, 1, n, 16, torch.float32)]
+        x = [y.requires_grad_() for y in random_inputs(0, 1, 2, 1, n, 16, torch.float32)]
         out, expected = compiled(*x), f(*x)
         assert torch.allclose(out, expected, atol=1e-6)
         for a, b in zip(*(torch.autograd.grad(y.sin().sum(), x) for y in (out, expected))):
@@ -288,7 +326,7 @@ def test_one_graph_for_prefixes_of_any_length():
 
 
 def test_prefixes_under_transforms():
-    x = inputs(0, 1, 2, 1, 13, 4, torch.float64)
+    x = random_inputs(0, 1, 2, 1, 13, 4, torch.float64)
     settings = HilbertSettings(4, prefix_tokens=2)
     def f(*x): return prefix_attention(*x, settings)
     def loss(*x): return f(*x).sin().sum()

@@ -4,14 +4,15 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cases import as_options, layouts, placed, random_tensors, spoilt, upstream
+from cases import Inputs, in_triton
+from cases import inputs as drawn
 from hilbertcurve.hilbertcurve import HilbertCurve
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,12 +27,12 @@ from hilbert_attn.points import (
     point_attention,
     point_order,
 )
-from hilbert_attn.reference import Scores, assert_matches_oracle
+from hilbert_attn.reference import assert_matches_oracle
 
 try:
-    from test_triton import DEVICE, poison
+    from kernel_cases import DEVICE
     HAS_TRITON = True
-except pytest.skip.Exception: DEVICE, poison, HAS_TRITON = "cpu", None, False
+except pytest.skip.Exception: DEVICE, HAS_TRITON = "cpu", False
 
 ROOT = Path(__file__).resolve().parent.parent
 needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="triton is not installed")
@@ -243,27 +244,17 @@ class Pack:
     "A call on several clouds, described by small numbers."
     sizes: tuple[int, ...]
     w: int
-    heads: int
-    kv_heads: int
-    b: int
-    d: int
-    dtype: torch.dtype
-    layout: object
     said: str # "batch", "borders", "tensor"
     lies: bool # do points lie in order already?
-    key_mask: bool
-    scale: float | Scores | None
-    seed: int
-    generator: torch.Generator = field(init=False, repr=False)
-
-    def __post_init__(self): self.generator = torch.Generator().manual_seed(self.seed)
+    inputs: Inputs
 
     def clouds(self) -> tuple[torch.Tensor | None, torch.Tensor, dict]:
         "The order to give and the one that holds, and where the clouds are."
         n, borders = sum(self.sizes), np.cumsum((0, *self.sizes)).tolist()
-        points = torch.randn(n, 3, generator=self.generator)
+        generator = torch.Generator().manual_seed(self.inputs.seed)
+        points = torch.randn(n, 3, generator=generator)
         if self.said == "batch" and not self.lies:
-            mixed = torch.randperm(n, generator=self.generator)
+            mixed = torch.randperm(n, generator=generator)
             batch = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))[mixed]
             order = point_order(points, "morton", batch=batch)
             return order, order, dict(batch=batch)
@@ -272,45 +263,25 @@ class Pack:
         return None if self.lies else order, order, where
 
     def check(self, backend: str, device: str = "cpu"):
-        n = sum(self.sizes)
         given, order, where = self.clouds()
-        heads = self.heads, self.kv_heads, self.kv_heads
-        dense = random_tensors(self.b, heads, n, self.d, self.dtype, self.generator)
-        q, k, v = placed(self.layout, dense)
-        mask, key_mask, hidden = mask_in_words(order, self.sizes, self.w)[None, None], None, None
-        if self.key_mask:
-            key_mask = torch.rand(self.b, n, generator=self.generator) < 0.6
-            mask = mask & key_mask[:, None, None]
-            hidden = spoilt(self.layout, *dense, key_mask, self.generator)
-
         def move(x): return x.to(device) if isinstance(x, torch.Tensor) else x
 
-        def attention(q, k, v):
-            out, lse = point_attention(
-                *map(move, (q, k, v, given)), patch_size=self.w, key_mask=move(key_mask),
-                **as_options(self.scale), backend=backend, return_lse=True,
-                **{name: move(x) for name, x in where.items()})
-            return out.to(q.device), lse.to(q.device)
-
-        assert_matches_oracle(
-            attention, q, k, v, mask, scale=self.scale, seed=self.seed, hidden=hidden,
-            layout=upstream(self.layout))
+        def attention(q, k, v, **options):
+            clouds = {name: move(x) for name, x in where.items()}
+            return point_attention(
+                q, k, v, move(given), patch_size=self.w, backend=backend, **clouds, **options)
+        mask = mask_in_words(order, self.sizes, self.w)
+        self.inputs.check(attention, mask[None, None], device)
 
 
 @st.composite
-def packs(draw, most=4, widest=24, dims=(16, 20, 33, 64),
-          dtypes=(torch.float32, torch.float64, torch.bfloat16, torch.float16)) -> Pack:
+def packs(draw, most=4, widest=24, dims=(16, 20, 33, 64)) -> Pack:
     w = draw(st.integers(1, widest))
     telling = (1, 5, max(1, w - 1), w, w + 1, 3 * w + 2)
     size = st.one_of(st.sampled_from(telling), st.integers(1, 3 * w))
     sizes = tuple(draw(st.lists(size, min_size=1, max_size=most)))
-    kv_heads, group = draw(st.sampled_from([(1, 1), (2, 1), (1, 2), (2, 2), (1, 3)]))
-    key_mask = draw(st.sampled_from((False, False, True)))
-    return Pack(
-        sizes, w, kv_heads * group, kv_heads, draw(st.integers(1, 2)), draw(st.sampled_from(dims)),
-        draw(st.sampled_from(dtypes)), draw(layouts(masked=key_mask)),
-        draw(st.sampled_from(("batch", "borders", "tensor"))), draw(st.booleans()), key_mask,
-        draw(st.sampled_from((None, 0.2))), draw(st.integers(0, 2 ** 32)))
+    said = draw(st.sampled_from(("batch", "borders", "tensor")))
+    return Pack(sizes, w, said, draw(st.booleans()), draw(drawn(dims=dims)))
 
 
 @examples(40, 300)
@@ -321,13 +292,9 @@ def test_matches_the_oracle(pack, backend, small):
         pack.check(backend)
 
 
-@needs_triton
 @examples(5, 60)
-@given(packs(most=2, widest=9, dims=(16, 20), dtypes=(torch.float32, torch.bfloat16)))
-def test_triton_matches_the_oracle(pack):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(local, "_BLOCK_SIZE", (16, 16))
-        poison(lambda: pack.check("triton", DEVICE))
+@given(packs(most=2, widest=9, dims=(16, 20)))
+def test_triton_matches_the_oracle(pack): in_triton(lambda device: pack.check("triton", device))
 
 
 RAGGED = (1, 5, 15, 16, 17, 50)  # with patches of 16: 1, 5, w - 1, w, w + 1, 3 w + 2

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hilbert_attn import reference
 from hilbert_attn.patterns import SegmentPattern
 from hilbert_attn.reference import (
+    Scores,
     assert_matches_oracle,
     compare_to_oracle,
     masked_attention,
@@ -54,6 +55,20 @@ def test_oracle_is_float64_for_every_dtype():
         assert all(
             t.dtype == torch.float64 for t in reference_attention(x, x, x, SegmentPattern(5, 5))
         )
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float32))
+def test_a_cap_is_measured_with_further_draws(dtype, monkeypatch):
+    "As often as there are draws where nothing is near, and what is reported are the errors."
+    q, k, v = (torch.randn(1, 1, 9, 8).to(dtype) for _ in range(3))
+    mask, rule = torch.ones(9, 9, dtype=torch.bool), Scores(0.3, 0.5)
+    drawn, draw = [], reference._upstream
+    monkeypatch.setattr(reference, "_upstream", lambda *x: drawn.append(x) or draw(*x))
+    def wrong(*x):
+        out, lse = masked_attention(*x, mask, rule)
+        return 1.5 * out, lse.to(reference.lse_dtype(dtype))
+    report = compare_to_oracle(wrong, q, k, v, mask, scale=rule)
+    assert not report.keeps("out") and len(drawn) == reference._DRAWS
 
 
 def test_masked_attention_gradient():

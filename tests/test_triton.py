@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from cases import cases
+from cases import cases, listening
 from hypothesis import given
 from hypothesis import strategies as st
 from kernel_cases import (  # noqa: F401  the fixtures apply here too
@@ -180,16 +180,8 @@ def test_gradients_of_small_groups_with_scores_so_low_that_a_zero_overflows():
 
 
 @pytest.fixture
-def launches(monkeypatch):
-    "Names of kernels, and what was known when they were compiled, in their order."
-    found, start = [], launch.start
-
-    def listen(kernel, *arguments, S):
-        found.append((kernel.fn.__name__, S))
-        return start(kernel, *arguments, S=S)
-
-    monkeypatch.setattr(launch, "start", listen)
-    return found
+def launches():
+    with listening() as found: yield found
 
 
 def names_of(launches): return [name for name, _ in launches]

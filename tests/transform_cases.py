@@ -64,6 +64,7 @@ def packed(q, k, v, **options):
 
 def cross(q, k, v, **options):
     k, v = (x[:, :, ::2] for x in (k, v))
+    if "key_mask" in options: options |= dict(key_mask=options["key_mask"][:, ::2])
     return hilbert_cross_attention(q, k, v, segment_size=16, **options)
 
 
