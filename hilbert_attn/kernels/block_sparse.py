@@ -449,7 +449,7 @@ def default_block_tile(
         if not (dropout or capped) and axes < enough: return tile
         if kernel == "dkv": return Tile(32, 64, 8, 2)
         slim = capped and kernel == "forward" and head_dim <= 64
-        return Tile(64, 32, 4 if slim else 8, 2)
+        return Tile(64, 16, 4, 2) if slim else Tile(64, 32, 8, 2)
     if kernel == "dq":
         keys = 32 if dropout and axes > 1 and head_dim < 128 else tile.block_n
         return replace(tile, block_n=keys, num_stages=3)
