@@ -2,6 +2,7 @@
 reports. What needs kernels is gone through by `tools/gpu_run.py --dry-run`."""
 import json
 import math
+import os
 import random
 import subprocess
 import sys
@@ -276,6 +277,98 @@ def test_what_takes_a_worker_down_is_blamed_and_passed(tmp_path, monkeypatch):
     assert set(failed) == {"dies 1", "lost 3", "hang 5"} and len(begun) == 4 and len(news) == 2
     assert "exit code 11" in failed["dies 1"] and "hung" in failed["hang 5"]
     assert len(store.done()) == 7 and sum("value" in row for row in store.measured()) == 4
+
+
+def scripted(path: Path, program: str, **options) -> subprocess.Popen:
+    "A worker that leads a group of its own, and writes its rows by hand."
+    lines = f"""
+        import os, subprocess, sys, time
+        sys.path.insert(0, {str(TOOLS)!r})
+        from pathlib import Path
+        from gpu.session import Store
+        store = Store(Path({str(path)!r}))
+        begun = dict(event="begun", task="x", at=0.0)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(lines) + program]
+    return subprocess.Popen(command, process_group=0, **options)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("last", ["os._exit(0)", "os._exit(11)", "time.sleep(99)"])
+def test_nothing_outlives_a_worker(tmp_path, monkeypatch, last):
+    "What it started would hold the output of `make gpu` open."
+    path, (reader, writer) = tmp_path / "rows.jsonl", os.pipe()
+    program = f"subprocess.Popen(['sleep', '99'])\nstore.add(begun)\n{last}"
+    monkeypatch.setattr(session, "overdue", lambda store, *rest: bool(session.open_task(store)))
+    def start(): return scripted(path, program, stdout=writer)
+    news = list(watch(start, [path], {}, Clock(99), pause=0.05, restarts=1))
+    os.close(writer)
+    assert os.read(reader, 1) == b""  # comes when nobody holds the other end
+    assert len(news) == (last != "os._exit(0)")
+
+
+@pytest.mark.parametrize("rows, workers", [("", 1), ("store.add(dict(event='done', task='x'))", 2)])
+def test_a_worker_that_dies_between_tasks_is_followed_if_it_came_further(tmp_path, rows, workers):
+    path, count = tmp_path / "rows.jsonl", []
+
+    def start():
+        count.append(1)
+        return scripted(path, f"if not store.done(): {rows or 'pass'}\nos._exit(6)")
+
+    news = list(watch(start, [path], {}, Clock(99), pause=0.05))
+    assert len(count) == workers and all("outside of any task" in line for line in news)
+
+
+# ---- what is not trusted
+
+def machine_of(rows: list[dict], tmp_path):
+    from gpu.machine import Machine
+    store = Store(tmp_path / "rows.jsonl")
+    for row in rows: store.add(row)
+    return Machine(store, tmp_path, 1)
+
+
+def test_a_tile_that_did_not_come_back_is_left_alone(tmp_path):
+    "By the tuner, and by other checks; one that was stopped by the clock is tried again."
+    from gpu.machine import Blacklisted, sound_candidates
+    from gpu.session import TIME_IS_UP
+
+    from hilbert_attn.kernels.tuning import PRODUCERS, Workload, default_tile
+    checks = [c for c in cases.tile_cases(("segments",)) if c["d"] == 64 and c["tile"][-1]]
+    first, twin = (next(c for c in checks if c["mode"] == m and c["tile"] == checks[0]["tile"])
+                   for m in ("residue", "keys"))
+    task, tile = f"check {cases.name_of(first)}", f"forward D64 tile {first['tile']}"
+    trying = dict(task=task, event="trying", tile=tile)
+    hung = [trying, dict(task=task, failed="stopped: it hung")]
+    clock, other = dict(task=task, failed=TIME_IS_UP), trying | dict(event="tried")
+    fine = [trying, clock], [trying, other, hung[1]]
+    for i, rows in enumerate(fine): assert machine_of(rows, tmp_path / str(i)).stuck() == set()
+    device = machine_of(hung, tmp_path / "c")
+    assert device.stuck() == {tile}
+    with pytest.raises(Blacklisted, match="not tried again"): device.check(twin, print)
+    work = Workload("forward", 64, 4096, (16, 16), torch.bfloat16, ("residue", "whole"), tma=True)
+    default = default_tile("forward", 64, torch.bfloat16, (9, 0))
+    left = sound_candidates(device.stuck())(work, default)
+    assert set(work.candidates(default)) - set(left) == {PRODUCERS[0]}
+    named = f"forward D64 tile {[128, 64, 8, 3, False, False, False]}"
+    assert sound_candidates({named})(work, default)[0] == default
+
+
+def test_what_is_wrong_with_dropout_is_timed_without():
+    from gpu.checks import kernel_names
+    from gpu.machine import Blacklisted, check_blacklist
+    timed = cases.segments(32768, 4096, 4)
+    for more in (dict(dropout=0.25), dict(masked=True), dict(causal=True), dict(mode="keys", r=2),
+                 dict(dtype="float64"), dict(d=80), dict()):
+        wrong = set(kernel_names(cases.SEGMENTS | more, ["dq"]))
+        check_blacklist(["forward", "dkv"], timed, wrong)
+        if not more:
+            with pytest.raises(Blacklisted): check_blacklist(["dq"], timed, wrong)
+            with pytest.raises(Blacklisted):
+                check_blacklist(["dq"], timed | dict(causal=True), wrong)
+        else: check_blacklist(["dq"], timed, wrong)
+        if "causal" in more:
+            with pytest.raises(Blacklisted): check_blacklist(["dq"], timed | more, wrong)
 
 
 def test_a_part_that_was_killed_goes_on(tmp_path):

@@ -87,14 +87,15 @@ def be_worker(options: argparse.Namespace, results: Path, state: Path) -> int:
     start, limit, parent = options.worker
     store = Store(*paths(options.part, results, state))
     earlier = [row for part in (1, 2, 3) if part != options.part
-               for row in Store(*paths(part, results, state)).measured()]
+               for row in Store(*paths(part, results, state)).rows]
     device = Machine(store, state, os.cpu_count() or 2, earlier)
     try:
         left = work(planned(options), device, store, Clock(limit, start=start),
                     lambda text: print(text, flush=True), lambda: os.getppid() != parent)
     except ContextLost as lost:
         print(f"the GPU was lost in {lost}; another process goes on", flush=True)
-        return LOST
+        device.stop()
+        os._exit(LOST)  # what still lies on that GPU could not be freed without an abort
     finally:
         device.stop()
     if left: print(f"{len(left)} tasks left for another run: {', '.join(left)}", flush=True)
@@ -141,10 +142,12 @@ def main() -> int:
     clock, tasks = Clock(options.minutes * 60 - 15), planned(options)
     worker = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
     worker += ["--worker", str(clock.start), str(clock.limit), str(os.getpid())]
-    files = paths(options.part, results, state)
-    set_aside(files, sources(), options.again)
+    files, stamp = paths(options.part, results, state), sources()
+    set_aside(files, stamp, options.again)
+    for part in {1, 2, 3} - {options.part}:
+        set_aside([path for path in paths(part, results, state) if path.exists()], stamp)
     seconds = {task.key: task.seconds for task in tasks}
-    for news in watch(lambda: subprocess.Popen(worker), files, seconds, clock):
+    for news in watch(lambda: subprocess.Popen(worker, process_group=0), files, seconds, clock):
         print(news, flush=True)
     print(f"part {options.part} took {clock.elapsed():.0f} s", flush=True)
     return summarise(results, state, options.dry_run)

@@ -85,14 +85,16 @@ class Bounds(NamedTuple):
 
 # %% ../../nbs/10b_block_kernels.ipynb #3fe74b0b
 @triton.jit
-def _load_axes(ptr, slot, n_slots, AXES: tl.constexpr):
-    "What an (A, slots) table says of these slots: three vectors, of which the first A count."
+def _load_axes(ptr, first, n_slots, ROWS: tl.constexpr, AXES: tl.constexpr):
+    "What an (A, slots) table says of a tile's slots: three vectors, of which the first A count."
+    slot = tl.arange(0, ROWS)
+    n_slots = n_slots // 16 * 16
     a = slot
     b = slot
     c = slot
-    if AXES > 0: a = tl.load(ptr + slot)
-    if AXES > 1: b = tl.load(ptr + n_slots + slot)
-    if AXES > 2: c = tl.load(ptr + 2 * n_slots + slot)
+    if AXES > 0: a = tl.load(ptr + first + slot)
+    if AXES > 1: b = tl.load(ptr + (n_slots + first) + slot)
+    if AXES > 2: c = tl.load(ptr + (2 * n_slots + first) + slot)
     return a, b, c
 
 # %% ../../nbs/10b_block_kernels.ipynb #4d106ff8
@@ -103,10 +105,10 @@ def _count(lo, hi):
 
 
 @triton.jit
-def _load_bounds(layout, slot, n_slots, AXES: tl.constexpr):
-    "Of these query slots. Coordinates are 0 or more, so a bound below 0 rules nothing out."
-    hi = _load_axes(layout.hi, slot, n_slots, AXES)
-    a, b, c = _load_axes(layout.lo, slot, n_slots, AXES)
+def _load_bounds(layout, first, n_slots, ROWS: tl.constexpr, AXES: tl.constexpr):
+    "Of a tile of queries. Coordinates are 0 or more, so a bound below 0 rules nothing out."
+    hi = _load_axes(layout.hi, first, n_slots, ROWS, AXES)
+    a, b, c = _load_axes(layout.lo, first, n_slots, ROWS, AXES)
     a, b, c = tl.maximum(a, 0), tl.maximum(b, 0), tl.maximum(c, 0)
     return Bounds((a, b, c), (_count(a, hi[0]), _count(b, hi[1]), _count(c, hi[2])))
 
@@ -121,13 +123,17 @@ def _inside(bounds, at, AXIS: tl.constexpr, K_DIM: tl.constexpr):
 # %% ../../nbs/10b_block_kernels.ipynb #f3ffbce4
 @triton.jit
 def _attended(q_token, bounds, k_token, k_valid, at, n_queries, S: tl.constexpr,
-              K_DIM: tl.constexpr):
+              K_DIM: tl.constexpr, HOLES: tl.constexpr):
     """Which pairs of a partial block are attended. Vectors of keys are expanded along K_DIM: 0
     where keys are columns, 1 where they are rows."""
     seen = tl.expand_dims(k_valid, K_DIM)
     if S.AXES > 0:
-        by_all = k_valid & (at[0] == _ALWAYS)
-        seen = _inside(bounds, tl.where(k_valid, at[0], -1), 0, K_DIM)
+        first = at[0]
+        by_all = first == _ALWAYS
+        if HOLES:
+            by_all &= k_valid
+            first = tl.where(k_valid, first, -1)
+        seen = _inside(bounds, first, 0, K_DIM)
         if S.AXES > 1: seen &= _inside(bounds, at[1], 1, K_DIM)
         if S.AXES > 2: seen &= _inside(bounds, at[2], 2, K_DIM)
         seen |= tl.expand_dims(by_all, K_DIM)
@@ -161,20 +167,22 @@ def _slots_of(t, walk, SPLIT: tl.constexpr, BLOCK: tl.constexpr):
 # %% ../../nbs/10b_block_kernels.ipynb #f4967058
 @triton.jit
 def _keys_in(first, slots, S: tl.constexpr, PARTIAL: tl.constexpr):
-    "Slots of a tile of keys, their tokens, and which are there; a full block has no empty slot."
+    "Tokens of a tile of keys, and which are there; EVEN: no slot is empty."
     slot = first + tl.arange(0, S.BLOCK_N)
-    token, valid = _slot_tokens(slot, slots.layout.k_token, slots.n_keys, S.HAS_ORDER, PARTIAL)
+    EMPTY: tl.constexpr = PARTIAL and not S.EVEN
+    token, valid = _slot_tokens(slot, slots.layout.k_token, slots.n_keys, S.HAS_ORDER, EMPTY)
     if S.HAS_KEY_MASK: valid &= tl.load(slots.mask + token, mask=valid, other=0) != 0
-    return slot, token, valid
+    return token, valid
 
 # %% ../../nbs/10b_block_kernels.ipynb #eb01431c
 @triton.jit
-def _keep_seen(x, q_token, bounds, slot, k_token, valid, slots, OTHER: tl.constexpr,
+def _keep_seen(x, q_token, bounds, first, k_token, valid, slots, OTHER: tl.constexpr,
                S: tl.constexpr, PARTIAL: tl.constexpr):
     "A tile [BM, BN] with OTHER where pairs are not attended."
     if PARTIAL:
-        at = _load_axes(slots.layout.at, slot, slots.k_slots, S.AXES)
-        seen = _attended(q_token, bounds, k_token, valid, at, slots.n_queries, S, 0)
+        at = _load_axes(slots.layout.at, first, slots.k_slots, S.BLOCK_N, S.AXES)
+        HOLES: tl.constexpr = S.HAS_KEY_MASK or not S.EVEN
+        seen = _attended(q_token, bounds, k_token, valid, at, slots.n_queries, S, 0, HOLES)
         x = tl.where(seen, x, OTHER)
     elif S.HAS_KEY_MASK:
         x = tl.where(valid[None, :], x, OTHER)
@@ -194,20 +202,21 @@ def _attend_blocks(run, q, q_token, bounds, k, v, walk, slots, drop, qk_scale,
                    S: tl.constexpr, PARTIAL: tl.constexpr, OVERLAP: tl.constexpr):
     "The online softmax over a list of key blocks, each in SPLIT_N tiles."
     MASKED: tl.constexpr = PARTIAL or S.HAS_KEY_MASK
+    HOLES: tl.constexpr = S.HAS_KEY_MASK or PARTIAL and not S.EVEN
     v_first = walk.count * 0
     if OVERLAP:
         if walk.count > 0: v_first = tl.load(walk.index) * S.SPLIT_N * S.BLOCK_N
     for t in tl.range(0, walk.count * S.SPLIT_N):
         first = _slots_of(t, walk, S.SPLIT_N, S.BLOCK_N)
-        slot, token, valid = _keys_in(first, slots, S, PARTIAL)
+        token, valid = _keys_in(first, slots, S, PARTIAL)
         v_token = token
         if OVERLAP:  # the values of the tile before; of the first, with p = 0, at first
             _, v_token = _values_in(v_first, slots, S, PARTIAL)
         else: v_first = first
-        k_tile = steps.next_tile(k, token, valid, first, S.BLOCK_N, S, MASKED, S.TMA)
-        v_tile = steps.next_tile(v, v_token, valid, v_first, S.BLOCK_N, S, MASKED, S.TMA)
+        k_tile = steps.next_tile(k, token, valid, first, S.BLOCK_N, S, HOLES, S.TMA)
+        v_tile = steps.next_tile(v, v_token, valid, v_first, S.BLOCK_N, S, HOLES, S.TMA)
         s = steps.logits(q, k_tile, S)
-        s = _keep_seen(s, q_token, bounds, slot, token, valid, slots, -float("inf"), S, PARTIAL)
+        s = _keep_seen(s, q_token, bounds, first, token, valid, slots, -float("inf"), S, PARTIAL)
         run = steps.softmax_step(run, s, v_tile, q_token, token, drop, qk_scale, S, MASKED, OVERLAP)
         v_first = first
     if OVERLAP:  # the values of the last tile; if there was none, p = 0
@@ -303,7 +312,7 @@ def _block_forward_kernel(
     full, partial = _walks(rows, batch, head, list_batches, list_heads, row, n_rows)
     run = _attend_blocks(
         run, q_tile, token, None, k, v, full, slots, drop, qk_scale, S, False, S.OVERLAP)
-    bounds = _load_bounds(layout, slot, q_slots, S.AXES)
+    bounds = _load_bounds(layout, tile * S.BLOCK_M, q_slots, S.BLOCK_M, S.AXES)
     run = _attend_blocks(
         run, q_tile, token, bounds, k, v, partial, slots, drop, qk_scale, S, True, False)
     lse_ptr += batch_head.to(tl.int64) * n_queries
@@ -315,14 +324,14 @@ def _block_forward_kernel(
 def _dq_blocks(dq, own, bounds, k, v, walk, slots, drop, qk_scale, S: tl.constexpr,
                PARTIAL: tl.constexpr):
     "dq of a query tile: the sum of dS K over a list of key blocks."
-    MASKED: tl.constexpr = PARTIAL or S.HAS_KEY_MASK
+    HOLES: tl.constexpr = S.HAS_KEY_MASK or PARTIAL and not S.EVEN
     for t in tl.range(0, walk.count * S.SPLIT_N):
         first = _slots_of(t, walk, S.SPLIT_N, S.BLOCK_N)
-        slot, token, valid = _keys_in(first, slots, S, PARTIAL)
-        k_tile = steps.next_tile(k, token, valid, first, S.BLOCK_N, S, MASKED, S.TMA)
-        v_tile = steps.next_tile(v, token, valid, first, S.BLOCK_N, S, MASKED, S.TMA)
+        token, valid = _keys_in(first, slots, S, PARTIAL)
+        k_tile = steps.next_tile(k, token, valid, first, S.BLOCK_N, S, HOLES, S.TMA)
+        v_tile = steps.next_tile(v, token, valid, first, S.BLOCK_N, S, HOLES, S.TMA)
         p, dp, s = steps.weights_of(own, k_tile, v_tile, qk_scale, S)  # [BM, BN]
-        p = _keep_seen(p, own.token, bounds, slot, token, valid, slots, 0., S, PARTIAL)
+        p = _keep_seen(p, own.token, bounds, first, token, valid, slots, 0., S, PARTIAL)
         dq = steps.dq_step(dq, p, dp, s, own, k_tile, token, drop, S)
     return dq
 
@@ -356,7 +365,7 @@ def _block_dq_kernel(
 
     full, partial = _walks(rows, batch, head, list_batches, list_heads, row, n_rows)
     total = _dq_blocks(total, own, None, k, v, full, slots, drop, qk_scale, S, False)
-    bounds = _load_bounds(layout, slot, q_slots, S.AXES)
+    bounds = _load_bounds(layout, tile * S.BLOCK_M, q_slots, S.BLOCK_M, S.AXES)
     total = _dq_blocks(total, own, bounds, k, v, partial, slots, drop, qk_scale, S, True)
     dq = steps.head_of(dq, batch, head, S)
     steps.store_rows(dq, token, valid, steps.scaled(total, scale, S), S)
@@ -377,8 +386,8 @@ def _dkv_blocks(sums, own, valid_keys, at, q, do, walk, slots, statistics, drop,
         p, s = steps.weights_on(
             own, q_tile, statistics, token, valid, qk_scale, S, MASKED)  # [BN, BM]
         if PARTIAL and (S.AXES > 0 or S.CAUSAL):  # rows of empty key slots are not stored: no test
-            bounds = _load_bounds(layout, slot, slots.q_slots, S.AXES)
-            seen = _attended(token, bounds, own.token, valid_keys, at, slots.n_queries, S, 1)
+            bounds = _load_bounds(layout, first, slots.q_slots, S.BLOCK_M, S.AXES)
+            seen = _attended(token, bounds, own.token, valid_keys, at, slots.n_queries, S, 1, True)
             p = tl.where(seen, p, 0.)
         sums = steps.dkv_step(
             sums, p, s, own, q_tile, do_tile, token, statistics, valid, drop, S, MASKED)
@@ -404,7 +413,7 @@ def _block_dkv_kernel(
     token, stored = _slot_tokens(slot, layout.k_token, n_keys, S.OWN_ORDER, True)  # [BN]
     own, valid = steps.load_keys(k, v, batch, kv_head, token, stored, more.mask, stride_mask, S)
     sums = steps.no_sums(S.BLOCK_N, ACC, S)
-    at = _load_axes(layout.at, slot, k_slots, S.AXES)
+    at = _load_axes(layout.at, tile * S.BLOCK_N, k_slots, S.BLOCK_N, S.AXES)
 
     for g in range(S.HEAD_GROUP):
         head = kv_head * S.HEAD_GROUP + g
@@ -440,10 +449,12 @@ def default_block_tile(
         if not (dropout or capped) and axes < enough: return tile
         if kernel == "dkv": return Tile(32, 64, 8, 2)
         slim = capped and kernel == "forward" and head_dim <= 64
-        return Tile(64, 32, 4 if slim else 8, 2)
+        return Tile(64, 16, 4, 2) if slim else Tile(64, 32, 8, 2)
     if kernel == "dq":
         keys = 32 if dropout and axes > 1 and head_dim < 128 else tile.block_n
         return replace(tile, block_n=keys, num_stages=3)
+    wide = capped and head_dim > 64 and axes > 1 and capability >= (10, 0)
+    if kernel == "dkv" and wide and not dropout: return Tile(16, 128, 8, 3)
     if kernel != "dkv" or not (dropout or axes > 2): return tile
     if dropout: return Tile(16 if head_dim > 64 else 32, 128, 8, 2)
     return Tile(32, 128, 8, 3)
@@ -508,6 +519,11 @@ class BlockCall(launch.Call):
             OWN_ORDER=gathered["k" if inner == "q" else "q"], SPLIT_M=BM // tile.block_m,
             SPLIT_N=BN // tile.block_n, **more)
 
+    def even(self, side: int) -> bool: # 0: of queries, 1: of keys
+        "Do tokens fill all slots?"
+        blocks, tokens = (self.n_rows, self.n_columns)[side], (self.N, self.M)[side]
+        return blocks * self.lists.block_size[side] == tokens
+
     def default(self, kernel: str) -> Tile:
         "Where nothing was measured."
         return default_block_tile(
@@ -528,7 +544,8 @@ def _launch_forward(call: BlockCall, tile: Tile, q, k, v, out, lse, tma: bool):
     "Launches the kernel with this tile."
     t = fit_block_tile(tile, call.lists.block_size)
     tma = t.tma and tma
-    S = call.static(t, [q, k, v, out], "k", OVERLAP=t.overlap and call.mask is None, TMA=tma)
+    S = call.static(t, [q, k, v, out], "k", OVERLAP=t.overlap and call.mask is None,
+                    EVEN=call.even(1), TMA=tma)
     launch.start(
         _block_forward_kernel, call.n_rows * S.SPLIT_M * call.B * call.H, t,
         *launch.operands(q, k, v, out), lse, *call.walk_keys(),
@@ -566,7 +583,8 @@ def _launch_dq(call: BlockCall, tile: Tile, x: Backward, tma: bool):
     "dq, and the two numbers of each row."
     t = fit_block_tile(tile, call.lists.block_size)
     tma = t.tma and tma
-    S = call.static(t, x.strided(), "k", HAS_DLSE=x.dlse is not None, TMA=tma)
+    S = call.static(
+        t, x.strided(), "k", HAS_DLSE=x.dlse is not None, EVEN=call.even(1), TMA=tma)
     tensors = launch.operands(x.q, x.k, x.v, x.out, x.dout, x.dq)
     launch.start(
         _block_dq_kernel, call.n_rows * S.SPLIT_M * call.B * call.H, t, *tensors, x.lse, x.dlse,
@@ -579,8 +597,7 @@ def _launch_dkv(call: BlockCall, tile: Tile, x: Backward, tma: bool):
     crowded = call.axes > 1 and call.D > 64  # bounds of two axes beside wide rows
     t = fit_block_tile(tile, call.lists.block_size, 1, crowded)
     tma = t.tma and tma
-    even = call.n_rows * call.lists.block_size[0] == call.N
-    S = call.static(t, x.strided(), "q", call.tail_of_keys, EVEN=even, TMA=tma)
+    S = call.static(t, x.strided(), "q", call.tail_of_keys, EVEN=call.even(0), TMA=tma)
     tensors = launch.operands(x.q, x.k, x.v, x.dout, x.dk, x.dv)
     launch.start(
         _block_dkv_kernel, call.n_columns * S.SPLIT_N * call.B * call.kv_heads, t, *tensors,

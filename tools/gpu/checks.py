@@ -1,5 +1,6 @@
 """Correctness on the GPU: against the float64 oracle, and against itself."""
 import math
+from dataclasses import astuple
 
 import torch
 from torch import Tensor
@@ -7,13 +8,36 @@ from torch import Tensor
 from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.kernels import block_sparse as blocks
 from hilbert_attn.kernels import forward
+from hilbert_attn.kernels.tuning import Tile
 from hilbert_attn.patterns import SegmentPattern
 from hilbert_attn.reference import compare_to_oracle
 
 from .problems import Problem, device, is_small, small_problem
 
+USUAL = dict(dtype="bfloat16", mode="residue")
 GROSS = 8  # times the tolerance: wrong, and not merely less exact than the rule allows
 KERNEL_OF = dict(out="forward", lse="forward", dq="dq", dk="dkv", dv="dkv")
+
+
+def name_of_kernel(kernel: str, case: dict) -> str:
+    "With what it was asked for, so that what is wrong with dropout, say, says nothing of others."
+    words = [kernel, f"D{case['d']}"]
+    words += [case[name] for name, usual in USUAL.items() if case.get(name, usual) != usual]
+    words += [name for name in ("causal", "masked", "dropout") if case.get(name)]
+    return " ".join(words)
+
+
+def name_of_tile(kernel: str, head_dim: int, tile: Tile) -> str:
+    "Head dims that share a row of the tuner's tables share its tiles."
+    row = next(d for d in (64, 128, 256) if head_dim <= d)
+    return f"{kernel} D{row} tile {list(astuple(tile))}"
+
+
+def name_of_forced(case: dict) -> str | None:
+    "The tile that a case asks for."
+    if "tile" not in case: return None
+    kernel = "block_" * ("pattern" in case) + case["kernel"]
+    return name_of_tile(kernel, case["d"], Tile(*case["tile"]))
 
 
 def kernel_names(case: dict, names: list[str]) -> list[str]:
@@ -22,9 +46,8 @@ def kernel_names(case: dict, names: list[str]) -> list[str]:
     found = [prefix + KERNEL_OF[name] for name in names]
     if not prefix and is_small(case):
         found = ["forward" if name == "forward" else "small" for name in found]
-    if "tile" in case and prefix + case["kernel"] in found:
-        return [f"{prefix}{case['kernel']} D{case['d']} tile {case['tile']}"]
-    return list(dict.fromkeys(found))
+    if "tile" in case and prefix + case["kernel"] in found: return [name_of_forced(case)]
+    return [name_of_kernel(kernel, case) for kernel in dict.fromkeys(found)]
 
 
 def check(case: dict) -> dict:

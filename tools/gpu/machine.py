@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from hilbert_attn.kernels import tuning
 
 from . import cases, checks, compiling, contenders, timing
 from .problems import DRY, device, large_problem, small_problem, walked
-from .session import Store
+from .session import TIME_IS_UP, Store
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Emit = Callable[[dict], None]
@@ -26,7 +27,8 @@ Emit = Callable[[dict], None]
 def words_of(*command: str) -> str:
     "What a program prints, and nothing where it is missing or fails."
     if not shutil.which(command[0]): return ""
-    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    try: ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired: return ""
     return ran.stdout.strip() if ran.returncode == 0 else ""
 
 
@@ -34,25 +36,47 @@ class Blacklisted(RuntimeError):
     "A kernel that was wrong is not timed."
 
 
-def check_blacklist(names: list[str], wrong: set[str]) -> None:
-    if found := sorted(wrong.intersection(names)):
+def check_blacklist(kernels: list[str], case: dict, wrong: set[str]) -> None:
+    "What is wrong without a mask is not trusted with one."
+    cases_ = case, case | dict(causal=False)
+    names = {checks.name_of_kernel(kernel, one) for kernel in kernels for one in cases_}
+    if found := sorted(wrong & names):
         raise Blacklisted(f"not timed: {', '.join(found)} computed wrong results")
+
+
+_candidates = tuning.Workload.candidates
+
+
+def sound_candidates(bad: set[str]) -> Callable:
+    "The tuner's tiles without those; the default stays, for which the kernel stands."
+    def candidates(work, default):
+        kernel = "block_" * ("blocks" in work.traits) + work.kernel
+        return [tile for tile in _candidates(work, default)
+                if tile == default or checks.name_of_tile(kernel, work.head_dim, tile) not in bad]
+    return candidates
 
 
 class Machine:
     "An NVIDIA GPU; in the dry run a CPU with Triton's interpreter, at toy sizes."
     def __init__(self, store: Store, state: Path, workers: int, earlier: list[dict] = ()):
         self.store, self.state, self.workers = store, state, workers
-        self.earlier = list(earlier)  # rows of other parts
+        self.earlier = list(earlier)  # rows of other parts, events among them
         self.compilers = None
 
     def stop(self) -> None:
         if self.compilers: self.compilers.stop()
 
-    def rows(self) -> list[dict]: return self.earlier + self.store.measured()
+    def rows(self) -> list[dict]: return self.earlier + self.store.rows
 
     def wrong(self) -> set[str]:
         return {name for row in self.rows() for name in row.get("wrong", ())}
+
+    def stuck(self) -> set[str]:
+        "Tiles that took a process down, or its GPU, or that did not come back."
+        failed = {row["task"] for row in self.rows() if row.get("failed", TIME_IS_UP) != TIME_IS_UP}
+        tried = {event: Counter((row["task"], row["tile"]) for row in self.rows()
+                                if row.get("event") == event) for event in ("trying", "tried")}
+        return {tile for task, tile in tried["trying"] - tried["tried"] if task in failed}
 
     # ---- the machine
 
@@ -115,7 +139,10 @@ class Machine:
 
     def check(self, case: dict, emit: Emit) -> None:
         os.environ["HILBERT_ATTN_AUTOTUNE"] = "0"  # the tile is the default, or forced
-        emit(dict(case=cases.name_of(case)) | checks.check(case))
+        tile = checks.name_of_forced(case)
+        if tile in self.stuck(): raise Blacklisted(f"not tried again: {tile}")
+        with trying(tile, emit): found = checks.check(case)
+        emit(dict(case=cases.name_of(case)) | found)
 
     def strides(self, case: dict, emit: Emit) -> None:
         if not DRY: emit(dict(case="offsets beyond 2^31") | checks.check_large_strides())
@@ -138,12 +165,13 @@ class Machine:
         "Where tuned tiles are remembered: beside the results, for the next part."
         os.environ["HILBERT_ATTN_CACHE"] = str(self.state)
         os.environ["HILBERT_ATTN_AUTOTUNE"] = "1"
+        tuning.Workload.candidates = sound_candidates(self.wrong() | self.stuck())
 
     def speed(self, case: dict, emit: Emit) -> None:
         "One contender, forward, and forward and backward."
         self.tuner()
         name = case["contender"]
-        check_blacklist(contenders.kernels_of(name, case)[:1], self.wrong())
+        check_blacklist(contenders.kernels_of(name, case)[:1], case, self.wrong())
         (function, x), problem = contenders.contender(name, case)
         self.time(case, name, problem, emit, function, x)
 
@@ -159,7 +187,8 @@ class Machine:
 
         label = {k: v for k, v in case.items() if k not in ("peers", "contender")}
         for kind, run in (("forward", forward), ("forward+backward", both)):
-            if kind != "forward": check_blacklist(contenders.kernels_of(name, case), self.wrong())
+            if kind != "forward":
+                check_blacklist(contenders.kernels_of(name, case), case, self.wrong())
             row = dict(case=label | dict(name=cases.speed_name(case)), kind=kind, name=name)
             if "pattern" in case and name == "triton": row["walked"] = walked(case)
             peak = timing.peak_mib(run)
@@ -201,14 +230,25 @@ def sweeping(emit: Emit, wrong: set[str]):
         times = {}
         for tile in work.candidates(fallback):
             row = dict(kernel=work.kernel, work=str(work), tile=asdict(tile), keys=work.keys)
-            if work.kernel in wrong: emit(row | dict(failed="it computed wrong results"))
-            else: times[tile] = time_tile(row, tile, run, emit)
+            if checks.name_of_kernel(work.kernel, dict(d=work.head_dim)) in wrong:
+                emit(row | dict(failed="it computed wrong results"))
+                continue
+            with trying(checks.name_of_tile(work.kernel, work.head_dim, tile), emit):
+                times[tile] = time_tile(row, tile, run, emit)
         known = {tile: ms for tile, ms in times.items() if ms is not None}
         best = min(known, key=known.__getitem__, default=fallback)
         if q.is_cuda and known: tuning.tile_cache.put(work.key(q.device), best)
         return best
 
     with compiling.replaced(tuning, tuned_tile=sweep): yield
+
+
+@contextmanager
+def trying(tile: str | None, emit: Emit):
+    "Written down before, so that what did not come back is known."
+    if tile: emit(dict(event="trying", tile=tile))
+    yield
+    if tile: emit(dict(event="tried", tile=tile))
 
 
 def time_tile(row: dict, tile, run: Callable, emit: Emit) -> float | None:

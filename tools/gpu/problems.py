@@ -205,11 +205,16 @@ def order_of(case: dict) -> Tensor | None:
     return curve_order(tuple(case.get("grid", [case["n"]])), case["curve"])
 
 
-@lru_cache(maxsize=2)
-def _lists(spec: str, where: str):
+@lru_cache(maxsize=16)
+def _planned(spec: str):
+    "On a CPU; the largest take seconds."
     case = json.loads(spec)
     return block_lists(pattern_of(case["pattern"]), order=order_of(case),
-                       block_size=tuple(case["block"])).to(where)
+                       block_size=tuple(case["block"]))
+
+
+@lru_cache(maxsize=2)
+def _lists(spec: str, where: str): return _planned(spec).to(where)
 
 
 def lists_of(case: dict, where: str):

@@ -5,12 +5,15 @@ and when a task hangs or takes the worker down, notes that and starts another wo
 is not done again, so a part that was stopped goes on where it was.
 """
 import json
+import os
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+TIME_IS_UP = "stopped: the time of this part was up"
 LOST = 17  # exit code of a worker whose GPU context is gone; another one can go on
 
 
@@ -155,25 +158,35 @@ def overdue(store: Store, clock: Clock, seconds: dict[str, float]) -> bool:
     return row is not None and clock.elapsed() - row["at"] > 3 * seconds.get(row["task"], 30) + 30
 
 
-def watch(start: Callable[[], object], paths: list[Path], seconds: dict[str, float], clock: Clock,
-          pause: float = 0.5, restarts: int = 8) -> Iterator[str]:
-    "Starts workers until one has gone through all tasks, or time is up; yields what happened."
-    for _ in range(restarts):
-        worker, why = start(), None
+def end(worker) -> None:
+    "With all that it started: compilers and profilers would hold its output open."
+    try: os.killpg(worker.pid, signal.SIGKILL)
+    except (ProcessLookupError, PermissionError): worker.kill()  # no group, or none any more
+    worker.wait()
+
+
+def wait_for(worker, paths: list[Path], seconds: dict[str, float], clock: Clock,
+             pause: float) -> str:  # why it was stopped, if it was
+    "Until a worker has ended, or has to."
+    try:
         while worker.poll() is None:
             time.sleep(pause)
-            store = Store(*paths)
-            if clock.left() < -10: why = "stopped: the time of this part was up"
-            elif overdue(store, clock, seconds): why = "stopped: it hung"
-            if why:
-                worker.kill()
-                worker.wait()
-        store = Store(*paths)
+            if clock.left() < -10: return TIME_IS_UP
+            if overdue(Store(*paths), clock, seconds): return "stopped: it hung"
+        return ""
+    finally: end(worker)
+
+
+def watch(start: Callable[[], object], paths: list[Path], seconds: dict[str, float], clock: Clock,
+          pause: float = 0.5, restarts: int = 20) -> Iterator[str]:
+    "Starts workers until one has gone through all tasks, or time is up; yields what happened."
+    for _ in range(restarts):
+        before, worker = len(Store(*paths).done()), start()
+        why = wait_for(worker, paths, seconds, clock, pause)
         if worker.returncode == 0: return
         if worker.returncode != LOST:
-            key = blame(store, why or f"the worker died with exit code {worker.returncode}")
-            if key is None and not why:
-                yield f"the worker ended with exit code {worker.returncode} outside of any task"
-                return
-            yield f"{key}: {why or 'the worker died'}"
+            store, why = Store(*paths), why or f"the worker died with exit code {worker.returncode}"
+            key = blame(store, why)
+            yield f"{key or 'outside of any task'}: {why}"
+            if len(store.done()) == before: return  # the next one would come no further
         if clock.left() < 5: return
