@@ -63,10 +63,9 @@ const SHORT = 12, SENTENCE = 20  // characters
 const textOf = cell => cell.textContent.trim()
 
 function fitCell(cell) {
-  const text = textOf(cell)
-  if (!text && !cell.querySelector("img")) cell.textContent = ""
-  cell.classList.toggle("whole", text.length <= SHORT)
-  cell.classList.toggle("room", text.length > SENTENCE)
+  const { length } = textOf(cell)
+  cell.classList.toggle("whole", length <= SHORT)
+  cell.classList.toggle("room", length > SENTENCE)
 }
 
 function hasSentences(cells) {

@@ -422,6 +422,9 @@ def test_arguments_on_a_phone_stand_above_what_is_said_of_them(server, open_page
     assert rows.filter(has_text="dropout_p").locator("[data-head=default]").inner_text() == "0.0"
     page.goto(f"{server}claims_on_trial.html")
     assert not page.locator("table.stacked tbody tr").evaluate_all(PARTED)
+    page.goto(f"{server}notation.html")
+    _, formulas = drawn(page)
+    assert formulas == (SITE / "notation.html").read_text().count('class="math ')  # none is lost
 
 
 def test_the_head_of_a_page_on_a_phone(open_page):

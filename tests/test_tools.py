@@ -355,6 +355,13 @@ def test_links_beside_a_page_need_no_class(tmp_path):
     )
 
 
+def test_long_names_may_be_parted_where_a_word_begins():
+    heading = '<h3>{}<a class="headerlink" href="#x">#</a></h3>'
+    for parted in ("Post|Pattern|Hilbert|Optimizer", "create_|dilated_|attention", "curve_order"):
+        name, expected = parted.replace("|", ""), parted.replace("|", "<wbr>")
+        assert lighter.lighter_page(heading.format(name)) == heading.format(expected)
+
+
 def test_cells_of_a_paragraph_and_folds_are_said_once():
     cell = '<td class="text-right"><p>1 <em>x</em></p></td>'
     assert lighter.lighter_page(cell) == '<td class="text-right">1 <em>x</em></td>'

@@ -33,6 +33,8 @@ FOLD = re.compile(  # the same words twice, for folded and unfolded
     r'<p class="collapsed admonition-title">(.*?)</p>\s*'
     r'<p class="expanded admonition-title">\1</p>\s*</summary>'
 )
+LONG_NAME = re.compile(r'(<h[1-4]>)(\w{20,})(?=<a class="headerlink")')  # wider than a phone
+HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=_)")
 TOKEN = re.compile(r'<span class="(?!pre)(\w{1,3})">([^<]*)</span>')  # of code
 REFERENCE = re.compile(r'<span class="std std-(?:doc|ref)">([^<]*)</span>')
 HEARD = {  # what a screen reader is told of the theme's parts
@@ -148,6 +150,7 @@ def lighter_page(text: str) -> str:
     text = NO_HEADER.sub("<td></td>", text)
     text = CELL.sub(r"\1\3</\2>", text)
     text = FOLD.sub(r"<summary>\1</summary>", text)
+    text = LONG_NAME.sub(lambda match: match[1] + HUMP.sub("<wbr>", match[2]), text)
     text = WORD.sub(r"\1", text)
     text = REFERENCE.sub(r"\1", text)
     text = TOKEN.sub(r"<i class=\1>\2</i>", text)
