@@ -242,6 +242,7 @@ AXE = """async () => {
 HEARD = ["index", "curves", "local", "claims_on_trial", "search", "explorer/index", "cli"]
 
 
+@pytest.mark.timeout(1800)  # 300 pages in `make full`
 def test_pages_are_for_everybody(server, open_page):
     """Nothing that axe finds: every page in both themes in `make full`, else one of each kind, the
     themes in turn."""
@@ -283,8 +284,7 @@ DARK_ON_DARK = r"""[...document.querySelectorAll(
     return element.textContent.trim() && 0.3 * red + 0.6 * green + 0.1 * blue < 90
 }).map(element => element.outerHTML.slice(0, 120))"""
 CUT_OFF = r"""[...document.querySelectorAll(
-    `article pre, article table, article .output, article .table-wrapper, article div.math,
-    article .cell_output`
+    "article pre, article table, article .output, article .table-wrapper, article div.math"
 )].filter(box => {
     if (!box.checkVisibility() || box.scrollWidth <= box.clientWidth + 1) return false
     const overflow = getComputedStyle(box).overflowX
@@ -293,6 +293,10 @@ CUT_OFF = r"""[...document.querySelectorAll(
 }).map(box => box.outerHTML.slice(0, 200))"""
 WIDEST = """Math.max(...[document.documentElement, ...document.querySelectorAll(".content")]
     .map(part => part.scrollWidth))"""
+CUT_PICTURES = """[...document.querySelectorAll("article .cell_output > img")].filter(image => {
+    const box = image.parentElement
+    return image.offsetWidth > box.clientWidth + 1 && !box.hasAttribute("data-more")
+}).map(image => image.alt)"""
 NAMELESS = """[...document.querySelectorAll('article img')]
     .filter(image => !image.alt).map(image => image.src)"""
 IDS = "[...document.querySelectorAll('[id]')].map(element => element.id)"
@@ -301,7 +305,7 @@ IDS = "[...document.querySelectorAll('[id]')].map(element => element.id)"
 def faults(page, width: int, scheme: str) -> list:
     "What is wrong with a page as it is shown."
     found = []
-    for question in (RAW_MARKUP, NAMELESS, CUT_OFF):
+    for question in (RAW_MARKUP, NAMELESS, CUT_OFF, CUT_PICTURES):
         found += page.evaluate(question)
     if scheme == "dark":
         found += page.evaluate(DARK_ON_DARK)
