@@ -44,7 +44,8 @@ function mark({ box, scrolls, more }) {
 }
 
 // all are looked at before any is marked: the page is laid out once
-const sizes = new ResizeObserver(found => found.map(({ target }) => hiddenOf(target)).forEach(mark))
+const markAll = boxes => boxes.map(hiddenOf).forEach(mark)
+const sizes = new ResizeObserver(found => markAll(found.map(({ target }) => target)))
 
 function watch(box) {
   box.addEventListener("scroll", () => mark(hiddenOf(box)), { passive: true })
@@ -108,7 +109,9 @@ function start() {
   document.querySelectorAll(PRINTED).forEach(wrapProse)
   document.querySelectorAll(CODE).forEach(addCopyButton)
   document.querySelectorAll("article table").forEach(fitTable)
-  document.querySelectorAll(SCROLLS).forEach(watch)
+  const boxes = [...document.querySelectorAll(SCROLLS)]
+  markAll(boxes)
+  boxes.forEach(watch)
 }
 
 if (document.readyState === "loading") addEventListener("DOMContentLoaded", start)
