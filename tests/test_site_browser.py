@@ -242,6 +242,7 @@ AXE = """async () => {
 HEARD = ["index", "curves", "local", "claims_on_trial", "search", "explorer/index", "cli"]
 
 
+@pytest.mark.timeout(1800)  # 300 pages in `make full`
 def test_pages_are_for_everybody(server, open_page):
     """Nothing that axe finds: every page in both themes in `make full`, else one of each kind, the
     themes in turn."""
@@ -270,7 +271,7 @@ def test_code_can_be_copied(server, open_page):
 
 
 LEFT_OVER = r"\| *:?(--|—)|^:::|\$\$|@(fig|eq|tbl)-|\]\("
-RAW_MARKUP = r"""[...document.querySelectorAll("article p")].map(paragraph => {
+RAW_MARKUP = r"""[...document.querySelectorAll("article p, article td")].map(paragraph => {
     const prose = paragraph.cloneNode(true)
     prose.querySelectorAll("code").forEach(code => code.remove())
     return prose.textContent
@@ -290,6 +291,12 @@ CUT_OFF = r"""[...document.querySelectorAll(
     if (overflow === "visible") return !box.closest("[data-more]")
     return !box.hasAttribute("data-more") || box.tabIndex !== 0
 }).map(box => box.outerHTML.slice(0, 200))"""
+WIDEST = """Math.max(...[document.documentElement, ...document.querySelectorAll(".content")]
+    .map(part => part.scrollWidth))"""
+CUT_PICTURES = """[...document.querySelectorAll("article .cell_output > img")].filter(image => {
+    const box = image.parentElement
+    return image.offsetWidth > box.clientWidth + 1 && !box.hasAttribute("data-more")
+}).map(image => image.alt)"""
 NAMELESS = """[...document.querySelectorAll('article img')]
     .filter(image => !image.alt).map(image => image.src)"""
 IDS = "[...document.querySelectorAll('[id]')].map(element => element.id)"
@@ -298,11 +305,11 @@ IDS = "[...document.querySelectorAll('[id]')].map(element => element.id)"
 def faults(page, width: int, scheme: str) -> list:
     "What is wrong with a page as it is shown."
     found = []
-    for question in (RAW_MARKUP, NAMELESS, CUT_OFF):
+    for question in (RAW_MARKUP, NAMELESS, CUT_OFF, CUT_PICTURES):
         found += page.evaluate(question)
     if scheme == "dark":
         found += page.evaluate(DARK_ON_DARK)
-    if page.evaluate("document.documentElement.scrollWidth") > width:
+    if page.evaluate(WIDEST) > width:
         found.append("too wide")
     return found
 
@@ -330,7 +337,7 @@ def raw_markup(text: str) -> list[str]:
     page = bs4.BeautifulSoup(text, "html.parser")
     for code in page.select("code, .math"):
         code.decompose()
-    prose = [paragraph.get_text() for paragraph in page.select("article p")]
+    prose = [paragraph.get_text() for paragraph in page.select("article p, article td")]
     return [text for text in prose if re.search(LEFT_OVER, text)]
 
 
@@ -401,6 +408,39 @@ def test_pages_on_other_screens(server, open_page, width, first):
         drawn(page)
         found[name] = faults(page, width, "dark")
     assert not {name: wrong for name, wrong in found.items() if wrong}
+
+
+PARTED = """rows => rows.filter(row => {
+    const at = [...row.cells].map(cell => cell.getBoundingClientRect())
+    return at.some(box => box.right > innerWidth) || at.at(-1).top < at[0].bottom
+}).map(row => row.innerText)"""
+
+
+def test_arguments_on_a_phone_stand_above_what_is_said_of_them(server, open_page):
+    "Nothing of them is beyond the edge, and what they are called stands with the words."
+    page = open_page("backends", 390, is_mobile=True, has_touch=True)
+    section = page.locator("section:has(> h3:text-is('hilbert_attention'))")
+    rows = section.locator("table.stacked tbody tr:has(.below:not(:empty))")
+    assert rows.count() > 5
+    assert not rows.evaluate_all(PARTED)
+    assert rows.filter(has_text="dropout_p").locator("[data-head=default]").inner_text() == "0.0"
+    page.goto(f"{server}claims_on_trial.html")
+    assert not page.locator("table.stacked tbody tr").evaluate_all(PARTED)
+    page.goto(f"{server}notation.html")
+    _, formulas = drawn(page)
+    assert formulas == (SITE / "notation.html").read_text().count('class="math ')  # none is lost
+
+
+def test_the_head_of_a_page_on_a_phone(open_page):
+    "Its icons stand apart; folded code shows that it is."
+    page = open_page("block_engine", 390, is_mobile=True, has_touch=True)
+    theme, contents = (
+        page.locator(f".header-right .{name}").bounding_box()
+        for name in ("theme-toggle", "toc-header-icon")
+    )
+    assert theme["x"] + theme["width"] + 8 <= contents["x"]
+    fold = page.locator("details.hide > summary").first
+    assert fold.evaluate("fold => getComputedStyle(fold).display") == "list-item"
 
 
 CHANGED = "before => document.querySelector('.readout').innerText !== before"

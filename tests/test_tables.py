@@ -61,6 +61,11 @@ def test_headers_say_of_what(frame):
     assert unnamed.thead.td.get_text() == "" and len(unnamed.thead("th")) == 2
 
 
+def test_what_is_missing_is_a_dash():
+    frame = pd.DataFrame({"loss": [0.5, float("nan")], "steps": pd.array([3, pd.NA], "Int64")})
+    assert texts(made(frame).tbody("td")) == ["0.5", "3", "-", "-"]
+
+
 def test_words_stand_left_and_numbers_right():
     frame = pd.DataFrame({"ms": ["1.5", "-"], "backend": ["sdpa", "triton"], "x": ["~2x", "<1"]})
     page = made(frame)

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import nbformat
 import numpy as np
@@ -279,7 +280,10 @@ def test_documentation_of_an_operator_is_that_of_its_function():
 
 
 TITLE = '<article><h1>Curves<a class="headerlink" href="#curves"></a></h1></article>'
-PAGE = f"""{TITLE}<svg>
+SHEETS = """<link rel="stylesheet" type="text/css" href="_static/styles/furo.css?v=1" />
+<link rel="stylesheet" type="text/css" href="_static/styles.css?v=2" />
+"""
+PAGE = f"""<head>{SHEETS}</head>{TITLE}<svg>
   <symbol id="svg-menu"><line/></symbol>
   <symbol id="svg-moon"><path/></symbol>
   <symbol id="svg-eye"><circle/></symbol>
@@ -298,7 +302,8 @@ PAGE = f"""{TITLE}<svg>
 
     pass
 </pre></body>"""
-LIGHTER = """<article><h1>Curves<a class="headerlink" href="#curves"></a></h1></article><svg>
+LIGHTER = """<head><link rel="stylesheet" href="_static/styles.css?v=%x">
+</head><article><h1>Curves<a class="headerlink" href="#curves"></a></h1></article><svg>
 <symbol id="svg-menu"><line/></symbol>
 </svg>
 <use href="#svg-menu"></use> <use href="#svg-moon"></use>
@@ -320,19 +325,51 @@ def test_pages_are_made_lighter(tmp_path):
     (tmp_path / "_static/x.map").touch()
     sheet = tmp_path / "_static/styles/furo.css"
     sheet.parent.mkdir()
-    sheet.write_text("p code.literal { a: b }")
+    sheet.write_text("p code.literal {\n  a: b;\n}  /* x */ /*! licence */")
+    own = tmp_path / "_static/styles.css"
+    own.write_text("q, .toc-tree a.reference { c: d }")
     for name in ("curves", "module_a", "module_b", "search"):
         (tmp_path / f"{name}.html").write_text(PAGE)
     lighter.lighten(tmp_path)
     listed = "\n<li>one</li>\n<li>two</li>\n"
-    assert (tmp_path / "module_a.html").read_text() == LIGHTER.format(listed)
+    joined = "p code:not(pre *){a: b;} /*! licence */\nq,.toc-tree a.reference{c: d}"
+    assert own.read_text() == joined and not sheet.exists()
+    page = LIGHTER % crc32(joined.encode())
+    assert (tmp_path / "module_a.html").read_text() == page.format(listed)
     link = lighter.ALL_MODULES.format("module_a.html")
     for name in ("curves", "module_b"):
-        assert (tmp_path / f"{name}.html").read_text() == LIGHTER.format(link)
+        assert (tmp_path / f"{name}.html").read_text() == page.format(link)
     script = (tmp_path / "_static/icons.js").read_text()
     assert 'symbol id=\\"svg-moon' in script and "menu" not in script and "eye" not in script
     assert not (tmp_path / "_static/x.map").exists()
-    assert sheet.read_text() == "p code:not(pre *) { a: b }"
+
+
+def test_links_beside_a_page_need_no_class(tmp_path):
+    rules = ".sidebar-tree .toctree-l1>.reference,.toc-tree a.reference{a: b}p .reference{c: d}"
+    sheet = tmp_path / "furo.css"
+    sheet.write_text(rules)
+    lighter.style_all_links(sheet)
+    assert sheet.read_text() == (
+        ".sidebar-tree>ul>li>:is(.reference,a),.toc-tree a:is(.reference,a){a: b}"
+        "p .reference{c: d}"
+    )
+
+
+def test_long_names_may_be_parted_where_a_word_begins():
+    heading = '<h3>{}<a class="headerlink" href="#x">#</a></h3>'
+    for parted in ("Post|Pattern|Hilbert|Optimizer", "create_|dilated_|attention", "curve_order"):
+        name, expected = parted.replace("|", ""), parted.replace("|", "<wbr>")
+        assert lighter.lighter_page(heading.format(name)) == heading.format(expected)
+
+
+def test_cells_of_a_paragraph_and_folds_are_said_once():
+    cell = '<td class="text-right"><p>1 <em>x</em></p></td>'
+    assert lighter.lighter_page(cell) == '<td class="text-right">1 <em>x</em></td>'
+    two = "<td><p>1</p><p>2</p></td>"
+    assert lighter.lighter_page(two) == two
+    named = '<p class="{} admonition-title">Code</p>'
+    fold = f'<summary aria-label="Toggle">{named.format("collapsed")}{named.format("expanded")}'
+    assert lighter.lighter_page(f"{fold}</summary>") == "<summary>Code</summary>"
 
 
 def test_a_module_s_page_leads_to_all_notebooks():

@@ -58,12 +58,12 @@ def add_files(site: Path) -> None:
 
 def add_notebooks(archive: Path) -> None:
     "All notebooks to be run, with what their exercises import."
-    with ZipFile(archive, "w", ZIP_DEFLATED) as file:
+    with ZipFile(archive, "w", ZIP_DEFLATED, compresslevel=9) as file:
         for path in sorted([*NBS.glob("*.ipynb"), *NBS.glob("exercises/*.py")]):
             text = path.read_text()
             if path.suffix == ".ipynb":
                 text = json.dumps(without_outputs(path), ensure_ascii=False, indent=1)
-            file.writestr(ZipInfo(f"nbs/{path.relative_to(NBS)}"), text, ZIP_DEFLATED)
+            file.writestr(ZipInfo(f"nbs/{path.relative_to(NBS)}"), text, ZIP_DEFLATED, 9)
 
 
 def without_outputs(path: Path) -> NotebookNode:

@@ -6,6 +6,7 @@ Pages look and work as before. Drawings get a palette where that shows no differ
 import json
 import re
 from pathlib import Path
+from zlib import crc32
 
 import numpy as np
 from photos import is_drawn, without_paper
@@ -15,14 +16,25 @@ from search_index import write_index
 SPACE = re.compile(r"(<(pre|script|textarea)\b.*?</\2>)|\s*\n\s*", re.S)
 SYMBOL = re.compile(r'<symbol id="svg-([\w-]+)".*?</symbol>\n?', re.S)
 UNUSED = {  # marks of Sphinx that nothing here looks at
-    'class="reference internal"': 'class="reference"',
+    '<a class="reference internal" ': "<a ",  # see `style_all_links`
+    '<li class="toctree-l1">': "<li>",
     "<pre><span></span>": "<pre>",
     '<tr class="row-even">': "<tr>",
     '<tr class="row-odd">': "<tr>",
     '<code class="docutils literal notranslate">': "<code>",  # see `style_all_code`
     "docutils container": "container",
+    'class="cell_input container"': 'class="cell_input"',
+    'class="cell_output container"': 'class="cell_output"',
     " notranslate": "",
 }
+CELL = re.compile(r"(<(t[dh])\b[^>]*>)<p>((?:(?!</?p>).)*)</p></\2>", re.S)  # of one paragraph
+FOLD = re.compile(  # the same words twice, for folded and unfolded
+    r"<summary aria-label=[^>]*>\s*"
+    r'<p class="collapsed admonition-title">(.*?)</p>\s*'
+    r'<p class="expanded admonition-title">\1</p>\s*</summary>'
+)
+LONG_NAME = re.compile(r'(<h[1-4]>)(\w{20,})(?=<a class="headerlink")')  # wider than a phone
+HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=_)")
 TOKEN = re.compile(r'<span class="(?!pre)(\w{1,3})">([^<]*)</span>')  # of code
 REFERENCE = re.compile(r'<span class="std std-(?:doc|ref)">([^<]*)</span>')
 HEARD = {  # what a screen reader is told of the theme's parts
@@ -37,9 +49,9 @@ MODULES = re.compile(rf"({SOURCE}</p>\s*<ul[^>]*>).*?(</ul>)", re.S)
 NOTEBOOKS = re.compile(
     rf'(<div class="sidebar-tree">).*?(<p class="caption"[^>]*>{SOURCE})', re.S
 )
-START = '<a class="reference" href="index.html">All notebooks</a>'
-ALL_NOTEBOOKS = f'<ul><li class="toctree-l1">{START}</li></ul>'
-ALL_MODULES = '<li class="toctree-l1"><a class="reference" href="{}">All modules</a></li>'
+ALL_NOTEBOOKS = '<ul><li><a href="index.html">All notebooks</a></li></ul>'
+ALL_MODULES = '<li><a href="{}">All modules</a></li>'
+LINK_RULE = re.compile(r"(\.(?:sidebar|toc)-tree[^{},]*?)\.reference")
 ICONS = "_static/icons.js"
 SEARCH = ("search_index.js", "_static/search.js")
 SPHINX_SCRIPT = re.compile(
@@ -50,7 +62,10 @@ SEARCH_HEAD = '<h1>Search</h1><form><input name="q" aria-label="Words to find"><
 UNREAD = """searchindex.js _static/documentation_options.js _static/doctools.js
     _static/sphinx_highlight.js _static/searchtools.js _static/language_data.js
     _static/english-stemmer.js _static/base-stemmer.js _static/debug.css _static/skeleton.css
-    _static/file.png _static/minus.png _static/plus.png objects.inv""".split()
+    _static/basic.css _static/file.png _static/minus.png _static/plus.png objects.inv""".split()
+SHEET = re.compile(r'<link rel="stylesheet"[^>]* href="([^"?]+)[^"]*"[^>]*>\n?')
+ONE_SHEET = "_static/styles.css"
+SPARED = re.compile(r"/\*(?!!).*?\*/|\s+(?=[{}])|(?<=[{};,])\s+", re.S)  # but licences
 COLOURS = re.compile(r"<style>(\s*body \{.*?)</style>", re.S)
 PICTURE = re.compile(r"(?<=_images/)\w+\.(?:png|jpg)\b")
 QUALITY = 72  # of photos; drawings lose nothing
@@ -63,7 +78,9 @@ def lighten(site: Path) -> None:
     write_index(site, SEARCH[0])
     smaller = smaller_pictures(site / "_images")
     move_colours(site)
-    style_all_code(site / "_static" / "styles" / "furo.css")
+    for style in (style_all_code, style_all_links):
+        style(site / "_static" / "styles" / "furo.css")
+    join_sheets(site)
     for path in site.glob("*.html"):
         text, symbols = without_theme_icons(path.read_text())
         themes |= symbols
@@ -90,10 +107,32 @@ def move_colours(site: Path) -> None:
         sheet.write(colours)
 
 
+def join_sheets(site: Path) -> None:
+    "What all pages look like is asked for once: a page is not painted before its last sheet."
+    texts = {path: path.read_text() for path in site.glob("*.html")}
+    lists = {tuple(SHEET.findall(text)) for text in texts.values()}
+    if lists == {()}:
+        return
+    [names] = lists
+    joined = SPARED.sub("", "\n".join((site / name).read_text() for name in names))
+    for name in names:
+        (site / name).unlink()
+    (site / ONE_SHEET).write_text(joined)
+    link = f'<link rel="stylesheet" href="{ONE_SHEET}?v={crc32(joined.encode()):x}">\n'
+    for path, text in texts.items():
+        path.write_text(SHEET.sub("", text).replace("</head>", f"{link}</head>"))
+
+
 def style_all_code(sheet: Path) -> None:
     "Code in text needs no class: the theme's rules for that class hold outside of blocks."
     rules = sheet.read_text()
     sheet.write_text(rules.replace("code.literal", "code:not(pre *)"))
+
+
+def style_all_links(sheet: Path) -> None:
+    "Nor do the links beside a page: the theme's rules hold for all of them."
+    rules = LINK_RULE.sub(r"\1:is(.reference,a)", sheet.read_text())
+    sheet.write_text(rules.replace(".sidebar-tree .toctree-l1>", ".sidebar-tree>ul>li>"))
 
 
 def add_search(page: Path) -> None:
@@ -109,6 +148,9 @@ def lighter_page(text: str) -> str:
     for given, better in (UNUSED | HEARD).items():
         text = text.replace(given, better)
     text = NO_HEADER.sub("<td></td>", text)
+    text = CELL.sub(r"\1\3</\2>", text)
+    text = FOLD.sub(r"<summary>\1</summary>", text)
+    text = LONG_NAME.sub(lambda match: match[1] + HUMP.sub("<wbr>", match[2]), text)
     text = WORD.sub(r"\1", text)
     text = REFERENCE.sub(r"\1", text)
     text = TOKEN.sub(r"<i class=\1>\2</i>", text)

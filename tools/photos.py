@@ -7,7 +7,7 @@ WHITE, PAPER = 245, 0.6  # of 256 levels; the share of a drawing that is no line
 BLACK, NIGHT = 48, 0.5  # and the share of a dark picture that is black
 LETTER = 25  # pixels: panels are no smaller, and letters are, filled or not
 PART = 0.2  # of the height of a row of panels: what a column of pixels in one has at least
-INK = 118  # of letters beside photos: a grey that can be read on white and on black
+INK = 124  # of letters beside photos: a grey that can be read on white and on black
 
 
 def is_drawn(picture: Image.Image, lossless: bool) -> bool:

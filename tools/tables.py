@@ -11,6 +11,7 @@ from bs4 import BeautifulSoup, Tag
 
 NUMBER = re.compile(r"^[~<>≤≥+-]?[\d.,]*\d")
 NOTHING = {"", "-", "NaN", "nan", "None"}
+MISSING = {"NaN", "nan", "NaT", "<NA>"}  # to pandas
 LONG = 20  # characters of a row's header that wants room
 LONG_WORD = re.compile(r"\w{6}\+\w{6}")
 SEED = re.compile(r"seed \d+")
@@ -45,6 +46,8 @@ def mend(table: Tag) -> None:
         of_words = is_words([cell.get_text(strip=True) for cell in cells])
         judges = bool(JUDGES.search(header(table, column)))
         for cell in cells:
+            if cell.get_text(strip=True) in MISSING:
+                cell.string = "-"
             if of_words:
                 add_class(cell, "words")
             if judges:
