@@ -453,8 +453,8 @@ def default_block_tile(
     if kernel == "dq":
         keys = 32 if dropout and axes > 1 and head_dim < 128 else tile.block_n
         return replace(tile, block_n=keys, num_stages=3)
-    wide = capped and head_dim > 64 and axes > 1 and capability >= (10, 0)
-    if kernel == "dkv" and wide and not dropout: return Tile(16, 128, 8, 3)
+    crowded = head_dim > 64 and axes > 1 and capability >= (10, 0)
+    if kernel == "dkv" and crowded and not dropout: return Tile(16, 128, 8, 3)
     if kernel != "dkv" or not (dropout or axes > 2): return tile
     if dropout: return Tile(16 if head_dim > 64 else 32, 128, 8, 2)
     return Tile(32, 128, 8, 3)
