@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .common import Cache, is_plain, known_now, lse_dtype
+from .common import Cache, is_plain, known_now, lse_dtype, unit_stride
 from .operators import AttentionOperator, draw_seeds
 from .patterns import Lattice, Pattern, SegmentPattern, attention_mask
 from .reference import Scores, default_scale, masked_attention, score_rule
@@ -746,6 +746,18 @@ def _grouped_expression(
     out, *lse = (torch.cat(x, 1)[:, back] for x in zip(*parts))
     return out.to(dtype), lse[0] if lse else None
 
+# %% ../nbs/06_sdpa.ipynb #56a1c8a1
+def _is_one_sdpa(
+    q: Tensor, pattern: SegmentPattern, causal: bool, key_mask: Tensor | None, dropout_p: float,
+    rule: Scores,
+) -> bool:
+    "Does everybody attend everybody, on a CPU, with nothing around the call?"
+    if q.device.type != "cpu" or torch.compiler.is_compiling(): return False
+    if not pattern.is_dense or causal or key_mask is not None or dropout_p: return False
+    if not rule.by_kernels or not q.numel() or torch.is_autocast_enabled("cpu"): return False
+    derived = torch.autograd.forward_ad._current_level >= 0 or peek_interpreter_stack() is not None
+    return not derived and _get_current_dispatch_mode() is None
+
 # %% ../nbs/06_sdpa.ipynb #0cb519c9
 def sdpa_attention(
     q: Tensor, # queries (B, H, N, D), any strides
@@ -764,6 +776,9 @@ def sdpa_attention(
     """Segmented, dilated attention through dense kernels on its groups; time and memory follow
     the pairs, never N^2."""
     rule = score_rule(scale, q)
+    alone = custom_backward and not need_lse
+    if alone and _is_one_sdpa(q, pattern, causal, key_mask, dropout_p, rule):
+        return ShortCall(None, None, rule.scale)(q, unit_stride(k), unit_stride(v)), None
     if q.device.type not in ("cpu", "meta") or not custom_backward:
         written = need_lse or not custom_backward and rule.bias is None
         return _grouped_expression(

@@ -445,3 +445,32 @@ def test_many_keys_make_a_cross_attention_long(monkeypatch):
         hilbert_cross_attention(q, k, k, segment_size=10)
     assert masked == [200]
     assert not sdpa._can_keep(q, k, None) and sdpa._can_keep(q[:, :, :1], k, None)
+
+
+DENSE = {
+    "segments": hilbert_attention,
+    "long segments": lambda *x, **o: hilbert_attention(*x, segment_size=9000, **o),
+    "ring": ring_attention,
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_one_segment_of_any_length_is_one_sdpa(name, monkeypatch):
+    "Unless something is asked for that only the operator has."
+    called = []
+    real = sdpa._groups_attention
+    monkeypatch.setattr(sdpa, "_groups_attention", lambda *x: called.append(1) or real(*x))
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(1, 2, 16, 700).transpose(2, 3).requires_grad_() for _ in range(3))
+    ours = DENSE[name](q, k, v)
+    theirs = torch.nn.functional.scaled_dot_product_attention(*(x.contiguous() for x in (q, k, v)))
+    dout = torch.randn_like(ours)
+    grads = [torch.autograd.grad(out, (q, k, v), dout) for out in (ours, theirs)]
+    for a, b in zip((ours, *grads[0]), (theirs, *grads[1])):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert not called
+    out, lse = DENSE[name](q, k, v, return_lse=True)
+    torch.testing.assert_close(out, ours, rtol=1e-5, atol=1e-6)
+    assert len(called) == 1 and lse.shape == (1, 2, 700)
+    DENSE[name](q, k, v, causal=True)
+    assert len(called) == 2
