@@ -33,8 +33,8 @@ def error_of(out, whole) -> float:
     return (out[:, :, :64] - exact).abs().max().item()
 
 
-def main(rank: int, size: int, store: str, tokens: int):
-    torch.set_num_threads(1)
+def main(rank: int, size: int, threads: int, store: str, tokens: int):
+    torch.set_num_threads(threads)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size,
                             timeout=timedelta(seconds=120))
     torch.manual_seed(0)
@@ -47,4 +47,6 @@ def main(rank: int, size: int, store: str, tokens: int):
     dist.destroy_process_group()
 
 
-if __name__ == "__main__": main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]))
+if __name__ == "__main__":
+    *numbers, folder, length = sys.argv[1:]
+    main(*map(int, numbers), folder, int(length))
