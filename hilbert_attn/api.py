@@ -348,8 +348,9 @@ def _policy_tables() -> list[str]:
     devices = {"cpu": "CPU", "cuda": "NVIDIA GPU", "any": "any other"}
     backends = []
     for row in POLICY:
-        limits = sorted(row.max_tokens.values()) if row.max_tokens else []
-        tokens = f"up to {limits[0]} to {limits[-1]}, by pattern" if limits else "any number"
+        limits = sorted(set((row.max_tokens or {}).values()))
+        tokens = f"up to {' or '.join(map(str, limits))}" if limits else "any number"
+        if len(limits) > 1: tokens += ", by pattern"
         what = f"`{row.backend}`: {REGISTRY[row.backend].about}"
         device = devices[row.device] + ", several threads" * (row.min_threads > 1)
         backends.append((device, tokens, what, row.reason))

@@ -227,7 +227,7 @@ class PolicyRow:
 
 
 _SHORT = dict(segments=200, heads=200, branches=256, local=256, blocks=256, cross=200)
-_SHORT_PARALLEL = _SHORT | dict(segments=256, heads=256, cross=256)
+_SHORT_PARALLEL = _SHORT | dict(heads=256, cross=256)
 POLICY = (
     PolicyRow("cpu", "sdpa_mask", "so few tokens that one call with a mask costs less "
               "than cutting them into groups", MappingProxyType(_SHORT)),

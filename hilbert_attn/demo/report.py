@@ -53,6 +53,10 @@ def _fits(q: Tensor, limit: int = _LARGEST_KEYS) -> bool:
 _MOST_PATCHES = 60_000 # their numbers have 16 bits in the page
 
 
+def _order_text(grid: tuple[int, int], curve: str) -> str:
+    return _text(curve_order(grid, curve).numpy().astype("<u2"))
+
+
 def _page_data(
     photo: Photo,
     q: Tensor, # queries (1, H, N, D), equal to the keys
@@ -64,7 +68,6 @@ def _page_data(
     (rows, cols), (_, heads, _, dim) = photo.grid, q.shape
     step = float(q.abs().max()) / 127
     keys = (q[0] / step).round().to(torch.int8).numpy()
-    orders = {c: curve_order(photo.grid, c).numpy().astype("<u2") for c in CURVES}
     return dict(
         rows=rows,
         cols=cols,
@@ -73,7 +76,7 @@ def _page_data(
         heads=heads,
         dim=dim,
         scale=step ** 2 / sqrt(dim),
-        orders={curve: _text(order) for curve, order in orders.items()},
+        orders={curve: _order_text(photo.grid, curve) for curve in CURVES},
         keys=_text(keys) if _fits(q, limit) else None,
     )
 
