@@ -7,7 +7,7 @@ __all__ = ['default_scale', 'Scores', 'score_rule', 'masked_attention', 'referen
            'OracleReport', 'compare_to_oracle', 'assert_matches_oracle']
 
 # %% ../nbs/02_reference.ipynb #b8cc1878
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
@@ -207,6 +207,35 @@ def _with_grads(
     grads = torch.autograd.grad(roots, leaves, [g.to(x.dtype) for g, x in zip(upstream, roots)])
     return dict(out=out.detach(), lse=lse.detach(), dq=grads[0], dk=grads[1], dv=grads[2])
 
+# %% ../nbs/02_reference.ipynb #0a7c11e2
+_SCORES = 1 << 21  # at a time
+
+
+def _rows(mask: Tensor, n: int, scores: int) -> Iterator[tuple[slice, Tensor]]:
+    "Some queries at a time, with the mask's rows: about `_SCORES` of all the scores."
+    count = max(1, n * _SCORES // max(scores, 1))
+    for first in range(0, max(n, 1), count):
+        part = slice(first, first + count)
+        yield part, mask if mask.shape[-2] == 1 else mask[..., part, :]
+
+# %% ../nbs/02_reference.ipynb #0a7c11e4
+def _exact(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, rule: Scores, # as `masked_attention` has them
+    upstream: Sequence[Tensor], # gradients of out, and of the LSE
+) -> dict[str, Tensor]: # out, lse, dq, dk, dv in float64
+    "The oracle's results and gradients."
+    q, k, v = (_tidy(x).double() for x in (q, k, v))
+    scores = q.shape[:3].numel() * k.shape[2]
+    parts = []
+    for rows, allowed in _rows(mask, q.shape[2], 0 if rule.bias is not None else scores):
+        def attention(q, k, v, mask=allowed): return masked_attention(q, k, v, mask, rule)
+        leaves = [q[:, :, rows].clone(), k.detach(), v.detach()]
+        parts.append(_with_grads(attention, leaves, [g[:, :, rows] for g in upstream]))
+    several = {name: [part[name] for part in parts] for name in parts[0]}
+    return {
+        name: torch.stack(found).sum(0) if name in ("dk", "dv") else torch.cat(found, 2)
+        for name, found in several.items()}
+
 # %% ../nbs/02_reference.ipynb #17929af0
 def _sdpa_yardstick(
     q: Tensor, # (B, H, N, D)
@@ -237,7 +266,13 @@ def _largest_terms(
     group = q.shape[1] // k.shape[1]
     q, dout = (x.double().abs() for x in (q, dout))
     k, v = (x.double().abs().repeat_interleave(group, 1) for x in (k, v))
-    def largest(a, b): return factor * (a @ b.mT).masked_fill(mask == 0, 0).max().item()
+    def largest(a, b):
+        scores = a.shape[:3].numel() * b.shape[2]
+        tops = [
+            (a[:, :, rows] @ b.mT).masked_fill(allowed == 0, 0).max()
+            for rows, allowed in _rows(mask, a.shape[2], scores)]
+        return factor * torch.stack(tops).max().item()
+
     score, dp = largest(q, k), largest(dout, v)
     q, k, v, dout = (x.max().item() for x in (q, k, v, dout))
     return dict(out=score * v, lse=score, dq=dp * k, dk=dp * q, dv=score * dout)
@@ -302,10 +337,7 @@ def _measured(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]: # in float64, and by SDPA in the dtype of q
     "What the path under test is held against: results and gradients, by name."
     rule = score_rule(scale, q)
-    def precise(rule):
-        def attention(q, k, v): return masked_attention(q, k, v, mask, rule)
-        return _with_grads(attention, [_tidy(x).double() for x in (q, k, v)], upstream)
-
+    def precise(rule): return _exact(q, k, v, mask, rule, upstream)
     def yardstick(q, k, v): return _sdpa_yardstick(q, k, v, mask, rule.scale)
     oracle = precise(rule)
     sdpa = _with_grads(yardstick, [_tidy(x) for x in (q, k, v)], upstream)

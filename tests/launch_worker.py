@@ -4,6 +4,7 @@ What the launcher passes is what gets compiled; and what the tool that compiles 
 must be the very same. Run in a process without TRITON_INTERPRET.
 """
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -41,10 +42,13 @@ def stand_in():
 
 N, SLOTS = 1000, 1024
 MASK = torch.ones(2, N, dtype=torch.bool)
-TRAITS = [{}, dict(order=torch.arange(N)), dict(causal=True), dict(key_mask=MASK),
-          dict(dropout_p=0.1, seed=torch.tensor([1]))]
-FIELDS = [(1000, 2, "residue"), (64, 4, "residue"), (1000, 3, "keys"), (1000, 2, "longnet"),
-          (128, 1, "residue"), (64, 2, "keys")]
+FULL = os.environ.get("FULL") == "1"
+ORDER, DROPPED = dict(order=torch.arange(N)), dict(dropout_p=0.1, seed=torch.tensor([1]))
+ONE_BY_ONE = [((1000, 2, "residue"), {}), ((64, 4, "residue"), ORDER),
+              ((1000, 3, "keys"), dict(causal=True)), ((1000, 2, "longnet"), dict(key_mask=MASK)),
+              ((128, 1, "residue"), DROPPED), ((64, 2, "keys"), {})]
+TOGETHER = [((64, 4, "residue"), ORDER), ((128, 1, "residue"), dict(key_mask=MASK, **DROPPED)),
+            ((1000, 3, "keys"), dict(causal=True, **ORDER))]
 TILES = dict(dq=Tile(128, 64, 8, 3, tma=True), dkv=Tile(64, 128, 8, 3, tma=True))
 OVERLAPPED = Tile(128, 64, 8, 3, tma=True, overlap=True)
 
@@ -55,7 +59,7 @@ def tensors():
 
 
 def launch_segments(q, kv):
-    for options, (w, r, mode) in zip(TRAITS * 2, FIELDS):
+    for (w, r, mode), options in ONE_BY_ONE if FULL else TOGETHER:
         fields = w, r, mode, (0,) if mode == "residue" else (0, 1, 0, 1)
         out, lse = forward.attention_forward(q, kv, kv, *fields, **options)
         dlse = lse if r == 3 else None
@@ -70,9 +74,10 @@ def launch_blocks(q, kv):
     bounds = dict(lo=(slots - 200)[None], hi=(slots + 200)[None], at=slots[None])
     order = slots.flip(0).where(slots.flip(0) < N, -1)
     mask = torch.ones(2, SLOTS, dtype=torch.bool)
-    layouts = [(dict(causal=True), {}), ({}, dict(key_mask=mask)), (bounds, TRAITS[4]),
+    layouts = [(dict(causal=True), {}), ({}, dict(key_mask=mask)), (bounds, DROPPED),
                (bounds, {}), (dict(q_tokens=order, k_tokens=slots, **bounds), {}),
                (dict(q_tokens=order), {})]
+    if not FULL: layouts = [layouts[1], layouts[2], layouts[4]]
     for layout, options in layouts:
         lists = lists_from_bounds(N, SLOTS, (128, 128), **layout)
         out, lse = block_sparse.block_attention_forward(q, kv, kv, lists, **options)

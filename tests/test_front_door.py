@@ -251,7 +251,7 @@ def test_forcing_a_backend(monkeypatch):
     monkeypatch.setattr(Backend, "run", noted)
     x = torch.randn(1, 1, 240, 8)
     def call(**options):
-        hilbert_attention(x, x, x, **options)
+        hilbert_attention(x, x, x, segment_size=80, **options)
         return used.pop()
     assert call() == "sdpa"
     with set_backend("sdpa_mask"):

@@ -242,3 +242,24 @@ def test_sdpa_itself_obeys_the_rule(dtype):
         )[1]
 
     assert_matches_oracle(sdpa, q, k, v, torch.ones(65, 65, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("shape", [(130, 70), (2, 1, 130, 70), (2, 1, 1, 70)], ids=str)
+def test_the_oracle_some_rows_at_a_time_is_the_oracle(shape, monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, n, d) for h, n, d in [(4, 130, 16), (2, 70, 16), (2, 70, 8)])
+    mask, upstream = torch.rand(shape) > 0.9, reference._upstream(q, v, 0, True)
+
+    def both():
+        rule = reference.score_rule(None, q)
+        exact = reference._exact(q, k, v, mask, rule, upstream)
+        return exact, reference._largest_terms(q, k, v, upstream[0], mask, 0.25)
+
+    whole, terms = both()
+    calls, attention = [], reference.masked_attention
+    monkeypatch.setattr(
+        reference, "masked_attention", lambda *a: calls.append(len(a[0][0, 0])) or attention(*a))
+    monkeypatch.setattr(reference, "_SCORES", 40 * 8 * 70)
+    parts, same = both()
+    assert calls == [40, 40, 40, 10] and same == terms
+    for name, exact in whole.items(): torch.testing.assert_close(parts[name], exact)
