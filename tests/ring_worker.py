@@ -13,7 +13,7 @@ from ring_processes import attempt, main
 from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from hilbert_attn import ring_blocks, ring_plan
+from hilbert_attn import ring, ring_blocks, ring_exchange, ring_plan
 from hilbert_attn.reference import assert_matches_oracle
 from hilbert_attn.ring import ring_attention, ring_dilated_attention
 from hilbert_attn.ring_exchange import shard_sequence, unshard_sequence
@@ -248,6 +248,32 @@ def memory(results, rank, world):
             for direction in ("forward", "forward and backward"):
                 both = direction != "forward"
                 attempt(results, f"{p} {name}, {direction}", peak, groups[p], p, *call, both)
+
+
+def way_back(learned: str) -> dict:
+    "What a rank does on the way back, in order; ranks 0 and 3 have segments of their own."
+    inputs = {name: torch.randn(1, 2, 12, 8, requires_grad=name in learned) for name in "qkv"}
+    happened, inside, agree = [], ring._inside, ring_exchange.agree
+
+    def watched(call, branches, part, q, k, v):
+        kv = k if "k" in learned else v
+        kv.register_hook(lambda grad: happened.append("own segments"))
+        return inside(call, branches, part, q, k, v)
+
+    def noted(group, what, common, *rest):
+        if what.endswith(", backward"): happened.append(common["stage"])
+        return agree(group, what, common, *rest)
+
+    with mock.patch.object(ring, "_inside", watched):
+        out = ring_attention(*inputs.values(), segment_size=10)
+    with mock.patch.object(ring_exchange, "agree", lambda *a, error=None: noted(*a, 0, error)):
+        out.sum().backward()
+    learns = [name for name, x in inputs.items() if x.grad is not None]
+    return dict(happened=happened, learns="".join(learns))
+
+
+def leaving(results, rank, world):
+    for learned in ("qkv", "k", "qv"): attempt(results, learned, way_back, learned)
 
 
 def run_theirs(group, q, k, v, dout, causal, balanced):

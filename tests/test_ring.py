@@ -21,7 +21,8 @@ from hilbert_attn.ring_plan import LAYOUTS, shard_sizes
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    suites, folder = ["numbers", "strides", "memory", "torch_ring"], tmp_path_factory.mktemp("ring")
+    suites = ["numbers", "strides", "memory", "torch_ring", "leaving"]
+    folder = tmp_path_factory.mktemp("ring")
     return run_ranks("ring_worker.py", suites, 4, folder, 400)
 
 
@@ -104,6 +105,15 @@ def test_memory_falls_with_the_number_of_ranks(results, direction, tensors, bloc
     for name in ("dense", "dense, grouped queries"):
         one, two, four = (peak(world, name) for world in (1, 2, 4))
         assert two < 0.63 * one and four < 0.54 * two, (name, one, two, four)
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("learned", ["qkv", "k", "qv"])
+def test_ranks_compare_last(results, learned):
+    "A rank with segments of its own does them before it waits to hear how the others did."
+    for entry in said(results, "leaving", learned, range(4)):
+        own = ["own segments"] * (entry["rank"] in (0, 3))
+        assert entry["happened"] == ["begin", *own, "end"] and entry["learns"] == learned
 
 
 @pytest.mark.timeout(500)
