@@ -19,7 +19,8 @@ def test_notes_are_the_section_of_the_version():
     assert release.notes(changelog("2026-01-31")) == ("2026-01-31", "- New.\n- Old.")
     with pytest.raises(SystemExit, match="has no section"):
         release.notes("# Changelog\n\n## 9.9.9, 2026-01-31\n\n- New.\n")
-    assert release.notes((release.ROOT / "CHANGELOG.md").read_text())[1].startswith("- ")
+    whole = release.notes((release.ROOT / "CHANGELOG.md").read_text())[1]
+    assert re.findall(r"^### (.+)", whole, re.M) and not re.search(r"^## ", whole, re.M)
 
 
 @pytest.mark.parametrize("date, citation, changes, told", [
