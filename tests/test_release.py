@@ -1,4 +1,5 @@
 """A release: what it asks for before it is built, and the notes that it carries."""
+import re
 import sys
 from pathlib import Path
 
