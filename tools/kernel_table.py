@@ -7,6 +7,7 @@ takes. What is stored under the same label and version of Triton is not compiled
 labels can be compared, and a run that was stopped goes on. Another version of Triton is installed
 into a folder (`pip install --target FOLDER --no-deps triton==3.6.0`) that PYTHONPATH begins with.
 """
+import argparse
 import json
 import os
 import sys
@@ -60,5 +61,9 @@ def compare(before: str, after: str) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3: compare(*sys.argv[1:])
-    else: measure(sys.argv[1])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("label", help="of the rows to append; or, beside another, to compare")
+    parser.add_argument("other", nargs="?", help="compare the rows of two labels, compile nothing")
+    asked = parser.parse_args()
+    if asked.other: compare(asked.label, asked.other)
+    else: measure(asked.label)
