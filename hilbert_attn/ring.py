@@ -317,12 +317,14 @@ class Meet(torch.autograd.Function):
     @staticmethod
     def forward(ctx, call: Call, *results: Tensor):
         ctx.call = call
+        ctx.save_for_backward(results[0].new_empty(0))  # a checkpoint repeats the call to give it
         ctx.set_materialize_grads(False)
         return tuple(x.view_as(x) for x in results)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor | None):
+        _ = ctx.saved_tensors
         ctx.call.meet()
         return None, *upstream
 

@@ -59,6 +59,16 @@ def twice():
     def call(*x):
         branches = (8, 16, None), (1, 2, 1)
         return ring_dilated_attention(*x, *branches, dilation_mode="residue", return_lse=True)
+    repeated(call, x)
+
+
+def one_shares_nothing(rank):
+    "The same where rank 0 shares no segment, and the others do."
+    x = [torch.randn(1, 4, 12 if rank == 0 else 10, 16, requires_grad=True) for _ in range(3)]
+    repeated(lambda *x: ring_attention(*x, segment_size=12, return_lse=True), x)
+
+
+def repeated(call, x):
     def recomputed(*x): return checkpoint(call, *x, use_reentrant=False)
     runs = []
     for function in (call, call, recomputed):
@@ -79,6 +89,7 @@ def sharding(results, rank, world):
     attempt(results, "lengths vary", lengths_vary)
     attempt(results, "agreements", agreements)
     attempt(results, "twice", twice)
+    attempt(results, "one shares nothing", one_shares_nothing, rank)
 
 
 class Layer(torch.nn.Module):

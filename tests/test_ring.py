@@ -72,7 +72,8 @@ def test_lengths_may_vary(meshed): said(meshed, "sharding", "lengths vary", rang
 
 
 @pytest.mark.timeout(500)
-def test_runs_are_bit_identical(meshed): said(meshed, "sharding", "twice", range(4))
+@pytest.mark.parametrize("name", ["twice", "one shares nothing"])
+def test_runs_are_bit_identical(meshed, name): said(meshed, "sharding", name, range(4))
 
 
 @pytest.mark.timeout(500)
