@@ -423,8 +423,8 @@ def _attend_piece(call: Call, piece: Piece) -> Any: # out, lse
 
 # %% ../nbs/09d_ring.ipynb #56841b76
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: # out, lse
-    "No rows, yet part of the graph."
-    out = q + (k.sum() + v.sum())
+    "No rows, yet part of the graph, and something that is saved: a checkpoint asks for it."
+    out = q * (k.sum() + v.sum())
     return out, out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
 
 # %% ../nbs/09d_ring.ipynb #7183a017

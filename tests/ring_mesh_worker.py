@@ -62,10 +62,11 @@ def twice():
     repeated(call, x)
 
 
-def one_shares_nothing(rank):
-    "The same where rank 0 shares no segment, and the others do."
-    x = [torch.randn(1, 4, 12 if rank == 0 else 10, 16, requires_grad=True) for _ in range(3)]
-    repeated(lambda *x: ring_attention(*x, segment_size=12, return_lse=True), x)
+def one_shares_nothing(rank, rows):
+    "The same where rank 0 shares no segment, or has no rows, and the others do."
+    x = [torch.randn(1, 4, 10 if rank else rows, 16, requires_grad=True) for _ in range(3)]
+    for size in (12, 5, None):
+        repeated(lambda *x, w=size: ring_attention(*x, segment_size=w, return_lse=True), x)
 
 
 def repeated(call, x):
@@ -89,7 +90,8 @@ def sharding(results, rank, world):
     attempt(results, "lengths vary", lengths_vary)
     attempt(results, "agreements", agreements)
     attempt(results, "twice", twice)
-    attempt(results, "one shares nothing", one_shares_nothing, rank)
+    attempt(results, "one shares nothing", one_shares_nothing, rank, 12)
+    attempt(results, "one is empty", one_shares_nothing, rank, 0)
 
 
 class Layer(torch.nn.Module):

@@ -72,7 +72,7 @@ def test_lengths_may_vary(meshed): said(meshed, "sharding", "lengths vary", rang
 
 
 @pytest.mark.timeout(500)
-@pytest.mark.parametrize("name", ["twice", "one shares nothing"])
+@pytest.mark.parametrize("name", ["twice", "one shares nothing", "one is empty"])
 def test_runs_are_bit_identical(meshed, name): said(meshed, "sharding", name, range(4))
 
 
