@@ -10,7 +10,6 @@ __all__ = ['FAMILIES', 'REGISTRY', 'BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUAr
 
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
-import marshal
 import os
 import threading
 import warnings
@@ -18,7 +17,7 @@ import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial, wraps
+from functools import wraps
 from types import MappingProxyType
 from typing import Any, TypeVar, Unpack, get_type_hints
 
@@ -341,14 +340,22 @@ class set_backend:
     def __repr__(self) -> str: return f"set_backend({self.name!r})"
 
 # %% ../nbs/07_backends.ipynb #5a1d0c34
+_VARIABLE = "HILBERT_ATTN_BACKEND" # of the environment
+
+
 def _forced(backend: str) -> tuple[str, str]:
     "The backend that somebody forces, and who; 'auto' where nobody does."
     if check_backend_name(backend) != "auto": return backend, "the argument backend"
     blocks = _open_blocks()
     name = blocks[-1] if blocks else _process_default.name
     if name != "auto": return name, "set_backend"
-    source = "HILBERT_ATTN_BACKEND"
-    return check_backend_name(os.environ.get(source) or "auto", source), source
+    return check_backend_name(os.environ.get(_VARIABLE) or "auto", _VARIABLE), _VARIABLE
+
+
+def _nobody_forces() -> bool:
+    "The same question in a microsecond less; a name that nobody knows is asked again there."
+    if _open_blocks() or _process_default.name != "auto": return False
+    return os.environ.get(_VARIABLE, "auto") in ("", "auto")
 
 # %% ../nbs/07_backends.ipynb #5a1d0c35
 _NOT_PLAIN = (
@@ -469,46 +476,34 @@ _short_calls = Cache(tensors=lambda value: value[0].tensors) # of (`ShortCall`, 
 def _is_short(q: Any, k: Any, v: Any, backend: Any) -> bool:
     "Plain tensors of few tokens on a CPU, with nothing around the call that changes it?"
     if type(backend) is not str or backend != "auto": return False
-    if not (type(q) is type(k) is type(v) is Tensor and q.is_cpu): return False
+    if not (type(q) is type(k) is type(v) is Tensor): return False
+    if not (q.is_cpu and k.is_cpu and v.is_cpu): return False
     if q.ndim != 4 or q.shape[2] > LONGEST_KEPT: return False
     if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None: return False
-    return not torch.is_autocast_enabled("cpu") and _forced("auto")[0] == "auto"
+    return not torch.is_autocast_enabled("cpu") and _nobody_forces()
 
 # %% ../nbs/07_backends.ipynb #0c520b03
 _WORDS = frozenset({int, float, bool, str, type(None)})  # NumPy's own would lose their type
 
 
-def _is_word(x: Any) -> bool:
-    "A number, a text or None, or a few of them?"
-    if type(x) in (list, tuple): return len(x) < 64 and all(type(y) in _WORDS for y in x)
-    return type(x) in _WORDS
+def _are_words(xs: Sequence) -> bool: return len(xs) < 64 and _WORDS.issuperset(map(type, xs))
 
 
 def _options_key(
     values: Sequence[Any], # of all arguments but q, k, v
     names: Iterable[str], # of those that were given by name
-) -> Hashable | None: # equal for equal options; None: some are neither plain nor tensors
-    "Numbers, texts and lists of them, each with its type: 1, 1.0 and True are three."
+) -> tuple[Hashable | None, list[Tensor]]: # equal for equal words; the tensors among the values
+    "Numbers, texts and lists of them, each with its type: 1, 1.0 and True are three. Or None."
     kinds = tuple(map(type, values))
-    if _WORDS.issuperset(kinds): return *values, *kinds, *names
-    if not all(isinstance(x, Tensor) or _is_word(x) for x in values): return None
-    plain = [... if isinstance(x, Tensor) else x for x in values]
-    return marshal.dumps((plain, *names), 2)  # of this format equal values are equal bytes
-
-# %% ../nbs/07_backends.ipynb #0c520b05
-def _short_key(
-    function: Callable,
-    qkv: Sequence[Any],
-    values: Sequence[Any], # of all other arguments
-    options: Mapping[str, Any], # those that were given by name
-) -> tuple | None: # hashable; None: not such a call
-    "What a short call is kept under: function, options, threads, shapes."
-    q, k, v = qkv
-    if not _is_short(q, k, v, options.get("backend", "auto")): return None
-    words = _options_key(values, options)
-    if words is None: return None
-    about = [(x.shape, x.dtype, x.device) for x in qkv]
-    return function, words, torch.get_num_threads(), *about
+    tensors: list[Tensor] = []
+    if _WORDS.issuperset(kinds): return (*values, *kinds, *names), tensors
+    words = [*kinds, *names]
+    for x, kind in zip(values, kinds):
+        if isinstance(x, Tensor): tensors.append(x)
+        elif kind in _WORDS: words.append(x)
+        elif kind in (list, tuple) and _are_words(x): words.append((*x, *map(type, x)))
+        else: return None, tensors
+    return tuple(words), tensors
 
 # %% ../nbs/07_backends.ipynb #0c520b04
 _Function = TypeVar("_Function", bound=Callable)
@@ -518,20 +513,25 @@ def shortcut(
     function: _Function, # of q, k, v and options
 ) -> _Function: # the same
     "A decorator: a call that came down to one SDPA with a kept mask is that SDPA from then on."
-    @wraps(function)
-    def call(q, k, v, *args, **options):
-        compute = partial(function, q, k, v, *args, **options)
-        if torch.compiler.is_compiling(): return compute()
-        values = *args, *options.values()
-        key = _short_key(function, (q, k, v), values, options)
-        tensors = [x for x in values if isinstance(x, Tensor)]
-        if key is None or not _short_calls.may_keep(*tensors): return compute()
+    def remembered(q, k, v, *args, **options):
+        words, tensors = _options_key((*args, *options.values()), options)
+        if words is None or not _short_calls.may_keep(*tensors):
+            return function(q, k, v, *args, **options)
+        about = q.shape, k.shape, v.shape, q.dtype, k.dtype, v.dtype, torch.get_num_threads()
+        key = function, words, *about
         kept = _short_calls.find(key, *tensors)
         if kept is not None and kept[0][1] is POLICY: return kept[0][0](q, k, v)
-        with noted_calls() as notes: out = compute()
+        with noted_calls() as notes: out = function(q, k, v, *args, **options)
         if len(notes) == 1 and all(a is b for a, b in zip(notes[0], (q, k, v, out))):
             _short_calls.keep(key, (notes[0][-1], POLICY), *tensors)
         return out
+
+    @wraps(function)
+    def call(q, k, v, *args, **options):
+        if torch.compiler.is_compiling(): return function(q, k, v, *args, **options)
+        short = _is_short(q, k, v, options.get("backend", "auto"))
+        return (remembered if short else function)(q, k, v, *args, **options)
+
     return call # type: ignore[return-value]
 
 # %% ../nbs/07_backends.ipynb #9533bb07
