@@ -578,6 +578,51 @@ def test_the_order_changes_nothing_on_a_grid(pattern):
             run(curve_order((11, 14)), grouped=True), plain, atol=2e-6, rtol=0)
 
 
+ALONE = {  # pattern or blocks, heads of keys, with a key mask; is each key read by one tile?
+    "windows": (WindowPattern((8, 12), 4), 2, False, True),
+    "segments": (SegmentPattern(90, 20), 2, False, True),
+    "segments that are shorter than a block": (SegmentPattern(90, 4), 2, False, True),
+    "heads that share keys": (SegmentPattern(90, 20), 1, False, False),
+    "a key mask": (SegmentPattern(90, 20), 2, True, False),
+    "a neighbourhood": (NeighborhoodPattern((9, 10), 3), 2, False, False),
+    "a block that nobody reads": ([[1, 0, 0], [0, 1, 0], [1, 0, 0]], 2, False, False),
+    "a block for two rows": ([[1, 0, 0], [0, 1, 1], [0, 0, 1]], 2, False, False),
+    "a block each": ([[0, 1, 0], [0, 0, 1], [1, 0, 0]], 2, False, True),
+}
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_gradients_of_keys_that_one_tile_reads_are_written_once(name, monkeypatch):
+    pattern, kv_heads, masked, once = ALONE[name]
+    if isinstance(pattern, list):
+        blocks, n = torch.tensor(pattern).bool(), 48
+        lists = lists_from_block_mask(blocks, n, n, (16, 16))
+        mask = blocks.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    else:
+        n, order = pattern.seq_len, torch.randperm(pattern.seq_len)
+        whole = isinstance(pattern, WindowPattern)
+        if whole: order = None
+        size = (16, 16) if whole else (10, 10)
+        lists = block_lists(pattern, order=order, block_size=size, grouped=whole)
+        mask = attention_mask(pattern, order=order)
+    added, add = [], engine._Reader.add
+    monkeypatch.setattr(engine._Reader, "add", lambda *x: added.append(x) or add(*x))
+    torch.manual_seed(0)
+    x = [torch.randn(2, h, n, 8, requires_grad=True) for h in (2, kv_heads, kv_heads)]
+    key_mask = torch.rand(2, n) < 0.8 if masked else None
+    seen = mask.reshape(-1, n, n)[None]
+    if masked: seen = seen & key_mask[:, None, None]
+    exact = [y.detach().double().requires_grad_() for y in x]
+    g = torch.randn(2, 2, n, 8)
+    expected = torch.autograd.grad(masked_attention(*exact, seen)[0], exact, g.double())
+    def run(): return torch.autograd.grad(
+        block_sdpa_attention(*x, lists, key_mask=key_mask)[0], x, g)
+    found = poison(run)
+    assert bool(added) != once
+    for a, b in zip(found, expected):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_without_keys_are_zero_and_pass_no_gradient(small_pieces):
     def run():
         lists = block_lists(SlidePattern(40, 5), block_size=(8, 4))

@@ -152,9 +152,11 @@ def test_sinks_of_both_kinds_in_a_window():
     z = torch.linspace(-1, 1, 4)
     whole = hilbert_slide_attention(
         q, k, v, 32, window=(5, 0), sinks=2, curve=None, sink_logits=z)
+    how: dict = dict(window=5, sinks=2, sink_logits=z)
     for i in (0, 1, 6, 31):
-        one = decode_attention(q[:, :, i:i + 1], k, v, i + 1, window=5, sinks=2, sink_logits=z)
-        torch.testing.assert_close(one, whole[:, :, i:i + 1])
+        for lengths in (i + 1, torch.tensor([i + 1] * 2)):
+            one = decode_attention(q[:, :, i:i + 1], k, v, lengths, **how)
+            torch.testing.assert_close(one, whole[:, :, i:i + 1])
 
 
 @pytest.mark.parametrize("how", [dict(window=5), dict(segment_size=16)])

@@ -433,6 +433,28 @@ def test_a_backend_that_is_named_does_not_ask_the_environment(monkeypatch):
         hilbert_attention(*x, segment_size=10)
 
 
+def test_a_call_that_came_before_asks_the_environment_again(monkeypatch):
+    x = inputs()
+    for _ in range(2): hilbert_attention(*x, segment_size=10)
+    monkeypatch.setenv("HILBERT_ATTN_BACKEND", "typo")
+    with pytest.raises(ValueError, match="HILBERT_ATTN_BACKEND='typo'"):
+        hilbert_attention(*x, segment_size=10)
+    monkeypatch.setenv("HILBERT_ATTN_BACKEND", "reference")
+    named = hilbert_attention(*x, segment_size=10, backend="reference")
+    assert torch.equal(hilbert_attention(*x, segment_size=10), named)
+
+
+def test_lists_of_other_numbers_are_another_call():
+    x = inputs()
+    calls = [([8, 16], [1, 2]), ([16, 8], [1, 2]), ([8, 16], [2, 1]), ([8, 16], [1, 2])]
+    first, *others, again = [dilated_attention(*x, *call) for call in calls]
+    assert torch.equal(first, again)
+    for call, found in zip(calls[1:], others):
+        assert not torch.equal(found, first)
+        exact = dilated_attention(*x, *call, backend="reference")
+        torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-5)
+
+
 def test_many_keys_make_a_cross_attention_long(monkeypatch):
     masked = []
     def spy(q, k, *args, **options):

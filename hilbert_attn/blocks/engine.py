@@ -8,6 +8,7 @@ __all__ = ['attend_blocks', 'attend_blocks_backward', 'block_sdpa_attention', 'B
 # %% ../../nbs/10c_block_engine.ipynb #f4a2c706
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -82,6 +83,10 @@ def _buckets(rows: BlockRows, group: int) -> Iterator[_Bucket]:
         while sizes and sizes[-1] >= least: sizes.pop()
         lines = (~dense & (count <= n) & (count >= least)).nonzero()[:, 0]
         yield _Bucket(lines[:, None], _blocks_of(rows, group, lines, n), count[lines], full[lines])
+
+
+def _all_buckets(lists: BlockLists) -> list[list[_Bucket]]: # of each group
+    return [list(_buckets(lists.rows, group)) for group in range(lists.num_groups)]
 
 # %% ../../nbs/10c_block_engine.ipynb #6c742260
 class _Scratch:
@@ -235,17 +240,18 @@ def _bucket_pieces(
 
 # %% ../../nbs/10c_block_engine.ipynb #c49e8080
 def _pieces(
-    lists: BlockLists, batch: int, heads: int, kv_heads: int, elements: int,
+    buckets: list[list[_Bucket]], # of each group
+    groups: tuple[int, int], # of batches, of heads
+    batch: int, heads: int, kv_heads: int,
+    elements: int, # of one key block
 ) -> Iterator[_Piece]:
-    """Cuts a call into pieces that gather about `_CHUNK` elements of keys; `elements`: of one key
-    block."""
-    batch_groups, head_groups = lists.groups
-    for group in range(lists.num_groups):
-        b, h = divmod(group, head_groups)
-        own = (None if head_groups == 1 else h, heads, kv_heads)
-        for bucket in _buckets(lists.rows, group):
+    "Cuts a call into pieces that gather about `_CHUNK` elements of keys."
+    for group, own_buckets in enumerate(buckets):
+        b, h = divmod(group, groups[1])
+        own = (None if groups[1] == 1 else h, heads, kv_heads)
+        for bucket in own_buckets:
             size = max(1, _CHUNK // (elements * bucket.blocks.shape[1]))
-            yield from _bucket_pieces(bucket, b, batch, batch_groups, own, size)
+            yield from _bucket_pieces(bucket, b, batch, groups[0], own, size)
 
 # %% ../../nbs/10c_block_engine.ipynb #53f0f86a
 class _Reader:
@@ -270,27 +276,32 @@ class _Reader:
         if allowed is not None: holes = holes | ~allowed
         if holes.any(): self.holes = holes[:, :, None].expand(index.shape).reshape(-1)
 
+    @cached_property
+    def turned(self) -> tuple[Tensor, Tensor | None]: # index and holes
+        "For rows that lie as (outer, S, inner, ...): so the CPU kernels leave them."
+        def turn(x): return x.view(self.shape).transpose(1, 2).reshape(-1)
+        return turn(self.index), None if self.holes is None else turn(self.holes)
+
     def read(
-        self, x: Tensor, scratch: _Scratch, name,
+        self, x: Tensor, scratch: _Scratch, name, turned: bool = False,
     ) -> Tensor: # (outer, inner, S, ...), 0 in holes
         "Rows of `x` (B, heads, T, ...)."
+        index, holes = self.turned if turned else (self.index, self.holes)
         source = x.view(-1, *x.shape[3:])
-        target = scratch.take(name, (len(self.index), *x.shape[3:]), x.dtype, x.device)
-        rows = torch.index_select(source, 0, self.index, out=target)
-        if self.holes is not None:
-            rows.masked_fill_(self.holes.view(-1, *(1,) * (rows.ndim - 1)), 0)
-        return rows.view(*self.shape, *x.shape[3:])
+        target = scratch.take(name, (len(index), *x.shape[3:]), x.dtype, x.device)
+        rows = torch.index_select(source, 0, index, out=target)
+        if holes is not None: rows.masked_fill_(holes.view(-1, *(1,) * (rows.ndim - 1)), 0)
+        if not turned: return rows.view(*self.shape, *x.shape[3:])
+        outer, inner, size = self.shape
+        return rows.view(outer, size, inner, *x.shape[3:]).transpose(1, 2)
 
     def _flat(
         self, part: Tensor, rest: tuple[int, ...],
     ) -> tuple[Tensor, Tensor, Tensor | None]: # rows, their index, their holes
-        """Rows of `part` (outer, inner, S, ...) one behind the other, as they lie in memory: the
-        CPU kernels leave them as (outer, S, inner, ...)."""
-        turned = part.transpose(1, 2)
-        if not turned.is_contiguous(): return part.reshape(-1, *rest), self.index, self.holes
-        def turn(x): return x.view(self.shape).transpose(1, 2).reshape(-1)
-        holes = None if self.holes is None else turn(self.holes)
-        return turned.view(-1, *rest), turn(self.index), holes
+        "Rows of `part` (outer, inner, S, ...) one behind the other, as they lie in memory."
+        rows = part.transpose(1, 2)
+        if not rows.is_contiguous(): return part.reshape(-1, *rest), self.index, self.holes
+        return rows.view(-1, *rest), *self.turned
 
     def write(self, x: Tensor, part: Tensor):
         "Writes the rows of `x` that `read` reads, except those in holes."
@@ -341,14 +352,31 @@ def _results(q: Tensor, lists: BlockLists) -> Tensor:
     covered = entries and (tokens is None or int((tokens >= 0).sum()) == lists.num_queries)
     return torch.empty_like(q) if covered else torch.zeros_like(q)
 
+
+def _keys_read_once(buckets: list[list[_Bucket]], lists: BlockLists) -> bool:
+    "Is every key of every group in one line of one bucket, and in no other?"
+    tokens, keys = lists.k_tokens, lists.num_blocks[1]
+    if tokens is not None and int((tokens >= 0).sum()) != lists.num_keys: return False
+    for group in buckets:
+        if any(b.counts is not None and bool((b.counts < b.blocks.shape[1]).any()) for b in group):
+            return False # lines that are filled up name block 0
+        named = [b.blocks.flatten() for b in group]
+        if sum(map(len, named)) != keys or len(torch.cat(named).unique()) != keys: return False
+    return True
+
 # %% ../../nbs/10c_block_engine.ipynb #af6febe2
+_UPSTREAM = 1 # place of `dout` among the rows of queries: its kernel wants it turned, or copies it
+
+
 class _BlockTile(Tile):
     "The queries of one member of a group in a piece, and the keys of the piece."
 
-    def __init__(self, keys: _Keys, queries: _Reader): self.keys, self.queries = keys, queries
+    def __init__(self, keys: _Keys, queries: _Reader, once: bool):
+        self.keys, self.queries, self.once = keys, queries, once # no other tile reads these keys
 
     def read(self, queries, keys):
-        rows = [None if x is None else self.queries.read(x, self.keys.scratch, name)
+        scratch, read = self.keys.scratch, self.queries.read
+        rows = [None if x is None else read(x, scratch, name, turned=name == _UPSTREAM)
                 for name, x in enumerate(queries)]
         return rows, self.keys.read(keys)
 
@@ -360,21 +388,24 @@ class _BlockTile(Tile):
         return x
 
     def add(self, x, batch, model, add=False):
-        self.keys.reader.add(x, batch)
+        reader = self.keys.reader
+        (reader.write if self.once else reader.add)(x, batch)
         return x
 
 # %% ../../nbs/10c_block_engine.ipynb #57c93f76
 def _tiles(
     q: Tensor, k: Tensor, lists: BlockLists, key_mask: Tensor | None,
+    buckets: list[list[_Bucket]], once: bool = False,
 ) -> Iterator[_BlockTile]:
-    "The tiles of a call."
+    "The tiles of a call; `once`: each key is read by one of them."
     test, fold = _Test(lists, key_mask, _Scratch()), key_mask is not None and q.shape[0] > 1
     elements = lists.block_size[1] * q.shape[3]
-    for piece in _pieces(lists, q.shape[0], q.shape[1], k.shape[1], elements):
+    for piece in _pieces(buckets, lists.groups, q.shape[0], q.shape[1], k.shape[1], elements):
         keys = _Keys(k, piece, test, fold)
         tokens = test.q_tokens[piece.bucket.rows].flatten(1)
         for heads in piece.q_heads:
-            yield _BlockTile(keys, _Reader(tokens, None, q.shape, piece.batches, heads, fold))
+            queries = _Reader(tokens, None, q.shape, piece.batches, heads, fold)
+            yield _BlockTile(keys, queries, once)
 
 # %% ../../nbs/10c_block_engine.ipynb #a9806d9a
 def _unpacked(key_mask, seed, *rest) -> tuple:
@@ -396,7 +427,8 @@ def attend_blocks(
     "Output and LSE, by gathered blocks."
     model = q
     q, k, v = (x.to(lse_dtype(q.dtype)).contiguous() for x in (q, k, v))
-    tiles, room = _tiles(q, k, lists, key_mask), (_results(q, lists), new_lse(q))
+    tiles = _tiles(q, k, lists, key_mask, _all_buckets(lists))
+    room = _results(q, lists), new_lse(q)
     out, lse = attend_tiles(tiles, q, k, v, *room, scale, dropout=dropout)
     assert out is not None  # `_results` made it
     return like(out, model), lse
@@ -420,8 +452,10 @@ def attend_blocks_backward(
     dout, q, k, v, out = (x.to(wide).contiguous() for x in (dout, q, k, v, out))
     lse, dlse = without_empty_rows(lse, dlse)
     if dlse is not None: dlse = dlse.contiguous()
-    room = [_results(q, lists), torch.zeros_like(k), torch.zeros_like(v)]
-    tiles = _tiles(q, k, lists, key_mask)
+    buckets, alone = _all_buckets(lists), key_mask is None and q.shape[1] == k.shape[1]
+    once = alone and _keys_read_once(buckets, lists)
+    new = torch.empty_like if once else torch.zeros_like
+    room, tiles = [_results(q, lists), new(k), new(v)], _tiles(q, k, lists, key_mask, buckets, once)
     grads = attend_tiles_backward(
         tiles, dout, dlse, q, k, v, out, lse, room, scale, dropout=dropout)
     return tuple(map(like, grads, models))
@@ -490,7 +524,8 @@ def _block_expression(q, k, v, lists: BlockLists, key_mask, dropout_p: float, sc
     # ties results without keys to their inputs
     nothing = (q.sum() + k.sum() + v.sum()).masked_fill(always, 0)
     out, lse = q.new_zeros(q.shape) + nothing, new_lse(q) + nothing
-    for piece in _pieces(lists, q.shape[0], q.shape[1], k.shape[1], test.BN * q.shape[3]):
+    buckets, elements = _all_buckets(lists), test.BN * q.shape[3]
+    for piece in _pieces(buckets, lists.groups, q.shape[0], q.shape[1], k.shape[1], elements):
         for heads, tokens, *parts in _attend_piece(piece, test, q, k, v, scale, dropout_p):
             for whole, part in zip((out, lse), parts):
                 _put(whole, part, tokens, piece.batches, heads)
