@@ -234,8 +234,8 @@ def test_documentation_of_a_function():
     f.__doc__ = "Does it."
     page = shown(f, name="f")
     assert "f(a, *, b=2, c=print)\n" in page and "Does it." in page
-    assert r"| `a` | `int` or `None` |  | one \* of \*two |" in page
-    assert "| `b` |  | `2` | more |" in page
+    assert r"| <code>a</code> | `int` or `None` |  | one \* of \*two |" in page
+    assert "| <code>b</code> |  | `2` | more |" in page
     assert "| *returns* | `tuple[Path, int or None]` or `None` |" in page
 
 
@@ -244,7 +244,7 @@ def test_documentation_of_a_dataclass():
     class Point:
         x: float = 0.5
 
-    assert "| `x` | `float` | `0.5` |" in shown(Point)
+    assert "| <code>x</code> | `float` | `0.5` |" in shown(Point)
 
 
 def test_documentation_of_an_exception():

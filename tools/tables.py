@@ -42,6 +42,7 @@ def mend(table: Tag) -> None:
     for element in (table, *table("tr")):
         del element["border"], element["style"]
     name_the_index(table)
+    align_the_index(table)
     for column, cells in enumerate(columns(table)):
         of_words = is_words([cell.get_text(strip=True) for cell in cells])
         judges = bool(JUDGES.search(header(table, column)))
@@ -81,6 +82,19 @@ def name_the_index(table: Tag) -> None:
     for cell, name in zip(above, names[:named]):
         cell.string = name
     rows[1].decompose()
+
+
+def align_the_index(table: Tag) -> None:
+    "The headers of the index stand to the left, as the index does."
+    first = table.tbody.tr if table.tbody else None
+    levels = len(first("th")) if first else 0
+    for row in heads(table):
+        place = 0
+        for cell in row(["th", "td"]):
+            if place >= levels:
+                break
+            add_class(cell, "index")
+            place += int(cell.get("colspan", 1))
 
 
 def columns(table: Tag) -> list[tuple[Tag, ...]]:
