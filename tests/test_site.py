@@ -474,8 +474,8 @@ def test_little_comes_before_the_first_paint(site, name):
 def test_no_page_waits_for_a_script(html):
     "All are run once the page is there, but for the search's, which stand behind its field."
     waited = {
-        path.name: [src for a, src, b in SCRIPT.findall(text) if "defer" not in a + b]
-        for path, text in html.items()
+        name: [src for a, src, b in SCRIPT.findall(text) if "defer" not in a + b]
+        for name, text in html.items()
     }
     assert waited.pop("search.html") == ["search_index.js", "_static/search.js"]
     assert not {name: found for name, found in waited.items() if found}

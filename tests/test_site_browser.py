@@ -159,7 +159,7 @@ def test_start_page(server, open_page):
     look_up = targets(page.locator("article p:has(strong:text('Look up')) a"))
     expected = {"api_by_topic.html", "benchmarks.html", "claims_on_trial.html"}
     assert {"#which-variant-when", *expected} <= {*look_up}
-    assert "@software{hilbert_attn" in page.locator("section#citing pre").inner_text()
+    assert "@software{hilbert_attn" in page.locator("section#citing pre").text_content()
     page.locator("a:has(img[src*='still.'])").click()
     page.frame_locator("iframe.explorer").locator("#grid").wait_for()
     follow(cards.get_by_text("Curves", exact=True))
