@@ -43,9 +43,10 @@ function mark({ box, scrolls, more }) {
   else if (box.tabIndex === 0) box.removeAttribute("tabindex")
 }
 
-// all are looked at before any is marked: the page is laid out once
-const markAll = boxes => boxes.map(hiddenOf).forEach(mark)
-const sizes = new ResizeObserver(found => markAll(found.map(({ target }) => target)))
+// called once a box is laid out; all are looked at before any is marked, so that nothing waits
+const sizes = new ResizeObserver(found => {
+  found.map(({ target }) => hiddenOf(target)).forEach(mark)
+})
 
 function watch(box) {
   box.addEventListener("scroll", () => mark(hiddenOf(box)), { passive: true })
@@ -109,9 +110,7 @@ function start() {
   document.querySelectorAll(PRINTED).forEach(wrapProse)
   document.querySelectorAll(CODE).forEach(addCopyButton)
   document.querySelectorAll("article table").forEach(fitTable)
-  const boxes = [...document.querySelectorAll(SCROLLS)]
-  markAll(boxes)
-  boxes.forEach(watch)
+  document.querySelectorAll(SCROLLS).forEach(watch)
 }
 
 if (document.readyState === "loading") addEventListener("DOMContentLoaded", start)

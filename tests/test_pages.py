@@ -52,6 +52,24 @@ def cells(name: str) -> list:
     return nbformat.read(ROOT / "nbs" / f"{name}.ipynb", as_version=4).cells
 
 
+INVERTED = re.compile(
+    r"\b[Dd]ark(er)?(:| what)|\bthe (black|white) (one|ones|line|cells|tiles)\b"
+)
+UNCHANGED = {"26_study_results", "16b_pictures"}  # photos, which the dark does not turn around
+
+
+def test_words_about_drawings_hold_on_a_dark_page():
+    "There black lines are white, and pale is dark."
+    notebooks = {path.stem: cells(path.stem) for path in (ROOT / "nbs").glob("*.ipynb")}
+    said = {
+        name: match[0]
+        for name, shown in notebooks.items()
+        for cell in shown
+        if cell.cell_type == "markdown" and (match := INVERTED.search(cell.source))
+    }
+    assert not {name: words for name, words in said.items() if name not in UNCHANGED}
+
+
 NOTHING_STORED = """
 from pathlib import Path
 from hilbert_attn.bench import results

@@ -471,6 +471,16 @@ def test_little_comes_before_the_first_paint(site, name):
     assert "_static/mathjax" not in text
 
 
+def test_no_page_waits_for_a_script(html):
+    "All are run once the page is there, but for the search's, which stand behind its field."
+    waited = {
+        name: [src for a, src, b in SCRIPT.findall(text) if "defer" not in a + b]
+        for name, text in html.items()
+    }
+    assert waited.pop("search.html") == ["search_index.js", "_static/search.js"]
+    assert not {name: found for name, found in waited.items() if found}
+
+
 def test_weights_are_stored(site):
     "Before and after they were looked at; the newest stands near what is built."
     stored = json.loads(weigh_site.STORED.read_text())

@@ -127,6 +127,9 @@ def targets(found) -> list[str]:
     return found.evaluate_all("links => links.map(link => link.getAttribute('href'))")
 
 
+SHOWN = """document.querySelectorAll("section").forEach(
+    section => { section.style.contentVisibility = "visible" })"""
+FRAMES = "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
 BROKEN = """[...document.images]
     .filter(image => !image.naturalWidth).map(image => image.src)"""
 
@@ -134,6 +137,8 @@ BROKEN = """[...document.images]
 def drawn(page) -> tuple[int, int]:
     "How many pictures and formulas there are, once every one has been drawn."
     page.wait_for_load_state("load")
+    page.evaluate(SHOWN)
+    page.evaluate(FRAMES)
     page.wait_for_function("[...document.images].every(image => image.complete)")
     if page.locator(".math").count():
         page.wait_for_selector("mjx-container", state="attached")
@@ -154,7 +159,7 @@ def test_start_page(server, open_page):
     look_up = targets(page.locator("article p:has(strong:text('Look up')) a"))
     expected = {"api_by_topic.html", "benchmarks.html", "claims_on_trial.html"}
     assert {"#which-variant-when", *expected} <= {*look_up}
-    assert "@software{hilbert_attn" in page.locator("section#citing pre").inner_text()
+    assert "@software{hilbert_attn" in page.locator("section#citing pre").text_content()
     page.locator("a:has(img[src*='still.'])").click()
     page.frame_locator("iframe.explorer").locator("#grid").wait_for()
     follow(cards.get_by_text("Curves", exact=True))
@@ -291,6 +296,10 @@ CUT_OFF = r"""[...document.querySelectorAll(
     if (overflow === "visible") return !box.closest("[data-more]")
     return !box.hasAttribute("data-more") || box.tabIndex !== 0
 }).map(box => box.outerHTML.slice(0, 200))"""
+BEYOND = """[...document.querySelectorAll(
+    "article .table-wrapper, article .output:has(table), article div.math"
+)].filter(box => box.scrollWidth > box.clientWidth + 1)
+    .map(box => `more than fits a desk: ${box.innerText.slice(0, 100)}`)"""
 WIDEST = """Math.max(...[document.documentElement, ...document.querySelectorAll(".content")]
     .map(part => part.scrollWidth))"""
 CUT_PICTURES = """[...document.querySelectorAll("article .cell_output > img")].filter(image => {
@@ -309,6 +318,8 @@ def faults(page, width: int, scheme: str) -> list:
         found += page.evaluate(question)
     if scheme == "dark":
         found += page.evaluate(DARK_ON_DARK)
+    if width >= 1400:
+        found += page.evaluate(BEYOND)
     if page.evaluate(WIDEST) > width:
         found.append("too wide")
     return found
@@ -429,6 +440,9 @@ def test_arguments_on_a_phone_stand_above_what_is_said_of_them(server, open_page
     page.goto(f"{server}notation.html")
     _, formulas = drawn(page)
     assert formulas == (SITE / "notation.html").read_text().count('class="math ')  # none is lost
+    signs = page.locator("table.stacked mjx-c")  # empty elements, whose glyph a sheet adds
+    assert signs.count() > 50
+    assert all(signs.evaluate_all("all => all.map(sign => sign.getBoundingClientRect().width)"))
 
 
 def test_the_head_of_a_page_on_a_phone(open_page):

@@ -73,6 +73,21 @@ def test_words_stand_left_and_numbers_right():
     assert texts(page.select("td.words")) == ["sdpa", "triton"]
 
 
+def test_headers_of_the_index_stand_left_as_it_does():
+    frame = pd.DataFrame({"kind": ["a", "a"], "tokens": [8, 9], "ms": [1.5, 2.5]})
+    page = made(frame.set_index(["kind", "tokens"]))
+    assert texts(page.select("thead .index")) == ["kind", "tokens"]
+    wide = frame.set_index(["kind", "tokens"]).rename_axis(columns="unit").unstack("kind")
+    assert "ms" not in texts(made(wide).select("thead .index"))
+
+
+def test_the_name_of_the_second_level_alone_stands_beside_those_of_columns():
+    frame = pd.DataFrame({"beats it": ["yes", "no"]}, index=pd.Index(["dense", "tile"], name="arm"))
+    page = made(pd.concat({"photos": frame}))
+    assert texts(page.thead("tr")[0](["th", "td"])) == ["", "arm", "beats it"]
+    assert len(page.thead("tr")) == 1 and "words" in page.thead("th")[-1]["class"]
+
+
 def test_names_of_columns_that_would_be_lost_keep_their_row():
     frame = pd.DataFrame([[1, 2]], columns=pd.Index([8, 16], name="rate"))
     frame.index.name = "task"

@@ -234,8 +234,8 @@ def test_documentation_of_a_function():
     f.__doc__ = "Does it."
     page = shown(f, name="f")
     assert "f(a, *, b=2, c=print)\n" in page and "Does it." in page
-    assert r"| `a` | `int` or `None` |  | one \* of \*two |" in page
-    assert "| `b` |  | `2` | more |" in page
+    assert r"| <code>a</code> | `int` or `None` |  | one \* of \*two |" in page
+    assert "| <code>b</code> |  | `2` | more |" in page
     assert "| *returns* | `tuple[Path, int or None]` or `None` |" in page
 
 
@@ -244,7 +244,20 @@ def test_documentation_of_a_dataclass():
     class Point:
         x: float = 0.5
 
-    assert "| `x` | `float` | `0.5` |" in shown(Point)
+    assert "| <code>x</code> | `float` | `0.5` |" in shown(Point)
+
+
+def test_an_argument_is_no_link_to_what_has_its_name():
+    def f(turn: int):  # of the ring
+        pass
+
+    assert "| <code>turn</code> | `int` | of the ring |" in shown(f, name="f")
+
+
+def test_every_documented_name_leads_to_its_source():
+    for name in ("triton_attention", "HybridAttentionFunction"):  # of 05_autograd: see _file_of
+        assert f"module_autograd.html#def-{name}" in documented._source_link(name)
+    assert not documented._source_link("no_such_name")
 
 
 def test_documentation_of_an_exception():
@@ -357,7 +370,9 @@ def test_links_beside_a_page_need_no_class(tmp_path):
 
 def test_long_names_may_be_parted_where_a_word_begins():
     heading = '<h3>{}<a class="headerlink" href="#x">#</a></h3>'
-    for parted in ("Post|Pattern|Hilbert|Optimizer", "create_|dilated_|attention", "curve_order"):
+    dotted = "hilbert_|attn.|kernels.|launch"
+    others = "Post|Pattern|Hilbert|Optimizer", "create_|dilated_|attention", "curve_order"
+    for parted in (dotted, *others):
         name, expected = parted.replace("|", ""), parted.replace("|", "<wbr>")
         assert lighter.lighter_page(heading.format(name)) == heading.format(expected)
 

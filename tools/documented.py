@@ -46,11 +46,21 @@ def _parameters(sym) -> list[Parameter]:
 
 
 def _source_link(name: str) -> str:
-    entry = showdoc.NbdevLookup()[name]
-    if not entry:
+    file = _file_of(name)
+    if not file:
         return ""
-    target = f"{module_page(entry[1])}.html#def-{name.partition('.')[0]}"
+    target = f"{module_page(file)}.html#def-{name.partition('.')[0]}"
     return f'<div class="source"><a href="{target}">source</a></div>'
+
+
+def _file_of(name: str) -> str:
+    "Where it is defined: nbdev's index passes over notebooks with `auto` in their names."
+    if entry := showdoc.NbdevLookup()[name]:
+        return entry[1]
+    definition = re.compile(rf"^(?:def|class) {name.partition('.')[0]}\b", re.M)
+    files = sorted((ROOT / "hilbert_attn").rglob("*.py"))
+    found = [file for file in files if definition.search(file.read_text())]
+    return found[0].relative_to(ROOT).as_posix() if len(found) == 1 else ""
 
 
 def _table(sym) -> str:
@@ -67,8 +77,8 @@ def _table(sym) -> str:
 def _rows(sym) -> list[list[str]]:
     notes = _fields(sym) if is_dataclass(sym) else docments(sym)
     rows = []
-    for p in _parameters(sym):
-        rows.append(_row(f"`{p.name}`", p.annotation, p.default, notes.get(p.name)))
+    for p in _parameters(sym):  # code in HTML becomes no link to what has the same name
+        rows.append(_row(f"<code>{p.name}</code>", p.annotation, p.default, notes.get(p.name)))
     if not inspect.isclass(sym):
         returned = inspect.signature(sym).return_annotation
         rows.append(_row("*returns*", returned, Parameter.empty, notes.get("return")))

@@ -33,8 +33,8 @@ FOLD = re.compile(  # the same words twice, for folded and unfolded
     r'<p class="collapsed admonition-title">(.*?)</p>\s*'
     r'<p class="expanded admonition-title">\1</p>\s*</summary>'
 )
-LONG_NAME = re.compile(r'(<h[1-4]>)(\w{20,})(?=<a class="headerlink")')  # wider than a phone
-HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=_)")
+LONG_NAME = re.compile(r'(<h[1-4]>)([\w.]{20,})(?=<a class="headerlink")')  # wider than a phone
+HUMP = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[_.])")
 TOKEN = re.compile(r'<span class="(?!pre)(\w{1,3})">([^<]*)</span>')  # of code
 REFERENCE = re.compile(r'<span class="std std-(?:doc|ref)">([^<]*)</span>')
 HEARD = {  # what a screen reader is told of the theme's parts
@@ -42,6 +42,7 @@ HEARD = {  # what a screen reader is told of the theme's parts
     '<aside class="sidebar-drawer"': '<aside aria-label="All pages" class="sidebar-drawer"',
     '<aside class="toc-drawer': '<aside aria-label="This page" class="toc-drawer',
 }
+LATER = {'<script src="_static/scripts/furo.js': '<script defer src="_static/scripts/furo.js'}
 NO_HEADER = re.compile(r'<th class="head[^"]*"><p></p></th>')
 WORD = re.compile(r'<span class="pre">([^<>/-]*)</span>')  # others could be broken inside
 SOURCE = '<span class="caption-text">Source</span>'
@@ -145,7 +146,7 @@ def add_search(page: Path) -> None:
 
 def lighter_page(text: str) -> str:
     text = SPHINX_SCRIPT.sub("", text)
-    for given, better in (UNUSED | HEARD).items():
+    for given, better in (UNUSED | HEARD | LATER).items():
         text = text.replace(given, better)
     text = NO_HEADER.sub("<td></td>", text)
     text = CELL.sub(r"\1\3</\2>", text)

@@ -42,6 +42,7 @@ def mend(table: Tag) -> None:
     for element in (table, *table("tr")):
         del element["border"], element["style"]
     name_the_index(table)
+    align_the_index(table)
     for column, cells in enumerate(columns(table)):
         of_words = is_words([cell.get_text(strip=True) for cell in cells])
         judges = bool(JUDGES.search(header(table, column)))
@@ -67,6 +68,12 @@ def heads(table: Tag) -> list[Tag]:
     return table.thead("tr") if table.thead else []
 
 
+def levels(table: Tag) -> int:
+    "Of the index: headers of the first row."
+    first = table.tbody.tr if table.tbody else None
+    return len(first("th")) if first else 0
+
+
 def name_the_index(table: Tag) -> None:
     "The names of the index stand beside those of the columns, not below."
     rows = heads(table)
@@ -74,13 +81,25 @@ def name_the_index(table: Tag) -> None:
         return
     above, below = (row(["th", "td"]) for row in rows)
     names = [cell.get_text(strip=True) for cell in below]
-    named = sum(map(bool, names))
-    free = not any(cell.get_text(strip=True) for cell in above[:named])
-    if len(above) != len(below) or any(names[named:]) or not named or not free:
+    count = levels(table)
+    free = not any(cell.get_text(strip=True) for cell in above[:count])
+    if len(above) != len(below) or any(names[count:]) or not any(names) or not free:
         return
-    for cell, name in zip(above, names[:named]):
+    for cell, name in zip(above, names[:count]):
         cell.string = name
     rows[1].decompose()
+
+
+def align_the_index(table: Tag) -> None:
+    "The headers of the index stand to the left, as the index does."
+    count = levels(table)
+    for row in heads(table):
+        place = 0
+        for cell in row(["th", "td"]):
+            if place >= count:
+                break
+            add_class(cell, "index")
+            place += int(cell.get("colspan", 1))
 
 
 def columns(table: Tag) -> list[tuple[Tag, ...]]:
