@@ -230,7 +230,7 @@ def block_cases(draw):
     return BlockCase(heads=h, kv_heads=kv, **{name: draw(x) for name, x in rest.items()})
 
 
-@examples(20, 60)
+@examples(14, 60)
 @given(block_cases())
 def test_equals_the_oracle(case): poison(case.check)
 

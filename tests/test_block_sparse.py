@@ -380,12 +380,12 @@ def calls(
         draw(st.sampled_from(SCALES)), draw(st.booleans()))
 
 
-@examples(60, 300)
+@examples(40, 300)
 @given(calls())
 def test_equals_the_oracle(call): poison(lambda: call.check(block_sdpa_attention))
 
 
-@examples(60, 300)
+@examples(40, 300)
 @given(call=calls())
 def test_equals_the_oracle_in_small_pieces(call):
     chunk, engine._CHUNK = engine._CHUNK, 700
@@ -440,7 +440,7 @@ def any_lists(draw):
     return lists_from_kinds(one.kinds() * kept, groups=groups, **sizes, **layout)
 
 
-@examples(60, 300)
+@examples(40, 300)
 @given(any_lists(), st.booleans())
 def test_any_lists_equal_the_oracle(lists, masked):
     generator = torch.Generator().manual_seed(0)
@@ -895,7 +895,7 @@ def masked_calls(draw):
         draw(st.booleans()), draw(st.integers(0, 999)))
 
 
-@examples(60, 300)
+@examples(40, 300)
 @given(masked_calls(), st.sampled_from(("reference", "sdpa_mask", "sdpa", "auto")))
 def test_block_masks_equal_the_oracle(call, backend):
     b, h, kv, n, extra, (BM, BN), leading, curve, causal, masked, seed = call

@@ -40,7 +40,7 @@ each_backend = pytest.mark.parametrize("backend", BACKENDS)
 with_expression = pytest.mark.parametrize("backend", (*BACKENDS, "expression"))
 needs_triton = pytest.mark.skipif(not kernels, reason="triton is not installed")
 many = settings(max_examples=EXAMPLES)
-in_triton = settings(max_examples=EXAMPLES if FULL else 20)  # its interpreter is slow
+in_triton = settings(max_examples=EXAMPLES if FULL else 12)  # its interpreter is slow
 
 
 def few_programs(case):

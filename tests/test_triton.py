@@ -95,7 +95,7 @@ def check(pattern, x, tile=None, **options):
 def offsets_of(mode): return (0,) if mode == "residue" else (1, 0)
 
 
-@examples(30, 100)
+@examples(20, 100)
 @given(cases(max_n=48, head_dims=(16, 20, 24, 32, 40, 48, 64, 80)))
 def test_equals_the_oracle(case): poison(lambda: case.check(on_device))
 
