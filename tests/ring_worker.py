@@ -179,21 +179,48 @@ def spread_alike(run, alike, upstream):
     alike(run(spread, one_row), run(copied, [x.contiguous() for x in one_row]))
 
 
+CALLS = dict(
+    dense=(ring_attention, {}),
+    causal=(ring_attention, dict(causal=True, layout="zigzag")),
+    inside=(ring_attention, dict(segment_size=3)),
+    across=(ring_attention, dict(segment_size=10, dilation_rate=3)),
+    both=(ring_dilated_attention, dict(segment_lengths=(3, 20), dilation_rates=(1, 2))))
+
+
 def strides(results, rank, world):
     "Any strides of q, k, v and of the upstream gradients of out and LSE."
-    calls = dict(
-        dense=(ring_attention, {}),
-        causal=(ring_attention, dict(causal=True, layout="zigzag")),
-        inside=(ring_attention, dict(segment_size=3)),
-        across=(ring_attention, dict(segment_size=10, dilation_rate=3)),
-        both=(ring_dilated_attention, dict(segment_lengths=(3, 20), dilation_rates=(1, 2))))
     groups = {p: dist.new_group(list(range(p))) for p in (1, 2, 4)}
     for p in (4, 2, 1):
         if rank >= p: continue
-        for name, (attention, options) in calls.items():
+        for name, (attention, options) in CALLS.items():
             for dtype in (torch.float32, torch.bfloat16):
                 how = rank, attention, groups[p], options, dtype
                 attempt(results, f"{p} {name} {dtype}", relaid_alike, *how)
+
+
+def in_parts(rank, attention, options):
+    "Gradients of some of q, k and v are those of all; and a graph that is kept gives them twice."
+    generator = torch.Generator().manual_seed(rank)
+    q, k, v, dout = (torch.randn(1, h, 6, 8, generator=generator) for h in (4, 2, 2, 4))
+
+    def grads(learned, times=1):
+        x = dict(zip("qkv", (y.clone() for y in (q, k, v))))
+        leaves = [x[name].requires_grad_() for name in learned]
+        out = attention(*x.values(), **options)
+        for _ in range(times):
+            found = torch.autograd.grad(out, leaves, dout, retain_graph=True)
+            yield dict(zip(learned, found))
+
+    first, again = grads("qkv", 2)
+    for found in (again, *(part for some in PARTS for part in grads(some))):
+        for name, grad in found.items(): assert torch.equal(grad, first[name]), (*found, name)
+
+
+PARTS = "q", "k", "v", "qk", "qv", "kv"
+
+
+def parts(results, rank, world):
+    for name, call in CALLS.items(): attempt(results, name, in_parts, rank, *call)
 
 
 class LiveBytes(TorchDispatchMode):

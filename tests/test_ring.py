@@ -21,7 +21,7 @@ from hilbert_attn.ring_plan import LAYOUTS, shard_sizes
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
-    suites = ["numbers", "strides", "memory", "torch_ring", "leaving"]
+    suites = ["numbers", "strides", "parts", "memory", "torch_ring", "leaving"]
     folder = tmp_path_factory.mktemp("ring")
     return run_ranks("ring_worker.py", suites, 4, folder, 400)
 
@@ -58,6 +58,11 @@ def test_matches_the_oracle_and_the_plan_in_all_cases(rest, world, case):
 @pytest.mark.parametrize("world", [1, 2, 4])
 def test_any_strides(results, world, name, dtype):
     said(results, "strides", f"{world} {name} {dtype}", range(world))
+
+
+@pytest.mark.timeout(500)
+@pytest.mark.parametrize("name", ["dense", "causal", "inside", "across", "both"])
+def test_gradients_of_some_and_twice(results, name): said(results, "parts", name, range(4))
 
 
 @pytest.mark.timeout(500)
