@@ -19,6 +19,7 @@ from hilbert_attn.bench.contenders import (
 from hilbert_attn.bench.cpu import CPU_CONFIG, bench_rows, bench_targets
 from hilbert_attn.bench.machine import environment, machine_slug
 from hilbert_attn.bench.results import (
+    Table,
     compare_runs,
     format_table,
     from_gpu_run,
@@ -306,3 +307,11 @@ def test_what_the_gpu_program_wrote():
     assert run["limits"] == limits and run["environment"]["driver"] == "550"
     assert "x triton" in format_run(run) and ">= 1.0" in format_run(run)
     assert report_run(run)["tables"]["gpu"][1]["relative"] == 2
+
+
+def test_a_table_in_a_notebook():
+    rows = [dict(what="a", ms=1.234, met=True), dict(what="b", ms=None, met=False)]
+    table = Table("call", rows, dict(what="", ms=".1f", met=""), dict(ms="time, ms"))
+    assert table._repr_markdown_().splitlines() == [
+        "| call | time, ms | met |", "| --- | ---: | ---: |", "| a | 1.2 | yes |", "| b | - | no |"]
+    assert repr(table) == str(table) and str(table).startswith("call  time, ms  met")

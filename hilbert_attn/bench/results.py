@@ -291,7 +291,7 @@ def format_table(
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 # %% ../../nbs/15d_results.ipynb #b4bd865c
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Table:
     "Rows to print, and how."
     name: str # the heading of its first column, and its key in JSON
@@ -303,9 +303,17 @@ class Table:
         "The rows without what is not printed."
         return [{key: row[key] for key in self.formats} for row in self.rows]
 
-    def __str__(self) -> str:
-        first = next(iter(self.formats))
-        return format_table(self.rows, self.formats, {first: self.name} | self.titles)
+    @property
+    def headings(self) -> dict[str, str]: return {next(iter(self.formats)): self.name} | self.titles
+
+    def __str__(self) -> str: return format_table(self.rows, self.formats, self.headings)
+    def __repr__(self) -> str: return str(self)
+
+    def _repr_markdown_(self) -> str: # as a notebook shows it
+        head, *rows = table_cells(self.rows, self.formats, self.headings)
+        words = [all(isinstance(row[name], str) for row in self.rows) for name in self.formats]
+        sides = ["---" if left else "---:" for left in words]
+        return "\n".join(f"| {' | '.join(row)} |" for row in [head, sides, *rows])
 
 # %% ../../nbs/15d_results.ipynb #d811ef34
 SPREAD = dict(ms=".2f", p20_ms=".2f", p80_ms=".2f")
