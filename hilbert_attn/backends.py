@@ -353,7 +353,7 @@ def _forced(backend: str) -> tuple[str, str]:
 
 
 def _nobody_forces() -> bool:
-    "The same question in a microsecond less; a name that nobody knows is asked again there."
+    "Is nothing of that set? For calls of microseconds; where something is, `_forced` decides."
     if _open_blocks() or _process_default.name != "auto": return False
     return os.environ.get(_VARIABLE, "auto") in ("", "auto")
 

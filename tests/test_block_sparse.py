@@ -17,6 +17,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from hilbert_attn import tiles
 from hilbert_attn.backends import REGISTRY, set_backend
 from hilbert_attn.block_sparse import (
     block_reference_attention,
@@ -593,6 +594,7 @@ ALONE = {  # pattern or blocks, heads of keys, with a key mask; is each key read
 
 @pytest.mark.parametrize("name", ALONE)
 def test_gradients_of_keys_that_one_tile_reads_are_written_once(name, monkeypatch):
+    torch.manual_seed(0)
     pattern, kv_heads, masked, once = ALONE[name]
     if isinstance(pattern, list):
         blocks, n = torch.tensor(pattern).bool(), 48
@@ -607,7 +609,6 @@ def test_gradients_of_keys_that_one_tile_reads_are_written_once(name, monkeypatc
         mask = attention_mask(pattern, order=order)
     added, add = [], engine._Reader.add
     monkeypatch.setattr(engine._Reader, "add", lambda *x: added.append(x) or add(*x))
-    torch.manual_seed(0)
     x = [torch.randn(2, h, n, 8, requires_grad=True) for h in (2, kv_heads, kv_heads)]
     key_mask = torch.rand(2, n) < 0.8 if masked else None
     seen = mask.reshape(-1, n, n)[None]
@@ -621,6 +622,24 @@ def test_gradients_of_keys_that_one_tile_reads_are_written_once(name, monkeypatc
     assert bool(added) != once
     for a, b in zip(found, expected):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_upstream_gradients_lie_as_their_kernel_wants_them(monkeypatch, masked):
+    "It copies those that lie otherwise."
+    seen, backward = [], tiles._aten_backward
+
+    def watched(dout, *rest, **options):
+        seen.append(dout.transpose(1, 2).is_contiguous())
+        return backward(dout, *rest, **options)
+
+    monkeypatch.setattr(tiles, "_aten_backward", watched)
+    key_mask = torch.ones(2, 90, dtype=torch.bool).index_fill(1, torch.tensor(7), False)
+    x = [torch.randn(2, 3, 90, 8, requires_grad=True) for _ in "qkv"]
+    lists = block_lists(SegmentPattern(90, 20), block_size=(10, 10))
+    out, _ = block_sdpa_attention(*x, lists, key_mask=key_mask if masked else None)
+    out.backward(torch.randn(out.shape))
+    assert seen and all(seen)
 
 
 def test_rows_without_keys_are_zero_and_pass_no_gradient(small_pieces):

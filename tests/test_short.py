@@ -330,6 +330,7 @@ def test_another_call_is_another_one(name, checked):
 
 AROUND = {
     "forced": lambda f: set_backend_around("sdpa", f),
+    "the process": lambda f: set_backend_of_the_process("sdpa", f),
     "autocast": lambda f: autocast_around(f),
     "forward-mode": lambda f: torch.func.jvp(lambda q: f(q), (torch.ones(1, 2, 48, 8),),
                                              (torch.ones(1, 2, 48, 8),)),
@@ -339,6 +340,12 @@ AROUND = {
 
 def set_backend_around(name, f):
     with set_backend(name): f(torch.ones(1, 2, 48, 8))
+
+
+def set_backend_of_the_process(name, f):
+    set_backend(name)
+    try: f(torch.ones(1, 2, 48, 8))
+    finally: set_backend("auto")
 
 
 def autocast_around(f):

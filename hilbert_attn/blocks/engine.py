@@ -452,10 +452,12 @@ def attend_blocks_backward(
     dout, q, k, v, out = (x.to(wide).contiguous() for x in (dout, q, k, v, out))
     lse, dlse = without_empty_rows(lse, dlse)
     if dlse is not None: dlse = dlse.contiguous()
-    buckets, alone = _all_buckets(lists), key_mask is None and q.shape[1] == k.shape[1]
+    buckets = _all_buckets(lists)
+    alone = key_mask is None and q.shape[1] == k.shape[1]
     once = alone and _keys_read_once(buckets, lists)
     new = torch.empty_like if once else torch.zeros_like
-    room, tiles = [_results(q, lists), new(k), new(v)], _tiles(q, k, lists, key_mask, buckets, once)
+    room = [_results(q, lists), new(k), new(v)]
+    tiles = _tiles(q, k, lists, key_mask, buckets, once)
     grads = attend_tiles_backward(
         tiles, dout, dlse, q, k, v, out, lse, room, scale, dropout=dropout)
     return tuple(map(like, grads, models))
