@@ -14,10 +14,11 @@ from matplotlib import pyplot
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import run_study
-from study import analysis, mechanism, plan, prediction, runner, store
-from study.arms import ARMS, GRID_ARMS, Arm, layer_order, walk
-from study.network import GridAttention, Network, Size
+from study import analysis, attending, mechanism, plan, prediction, runner, store, timing
+from study.arms import ARMS, GRID_ARMS, POSITIONS, Arm, layer_order, walk
+from study.network import GridAttention, Network, Size, rotary
 from study.photos import FOLDS, TESTED, TUNING, Photos, load_photos
+from study.text import LETTERS, Text
 
 from hilbert_attn.bench import results
 from hilbert_attn.curves import curve_order
@@ -25,7 +26,7 @@ from hilbert_attn.modules import rotary_embedding
 from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
 
 TASKS = list(plan.TASKS)
-STAGES = dict(tune=78, primary=180, explore=102)
+STAGES = dict(tune=78, primary=180, explore=219)
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +198,50 @@ def test_patterns_of_the_grid_have_the_same_weights(name):
     assert len(counts) == 1
 
 
+def test_positions_are_those_of_the_token():
+    task, size = plan.TASKS["photos"](0), Size()
+    at = {name: rotary(task, Arm("hilbert", positions=name), size) for name in POSITIONS}
+    assert at["none"] is None and torch.equal(at["grid"][0], rotary(task, Arm("tile"), size)[0])
+    along = layer_order(Arm("hilbert"), task, 0)
+    for curve, rows in zip(at["curve"], at["rows"]): assert torch.equal(curve[along], rows)
+    assert not torch.equal(at["rows"][0], at["grid"][0])
+
+
+def test_positions_reach_the_attention():
+    task, torch_seed = plan.TASKS["photos"](0), 0
+    x = task.batch(1, torch.Generator().manual_seed(0)).tokens
+    found = []
+    for name in POSITIONS:
+        torch.manual_seed(torch_seed)
+        found.append(Network(task, Arm("hilbert", positions=name), Size())(x))
+    for i, one in enumerate(found):
+        for other in found[:i]: assert not torch.allclose(one, other)
+
+
+def test_titles_of_arms():
+    for arm in (Arm("hilbert"), Arm("hilbert", "four shifted"), Arm("tile", positions="none")):
+        title = arm.name if arm.scheme == "alternating" else f"{arm.name} {arm.scheme}"
+        if arm.positions: title += f" positions {arm.positions}"
+        assert Arm.read(title) == arm
+
+
+@pytest.mark.parametrize("name", ["dense", "hilbert", "row_major", *GRID_ARMS])
+def test_what_a_network_looks_at(name):
+    task, arm, size = plan.TASKS["photos"](0), Arm(name), Size(width=16, heads=2, layers=2)
+    network = Network(task, arm, size)
+    x = torch.randn(2, task.tokens, 16)
+    for layer, (block, rope) in enumerate(zip(network.blocks, network.ropes)):
+        seen = attending.seen_by(arm, task, layer)
+        weights, v = attending.weights_and_values(block, x, rope, seen, size.heads)
+        out = block.attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
+        expected = block.attention(block.attention_norm(x), rope=rope)
+        torch.testing.assert_close(out, expected)
+    near, far = (
+        attending.attention_distances(Network(task, one, size), task, one, 2)
+        for one in (Arm("tile"), Arm("dense")))
+    assert max(near) < 4 < min(far)
+
+
 def test_weights_depend_on_the_seed_alone():
     from study.training import Schedule, new_network
     task = plan.TASKS["photos"](0)
@@ -255,6 +300,33 @@ def test_neighbours_together_in_one_layer():
     assert share[2, 1] == (segment[1:] == segment[:-1]).double().mean()
 
 
+# text
+
+def test_texts_are_held_out_by_module():
+    tested, tuned = Text(0), Text(0, "tune")
+    assert len(tested.held_out) == Text.groups
+    parts = [{x.data_ptr() for x in some}
+             for some in (tested.held_out, tuned.held_out, tested.training)]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+
+
+def test_letters_are_hidden_and_the_rest_is_given():
+    batch = Text(0).batch(3, torch.Generator().manual_seed(0))
+    letters, flag = batch.tokens[..., :-1], batch.tokens[..., -1]
+    assert torch.equal(flag, batch.weight) and batch.weight.sum(1).eq(round(0.2 * 324)).all()
+    assert torch.equal(letters, batch.target * (1 - flag)[..., None])
+    assert letters.shape[-1] == len(LETTERS) and batch.target.sum(-1).eq(1).all()
+
+
+def test_guesses_at_letters():
+    task = Text(0)
+    tests = task.tests()
+    losses = {name: x.mean().item() for name, x in task.guesses(tests).items()}
+    assert losses["frequency after the one before"] < losses["frequency"] < np.log(len(LETTERS))
+    certain = 50 * tests.batch.target
+    assert task.loss(certain, tests.batch).max() < 1e-6
+
+
 # runs on disk
 
 def test_every_cell_of_the_quick_study(toys):
@@ -305,13 +377,48 @@ def test_seeds_are_outermost():
 
 def test_exploratory_cells_come_last_and_name_their_scheme(toys):
     cells = plan.FULL.exploratory()
-    assert plan.arm_of(cells[0]) == Arm("row_major", "one") and len(cells) == 102
+    assert plan.arm_of(cells[0]) == Arm("row_major", "one") and len(cells) == 219
+    assert len({cell.name for cell in cells}) == 219
+    assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert plan.arm_of(plan.FULL.primary()[5]) == Arm("hilbert", "alternating")
     cell = plan.Cell("explore", "photos", "hilbert four shifted", 0)
     assert runner.rate_of(cell, plan.QUICK, toys) in plan.QUICK.rates["photos"]
-    run = runner.run_cell(cell, 0.001, plan.QUICK)
-    other = runner.run_cell(cell._replace(arm="hilbert one"), 0.001, plan.QUICK)
+    schedule = plan.QUICK.schedule(cell, 0.001)
+    run = runner.run_cell(cell, schedule)
+    other = runner.run_cell(cell._replace(arm="hilbert one"), schedule)
     assert run["arm"] == "hilbert four shifted" and run["loss"] != other["loss"]
+    assert len(run["distances"]) == schedule.size.layers
+    assert "distances" not in store.load(store.path_of(plan.QUICK.primary()[0], toys))
+
+
+@pytest.mark.parametrize("scale", plan.SCALES)
+def test_what_is_larger(scale):
+    cell = plan.Cell("explore", "photos", "hilbert", 0, variant=scale)
+    was = cell._replace(variant="")
+    task, size = plan.task_of(cell), plan.FULL.schedule(cell, 0.0).size
+    given = task.batch(1, torch.Generator().manual_seed(0))
+    assert given.tokens.shape == (1, task.tokens, task.inputs)
+    assert Network(task, plan.arm_of(cell), size)(given.tokens).shape == given.target.shape
+    assert (task.grid, task.segment_size, size) != (
+        plan.task_of(was).grid, plan.task_of(was).segment_size, plan.FULL.schedule(was, 0.0).size)
+
+
+def test_as_many_steps_as_fit_into_the_same_seconds(tmp_path, monkeypatch, capsys):
+    cell = plan.Cell("explore", "digits", "dense", 0, variant=plan.SAME_SECONDS)
+    schedule = plan.FULL.schedule(cell, 0.001)
+    with pytest.raises(RuntimeError, match="needs times of a step"):
+        runner.in_same_seconds(schedule, cell, tmp_path)
+    times = {arm: {"median": x} for arm, x in dict(dense=0.3, hilbert=0.1).items()}
+    store.save_times({"digits": times}, tmp_path)
+    assert runner.in_same_seconds(schedule, cell, tmp_path).steps == round(schedule.steps / 3)
+    assert store.load(store.times_file(tmp_path))["environment"]["commit"]
+
+
+def test_times_of_a_step_are_of_every_arm():
+    task = plan.TASKS["photos"](0)
+    found = timing.times_per_step(task, plan.QUICK.schedules["photos"], rounds=2, warmup=1)
+    assert set(found) == {*ARMS, *GRID_ARMS}
+    assert all(0 < x["p20"] <= x["median"] <= x["p80"] for x in found.values())
 
 
 def test_only_some(tmp_path):

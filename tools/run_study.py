@@ -2,7 +2,8 @@
 
 One JSON a training goes to nbs/results/study; interrupted, it goes on where it stopped. `--only
 photos/hilbert` trains one task or one arm of it, `--status` says what is stored, `--check 10`
-trains ten stored cells again and compares every digit, `--quick` trains toys into `--out`.
+trains ten stored cells again and compares every digit, `--times` measures the seconds of a step
+(on a machine that does nothing else), `--quick` trains toys into `--out`.
 """
 import argparse
 import sys
@@ -12,9 +13,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
-from study.plan import FULL, QUICK, Plan
+from study.plan import FULL, QUICK, TASKS, Plan
 from study.runner import missing, needs_clean_code, reproduce, run_study
-from study.store import load_stage, study_folder
+from study.store import load_stage, save_times, study_folder
+from study.timing import measure
 
 
 def arguments() -> argparse.Namespace:
@@ -24,6 +26,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--check", type=int, metavar="N", help="train N stored cells again")
     parser.add_argument("--draw", type=int, default=0, help="which cells --check draws")
     parser.add_argument("--explore", action="store_true", help="exploratory trainings too")
+    parser.add_argument("--times", action="store_true", help="measure the seconds of a step")
     parser.add_argument("--quick", action="store_true", help="toys; needs --out")
     parser.add_argument("--out", type=Path, help="a folder instead of nbs/results/study")
     found = parser.parse_args()
@@ -57,6 +60,10 @@ def main() -> int:
         log(status(plan, folder))
         return 0
     if not options.quick: needs_clean_code()
+    if options.times:
+        measured = measure(plan, TASKS, rounds=2 if options.quick else 40)
+        save_times(measured, folder)
+        return 0
     if options.check is not None:
         return len(reproduce(plan, folder, options.check, options.draw, log))
     run_study(plan, folder, options.only, log=log, explore=options.explore)

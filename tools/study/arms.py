@@ -23,11 +23,23 @@ SCHEMES = {
 }
 
 
+# What the rotary embedding turns by: coordinates, the place in memory or on the curve, nothing.
+POSITIONS = ("grid", "rows", "curve", "none")
+
+
 @dataclass(frozen=True)
 class Arm:
     "How the orders of a curve (`ARMS`, `GRID_ARMS`) change from layer to layer (`SCHEMES`)."
     name: str
     scheme: str = "alternating"
+    positions: str | None = None # one of `POSITIONS`; None: those of the task
+
+    @classmethod
+    def read(cls, title: str) -> "Arm":
+        "From a title such as `hilbert`, `hilbert four shifted`, `hilbert positions none`."
+        what, _, positions = title.partition(" positions ")
+        name, _, scheme = what.partition(" ")
+        return cls(name, scheme or "alternating", positions or None)
 
     def segment_size(self, task: Task) -> int | None:
         return None if self.name == "dense" else task.segment_size

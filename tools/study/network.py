@@ -13,7 +13,7 @@ from hilbert_attn.modules import (
     rotary_embedding,
 )
 
-from .arms import GRID_ARMS, Arm, layer_orders
+from .arms import GRID_ARMS, Arm, layer_order, layer_orders
 from .tasks import Task
 
 
@@ -42,13 +42,13 @@ class Network(nn.Module):
     def _lay_out(self, task: Task, arm: Arm, size: Size) -> None:
         """Tokens move straight from the order of one layer to that of the next.
 
-        The rotary embedding is that of the true coordinates, whatever the order."""
-        rope = rotary_embedding(task.grid, size.width // size.heads, base=size.rope_base)
+        The rotary embedding is that of the token, whatever the order of the layer."""
+        rope = rotary(task, arm, size)
         now = home = torch.arange(task.tokens)
         self.moves, self.ropes = [], []
         for order in layer_orders(arm, task, size.layers):
             self.moves.append(inverse_order(now)[order])
-            self.ropes.append(tuple(part[order] for part in rope))
+            self.ropes.append(rope and tuple(part[order] for part in rope))
             now = order
         self.home = inverse_order(now)[home]
 
@@ -57,6 +57,18 @@ class Network(nn.Module):
         for block, move, rope in zip(self.blocks, self.moves, self.ropes):
             x = block(x[:, move], rope=rope)
         return self.predict(self.norm(x[:, self.home]))
+
+
+def rotary(task: Task, arm: Arm, size: Size) -> tuple[Tensor, Tensor] | None:
+    "Cos and sin of each token's position, in token order. A curve is that of the first layer."
+    positions, head_dim = arm.positions or task.positions, size.width // size.heads
+    if positions == "none": return None
+    if positions == "grid": return rotary_embedding(task.grid, head_dim, base=size.rope_base)
+    along_rows = rotary_embedding(task.tokens, head_dim)
+    if positions == "rows": return along_rows
+    place = inverse_order(layer_order(arm, task, 0))
+    cos, sin = along_rows
+    return cos[place], sin[place]
 
 
 class GridAttention(nn.Module):

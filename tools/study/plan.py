@@ -1,13 +1,15 @@
 "What is run: the cells of the study, in the order in which they are trained."
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import NamedTuple
 
-from .arms import ARMS, GRID_ARMS, SCHEMES, Arm
+from .arms import ARMS, GRID_ARMS, POSITIONS, SCHEMES, Arm
 from .digits import Digits
 from .network import Size
 from .pathfinder import Pathfinder
 from .photos import Photos
 from .tasks import Task
+from .text import Text
 from .training import Schedule
 
 TASKS: dict[str, type[Task]] = dict(photos=Photos, pathfinder=Pathfinder, digits=Digits)
@@ -26,6 +28,15 @@ SCHEDULES = dict(
 EXPLORED = dict(
     tasks=("photos", "pathfinder"), arms=("row_major", "morton", "hilbert"), seeds=(0, 1, 2)
 ) # exploratory: diversity of orders over layers, then patterns of the grid
+TEXT_RATE = 4e-3 # of all arms, not tuned
+TEXT_ARMS = ("random", "row_major", "row_major shifted", "hilbert")
+SCALES: dict[str, dict] = { # exploratory: what is larger than in the primary trainings
+    "width 128": dict(size=dict(width=128, heads=4)),
+    "layers 8": dict(size=dict(layers=8)),
+    "segment 64": dict(task=dict(segment_size=64, tile=8)),
+    "tokens 1296": dict(task=dict(grid=(36, 36), side=2, inputs=5, outputs=4)),
+}
+SAME_SECONDS = "seconds of hilbert" # a variant: as many steps as fit into its time
 TUNING_SHARE = 4 # trainings that choose a learning rate are this much shorter
 
 
@@ -33,14 +44,16 @@ class Cell(NamedTuple):
     "One training."
     stage: str # "tune", "primary" or "explore"
     task: str
-    arm: str # of "explore" with a scheme, such as "hilbert four"
+    arm: str # of "explore" with a scheme or positions, such as "hilbert four", see `Arm.read`
     seed: int
     rate: float | None = None # None: the one that tuning chose
+    variant: str = "" # one of `SCALES`, or `SAME_SECONDS`
 
     @property
     def name(self) -> str: # of its file, without the ending
         last = f"rate {self.rate}" if self.stage == "tune" else f"seed {self.seed}"
-        return f"{self.stage}/{self.task}/{self.arm} {last}".replace(" ", "-")
+        what = f"{self.arm} {self.variant}".rstrip()
+        return f"{self.stage}/{self.task}/{what} {last}".replace(" ", "-")
 
 
 @dataclass(frozen=True)
@@ -65,30 +78,53 @@ class Plan:
         ]
 
     def exploratory(self) -> list[Cell]:
-        "Other ways to alternate, and patterns of the grid. No verdict rests on them."
-        schemes = [scheme for scheme in SCHEMES if scheme != "alternating"]
-        ordered = [f"{arm} {scheme}" for arm in EXPLORED["arms"] for scheme in schemes]
-        return [
-            Cell("explore", task, arm, seed)
-            for arms in (ordered, GRID_ARMS) for seed in EXPLORED["seeds"]
-            for task in EXPLORED["tasks"] for arm in arms
-        ]
+        "No verdict rests on them. Seeds outermost, then in the order of the protocol."
+        return [cell for seed in EXPLORED["seeds"] for cell in explored(seed)]
 
     def schedule(self, cell: Cell, rate: float) -> Schedule:
-        found = replace(self.schedules[cell.task], rate=rate)
+        same = "photos" if cell.task == Text.name else cell.task
+        found = replace(self.schedules[same], rate=rate)
+        if cell.variant in SCALES:
+            size = replace(found.size, **SCALES[cell.variant].get("size", {}))
+            return replace(found, size=size)
         if cell.stage != "tune": return found
         steps = max(1, found.steps // TUNING_SHARE)
         return replace(found, steps=steps, points=1)
 
 
+def explored(seed: int) -> list[Cell]:
+    "Exploratory cells of a seed."
+    schemes = [scheme for scheme in SCHEMES if scheme != "alternating"]
+    groups = dict(
+        diversity=[f"{arm} {scheme}" for arm in EXPLORED["arms"] for scheme in schemes],
+        grid=GRID_ARMS,
+        again=ARMS, # the primary cells once more, to see how far trained networks look
+        positions=[f"{arm} positions {name}" for arm in ("row_major", "hilbert")
+                   for name in POSITIONS if name != "grid"],
+    )
+    make = partial(Cell, "explore", seed=seed)
+    cells = [
+        make(task, arm)
+        for arms in groups.values() for task in EXPLORED["tasks"] for arm in arms
+    ]
+    cells += [make("text", arm, rate=TEXT_RATE) for arm in TEXT_ARMS]
+    cells += [
+        make("photos", arm, variant=scale)
+        for scale in SCALES for arm in ("row_major", "hilbert")
+    ]
+    return cells + [make(task, "dense", variant=SAME_SECONDS) for task in TASKS]
+
+
 def task_of(cell: Cell) -> Task:
     "Tuning looks at examples that no result is judged by."
-    return TASKS[cell.task](cell.seed, "tune" if cell.stage == "tune" else "test")
+    make = Text if cell.task == Text.name else TASKS[cell.task]
+    task = make(cell.seed, "tune" if cell.stage == "tune" else "test")
+    vars(task).update(SCALES.get(cell.variant, {}).get("task", {}))
+    return task
 
 
 def arm_of(cell: Cell) -> Arm:
-    name, _, scheme = cell.arm.partition(" ")
-    return Arm(name, scheme or "alternating")
+    return Arm.read(cell.arm)
 
 
 FULL = Plan(SCHEDULES, RATES)

@@ -2,6 +2,7 @@
 import random
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,9 +11,11 @@ from hilbert_attn.bench.machine import environment
 from hilbert_attn.bench.measuring import progress_bar
 
 from .arms import GRID_ARMS
-from .plan import Cell, Plan, arm_of, task_of
-from .store import as_run, chosen_rates, load, load_stage, path_of, rounded, save
-from .training import Outcome, train
+from .attending import attention_distances
+from .plan import SAME_SECONDS, Cell, Plan, arm_of, task_of
+from .store import as_run, chosen_rates, load, load_stage, path_of, rounded, save, times_file
+from .timing import steps_in_time_of
+from .training import Schedule, train
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,10 +55,26 @@ def rate_of(cell: Cell, plan: Plan, folder: Path) -> float:
     return chosen_rates(runs)[cell.task, arm]
 
 
-def run_cell(cell: Cell, rate: float, plan: Plan, tell: Callable = lambda n: None) -> dict:
-    "Trains one cell. JSON-ready."
-    task, schedule = task_of(cell), plan.schedule(cell, rate)
-    outcome: Outcome = train(task, arm_of(cell), schedule, cell.seed, tell)
+def in_same_seconds(schedule: Schedule, cell: Cell, folder: Path) -> Schedule:
+    "As many steps as fit into the time of Hilbert's, by the stored times of a step."
+    if not times_file(folder).exists():
+        raise RuntimeError(f"{cell.name}: needs times of a step: tools/run_study.py --times")
+    times = load(times_file(folder))[cell.task]
+    steps = steps_in_time_of(times, cell.arm, "hilbert", schedule.steps)
+    return replace(schedule, steps=steps)
+
+
+def run_cell(
+    cell: Cell,
+    schedule: Schedule,
+    tell: Callable = lambda steps: None, # told of each step
+) -> dict: # JSON-ready
+    "Trains one cell; exploratory ones are also asked how far they look."
+    task, arm = task_of(cell), arm_of(cell)
+    outcome, network = train(task, arm, schedule, cell.seed, tell)
+    if cell.stage == "explore":
+        distances = attention_distances(network, task, arm, schedule.size.heads)
+        outcome = replace(outcome, distances=distances)
     guesses = {name: x.mean().item() for name, x in task.guesses(task.tests()).items()}
     return as_run(cell, schedule, outcome, guesses, environment())
 
@@ -76,7 +95,9 @@ def run_study(
     with progress_bar(steps, "study", show) as bar:
         for done, cell in enumerate(left, 1):
             bar.set_description_str(cell.name)
-            run = run_cell(cell, rate_of(cell, plan, folder), plan, bar.update)
+            schedule = plan.schedule(cell, rate_of(cell, plan, folder))
+            if cell.variant == SAME_SECONDS: schedule = in_same_seconds(schedule, cell, folder)
+            run = run_cell(cell, schedule, bar.update)
             save(run, path_of(cell, folder))
             log(f"{done} of {len(left)}: {cell.name}: {run['loss']:.4f}, {run['seconds']:.0f} s")
     return len(left)
@@ -91,7 +112,7 @@ def reproduce(plan: Plan, folder: Path, count: int, draw: int, log: Callable) ->
     differ = []
     for cell in random.Random(draw).sample(stored, min(count, len(stored))):
         was = load(path_of(cell, folder))
-        now = run_cell(cell, was["rate"], plan)
+        now = run_cell(cell, plan.schedule(cell, was["rate"]))
         same = rounded(now["curve"]) == was["curve"] and now["groups"] == was["groups"]
         log(f"{cell.name}: {'equal' if same else 'differs'} ({was['loss']}, {now['loss']})")
         if not same: differ.append(cell.name)

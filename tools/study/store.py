@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from hilbert_attn.bench import results
+from hilbert_attn.bench.machine import environment
 
 from .plan import Cell
 from .training import Outcome, Schedule
@@ -28,6 +29,10 @@ def rounded(value):
     return value
 
 
+def _kept(env: dict) -> dict: # from `environment`
+    return {name: env[name] for name in ENVIRONMENT if name in env}
+
+
 def as_run(
     cell: Cell,
     schedule: Schedule,
@@ -36,9 +41,10 @@ def as_run(
     env: dict, # from `hilbert_attn.bench.machine.environment`
 ) -> dict: # JSON-ready
     "What is stored of a training."
-    kept = {name: env[name] for name in ENVIRONMENT if name in env}
-    found = cell._asdict() | dict(rate=schedule.rate, schedule=asdict(schedule))
-    return rounded(found | asdict(outcome) | dict(guesses=guesses, environment=kept))
+    found = cell._asdict() | dict(rate=schedule.rate, schedule=asdict(schedule)) | asdict(outcome)
+    for name in ("variant", "distances"):
+        if not found[name]: del found[name]  # primary trainings have none
+    return rounded(found | dict(guesses=guesses, environment=_kept(env)))
 
 
 def save(run: dict, path: Path) -> None:
@@ -50,12 +56,20 @@ def save(run: dict, path: Path) -> None:
     scratch.replace(path)
 
 
+def times_file(folder: Path) -> Path: # from `timing.measure`
+    return folder / "times.json"
+
+
+def save_times(times: dict, folder: Path) -> None:
+    save(rounded(times | dict(environment=_kept(environment()))), times_file(folder))
+
+
 def load(path: Path) -> dict:
     return json.loads(path.read_text())
 
 
 def load_stage(
-    stage: str, # "tune" or "primary"
+    stage: str, # "tune", "primary" or "explore"
     folder: Path | None = None, # None: nbs/results/study
 ) -> list[dict]:
     "All stored runs of a stage."

@@ -38,6 +38,7 @@ class Task:
     grid: tuple[int, ...]
     segment_size: int
     tile: int # side of the tiles of `tile`
+    positions = "grid" # what the rotary embedding turns by, see `arms.POSITIONS`
     inputs: int
     outputs: int
     measure: str # what the loss is

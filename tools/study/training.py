@@ -36,6 +36,7 @@ class Outcome:
     curve: list[list[float]] # step, training loss so far, test loss
     parameters: int
     seconds: float
+    distances: list[float] | None = None # from `attention_distances`; exploratory trainings
 
 
 def rate_at(step: int, schedule: Schedule) -> float:
@@ -77,7 +78,7 @@ def train(
     schedule: Schedule,
     seed: int, # of weights and data
     tell: Callable = lambda steps: None, # told of each step
-) -> Outcome:
+) -> tuple[Outcome, Network]:
     "Trains an arm."
     torch.use_deterministic_algorithms(True)
     began = process_time()
@@ -95,4 +96,5 @@ def train(
         tell(1)
     count = sum(p.numel() for p in network.parameters())
     seconds = process_time() - began
-    return Outcome(losses.mean().item(), tests.means(losses), curve, count, seconds)
+    outcome = Outcome(losses.mean().item(), tests.means(losses), curve, count, seconds)
+    return outcome, network

@@ -1,0 +1,60 @@
+"How far a trained network looks."
+import torch
+from torch import Tensor
+
+from hilbert_attn.modules import TransformerBlock, apply_rotary
+from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern, attention_mask
+
+from .arms import GRID_ARMS, Arm, layer_orders
+from .network import Network
+from .tasks import Task
+
+
+def seen_by(arm: Arm, task: Task, layer: int) -> Tensor: # bool (N, N), in the order of the layer
+    "Which keys a query attends to."
+    if arm.name not in GRID_ARMS:
+        segment = torch.arange(task.tokens) // (arm.segment_size(task) or task.tokens)
+        return segment[:, None] == segment
+    side = (task.tile,) * len(task.grid)
+    near = NeighborhoodPattern(task.grid, side)
+    if arm.name == "neighbourhood": return attention_mask(near)[0, 0]
+    shift = task.tile // 2 if layer % 2 else 0
+    return attention_mask(WindowPattern(task.grid, side, shift=shift))[0, 0]
+
+
+def weights_and_values(
+    block: TransformerBlock, # of `Network`
+    x: Tensor, # (B, N, E), in the order of the layer
+    rope: tuple[Tensor, Tensor] | None, # in the same order
+    seen: Tensor, # bool (N, N)
+    heads: int,
+) -> tuple[Tensor, Tensor]: # softmax weights (B, H, N, N), values (B, H, N, D)
+    "The attention of a block, written out."
+    inside = block.attention.qkv_proj(block.attention_norm(x))
+    q, k, v = inside.unflatten(-1, (3 * heads, -1)).transpose(1, 2).chunk(3, 1)
+    if rope is not None: q, k = apply_rotary(q, rope), apply_rotary(k, rope)
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    return scores.masked_fill(~seen, -torch.inf).softmax(-1), v
+
+
+@torch.no_grad()
+def attention_distances(
+    network: Network, # trained
+    task: Task,
+    arm: Arm,
+    heads: int,
+    examples: int = 8,
+) -> list[float]: # by layer, in cells
+    "Mean distance from a query to what it attends to, by its weights, on test examples."
+    x = network.embed(task.tests().batch.tokens[:examples])
+    coords = torch.unravel_index(torch.arange(task.tokens), task.grid)
+    cells, found = torch.stack(coords, 1).float(), []
+    orders = layer_orders(arm, task, len(network.blocks))
+    steps = zip(network.blocks, network.moves, network.ropes, orders)
+    for layer, (block, move, rope, order) in enumerate(steps):
+        x = x[:, move]
+        weights, _ = weights_and_values(block, x, rope, seen_by(arm, task, layer), heads)
+        away = torch.cdist(cells[order], cells[order])
+        found.append((weights * away).sum(-1).mean().item())
+        x = block(x, rope=rope)
+    return found
