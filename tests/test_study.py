@@ -14,7 +14,17 @@ from matplotlib import pyplot
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tools"))
 import run_study
-from study import analysis, attending, mechanism, plan, prediction, runner, store, timing
+from study import (
+    analysis,
+    attending,
+    exploring,
+    mechanism,
+    plan,
+    prediction,
+    runner,
+    store,
+    timing,
+)
 from study.arms import ARMS, GRID_ARMS, POSITIONS, Arm, layer_order, walk
 from study.network import GridAttention, Network, Size, rotary
 from study.photos import FOLDS, TESTED, TUNING, Photos, load_photos
@@ -569,3 +579,61 @@ def test_stored_runs_are_those_of_the_plan():
         names = {cell.name for cell in cells}
         paths = (store.study_folder() / stage).glob("*/*.json")
         assert {p.relative_to(store.study_folder()).as_posix()[:-5] for p in paths} <= names
+
+
+# exploratory tables
+
+def tried(**changes) -> dict:
+    "An exploratory run of seed 0; losses grow with the length of the title."
+    run = dict(stage="explore", task="photos", arm="hilbert", seed=0, guesses={"a": 9.0}) | changes
+    run.setdefault("loss", float(len(run["arm"] + run.get("variant", ""))))
+    return run
+
+
+def all_tried(seeds: int = 2) -> list[dict]:
+    "Every exploratory cell, and the primary ones, of some seeds."
+    cells = [cell for seed in range(seeds) for cell in plan.explored(seed)]
+    cells += [cell for cell in plan.FULL.primary() if cell.seed < seeds]
+    return [
+        tried(stage=c.stage, task=c.task, arm=c.arm, seed=c.seed, variant=c.variant,
+              distances=[1.0, 2.0, 3.0, 4.0])
+        for c in cells
+    ]
+
+
+def test_tables_of_exploratory_runs():
+    frame = exploring.as_frame(all_tried())
+    table, seeds = exploring.diversity(frame)
+    assert seeds == 2 and table.shape == (2 * 6, 3)
+    assert table.loc[("photos", "four"), "morton"] == len("morton four")
+    assert exploring.grid_patterns(frame)[0].shape == (2, 8)
+    placed, _ = exploring.positions(frame)
+    assert placed.loc[("photos", "hilbert"), "grid"] == len("hilbert")
+    assert placed.loc[("pathfinder", "row_major"), "none"] == len("row_major positions none")
+    assert exploring.text(frame)[0].loc["text", "(no learning)"] == 9
+    larger, _ = exploring.scales(frame)
+    assert len(larger) == 5 and larger.loc["(primary)", "row_major"] == len("row_major")
+    assert set(exploring.same_seconds(frame)[0]) == {
+        "dense", "hilbert", f"dense, {plan.SAME_SECONDS}"}
+    far, _ = exploring.looks(frame)
+    assert far.shape == (12, 4) and (far[3] == 3).all()
+    assert exploring.trained_again(frame) == (2 * 2 * 6, 2 * 2 * 6)
+
+
+def test_a_table_is_of_whole_seeds_alone():
+    runs = all_tried()
+    for run in runs:
+        if run["seed"] == 1 and run["arm"] == "hilbert four": run["loss"] = np.nan
+        elif run["seed"] == 1: run["loss"] += 100
+    table, seeds = exploring.diversity(exploring.as_frame(runs))
+    assert seeds == 1 and table.max().max() < 100
+
+
+def test_no_exploratory_runs_no_table():
+    frame = exploring.as_frame([tried(stage="primary")])
+    for make in (exploring.diversity, exploring.grid_patterns, exploring.positions, exploring.text,
+                 exploring.scales, exploring.same_seconds, exploring.looks):
+        assert make(frame) is None
+    assert exploring.trained_again(frame) == (0, 0)
+    changed = [tried(stage="primary", loss=1.0), tried(loss=1.0000001)]
+    assert exploring.trained_again(exploring.as_frame(changed)) == (0, 1)

@@ -1,0 +1,115 @@
+"What the exploratory trainings say: tables without verdicts."
+from collections.abc import Iterable, Sequence
+
+import pandas as pd
+
+from .arms import ARMS, Arm
+from .plan import EXPLORED, SAME_SECONDS, SCALES
+
+
+def as_frame(runs: Iterable[dict]) -> pd.DataFrame: # a row for each run
+    "Titles taken apart."
+    rows = []
+    for run in runs:
+        arm = Arm.read(run["arm"])
+        rows.append(dict(
+            stage=run["stage"], task=run["task"], arm=arm.name, scheme=arm.scheme,
+            positions=arm.positions or "grid", variant=run.get("variant", ""),
+            seed=run["seed"], loss=run["loss"], guess=min(run["guesses"].values()),
+            layers=run.get("distances")))
+    names = ["stage", "task", "arm", "scheme", "positions", "variant", "seed", "loss", "guess"]
+    return pd.DataFrame(rows, columns=[*names, "layers"])
+
+
+def plain(frame: pd.DataFrame) -> pd.Series: # bool
+    "Which runs are of primary arms, trained again or for the first time."
+    usual = (frame.scheme == "alternating") & (frame.positions == "grid") & (frame.variant == "")
+    return usual & frame.arm.isin(ARMS)
+
+
+def means(
+    frame: pd.DataFrame,
+    index: Sequence[str], # names of columns
+    columns: str, # name of a column
+) -> tuple[pd.DataFrame, int]: # losses, and the seeds that they are means of
+    "Mean loss over the seeds of which every cell of the table is stored."
+    wide = frame.pivot_table(index="seed", columns=[*index, columns], values="loss")
+    whole = wide.dropna()
+    return whole.mean().unstack(columns), len(whole)
+
+
+def with_primary(frame: pd.DataFrame, of: pd.Series) -> pd.DataFrame:
+    "Some exploratory runs, and the primary ones of their tasks, arms and seeds."
+    tried = frame[of & (frame.stage == "explore")]
+    same = [(frame[name].isin(tried[name])) for name in ("task", "arm", "seed")]
+    return pd.concat([frame[(frame.stage == "primary") & same[0] & same[1] & same[2]], tried])
+
+
+def diversity(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
+    "Task and scheme against arm."
+    of = frame.arm.isin(EXPLORED["arms"]) & (frame.positions == "grid") & (frame.variant == "")
+    of &= frame.task.isin(EXPLORED["tasks"]) & ~plain(frame)
+    return means(with_primary(frame, of), ["task", "scheme"], "arm") if of.any() else None
+
+
+def grid_patterns(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
+    "Patterns of the grid beside all primary arms."
+    of = ~frame.arm.isin(ARMS)
+    if not of.any(): return None
+    tried = frame[of]
+    mine = frame.task.isin(tried.task) & frame.seed.isin(tried.seed)
+    return means(pd.concat([frame[mine & (frame.stage == "primary")], tried]), ["task"], "arm")
+
+
+def positions(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
+    "Task and arm against what the rotary embedding turns by."
+    of = frame.positions != "grid"
+    if not of.any(): return None
+    return means(with_primary(frame, of), ["task", "arm"], "positions")
+
+
+def text(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
+    "Losses of the control, and of the best guess."
+    tried = frame[frame.task == "text"]
+    if tried.empty: return None
+    title = tried.arm + " " + tried.scheme.where(tried.scheme != "alternating", "")
+    guess = tried.assign(loss=tried.guess, title="(no learning)").drop_duplicates("seed")
+    return means(pd.concat([tried.assign(title=title.str.strip()), guess]), ["task"], "title")
+
+
+def scales(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
+    "What is larger, against the arm; the first row is the primary size."
+    of = frame.variant.isin(SCALES)
+    if not of.any(): return None
+    found = with_primary(frame, of)
+    found = found.assign(variant=found.variant.replace("", "(primary)"))
+    return means(found, ["variant"], "arm")
+
+
+def same_seconds(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
+    "Dense in Hilbert's time, beside both with equal steps."
+    tried = frame[frame.variant == SAME_SECONDS]
+    if tried.empty: return None
+    both = frame[(frame.stage == "primary") & frame.arm.isin(["dense", "hilbert"])]
+    both = both[both.task.isin(tried.task) & both.seed.isin(tried.seed)]
+    tried = tried.assign(arm=f"dense, {SAME_SECONDS}")
+    return means(pd.concat([both, tried]), ["task"], "arm")
+
+
+def looks(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
+    "Mean distance to what is attended, in cells: task and arm against the layer."
+    again = (frame.stage == "explore") & plain(frame) & frame.task.isin(EXPLORED["tasks"])
+    tried = frame[again].dropna(subset="layers")
+    if tried.empty: return None
+    long = tried.explode("layers")
+    layer = long.groupby(["task", "arm", "seed"]).cumcount() + 1
+    return means(long.assign(loss=long.layers.astype(float), layer=layer), ["task", "arm"], "layer")
+
+
+def trained_again(frame: pd.DataFrame) -> tuple[int, int]: # equal, of how many
+    "Primary cells that were trained once more: are the losses the same to the last digit?"
+    key = ["task", "arm", "seed"]
+    usual = frame[plain(frame)].pivot_table(index=key, columns="stage", values="loss")
+    if not {"primary", "explore"} <= set(usual): return 0, 0
+    both = usual.dropna()
+    return int((both.primary == both.explore).sum()), len(both)
