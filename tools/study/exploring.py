@@ -6,19 +6,24 @@ import pandas as pd
 from .arms import ARMS, Arm
 from .plan import EXPLORED, SAME_SECONDS, SCALES
 
+COPIED = ("stage", "task", "seed", "loss") # from a run
+READ = ("arm", "scheme", "positions", "variant", "guess", "layers")
+
 
 def as_frame(runs: Iterable[dict]) -> pd.DataFrame: # a row for each run
     "Titles taken apart."
     rows = []
     for run in runs:
         arm = Arm.read(run["arm"])
-        rows.append(dict(
-            stage=run["stage"], task=run["task"], arm=arm.name, scheme=arm.scheme,
-            positions=arm.positions or "grid", variant=run.get("variant", ""),
-            seed=run["seed"], loss=run["loss"], guess=min(run["guesses"].values()),
-            layers=run.get("distances")))
-    names = ["stage", "task", "arm", "scheme", "positions", "variant", "seed", "loss", "guess"]
-    return pd.DataFrame(rows, columns=[*names, "layers"])
+        rows.append({name: run[name] for name in COPIED} | dict(
+            arm=arm.name,
+            scheme=arm.scheme,
+            positions=arm.positions or "grid",
+            variant=run.get("variant", ""),
+            guess=min(run["guesses"].values()),
+            layers=run.get("distances"),
+        ))
+    return pd.DataFrame(rows, columns=[*COPIED, *READ])
 
 
 def plain(frame: pd.DataFrame) -> pd.Series: # bool
@@ -38,11 +43,16 @@ def means(
     return whole.mean().unstack(columns), len(whole)
 
 
-def with_primary(frame: pd.DataFrame, of: pd.Series) -> pd.DataFrame:
-    "Some exploratory runs, and the primary ones of their tasks, arms and seeds."
+def with_primary(
+    frame: pd.DataFrame,
+    of: pd.Series, # bool, which rows
+    same: Sequence[str] = ("task", "arm", "seed"),
+) -> pd.DataFrame:
+    "Some exploratory runs, and the primary ones that have the same."
     tried = frame[of & (frame.stage == "explore")]
-    same = [(frame[name].isin(tried[name])) for name in ("task", "arm", "seed")]
-    return pd.concat([frame[(frame.stage == "primary") & same[0] & same[1] & same[2]], tried])
+    beside = frame.stage == "primary"
+    for name in same: beside &= frame[name].isin(tried[name])
+    return pd.concat([frame[beside], tried])
 
 
 def diversity(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
@@ -56,9 +66,7 @@ def grid_patterns(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
     "Patterns of the grid beside all primary arms."
     of = ~frame.arm.isin(ARMS)
     if not of.any(): return None
-    tried = frame[of]
-    mine = frame.task.isin(tried.task) & frame.seed.isin(tried.seed)
-    return means(pd.concat([frame[mine & (frame.stage == "primary")], tried]), ["task"], "arm")
+    return means(with_primary(frame, of, ("task", "seed")), ["task"], "arm")
 
 
 def positions(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
@@ -72,9 +80,11 @@ def text(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
     "Losses of the control, and of the best guess."
     tried = frame[frame.task == "text"]
     if tried.empty: return None
-    title = tried.arm + " " + tried.scheme.where(tried.scheme != "alternating", "")
-    guess = tried.assign(loss=tried.guess, title="(no learning)").drop_duplicates("seed")
-    return means(pd.concat([tried.assign(title=title.str.strip()), guess]), ["task"], "title")
+    scheme = tried.scheme.where(tried.scheme != "alternating", "")
+    titled = tried.assign(title=(tried.arm + " " + scheme).str.strip())
+    guess = tried.assign(loss=tried.guess, title="(no learning)")
+    found = pd.concat([titled, guess.drop_duplicates("seed")])
+    return means(found, ["task"], "title")
 
 
 def scales(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
@@ -88,12 +98,12 @@ def scales(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
 
 def same_seconds(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
     "Dense in Hilbert's time, beside both with equal steps."
-    tried = frame[frame.variant == SAME_SECONDS]
-    if tried.empty: return None
-    both = frame[(frame.stage == "primary") & frame.arm.isin(["dense", "hilbert"])]
-    both = both[both.task.isin(tried.task) & both.seed.isin(tried.seed)]
-    tried = tried.assign(arm=f"dense, {SAME_SECONDS}")
-    return means(pd.concat([both, tried]), ["task"], "arm")
+    of = frame.variant == SAME_SECONDS
+    if not of.any(): return None
+    found = with_primary(frame, of, ("task", "seed"))
+    found = found[found.arm.isin(["dense", "hilbert"])]
+    arm = found.arm.where(found.variant == "", f"dense, {SAME_SECONDS}")
+    return means(found.assign(arm=arm), ["task"], "arm")
 
 
 def looks(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
@@ -103,7 +113,9 @@ def looks(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
     if tried.empty: return None
     long = tried.explode("layers")
     layer = long.groupby(["task", "arm", "seed"]).cumcount() + 1
-    return means(long.assign(loss=long.layers.astype(float), layer=layer), ["task", "arm"], "layer")
+    distance = long.layers.astype(float)
+    found = long.assign(loss=distance, layer=layer)
+    return means(found, ["task", "arm"], "layer")
 
 
 def trained_again(frame: pd.DataFrame) -> tuple[int, int]: # equal, of how many
