@@ -516,6 +516,19 @@ def test_steps_to_a_loss():
     assert np.isnan(analysis.steps_to(curve, 0.5))
 
 
+def test_times_as_fast_at_a_loss():
+    "Losses fall in steps of 100 from 1 to 0; b is half as fast a learner, and c never gets there."
+    def run(arm, losses):
+        curve = [[100 * (i + 1), 0.0, x] for i, x in enumerate(losses)]
+        return dict(task="photos", arm=arm, seed=0, curve=curve)
+
+    runs = [run("a", [0.6, 0.2, 0.1]), run("b", [0.8, 0.5, 0.2]), run("c", [0.9, 0.9, 0.9])]
+    times = {arm: {"median": x} for arm, x in dict(a=0.02, b=0.01, c=0.01).items()}
+    assert analysis.times_as_fast(runs, times, "photos", "a", "b") == [300 * 0.01 / (200 * 0.02)]
+    assert analysis.times_as_fast(runs, times, "photos", "c", "b") == [0.0]
+    assert analysis.times_as_fast(runs[:1], times, "photos", "c", "b") == []
+
+
 def test_geometry_is_tried_on_a_task_that_it_has_not_seen():
     near = {arm: prediction.features(arm, "photos")[0] for arm in prediction.SPARSE}
     seen = prediction.observed(analysis.as_rows(made_up({a: -x for a, x in near.items()})))

@@ -208,6 +208,25 @@ def _reached(pairs: np.ndarray) -> tuple[int, np.ndarray]: # how many, median st
     return len(there), np.median(there, 0) if len(there) else np.full(2, np.nan)
 
 
+def times_as_fast(
+    runs: list[dict],
+    times: dict, # of a step: arm -> median in seconds, from `timing.measure`
+    task: str,
+    arm: str = "hilbert",
+    goal: str = "row_major",
+) -> list[float]: # for each seed; 0 where the arm never gets there
+    "How many times as fast an arm is at the loss at which another one ends."
+    curves = {(r["seed"], r["arm"]): r["curve"] for r in runs if r["task"] == task}
+    found = []
+    for seed in sorted({seed for seed, name in curves if name == goal}):
+        if (seed, arm) not in curves: continue
+        end = curves[seed, goal][-1][2]
+        needs = {name: steps_to(curves[seed, name], end) for name in (arm, goal)}
+        seconds = {name: steps * times[name]["median"] for name, steps in needs.items()}
+        found.append(0.0 if np.isnan(needs[arm]) else seconds[goal] / seconds[arm])
+    return found
+
+
 def by_picture(rows: pd.DataFrame, task: str, a: str, b: str) -> pd.DataFrame:
     "Mean log ratio of each picture, and of how many seeds."
     ratios = log_ratios(rows, task, a, b)
