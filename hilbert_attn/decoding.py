@@ -32,6 +32,12 @@ class KeyTable(NamedTuple):
         keys, seen = (torch.cat(two, -1) for two in sides)
         return KeyTable(keys, seen)
 
+# %% ../nbs/11d_decoding.ipynb #56a96feb
+def _chosen_residue(residue: Tensor, pattern: SegmentPattern) -> Tensor: # (B, 1, M) -> (B, G, M)
+    "The residue of the keys that a query of some residue attends."
+    if pattern.mode == "residue": return residue
+    return torch.tensor(pattern.offsets, device=residue.device)[:, None] + 0 * residue
+
 # %% ../nbs/11d_decoding.ipynb #61ae334e
 def segment_keys(
     position: Tensor, # int64 (B, M): of the queries
@@ -42,8 +48,7 @@ def segment_keys(
     position = position[:, None]  # (B, 1, M)
     first, inside = position - position % w, position % w
     residue = inside % r
-    offsets = torch.tensor(pattern.offsets, device=position.device)[:, None]
-    chosen = residue if pattern.mode == "residue" else offsets + 0 * residue  # (B, G, M)
+    chosen = _chosen_residue(residue, pattern)  # (B, G, M)
     members = torch.arange(-(-min(w, n) // r), device=position.device)
     places = chosen[..., None] + r * members  # in the segment
     keys = first[..., None] + places
@@ -51,18 +56,23 @@ def segment_keys(
     if pattern.mode == "longnet": seen = seen & (residue == chosen)[..., None]
     return KeyTable(keys, seen)
 
+# %% ../nbs/11d_decoding.ipynb #7ea122b7
+def _stretch(position: Tensor, before: int, after: int, n: int) -> KeyTable:
+    "So many of n positions before each one (B, 1, M, 1), and so many from it on."
+    keys = position + torch.arange(-before, after, device=position.device)
+    return KeyTable(keys, (keys >= 0) & (keys < n))
+
 # %% ../nbs/11d_decoding.ipynb #31bc0e1a
 def slide_keys(
     position: Tensor, # int64 (B, M): of the queries
     pattern: SlidePattern, # over at least so many positions
 ) -> KeyTable: # of positions
     "The window of each query, and the first positions that lie before it."
-    (before, after), n, device = pattern.window, pattern.seq_len, position.device
+    (before, after), n = pattern.window, pattern.seq_len
     position = position[:, None, :, None]
-    reach = torch.arange(-min(before, n), min(after, n) + 1, device=device)
-    near, sinks = position + reach, torch.arange(min(pattern.sinks, n), device=device)
+    window = _stretch(position, min(before, n), min(after, n) + 1, n)
+    sinks = torch.arange(min(pattern.sinks, n), device=position.device)
     sinks = sinks.expand(*position.shape[:3], -1)
-    window = KeyTable(near, (near >= 0) & (near < n))
     return window.and_also(KeyTable(sinks, sinks < position - before))
 
 # %% ../nbs/11d_decoding.ipynb #7585e3c8
@@ -72,9 +82,7 @@ def overlap_keys(
 ) -> KeyTable: # of positions, later ones too
     "The segment of each query, and the positions before it."
     n, w, position = pattern.seq_len, pattern.window, position[:, None, :, None]
-    before, within = min(pattern.overlap, n), min(w, n)
-    keys = position // w * w + torch.arange(-before, within, device=position.device)
-    return KeyTable(keys, (keys >= 0) & (keys < n))
+    return _stretch(position // w * w, min(pattern.overlap, n), min(w, n), n)
 
 # %% ../nbs/11d_decoding.ipynb #f5c06b80
 def _rows(x: Tensor, keys: Tensor) -> Tensor: # (B, H_kv, C, D), (B, G, M, K) -> (B, G', M, K, D)
@@ -98,6 +106,15 @@ def _attend(
     wide = torch.promote_types(q.dtype, torch.float32)
     return masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale, dropout_p)
 
+# %% ../nbs/11d_decoding.ipynb #72836582
+def _grouped(q: Tensor, groups: int) -> Tensor: # (B, H, M, D) -> (B G, M, H / G, D)
+    "Queries that read the same rows, together."
+    return q.unflatten(1, (groups, -1)).transpose(2, 3).flatten(0, 1)
+
+# %% ../nbs/11d_decoding.ipynb #f3abc232
+def _ungrouped(x: Tensor, groups: int) -> Tensor: # (B G, M, H / G, ...) -> (B, H, M, ...)
+    return x.unflatten(0, (-1, groups)).transpose(2, 3).flatten(1, 2)
+
 # %% ../nbs/11d_decoding.ipynb #e5f45cf1
 def attend_keys(
     q: Tensor, # queries (B, H, M, D), few
@@ -114,13 +131,11 @@ def attend_keys(
     keys = keys.where(seen, 0).clamp(0, k.shape[2] - 1)
     k, v = (_rows(x, keys) for x in (k, v))  # (B, G, M, K, D)
     k, v = (x.masked_fill(~seen[..., None], 0) for x in (k, v))  # row 0 may hold anything
-    G, group = k.shape[1], q.shape[1] // k.shape[1]
-    queries = q.unflatten(1, (G, group)).transpose(2, 3)  # (B, G, M, group, D)
-    mask = seen.expand(-1, G, -1, -1).flatten(0, 1)[:, :, None]
-    queries, k, v = (x.flatten(0, 1) for x in (queries, k, v))
-    out, lse = _attend(queries, k, v, mask, scale, dropout_p, need_lse)  # (B G, M, group, D)
-    def back(x): return x.unflatten(0, (-1, G)).transpose(2, 3).flatten(1, 2)
-    return back(out), back(lse) if need_lse else None
+    groups = k.shape[1]
+    mask = seen.expand(-1, groups, -1, -1).flatten(0, 1)[:, :, None]
+    k, v = k.flatten(0, 1), v.flatten(0, 1)
+    out, lse = _attend(_grouped(q, groups), k, v, mask, scale, dropout_p, need_lse)
+    return _ungrouped(out, groups), _ungrouped(lse, groups) if need_lse else None
 
 
 # %% ../nbs/11d_decoding.ipynb #a0ff725a
@@ -186,15 +201,27 @@ def _check_order(order: Any, window: int | None, overlap: int, device: torch.dev
     if overlap: raise ValueError(f"overlap={overlap} with an order: give segments without")
     return check_order(order, len(order) if isinstance(order, Tensor) else 0, device)
 
+# %% ../nbs/11d_decoding.ipynb #e9174db7
+def _grid_keys(token: Tensor, pattern: SegmentPattern, order: Tensor) -> KeyTable: # of tokens
+    "The keys of tokens that lie along an order."
+    last = len(order) - 1
+    keys, seen = segment_keys(inverse_order(order)[token.clamp(0, last)], pattern)
+    return KeyTable(order[keys.clamp(max=last)], seen & (token <= last)[:, None, :, None])
+
 # %% ../nbs/11d_decoding.ipynb #ba9fa257
 def _keys_of(token: Tensor, pattern: Any, order: Tensor | None) -> KeyTable: # of tokens
     "The keys of some tokens, which may have a place on a grid."
     if isinstance(pattern, SlidePattern): return slide_keys(token, pattern)
     if isinstance(pattern, OverlapPattern): return overlap_keys(token, pattern)
     if order is None: return segment_keys(token, pattern)
-    last = len(order) - 1
-    keys, seen = segment_keys(inverse_order(order)[token.clamp(0, last)], pattern)
-    return KeyTable(order[keys.clamp(max=last)], seen & (token <= last)[:, None, :, None])
+    return _grid_keys(token, pattern, order)
+
+# %% ../nbs/11d_decoding.ipynb #3854c48f
+def _past_keys(token: Tensor, pattern: Any, order: Tensor | None) -> KeyTable: # of tokens
+    "The keys of some tokens that stand in their text, and not behind them."
+    keys, seen = _keys_of(token, pattern, order)
+    seen = seen & (keys >= 0)  # none, where a place would be before its text
+    return KeyTable(keys, seen & (keys <= token[:, None, :, None]))
 
 # %% ../nbs/11d_decoding.ipynb #a64b4ff8
 def _table_attention(
@@ -204,9 +231,7 @@ def _table_attention(
     few, device = call.q.shape[2], call.q.device
     starts, lengths = (torch.as_tensor(x, device=device).view(-1, 1) for x in (starts, lengths))
     token = lengths - starts - few + torch.arange(few, device=device)  # of its own text
-    keys, seen = _keys_of(token, pattern, order)
-    seen = seen & (keys >= 0)  # none, where a place would be before its text
-    seen = seen & (keys <= token[:, None, :, None])
+    keys, seen = _past_keys(token, pattern, order)
     table = KeyTable(keys + starts[..., None, None], seen)
     return attend_keys(
         call.q, call.k, call.v, table, scale=call.scale, dropout_p=call.dropout_p,

@@ -59,17 +59,25 @@ def _check_table(bias: Any, grid: tuple[int, ...], reach: tuple[int, ...], heads
     "A `ValueError` for what is no table of differences that a pattern can have."
     given = type(bias).__name__
     if isinstance(bias, Tensor):
+        if _is_table(bias, len(grid), heads, device) and _covers(bias.shape[1:], reach): return
         given = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
-        sizes = bias.shape[1:]
-        fits = bias.shape[:1] == (heads,) and len(sizes) == len(grid) and bias.is_floating_point()
-        odd = all(size % 2 for size in sizes)
-        wide = fits and all(size > 2 * far for size, far in zip(sizes, reach))
-        if wide and odd and prod(sizes) <= _MOST and bias.device == device: return
     least = ", ".join(str(2 * far + 1) for far in reach)
     raise ValueError(
         f"bias is {given}: expected floating-point numbers on {device} of shape "
         f"(H, differences of each axis, query - key) = ({heads}, {least}) or more, "
         f"odd sizes, at most {_MOST} for a head")
+
+# %% ../nbs/06a_relative_bias.ipynb #0aefe198
+def _is_table(bias: Tensor, axes: int, heads: int, device: torch.device) -> bool:
+    "Floating-point numbers of each head, and of differences along so many axes?"
+    if not bias.is_floating_point() or bias.device != device: return False
+    return bias.shape[:1] == (heads,) and bias.ndim == 1 + axes
+
+# %% ../nbs/06a_relative_bias.ipynb #c5032198
+def _covers(sizes: Sequence[int], reach: Sequence[int]) -> bool:
+    "Do odd sizes, not too large together, hold all differences within reach?"
+    if prod(sizes) > _MOST or not all(size % 2 for size in sizes): return False
+    return all(size > 2 * far for size, far in zip(sizes, reach))
 
 # %% ../nbs/06a_relative_bias.ipynb #6a000010
 def relative_bias(

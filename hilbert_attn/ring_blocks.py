@@ -7,10 +7,10 @@ __all__ = ['MASK_ELEMENTS', 'HEAD_ELEMENTS', 'block_forward', 'block_backward', 
            'ring_tasks', 'SharedWork', 'shared_work', 'Queries', 'add_to', 'Blocks']
 
 # %% ../nbs/09c_ring_blocks.ipynb #b7f989bb
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
@@ -89,13 +89,19 @@ def _three_columns(dlse: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     ones[..., :3] = 1
     return columns, ones
 
+# %% ../nbs/09c_ring_blocks.ipynb #cab1a0b7
+def _with_columns(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor,
+) -> list[Tensor]: # dout, q, k, v, out
+    "Eight more columns of each, in which the gradient of the LSE stands."
+    columns, ones = _three_columns(dlse, q.dtype)
+    q, k, v = (F.pad(x, (0, 8)) for x in (q, k, v))
+    return [torch.cat((dout, ones), -1), q, k, v, torch.cat((out, columns), -1)]
+
 # %% ../nbs/09c_ring_blocks.ipynb #c98dc248
 def _cuda_flash_backward(dout, dlse, q, k, v, out, lse, triangle, scale) -> list[Tensor]:
     size = q.shape[-1]
-    if dlse is not None:
-        columns, ones = _three_columns(dlse, q.dtype)
-        q, k, v = (F.pad(x, (0, 8)) for x in (q, k, v))
-        out, dout = torch.cat((out, columns), -1), torch.cat((dout, ones), -1)
+    if dlse is not None: dout, q, k, v, out = _with_columns(dout, dlse, q, k, v, out)
     flash = torch.ops.aten._scaled_dot_product_flash_attention_backward
     unused = torch.zeros((), dtype=torch.int64, device=q.device)  # the state of no dropout
     lengths = q.shape[2], k.shape[2]
@@ -200,17 +206,27 @@ def ring_tasks(
 ) -> list[Task]:
     "The dense blocks of a rank's queries against the keys of `src`, for the heads of a turn."
     if not plan.sizes[rank] or not plan.sizes[src]: return []
-    first, last = turn.heads
-    kv_of = [kv - turn.kv_heads[0] for kv in plan.branches[branch].kv_of[first:last]]
-    heads = aligned_heads(kv_of, range(len(kv_of)), range(turn.kv_heads[1] - turn.kv_heads[0]))
+    heads = _turn_heads(plan.branches[branch].kv_of, turn)
     if not plan.causal: return [_whole_task(heads, plan.sizes[rank], plan.sizes[src])]
-    found: list[Task] = []
+    runs = _runs(plan.runs[rank])
+    tasks = (_run_tasks(plan, heads, *run, plan.runs[src]) for run in runs)
+    return _joined_tasks(chain.from_iterable(tasks))
+
+# %% ../nbs/09c_ring_blocks.ipynb #f1250ed5
+def _turn_heads(kv_of: Sequence[int], turn: Turn) -> list[tuple[list[int], list[int]]]:
+    "Aligned heads of a turn."
+    (first, last), (first_kv, last_kv) = turn.heads, turn.kv_heads
+    kv_of = [kv - first_kv for kv in kv_of[first:last]]
+    return aligned_heads(kv_of, range(len(kv_of)), range(last_kv - first_kv))
+
+# %% ../nbs/09c_ring_blocks.ipynb #e639ff04
+def _runs(bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[Progression, Progression]]:
+    "Positions of each run, and its rows."
     row = 0
-    for start, stop in plan.runs[rank]:
-        queries = Progression(start, 1, stop - start)
-        found += _run_tasks(plan, heads, row, queries, plan.runs[src])
-        row += stop - start
-    return _joined_tasks(found)
+    for start, stop in bounds:
+        count = stop - start
+        yield Progression(start, 1, count), Progression(row, 1, count)
+        row += count
 
 # %% ../nbs/09c_ring_blocks.ipynb #1f47d893
 def _whole_task(heads: Sequence, queries: int, keys: int, row: int = 0) -> Task:
@@ -219,30 +235,34 @@ def _whole_task(heads: Sequence, queries: int, keys: int, row: int = 0) -> Task:
     return Task(0, rows, 0, columns, heads, "all", rows, columns)
 
 # %% ../nbs/09c_ring_blocks.ipynb #6011e8c7
-def _run_tasks(plan: RingPlan, heads, row: int, queries: Progression, runs) -> Iterator[Task]:
-    "One run of queries, which begins at a row, against runs of keys."
-    key_row = full = 0
-    rows = Progression(row, 1, queries.count)
-    for start, stop in runs:
-        keys = Progression(start, 1, stop - start)
-        columns = Progression(key_row, 1, keys.count)
+def _run_tasks(
+    plan: RingPlan, heads: Sequence, queries: Progression, rows: Progression, bounds: Sequence,
+) -> Iterator[Task]:
+    "One run of queries, which lie in some rows, against runs of keys."
+    full = 0
+    for keys, columns in _runs(bounds):
         visible = visibility(queries, keys, True, plan.ordered)
-        key_row += keys.count
-        if visible == "all": full = key_row  # what is seen whole comes first
+        if visible == "all": full = columns.last + 1  # what is seen whole comes first
         elif visible: yield Task(0, rows, 0, columns, heads, visible, queries, keys)
-    if full: yield _whole_task(heads, queries.count, full, row)
+    if full: yield _whole_task(heads, queries.count, full, rows.start)
+
+# %% ../nbs/09c_ring_blocks.ipynb #35907314
+def _goes_on(last: Task, task: Task) -> bool:
+    "Are these the next rows, and do they see the same?"
+    both_whole = last.visible == task.visible == "all" and last.keys == task.keys
+    return both_whole and last.queries.last + 1 == task.queries.start
+
+# %% ../nbs/09c_ring_blocks.ipynb #678878da
+def _joined(last: Task, task: Task) -> Task:
+    count = last.queries.count + task.queries.count
+    return _whole_task(task.heads, count, task.keys.count, last.queries.start)
 
 # %% ../nbs/09c_ring_blocks.ipynb #f23015b8
-def _joined_tasks(tasks: Sequence[Task]) -> list[Task]:
+def _joined_tasks(tasks: Iterable[Task]) -> list[Task]:
     "Neighbouring rows that see the same keys whole, as one."
     found: list[Task] = []
     for task in tasks:
-        rows, last = task.queries, found[-1] if found else task
-        both_whole = last.visible == task.visible == "all" and last.keys == task.keys
-        if both_whole and last.queries.start + last.queries.count == rows.start:
-            start, count = last.queries.start, last.queries.count + rows.count
-            task = _whole_task(task.heads, count, task.keys.count, start)
-            found.pop()
+        if found and _goes_on(found[-1], task): task = _joined(found.pop(), task)
         found.append(task)
     return found
 
@@ -274,23 +294,29 @@ def _own_parcel(plan: RingPlan, b: int, part: Part, rank: int) -> Parcel:
     kv_heads = tuple(range(plan.branches[b].num_kv_heads))
     return Parcel(b, rank, rank, part.start, None, kv_heads, part.rows)
 
+# %% ../nbs/09c_ring_blocks.ipynb #a66c0b72
+def _met(
+    plan: RingPlan, b: int, mine: Part, sources: dict,
+) -> Iterator[tuple[int, int, Parcel]]: # residue, index of the source, its parcel
+    "Residues of the parts of a segment, and the source that holds each, if there is one."
+    for _, theirs in plan.sharing(b, mine.start):
+        every = sources.get((b, theirs.start, None))
+        for residue in plan.branches[b].residues():
+            source = sources.get((b, theirs.start, residue), every)
+            if source is not None: yield residue, *source
+
 # %% ../nbs/09c_ring_blocks.ipynb #2792cfa1
 def _part_tasks(plan: RingPlan, i: int, b: int, mine: Part, sources: dict) -> Iterator[Task]:
     "What a part of this rank meets in its segment."
     branch = plan.branches[b]
-    for _, theirs in plan.sharing(b, mine.start):
-        every = sources.get((b, theirs.start, None))
-        for residue in branch.residues():
-            source = sources.get((b, theirs.start, residue), every)
-            if source is None: continue
-            j, parcel = source
-            queries = branch.queries(mine, residue)
-            keys = branch.keys(Part(parcel.rows.start, parcel.rows.last + 1, True), residue)
-            visible = visibility(queries, keys, plan.causal, plan.ordered)
-            if visible is None: continue
-            heads = aligned_heads(branch.kv_of, branch.heads_of(residue), parcel.kv_heads)
-            rows, columns = _within(queries, mine.rows), _within(keys, parcel.rows)
-            yield Task(i, rows, j, columns, heads, visible, queries, keys)
+    for residue, j, parcel in _met(plan, b, mine, sources):
+        queries = branch.queries(mine, residue)
+        keys = branch.keys(Part(parcel.rows.start, parcel.rows.last + 1, True), residue)
+        visible = visibility(queries, keys, plan.causal, plan.ordered)
+        if visible is None: continue
+        heads = aligned_heads(branch.kv_of, branch.heads_of(residue), parcel.kv_heads)
+        rows, columns = _within(queries, mine.rows), _within(keys, parcel.rows)
+        yield Task(i, rows, j, columns, heads, visible, queries, keys)
 
 # %% ../nbs/09c_ring_blocks.ipynb #1a444b1b
 def _within(inner: Progression, outer: Progression) -> Progression:
@@ -345,6 +371,11 @@ class Queries:
         given = self.dout, self.dlse, self.q, self.out, self.lse
         return [None if x is None else x[index] for x in given]
 
+# %% ../nbs/09c_ring_blocks.ipynb #0dd7e735
+def _gives_view(index: tuple) -> bool:
+    "Are the heads a slice? With a list of them, what is indexed is a copy."
+    return isinstance(index[1], slice)
+
 # %% ../nbs/09c_ring_blocks.ipynb #c2420524
 def add_to(
     x: Tensor, # (B, H, N, ...)
@@ -352,8 +383,8 @@ def add_to(
     part: Tensor, # what is added there
 ):
     "Adds to rows of some heads, in place."
-    if isinstance(index[1], slice): x[index].add_(part)
-    else: x[index] = x[index].add_(part)  # heads in a list: x[index] is a copy
+    if _gives_view(index): x[index].add_(part)
+    else: x[index] = x[index].add_(part)
 
 # %% ../nbs/09c_ring_blocks.ipynb #2c7c8521
 def _merge_into(queries: Queries, index: tuple, part_out: Tensor, part_lse: Tensor):
@@ -363,7 +394,7 @@ def _merge_into(queries: Queries, index: tuple, part_out: Tensor, part_lse: Tens
     safe = new.masked_fill(new == -torch.inf, 0)
     merged = old_out.mul_((old - safe).exp()[..., None])
     merged.addcmul_(part_out, (part_lse - safe).exp()[..., None])
-    if isinstance(index[1], slice): old.copy_(new)
+    if _gives_view(index): old.copy_(new)
     else: queries.lse[index], queries.out[index] = new, merged
 
 # %% ../nbs/09c_ring_blocks.ipynb #9ea8fdbf
@@ -380,9 +411,11 @@ class Blocks:
 
     def _masks(self, task: Task, like: Tensor) -> Iterator[tuple[slice, bool, Tensor | None]]:
         "Rows of q, whether they see a triangle, and a bias; some at a time where it is large."
-        if task.visible != "tokens":
-            yield rows_of(task.queries), task.visible == "triangle", None
-            return
+        if task.visible == "tokens": return self._compared(task, like)
+        return iter([(rows_of(task.queries), task.visible == "triangle", None)])
+
+    def _compared(self, task: Task, like: Tensor) -> Iterator[tuple[slice, bool, Tensor | None]]:
+        "Token by token: rows that see no key are left out, and a mask that hides none."
         queries = self._tokens(task.query_positions, like.device)
         keys = self._tokens(task.key_positions, like.device)
         rows, step = task.queries, max(1, MASK_ELEMENTS // keys.numel())
