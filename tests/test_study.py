@@ -554,7 +554,8 @@ def page(folder: Path, monkeypatch, cells: int | None = None) -> dict:
 def test_the_page_without_runs(tmp_path, monkeypatch):
     names = page(tmp_path, monkeypatch)
     assert "under way" in names["state"]().data and "0 of 180" in names["state"]().data
-    assert names["in_one_sentence"]("photos") == "**photos**: too early, 0 of 10 seeds done."
+    said = analysis.in_one_sentence(names["contrasts"], "photos")
+    assert said == "**photos**: too early, 0 of 10 seeds done."
 
 
 def test_the_page_with_all_runs_and_with_one_less(tmp_path, monkeypatch):
@@ -563,13 +564,14 @@ def test_the_page_with_all_runs_and_with_one_less(tmp_path, monkeypatch):
         store.save(run, store.path_of(cell, tmp_path / "study"))
     names = page(tmp_path, monkeypatch)
     assert names["state"]().data.startswith("The study is complete.")
-    said = names["in_one_sentence"]("digits")
+    said = analysis.in_one_sentence(names["contrasts"], "digits")
     assert "lower: `random`" in said and "higher: `row_major`" in said
     store.path_of(plan.Cell("primary", "digits", "tile", 3), tmp_path / "study").unlink()
     names = page(tmp_path, monkeypatch, 7)
     assert "under way" in names["state"]().data and "179 of 180" in names["state"]().data
-    assert names["in_one_sentence"]("digits") == "**digits**: too early, 9 of 10 seeds done."
-    assert "lower: `random`" in names["in_one_sentence"]("photos")
+    said = analysis.in_one_sentence(names["contrasts"], "digits")
+    assert said == "**digits**: too early, 9 of 10 seeds done."
+    assert "lower: `random`" in analysis.in_one_sentence(names["contrasts"], "photos")
 
 
 # what is stored

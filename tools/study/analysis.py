@@ -141,6 +141,18 @@ def sentence(c: Contrast) -> str:
     return f"{c.task}: `{c.a}` against `{c.b}` is **{c.verdict}**, {figures}."
 
 
+def in_one_sentence(contrasts: Iterable[Contrast], task: str) -> str:
+    "Which arms Hilbert is lower than, higher than, equal to; or that it is too early."
+    mine = [c for c in contrasts if c.task == task]
+    done = min(c.seeds for c in mine)
+    if done < len(SEEDS):
+        return f"**{task}**: too early, {done} of {len(SEEDS)} seeds done."
+    said: dict[str, list[str]] = {}
+    for c in mine: said.setdefault(c.verdict, []).append(f"`{c.b}`")
+    parts = [f"{verdict}: {', '.join(arms)}" for verdict, arms in said.items()]
+    return f"**{task}**: Hilbert's loss against the other arms is " + "; ".join(parts) + "."
+
+
 def arm_table(runs: list[dict], task: str) -> pd.DataFrame: # a row for each arm
     "Seeds stored, losses, rates, and whether learning beats the best guess in every seed."
     found = []
