@@ -25,8 +25,8 @@ from study import (
     store,
     timing,
 )
-from study.arms import ARMS, GRID_ARMS, POSITIONS, Arm, layer_order, walk
-from study.network import GridAttention, Network, Size, rotary
+from study.arms import ARMS, DILATED_ARMS, GRID_ARMS, POSITIONS, Arm, layer_order, walk
+from study.network import Network, OtherAttention, Size, rotary
 from study.photos import FOLDS, TESTED, TUNING, Photos, load_photos
 from study.text import LETTERS, Text
 
@@ -36,7 +36,7 @@ from hilbert_attn.modules import rotary_embedding
 from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
 
 TASKS = list(plan.TASKS)
-STAGES = dict(tune=78, primary=180, explore=219)
+STAGES = dict(tune=78, primary=180, explore=231)
 
 
 @pytest.fixture(scope="module")
@@ -188,7 +188,7 @@ def test_a_layer_mixes_its_segments_and_nothing_else(arm):
 def test_patterns_of_the_grid(name, layer):
     task, size = plan.TASKS["digits"](0), Size(width=16, heads=2)
     torch.manual_seed(0)
-    attention = GridAttention(task, name, size, layer)
+    attention = OtherAttention(task, name, size, layer)
     rope = rotary_embedding(task.grid, 8)
     x = torch.randn(1, task.tokens, 16, requires_grad=True)
     attention(x, rope)[0, 200].sum().backward()
@@ -198,7 +198,17 @@ def test_patterns_of_the_grid(name, layer):
     assert torch.equal(x.grad[0].abs().sum(1) > 0, mask.flatten(0, -3)[0, 200])
 
 
-@pytest.mark.parametrize("name", GRID_ARMS)
+@pytest.mark.parametrize("name", DILATED_ARMS)
+def test_dilated_arms_have_as_many_pairs_along_hilbert(name):
+    task, arm = plan.TASKS["photos"](0), Arm(name)
+    seen = attending.seen_by(arm, task, 0, 2)
+    whole = seen[:, :task.tokens // 128 * 128].sum(-1)  # segments that are whole
+    assert (whole == task.segment_size).all()
+    for layer in (0, 1):
+        assert torch.equal(layer_order(arm, task, layer), layer_order(Arm("hilbert"), task, layer))
+
+
+@pytest.mark.parametrize("name", [*GRID_ARMS, *DILATED_ARMS])
 def test_patterns_of_the_grid_have_the_same_weights(name):
     task = plan.TASKS["photos"](0)
     counts = {
@@ -235,13 +245,13 @@ def test_titles_of_arms():
         assert Arm.read(title) == arm
 
 
-@pytest.mark.parametrize("name", ["dense", "hilbert", "row_major", *GRID_ARMS])
+@pytest.mark.parametrize("name", ["dense", "hilbert", "row_major", *GRID_ARMS, *DILATED_ARMS])
 def test_what_a_network_looks_at(name):
     task, arm, size = plan.TASKS["photos"](0), Arm(name), Size(width=16, heads=2, layers=2)
     network = Network(task, arm, size)
     x = torch.randn(2, task.tokens, 16)
     for layer, (block, rope) in enumerate(zip(network.blocks, network.ropes)):
-        seen = attending.seen_by(arm, task, layer)
+        seen = attending.seen_by(arm, task, layer, size.heads)
         weights, v = attending.weights_and_values(block, x, rope, seen, size.heads)
         out = block.attention.out_proj((weights @ v).transpose(1, 2).flatten(2))
         expected = block.attention(block.attention_norm(x), rope=rope)
@@ -387,8 +397,8 @@ def test_seeds_are_outermost():
 
 def test_exploratory_cells_come_last_and_name_their_scheme(toys):
     cells = plan.FULL.exploratory()
-    assert plan.arm_of(cells[0]) == Arm("row_major", "one") and len(cells) == 219
-    assert len({cell.name for cell in cells}) == 219
+    assert plan.arm_of(cells[0]) == Arm("row_major", "one") and len(cells) == 231
+    assert len({cell.name for cell in cells}) == 231
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert plan.arm_of(plan.FULL.primary()[5]) == Arm("hilbert", "alternating")
     cell = plan.Cell("explore", "photos", "hilbert four shifted", 0)
@@ -464,6 +474,17 @@ def test_verdicts_of_known_effects():
     assert found["random"].mean == pytest.approx(-0.3, abs=0.01)
     low, high = found["tile"].interval
     assert low < 0 < high
+
+
+def test_hypotheses_hold_where_every_arm_agrees():
+    rows = analysis.as_rows(made_up(dict(random=0.3, row_major=-0.1, tile=0.1, morton=0.1)))
+    table = analysis.hypotheses(analysis.family(rows))
+    assert list(table["holds in"]) == ["3 of 3", "0 of 3", "3 of 3", "3 of 3"]
+    assert set(table.photos) == {"lower", "higher", "equal within the margin"}
+    rows = analysis.as_rows(made_up(dict(tile=0.1)))
+    table = analysis.hypotheses(analysis.family(rows))
+    assert table["holds in"].iloc[2] == "0 of 3"
+    assert table.digits.iloc[2] == "lower; equal within the margin"
 
 
 def test_noise_leaves_it_undecided():
@@ -621,7 +642,7 @@ def test_tables_of_exploratory_runs():
     table, seeds = exploring.diversity(frame)
     assert seeds == 2 and table.shape == (2 * 6, 3)
     assert table.loc[("photos", "four"), "morton"] == len("morton four")
-    assert exploring.grid_patterns(frame)[0].shape == (2, 8)
+    assert exploring.other_patterns(frame)[0].shape == (2, 10)
     placed, _ = exploring.positions(frame)
     assert placed.loc[("photos", "hilbert"), "grid"] == len("hilbert")
     assert placed.loc[("pathfinder", "row_major"), "none"] == len("row_major positions none")
@@ -646,7 +667,7 @@ def test_a_table_is_of_whole_seeds_alone():
 
 def test_no_exploratory_runs_no_table():
     frame = exploring.as_frame([tried(stage="primary")])
-    for make in (exploring.diversity, exploring.grid_patterns, exploring.positions, exploring.text,
+    for make in (exploring.diversity, exploring.other_patterns, exploring.positions, exploring.text,
                  exploring.scales, exploring.same_seconds, exploring.looks):
         assert make(frame) is None
     assert exploring.trained_again(frame) == (0, 0)

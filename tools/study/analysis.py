@@ -141,6 +141,33 @@ def sentence(c: Contrast) -> str:
     return f"{c.task}: `{c.a}` against `{c.b}` is **{c.verdict}**, {figures}."
 
 
+HYPOTHESES = { # of the protocol -> arms, and what Hilbert's verdict against each has to be
+    "an order matters: lower than random": (("random",), "lower"),
+    "blocks, not stripes: lower than row-major": (("row_major",), "lower"),
+    "Hilbert, not any blocks: lower than tile and Morton": (("tile", "morton"), "lower"),
+    "sparsity costs nothing: equal to dense": (("dense",), "equal within the margin"),
+}
+
+
+def hypotheses(contrasts: Iterable[Contrast]) -> pd.DataFrame: # hypothesis against task
+    "Verdicts against each arm that a hypothesis names, and in how many tasks it holds."
+    known = {(c.task, c.b): c.verdict for c in contrasts}
+    table = {}
+    for words, (arms, expected) in HYPOTHESES.items():
+        found = {
+            task: [known[task, arm] for arm in arms]
+            for task in TASKS
+        }
+        held = sum(set(said) == {expected} for said in found.values())
+        told = {
+            task: "; ".join(dict.fromkeys(said))
+            for task, said in found.items()
+        }
+        told["holds in"] = f"{held} of {len(TASKS)}"
+        table[words] = told
+    return pd.DataFrame(table).T
+
+
 def in_one_sentence(contrasts: Iterable[Contrast], task: str) -> str:
     "Which arms Hilbert is lower than, higher than, equal to; or that it is too early."
     mine = [c for c in contrasts if c.task == task]
@@ -230,12 +257,15 @@ def times_as_fast(
     "How many times as fast an arm is at the loss at which another one ends."
     curves = {(r["seed"], r["arm"]): r["curve"] for r in runs if r["task"] == task}
     found = []
-    for seed in sorted({seed for seed, name in curves if name == goal}):
+    seeds = sorted({seed for seed, name in curves if name == goal})
+    for seed in seeds:
         if (seed, arm) not in curves: continue
         end = curves[seed, goal][-1][2]
-        needs = {name: steps_to(curves[seed, name], end) for name in (arm, goal)}
-        seconds = {name: steps * times[name]["median"] for name, steps in needs.items()}
-        found.append(0.0 if np.isnan(needs[arm]) else seconds[goal] / seconds[arm])
+        mine, its = (
+            steps_to(curves[seed, name], end) * times[name]["median"]
+            for name in (arm, goal)
+        )
+        found.append(0.0 if np.isnan(mine) else its / mine)
     return found
 
 

@@ -10,6 +10,9 @@ from .tasks import Task
 
 ARMS = ("dense", "random", "row_major", "tile", "morton", "hilbert")
 GRID_ARMS = ("windows", "neighbourhood") # exploratory: patterns of the grid, whatever the order
+# exploratory, along Hilbert: segments 4 times as long, every 4th position; half of the heads in
+# plain segments and half in segments 8 times as long, every 8th position
+DILATED_ARMS = ("dilated", "near_far")
 
 # scheme -> (walk, shift by half a segment) in layers 0, 1, ..., and again from the first.
 # 0 is the curve, 1 the transposed one, 2 the curve turned by half a turn, 3 that one transposed.
@@ -51,7 +54,8 @@ def order_of(name: str, grid: tuple[int, ...], tile: int, draw: int = 0) -> Tens
     if name == "random":
         size = curve_order(grid, "row_major").numel()
         return torch.randperm(size, generator=torch.Generator().manual_seed(77 + draw))
-    return curve_order(grid, f"tile:{tile}" if name == "tile" else name)
+    curve = "hilbert" if name in DILATED_ARMS else name
+    return curve_order(grid, f"tile:{tile}" if name == "tile" else curve)
 
 
 def transposed(name: str, grid: tuple[int, ...], tile: int) -> Tensor: # int64 (N,)

@@ -3,30 +3,39 @@ import torch
 from torch import Tensor
 
 from hilbert_attn.modules import TransformerBlock, apply_rotary
-from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern, attention_mask
+from hilbert_attn.patterns import (
+    DilatedPattern,
+    NeighborhoodPattern,
+    WindowPattern,
+    attention_mask,
+)
 
-from .arms import GRID_ARMS, Arm, layer_orders
-from .network import Network
+from .arms import DILATED_ARMS, GRID_ARMS, Arm, layer_orders
+from .network import Network, branches_of
 from .tasks import Task
 
 
-def seen_by(arm: Arm, task: Task, layer: int) -> Tensor: # bool (N, N), in the order of the layer
-    "Which keys a query attends to."
+def seen_by(arm: Arm, task: Task, layer: int, heads: int) -> Tensor: # bool (1 or H, N, N)
+    "Which keys a query attends to, in the order of the layer."
+    if arm.name in DILATED_ARMS:
+        branches = branches_of(arm.name, task.segment_size)
+        pattern = DilatedPattern.for_heads(task.tokens, heads, *branches, combine="heads")
+        return attention_mask(pattern)[0] > 0
     if arm.name not in GRID_ARMS:
         segment = torch.arange(task.tokens) // (arm.segment_size(task) or task.tokens)
-        return segment[:, None] == segment
+        return (segment[:, None] == segment)[None]
     side = (task.tile,) * len(task.grid)
     near = NeighborhoodPattern(task.grid, side)
-    if arm.name == "neighbourhood": return attention_mask(near)[0, 0]
+    if arm.name == "neighbourhood": return attention_mask(near)[0]
     shift = task.tile // 2 if layer % 2 else 0
-    return attention_mask(WindowPattern(task.grid, side, shift=shift))[0, 0]
+    return attention_mask(WindowPattern(task.grid, side, shift=shift))[0]
 
 
 def weights_and_values(
     block: TransformerBlock, # of `Network`
     x: Tensor, # (B, N, E), in the order of the layer
     rope: tuple[Tensor, Tensor] | None, # in the same order
-    seen: Tensor, # bool (N, N)
+    seen: Tensor, # bool (1 or H, N, N)
     heads: int,
 ) -> tuple[Tensor, Tensor]: # softmax weights (B, H, N, N), values (B, H, N, D)
     "The attention of a block, written out."
@@ -53,7 +62,8 @@ def attention_distances(
     steps = zip(network.blocks, network.moves, network.ropes, orders)
     for layer, (block, move, rope, order) in enumerate(steps):
         x = x[:, move]
-        weights, _ = weights_and_values(block, x, rope, seen_by(arm, task, layer), heads)
+        seen = seen_by(arm, task, layer, heads)
+        weights, _ = weights_and_values(block, x, rope, seen, heads)
         away = torch.cdist(cells[order], cells[order])
         found.append((weights * away).sum(-1).mean().item())
         x = block(x, rope=rope)

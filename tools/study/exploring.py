@@ -62,8 +62,8 @@ def diversity(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
     return means(with_primary(frame, of), ["task", "scheme"], "arm") if of.any() else None
 
 
-def grid_patterns(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
-    "Patterns of the grid beside all primary arms."
+def other_patterns(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
+    "What is no segment, beside all primary arms."
     of = ~frame.arm.isin(ARMS)
     if not of.any(): return None
     return means(with_primary(frame, of, ("task", "seed")), ["task"], "arm")

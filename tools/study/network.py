@@ -4,6 +4,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from hilbert_attn import dilated_attention
 from hilbert_attn.curves import inverse_order
 from hilbert_attn.local import neighborhood_attention, window_attention
 from hilbert_attn.modules import (
@@ -13,7 +14,7 @@ from hilbert_attn.modules import (
     rotary_embedding,
 )
 
-from .arms import GRID_ARMS, Arm, layer_order, layer_orders
+from .arms import DILATED_ARMS, GRID_ARMS, Arm, layer_order, layer_orders
 from .tasks import Task
 
 
@@ -71,34 +72,45 @@ def rotary(task: Task, arm: Arm, size: Size) -> tuple[Tensor, Tensor] | None:
     return cos[place], sin[place]
 
 
-class GridAttention(nn.Module):
-    """Windows, shifted by half in odd layers, or neighbourhoods, as large as a tile.
+class OtherAttention(nn.Module):
+    """What is no segment: patterns of the grid, as large as a tile, and dilated segments.
 
-    The projections are those of `HilbertAttentionCore`."""
+    Windows are shifted by half in odd layers. The projections are those of
+    `HilbertAttentionCore`."""
 
     def __init__(self, task: Task, name: str, size: Size, layer: int):
         super().__init__()
         self.qkv_proj = nn.Linear(size.width, 3 * size.width, bias=False)
         self.out_proj = nn.Linear(size.width, size.width, bias=False)
         self.heads, self.grid, self.name = size.heads, task.grid, name
+        self.segment_size = task.segment_size
         self.side = (task.tile,) * len(task.grid)
         self.shift = task.tile // 2 if layer % 2 else 0
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor: # (B, N, E), in token order
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor: # (B, N, E)
         heads = self.qkv_proj(x).unflatten(-1, (3 * self.heads, -1)).transpose(1, 2)
         q, k, v = heads.chunk(3, 1)
         out = self.attend(apply_rotary(q, rope), apply_rotary(k, rope), v)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor: # (B, H, N, D)
+        if self.name in DILATED_ARMS:
+            branches = branches_of(self.name, self.segment_size)
+            return dilated_attention(q, k, v, *branches, combine="heads", curve=None)
         if self.name == "neighbourhood":
             return neighborhood_attention(q, k, v, self.grid, self.side, curve=None)
         return window_attention(q, k, v, self.grid, self.side, shift=self.shift, curve=None)
 
 
+def branches_of(name: str, segment_size: int) -> tuple[list[int], list[int]]:
+    "Segment lengths and dilation rates of `DILATED_ARMS`: each query has as many keys."
+    rates = dict(dilated=[4], near_far=[1, 8])[name]
+    return [segment_size * rate for rate in rates], rates
+
+
 def _block(task: Task, arm: Arm, size: Size, layer: int) -> nn.Module:
-    if arm.name in GRID_ARMS:
-        attention: nn.Module = GridAttention(task, arm.name, size, layer)
+    if arm.name in (*GRID_ARMS, *DILATED_ARMS):
+        attention: nn.Module = OtherAttention(task, arm.name, size, layer)
     else:
         segment = arm.segment_size(task)
         attention = HilbertAttentionCore(

@@ -3,7 +3,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
-from .arms import ARMS, GRID_ARMS, POSITIONS, SCHEMES, Arm
+from .arms import ARMS, DILATED_ARMS, GRID_ARMS, POSITIONS, SCHEMES, Arm
 from .digits import Digits
 from .network import Size
 from .pathfinder import Pathfinder
@@ -98,6 +98,7 @@ def explored(seed: int) -> list[Cell]:
     groups = dict(
         diversity=[f"{arm} {scheme}" for arm in EXPLORED["arms"] for scheme in schemes],
         grid=GRID_ARMS,
+        dilated=DILATED_ARMS,
         again=ARMS, # the primary cells once more, to see how far trained networks look
         positions=[f"{arm} positions {name}" for arm in ("row_major", "hilbert")
                    for name in POSITIONS if name != "grid"],
