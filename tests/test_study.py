@@ -259,7 +259,7 @@ def test_what_a_network_looks_at(name):
     near, far = (
         attending.attention_distances(Network(task, one, size), task, one, 2)
         for one in (Arm("tile"), Arm("dense")))
-    assert max(near) < 4 < min(far)
+    assert max(map(max, near)) < 4 < min(map(min, far))
 
 
 def test_weights_depend_on_the_seed_alone():
@@ -499,7 +499,29 @@ def test_one_run_less_changes_n_and_silences_the_verdict():
     assert now["photos", "tile"].seeds == 9
     assert now["photos", "tile"].verdict == "9 of 10 seeds done"
     assert "no verdict" in analysis.sentence(now["photos", "tile"])
-    assert now["digits", "tile"].verdict == "lower"
+    assert now["digits", "tile"].verdict == "waits for the rest of the family"
+    assert now["digits", "tile"].holm_differ < 0.05
+
+
+def test_a_training_that_ended_in_nan_is_stored_and_tells_nothing():
+    runs = made_up(dict(tile=0.3))
+    broken = next(r for r in runs if (r["task"], r["arm"], r["seed"]) == ("photos", "tile", 7))
+    broken["groups"] = dict.fromkeys(broken["groups"], np.nan)
+    found = {(c.task, c.b): c for c in analysis.family(analysis.as_rows(runs))}
+    assert (found["photos", "tile"].stored, found["photos", "tile"].seeds) == (10, 9)
+    assert found["photos", "tile"].verdict == found["digits", "tile"].verdict == "lower"
+    rates = [dict(task="photos", arm="tile", rate=r, loss=x) for r, x in ((1, np.nan), (2, 3.0))]
+    assert store.chosen_rates(rates) == {("photos", "tile"): 2}
+
+
+def test_which_error_still_allows_a_tie():
+    "Just below it an arm that does not differ counts as equal, just above it does not."
+    for factor, equal in ((0.99, True), (1.01, False)):
+        error = factor * analysis.error_for_a_tie(9)
+        t = analysis.stats.t(9)
+        assert (t.sf(analysis.MARGIN / error) < analysis.LEVEL) == equal
+    assert analysis.error_for_a_tie(9) == pytest.approx(0.0108, abs=1e-4)
+    assert analysis.error_for_a_tie(9, 15) == pytest.approx(0.0056, abs=1e-4)
 
 
 def test_without_runs_and_with_few():
@@ -529,12 +551,22 @@ def test_an_arm_that_does_not_beat_the_guess_is_void():
     runs = made_up(dict(random=log(40.0)))
     assert analysis.void_arms(runs) == {(task, "random") for task in TASKS}
     assert analysis.arm_table(runs, "photos").loc["random", "beats it"] == "no: void"
+    found = analysis.family(analysis.as_rows(runs), analysis.void_arms(runs))
+    said = [analysis.sentence(c) for c in found if c.b == "random"]
+    assert all("void**: `random` ended no better" in words for words in said)
 
 
 def test_steps_to_a_loss():
     curve = [[10, 0, 4.0], [20, 0, 2.0], [30, 0, 1.0]]
     assert analysis.steps_to(curve, 3.0) == 15 and analysis.steps_to(curve, 4.0) == 10
     assert np.isnan(analysis.steps_to(curve, 0.5))
+
+
+@pytest.mark.parametrize("there, middle", [([1, 2, 3], 3), ([1, 2], np.nan), ([], np.nan)])
+def test_a_median_is_over_the_seeds_that_never_get_there_too(there, middle):
+    pairs = np.array([(n, n) for n in there] + [(np.nan, np.nan)] * (5 - len(there)))
+    count, found = analysis._reached(pairs.reshape(5, 2))
+    assert count == len(there) and np.array_equal(found, [middle, middle], equal_nan=True)
 
 
 def test_times_as_fast_at_a_loss():
@@ -556,6 +588,11 @@ def test_geometry_is_tried_on_a_task_that_it_has_not_seen():
     assert len(seen) == len(TASKS) * len(prediction.SPARSE)
     shares = prediction.explained(prediction.held_out(seen))
     assert set(shares.index) == set(TASKS) and shares["pathfinder"] > 0.9
+    planes = prediction.held_out(seen)
+    elsewhere = prediction.by_name(planes)
+    row = elsewhere[(elsewhere.task == "photos") & (elsewhere.arm == "tile")].iloc[0]
+    others = planes[(planes.task != "photos") & (planes.arm == "tile")]
+    assert row.predicted == pytest.approx(others.relative.mean()) and len(others) == 2
     assert prediction.observed(analysis.as_rows([])).empty
 
 
@@ -592,7 +629,8 @@ def test_the_page_with_all_runs_and_with_one_less(tmp_path, monkeypatch):
     assert "under way" in names["state"]().data and "179 of 180" in names["state"]().data
     said = analysis.in_one_sentence(names["contrasts"], "digits")
     assert said == "**digits**: too early, 9 of 10 seeds done."
-    assert "lower: `random`" in analysis.in_one_sentence(names["contrasts"], "photos")
+    said = analysis.in_one_sentence(names["contrasts"], "photos")
+    assert said == "**photos**: 10 seeds done, verdicts wait for the other tasks."
 
 
 # what is stored
@@ -632,7 +670,7 @@ def all_tried(seeds: int = 2) -> list[dict]:
     cells += [cell for cell in plan.FULL.primary() if cell.seed < seeds]
     return [
         tried(stage=c.stage, task=c.task, arm=c.arm, seed=c.seed, variant=c.variant,
-              distances=[1.0, 2.0, 3.0, 4.0])
+              distances=[[i, 1.0] for i in (1.0, 2.0, 3.0, 4.0)])
         for c in cells
     ]
 

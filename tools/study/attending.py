@@ -15,7 +15,12 @@ from .network import Network, branches_of
 from .tasks import Task
 
 
-def seen_by(arm: Arm, task: Task, layer: int, heads: int) -> Tensor: # bool (1 or H, N, N)
+def seen_by(
+    arm: Arm,
+    task: Task,
+    layer: int,
+    heads: int,
+) -> Tensor: # bool (1 or H, N, N)
     "Which keys a query attends to, in the order of the layer."
     if arm.name in DILATED_ARMS:
         branches = branches_of(arm.name, task.segment_size)
@@ -52,10 +57,11 @@ def attention_distances(
     task: Task,
     arm: Arm,
     heads: int,
-    examples: int = 8,
-) -> list[float]: # by layer, in cells
-    "Mean distance from a query to what it attends to, by its weights, on test examples."
-    x = network.embed(task.tests().batch.tokens[:examples])
+    examples: int = 8, # spread over all groups of the test examples
+) -> list[tuple[float, float]]: # by layer, in cells: by its weights, and if all were equal
+    "Mean distance from a query to what it attends to, on test examples."
+    tests = task.tests().batch.tokens
+    x = network.embed(tests[::max(1, len(tests) // examples)][:examples])
     coords = torch.unravel_index(torch.arange(task.tokens), task.grid)
     cells, found = torch.stack(coords, 1).float(), []
     orders = layer_orders(arm, task, len(network.blocks))
@@ -65,6 +71,7 @@ def attention_distances(
         seen = seen_by(arm, task, layer, heads)
         weights, _ = weights_and_values(block, x, rope, seen, heads)
         away = torch.cdist(cells[order], cells[order])
-        found.append((weights * away).sum(-1).mean().item())
+        equal = seen / seen.sum(-1, keepdim=True)
+        found.append(tuple((w * away).sum(-1).mean().item() for w in (weights, equal)))
         x = block(x, rope=rope)
     return found

@@ -107,13 +107,13 @@ def same_seconds(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
 
 
 def looks(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
-    "Mean distance to what is attended, in cells: task and arm against the layer."
+    "Distance to what is attended, over that of equal weights: task and arm against the layer."
     again = (frame.stage == "explore") & plain(frame) & frame.task.isin(EXPLORED["tasks"])
     tried = frame[again].dropna(subset="layers")
     if tried.empty: return None
     long = tried.explode("layers")
     layer = long.groupby(["task", "arm", "seed"]).cumcount() + 1
-    distance = long.layers.astype(float)
+    distance = long.layers.map(lambda pair: pair[0] / pair[1])
     found = long.assign(loss=distance, layer=layer)
     return means(found, ["task", "arm"], "layer")
 

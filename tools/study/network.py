@@ -60,7 +60,11 @@ class Network(nn.Module):
         return self.predict(self.norm(x[:, self.home]))
 
 
-def rotary(task: Task, arm: Arm, size: Size) -> tuple[Tensor, Tensor] | None:
+def rotary(
+    task: Task,
+    arm: Arm,
+    size: Size,
+) -> tuple[Tensor, Tensor] | None:
     "Cos and sin of each token's position, in token order. A curve is that of the first layer."
     positions, head_dim = arm.positions or task.positions, size.width // size.heads
     if positions == "none": return None

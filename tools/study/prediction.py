@@ -1,4 +1,4 @@
-"Does geometry explain the losses? A line through two tasks, tried on the third."
+"Does geometry explain the losses? A plane through two tasks, tried on the third."
 import numpy as np
 import pandas as pd
 
@@ -47,6 +47,15 @@ def _centred(rows: pd.DataFrame, columns: list[str]) -> np.ndarray:
     "Without the mean of each task."
     values = rows[columns] - rows.groupby("task")[columns].transform("mean")
     return values.to_numpy()
+
+
+def by_name(predicted: pd.DataFrame) -> pd.DataFrame: # the same, with other predictions
+    "Without any geometry: an arm is as good as on average on the other tasks."
+    def elsewhere(row):
+        others = (predicted.task != row.task) & (predicted.arm == row.arm)
+        return predicted.relative[others].mean()
+
+    return predicted.assign(predicted=predicted.apply(elsewhere, axis=1))
 
 
 def explained(predicted: pd.DataFrame) -> pd.Series: # by task; 1 is all, 0 or less is nothing

@@ -55,7 +55,11 @@ def rate_of(cell: Cell, plan: Plan, folder: Path) -> float:
     return chosen_rates(runs)[cell.task, arm]
 
 
-def in_same_seconds(schedule: Schedule, cell: Cell, folder: Path) -> Schedule:
+def in_same_seconds(
+    schedule: Schedule,
+    cell: Cell,
+    folder: Path, # of the study
+) -> Schedule:
     "As many steps as fit into the time of Hilbert's, by the stored times of a step."
     if not times_file(folder).exists():
         raise RuntimeError(f"{cell.name}: needs times of a step: tools/run_study.py --times")

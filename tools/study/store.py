@@ -2,6 +2,7 @@
 import json
 from collections.abc import Iterable
 from dataclasses import asdict
+from math import isnan
 from pathlib import Path
 
 from hilbert_attn.bench import results
@@ -82,5 +83,6 @@ def chosen_rates(runs: Iterable[dict]) -> dict[tuple[str, str], float]: # (task,
     best: dict[tuple[str, str], dict] = {}
     for run in runs:
         key = run["task"], run["arm"]
+        if isnan(run["loss"]): continue
         if key not in best or run["loss"] < best[key]["loss"]: best[key] = run
     return {key: run["rate"] for key, run in best.items()}

@@ -11,7 +11,11 @@ from .tasks import Task
 from .training import Schedule, new_network, step
 
 
-def _stepper(task: Task, arm: str, schedule: Schedule):
+def _stepper(
+    task: Task,
+    arm: str,
+    schedule: Schedule,
+):
     "A function that makes one step, always on the same examples."
     network, optimizer = new_network(task, Arm(arm), schedule, 0)
     batch = task.batch(schedule.batch, Generator().manual_seed(0))
@@ -41,7 +45,11 @@ def _spread(seconds: list[float]) -> dict[str, float]:
     return dict(median=median(seconds), p20=fifths[0], p80=fifths[3])
 
 
-def measure(plan: Plan, tasks: dict[str, type[Task]], rounds: int = 40) -> dict:
+def measure(
+    plan: Plan,
+    tasks: dict[str, type[Task]],
+    rounds: int = 40,
+) -> dict:
     "Of all tasks. JSON-ready, but for the environment."
     return {name: times_per_step(make(0), plan.schedules[name], rounds)
             for name, make in tasks.items()}

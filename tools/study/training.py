@@ -36,7 +36,7 @@ class Outcome:
     curve: list[list[float]] # step, training loss so far, test loss
     parameters: int
     seconds: float
-    distances: list[float] | None = None # from `attention_distances`; exploratory trainings
+    distances: list | None = None # from `attention_distances`; exploratory trainings
 
 
 def rate_at(step: int, schedule: Schedule) -> float:
