@@ -598,13 +598,17 @@ def test_geometry_is_tried_on_a_task_that_it_has_not_seen():
 
 # the page
 
+def cells_of_the_page() -> list:
+    "Code cells of the results page."
+    notebook = nbformat.read(ROOT / "nbs" / "26_study_results.ipynb", as_version=4)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
 def page(folder: Path, monkeypatch, cells: int | None = None) -> dict:
     "What the first cells of code of the results page define, with the runs of a folder."
     monkeypatch.setattr(results, "results_folder", lambda: folder)
-    notebook = nbformat.read(ROOT / "nbs" / "26_study_results.ipynb", as_version=4)
     names: dict = {}
-    for cell in [c for c in notebook.cells if c.cell_type == "code"][:cells]:
-        exec(cell.source, names)
+    for cell in cells_of_the_page()[:cells]: exec(cell.source, names)
     pyplot.close("all")
     return names
 
@@ -631,6 +635,16 @@ def test_the_page_with_all_runs_and_with_one_less(tmp_path, monkeypatch):
     assert said == "**digits**: too early, 9 of 10 seeds done."
     said = analysis.in_one_sentence(names["contrasts"], "photos")
     assert said == "**photos**: 10 seeds done, verdicts wait for the other tasks."
+    assert "not shown" in names["abstract"](names["contrasts"]).data
+
+
+def test_the_abstract_is_that_of_the_stored_verdicts():
+    runs = store.load_stage("primary")
+    found = analysis.family(analysis.as_rows(runs), analysis.void_arms(runs))
+    names: dict = dict(Markdown=lambda text: text, contrasts=found)
+    exec(next(c.source for c in cells_of_the_page() if "ABSTRACT" in c.source), names)
+    assert names["abstract"](found).startswith("**In short.**")
+    assert "not shown" in names["abstract"](found[1:])
 
 
 # what is stored

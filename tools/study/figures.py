@@ -1,5 +1,5 @@
 "Pictures of the results page."
-from math import exp
+from math import log1p
 
 import numpy as np
 
@@ -14,33 +14,43 @@ from .tasks import Task
 COLORS = dict(zip(ARMS, ("#212529", "#ff725c", "#868e96", "#efb118", "#3ca951", "#4269d0")))
 
 
-def as_percent(logs) -> np.ndarray:
-    return 100 * (np.exp(np.asarray(logs)) - 1)
+TICKS = (-60, -40, -20, -10, 0, 10, 20, 40, 100, 200, 400) # per cent
 
 
 def forest(rows, contrasts: list[Contrast]):
     "Hilbert against each arm: an interval where there is one, and a dot for each seed."
     tasks = list(dict.fromkeys(c.task for c in contrasts))
     fig, axes = new_figure(1, len(tasks), panel=(3.1, 2.6), titles=tasks)
-    edges = as_percent([-MARGIN, MARGIN])
     for ax, task in zip(axes, tasks):
-        ax.axvspan(*edges, color="#dee2e6", lw=0)
+        ax.axvspan(-MARGIN, MARGIN, color="#dee2e6", lw=0)
         ax.axvline(0, color="#495057", lw=0.8)
         for y, c in enumerate(c for c in contrasts if c.task == task):
             _forest_row(ax, y, rows, c)
         ax.set_yticks(range(len(OTHERS)), OTHERS)
         ax.set_ylim(len(OTHERS) - 0.5, -0.5)
-        ax.set_xlabel("Hilbert's loss against its (%)")
+        ax.set_xlabel("Hilbert's loss against its (%, log scale)")
+        _percent_ticks(ax)
     for ax in axes[1:]: ax.set_yticklabels([])
+
+
+def _percent_ticks(ax) -> None:
+    "The axis is the log of a ratio; its ticks say per cent, as many as have room."
+    low, high = ax.get_xlim()
+    room, shown = (high - low) / 8, []
+    for percent in sorted(TICKS, key=abs):
+        at = log1p(percent / 100)
+        free = all(abs(at - log1p(other / 100)) > room for other in shown)
+        if low <= at <= high and free: shown.append(percent)
+    ax.set_xticks([log1p(percent / 100) for percent in shown], [f"{x:+d}" if x else "0" for x in shown])
 
 
 def _forest_row(ax, y: int, rows, c: Contrast) -> None:
     seeds = log_ratios(rows, c.task, c.a, c.b).groupby("seed").d.mean()
-    ax.plot(as_percent(seeds), np.full(len(seeds), y + 0.2), ".", color="#adb5bd", ms=4)
+    ax.plot(seeds, np.full(len(seeds), y + 0.2), ".", color="#adb5bd", ms=4)
     if np.isnan(c.error): return
-    ends, middle = as_percent(c.interval), 100 * (exp(c.mean) - 1)
-    ax.plot(ends, [y, y], color=COLORS["hilbert"], lw=2)
-    ax.plot(middle, y, "D", color=COLORS["hilbert"], ms=5)
+    ax.plot(c.interval, [y, y], color=COLORS["hilbert"], lw=2)
+    inside = "white" if c.void else COLORS["hilbert"]
+    ax.plot(c.mean, y, "D", color=COLORS["hilbert"], mfc=inside, ms=5)
 
 
 def curves(runs: list[dict]):
