@@ -41,7 +41,8 @@ def _percent_ticks(ax) -> None:
         at = log1p(percent / 100)
         free = all(abs(at - log1p(other / 100)) > room for other in shown)
         if low <= at <= high and free: shown.append(percent)
-    ax.set_xticks([log1p(percent / 100) for percent in shown], [f"{x:+d}" if x else "0" for x in shown])
+    words = [f"{percent:+d}" if percent else "0" for percent in shown]
+    ax.set_xticks([log1p(percent / 100) for percent in shown], words)
 
 
 def _forest_row(ax, y: int, rows, c: Contrast) -> None:
