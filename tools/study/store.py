@@ -58,7 +58,7 @@ def save(run: dict, path: Path) -> None:
 
 
 def times_file(folder: Path) -> Path: # from `timing.measure`
-    return folder / "times.json"
+    return folder / "checks" / "times.json"
 
 
 def save_times(times: dict, folder: Path) -> None:
