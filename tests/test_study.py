@@ -228,11 +228,11 @@ def test_positions_are_those_of_the_token():
 
 
 def test_positions_reach_the_attention():
-    task, torch_seed = plan.TASKS["photos"](0), 0
+    task = plan.TASKS["photos"](0)
     x = task.batch(1, torch.Generator().manual_seed(0)).tokens
     found = []
     for name in POSITIONS:
-        torch.manual_seed(torch_seed)
+        torch.manual_seed(0)
         found.append(Network(task, Arm("hilbert", positions=name), Size())(x))
     for i, one in enumerate(found):
         for other in found[:i]: assert not torch.allclose(one, other)
@@ -423,7 +423,7 @@ def test_what_is_larger(scale):
         plan.task_of(was).grid, plan.task_of(was).segment_size, plan.FULL.schedule(was, 0.0).size)
 
 
-def test_as_many_steps_as_fit_into_the_same_seconds(tmp_path, monkeypatch, capsys):
+def test_as_many_steps_as_fit_into_the_same_seconds(tmp_path):
     cell = plan.Cell("explore", "digits", "dense", 0, variant=plan.SAME_SECONDS)
     schedule = plan.FULL.schedule(cell, 0.001)
     with pytest.raises(RuntimeError, match="needs times of a step"):
@@ -706,6 +706,30 @@ def test_tables_of_exploratory_runs():
     far, _ = exploring.looks(frame)
     assert far.shape == (12, 4) and (far[3] == 3).all()
     assert exploring.trained_again(frame) == (2 * 2 * 6, 2 * 2 * 6)
+
+
+def test_what_changing_the_order_helps():
+    frame = exploring.as_frame(all_tried())
+    table, _ = exploring.diversity(frame)
+    over = exploring.over_one(table)
+    assert len(over) == 2 * 5 and "one" not in over.index.get_level_values("scheme")
+    titles = len("hilbert four") / len("hilbert one")
+    assert over.loc[("photos", "four"), "hilbert"] == pytest.approx(100 * (titles - 1))
+    rows = exploring.hilbert_over_rows(table)
+    assert rows.shape == (6, 2)
+    titles = len("hilbert shifted") / len("row_major shifted")
+    assert rows.loc["shifted", "pathfinder"] == pytest.approx(100 * (titles - 1))
+
+
+def test_how_far_seeds_lie_apart():
+    losses = {"row_major": (1.0, 2.0, 4.0), "hilbert": (1.1, 2.4, 5.2)}
+    runs = [
+        tried(stage="primary", task=task, arm=arm, seed=seed, loss=loss)
+        for task in ("photos", "pathfinder") for arm, all_of in losses.items()
+        for seed, loss in enumerate(all_of)
+    ]
+    spread = exploring.spread_of_seeds(exploring.as_frame(runs))
+    assert dict(spread) == pytest.approx({"photos": 10.0, "pathfinder": 10.0})
 
 
 def test_a_table_is_of_whole_seeds_alone():

@@ -62,6 +62,25 @@ def diversity(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
     return means(with_primary(frame, of), ["task", "scheme"], "arm") if of.any() else None
 
 
+def over_one(table: pd.DataFrame) -> pd.DataFrame: # of `diversity`, in per cent
+    "How far each scheme's loss lies above that of the same arm with one order throughout."
+    one = table.xs("one", level="scheme")
+    base = one.loc[table.index.get_level_values("task")].to_numpy()
+    return (100 * (table / base - 1)).drop(index="one", level="scheme")
+
+
+def hilbert_over_rows(table: pd.DataFrame) -> pd.DataFrame: # of `diversity`, in per cent
+    "How far Hilbert's loss lies above that of rows, scheme against task."
+    return (100 * (table["hilbert"] / table["row_major"] - 1)).unstack("task")
+
+
+def spread_of_seeds(frame: pd.DataFrame) -> pd.Series: # by task, in per cent
+    "Standard deviation over the primary seeds of what `hilbert_over_rows` has for one seed."
+    primary = frame[(frame.stage == "primary") & frame.task.isin(EXPLORED["tasks"])]
+    wide = primary.pivot(index=["task", "seed"], columns="arm", values="loss")
+    return (100 * (wide["hilbert"] / wide["row_major"] - 1)).groupby("task").std()
+
+
 def other_patterns(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
     "What is no segment, beside all primary arms."
     of = ~frame.arm.isin(ARMS)
