@@ -3,7 +3,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from .arms import ARMS, Arm
+from .arms import ARMS, SCHEMES, Arm
 from .plan import EXPLORED, SAME_SECONDS, SCALES
 
 COPIED = ("stage", "task", "seed", "loss") # from a run
@@ -39,7 +39,8 @@ def means(
 ) -> tuple[pd.DataFrame, int]: # losses, and the seeds that they are means of
     "Mean loss over the seeds of which every cell of the table is stored."
     wide = frame.pivot_table(index="seed", columns=[*index, columns], values="loss")
-    whole = wide.dropna()
+    cells = pd.MultiIndex.from_product(wide.columns.levels, names=wide.columns.names)
+    whole = wide.reindex(columns=cells).dropna()
     return whole.mean().unstack(columns), len(whole)
 
 
@@ -72,6 +73,28 @@ def over_one(table: pd.DataFrame) -> pd.DataFrame: # of `diversity`, in per cent
 def hilbert_over_rows(table: pd.DataFrame) -> pd.DataFrame: # of `diversity`, in per cent
     "How far Hilbert's loss lies above that of rows, scheme against task."
     return (100 * (table["hilbert"] / table["row_major"] - 1)).unstack("task")
+
+
+def in_words(rows: pd.DataFrame) -> str: # of `hilbert_over_rows`
+    "Figures without a verdict."
+    turning = [name for name, steps in SCHEMES.items() if any(walk for walk, _ in steps)]
+    return "; ".join(
+        f"{task}: {rows.at['one', task]:+.0f} % with one order throughout, "
+        f"{rows.at['shifted', task]:+.0f} % where it is only shifted, "
+        f"{rows.loc[turning, task].min():+.0f} to {rows.loc[turning, task].max():+.0f} % where "
+        "layers take turns with transposed walks"
+        for task in rows)
+
+
+def where_no_layer_turns(frame: pd.DataFrame) -> str: # empty: no run, or not all agree
+    "A sentence on Hilbert and rows, if Hilbert ends lower wherever no layer is transposed."
+    tried = diversity(frame)
+    if tried is None or not tried[1]: return ""
+    kept = hilbert_over_rows(tried[0]).loc[["one", "shifted"]]
+    if not (kept < 0).all(axis=None): return ""
+    least, most = -kept.max(axis=None), -kept.min(axis=None)
+    return (f"Where no layer is transposed Hilbert ended {least:.0f} to {most:.0f} % below rows, "
+            f"in {tried[1]} exploratory training{'s' * (tried[1] > 1)} of each kind.")
 
 
 def spread_of_seeds(frame: pd.DataFrame) -> pd.Series: # by task, in per cent
