@@ -26,9 +26,12 @@ from study import (
     store,
     timing,
 )
-from study.arms import ARMS, DILATED_ARMS, GRID_ARMS, POSITIONS, Arm, layer_order, walk
+from study.arms import ARMS, DILATED_ARMS, GRID_ARMS, POSITIONS, Arm, layer_order, moore, walk
+from study.listops import OPERATORS
+from study.masked import nearest_mean
 from study.network import Network, OtherAttention, Size, rotary
 from study.photos import FOLDS, TESTED, TUNING, Photos, load_photos
+from study.tasks import Batch
 from study.text import LETTERS, Text
 
 from hilbert_attn.bench import results
@@ -37,7 +40,8 @@ from hilbert_attn.modules import rotary_embedding
 from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
 
 TASKS = list(plan.TASKS)
-STAGES = dict(tune=78, primary=180, explore=231)
+OTHERS = dict(plan.PICTURES | plan.SEQUENCES)
+STAGES = dict(tune=78, primary=180, explore=291)
 
 
 @pytest.fixture(scope="module")
@@ -69,33 +73,38 @@ def made_up(effects: dict, seeds: int = 10, noise: float = 0.01) -> list[dict]:
 
 # tasks
 
-@pytest.mark.parametrize("name", TASKS)
+ALL = plan.TASKS | OTHERS
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_examples_depend_on_the_draw_alone(name):
     def drawn(seed):
-        return plan.TASKS[name](0).batch(3, torch.Generator().manual_seed(seed))
+        return ALL[name](0).batch(3, torch.Generator().manual_seed(seed))
 
     one, same, other = drawn(1), drawn(1), drawn(2)
     assert torch.equal(one.tokens, same.tokens) and torch.equal(one.target, same.target)
     assert not torch.equal(one.target, other.target)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ALL)
 def test_shapes_and_groups(name):
-    task = plan.TASKS[name](0)
+    task = ALL[name](0)
     tests = task.tests()
     examples = len(tests.groups)
     assert tests.batch.tokens.shape == (examples, task.tokens, task.inputs)
     assert tests.batch.target.shape == (examples, task.tokens, task.outputs)
     assert len({tests.groups.count(group) for group in tests.groups}) == 1
     assert task.loss(tests.batch.target, tests.batch).shape == (examples,)
+    for guess in task.guesses(tests).values():
+        assert guess.shape == (examples,) and guess.isfinite().all()
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ALL)
 def test_what_is_asked_is_not_given(name):
-    batch = plan.TASKS[name](0).batch(4, torch.Generator().manual_seed(0))
+    batch = ALL[name](0).batch(4, torch.Generator().manual_seed(0))
     asked = batch.weight > 0
     assert asked.any(1).all()
-    if name == "pathfinder": return  # all pixels are given; the answer is which curve
+    if name in ("pathfinder", "cluttered", "listops"): return  # all is given but the answer
     pixels = batch.tokens[..., :-1]
     assert (pixels[asked] == 0).all()
     assert torch.equal(pixels[~asked], batch.target[~asked])
@@ -137,13 +146,95 @@ def test_the_mark_lies_on_the_marked_curve():
 
 
 def test_the_nearest_visible_patch():
-    from study.photos import _nearest_mean
     shown = torch.tensor([[1., 0, 0, 0, 0, 0, 0, 0, 1]])
-    found = _nearest_mean(shown * torch.arange(1., 10), shown, (3, 3))
+    found = nearest_mean(shown * torch.arange(1., 10), shown, (3, 3))
     assert found.tolist() == [[1, 1, 5, 1, 5, 9, 5, 9, 9]]
 
 
+def test_clutter_is_not_asked_and_digits_are_held_out():
+    task, draw = plan.PICTURES["cluttered"](0), torch.Generator().manual_seed(0)
+    batch = task.batch(8, draw)
+    asked = batch.weight > 0
+    assert (batch.target[asked].sum(-1) == 1).all() and (batch.tokens[asked].amax(-1) > 0).all()
+    ink = batch.tokens.amax(-1) > 0
+    assert 0.2 < asked.sum() / ink.sum() < 0.9
+    tests = task.tests()
+    assert task.training + task.groups * task.images == len(task.digits)
+    assert torch.equal(tests.batch.target, task.tests().batch.target)
+    chosen = torch.full((2, task.whole), len(task.digits) - 1)
+    answer = task._examples(chosen, draw).target.argmax(-1)
+    assert set(answer.unique().tolist()) <= {0, int(task.answers[-1])}
+
+
+def test_digits_without_clutter_are_read_off_the_canvas():
+    from study.cluttered import _painted
+    images = torch.rand(2, 1, 8, 8) + 0.1
+    picture = _painted(images, 36, torch.Generator().manual_seed(0))
+    assert picture.shape == (2, 1, 36, 36)
+    for drawn, image in zip(picture[:, 0], images[:, 0]):
+        assert torch.equal(drawn[drawn > 0], image.flatten()) and drawn.gt(0).any(1).sum() == 8
+
+
+def test_faces_are_crossed_and_held_out():
+    named = [plan.PICTURES["faces"](seed) for seed in range(5)]
+    assert sorted(i for task in named for i in task.names) == list(range(100))
+    seen = {tuple(x.flatten().tolist()) for x in named[0].training}
+    assert len(named[0].training) == 80
+    assert not any(tuple(x.flatten().tolist()) in seen for x in named[0].held_out)
+
+
+def value_of(words: list[str]) -> int:
+    "Of one list; takes its words away."
+    operator, values = words.pop(0), []
+    while words[0] != "]": values.append(value_of(words) if words[0][0] == "[" else words.pop(0))
+    words.pop(0)
+    digits = sorted(map(int, values))
+    middle = digits[(len(digits) - 1) // 2]
+    found = {"[MIN": digits[0], "[MAX": digits[-1], "[MED": middle, "[SM": sum(digits) % 10}
+    return found[operator]
+
+
+def test_lists_have_their_values():
+    batch = plan.SEQUENCES["listops"](0).batch(3, torch.Generator().manual_seed(0))
+    names = [*map(str, range(10)), *(f"[{name}" for name in OPERATORS), "]", ""]
+    for index, target, weight in zip(batch.tokens.argmax(-1), batch.target, batch.weight):
+        words = [names[i] for i in index.tolist()]
+        opened = []
+        for place, word in enumerate(words):
+            if word.startswith("["): opened.append(place)
+            assert (weight[place] > 0) == (word == "]")
+            if word == "]":
+                part = words[opened.pop():place + 1]
+                assert value_of(part) == target[place].argmax()
+        assert not opened and "".join(words).rstrip() == "".join(words)
+
+
+def test_the_operator_of_a_list():
+    from study.listops import _operators
+    task = plan.SEQUENCES["listops"](0)
+    tests = task.tests()
+    losses = {name: x.mean().item() for name, x in task.guesses(tests).items()}
+    assert losses["frequency of the operator"] < losses["frequency"] - 0.1
+    names = [*range(10), *OPERATORS, "]"]
+    words = "[MAX 3 [SM 4 4 ] ]".replace("[", "").split()
+    letters = torch.tensor([[names.index(int(x) if x.isdigit() else x) for x in words]])
+    one = torch.nn.functional.one_hot(letters, len(names) + 1)
+    assert _operators(Batch(one, one, one)).tolist() == [[0, 0, 0, 0, 0, 3, 1]]
+
+
 # arms
+
+def test_moores_curve_is_closed():
+    for side in (4, 16, 18):
+        order = moore(side)
+        path = torch.stack(torch.unravel_index(order, (side, side)), 1)
+        assert torch.equal(order.sort().values, torch.arange(side ** 2))
+        assert ((path - path.roll(1, 0)).abs().sum(1) == 1).all()
+    task = plan.TASKS["photos"](0)
+    for layer in (0, 1):
+        both = {mechanism.partition(Arm(name), task, layer) for name in ("hilbert", "moore")}
+        assert len(both) == 2
+
 
 @pytest.mark.parametrize("name", TASKS)
 def test_six_names_are_six_functions(name):
@@ -398,12 +489,14 @@ def test_seeds_are_outermost():
 
 def test_exploratory_cells_come_last_and_name_their_scheme(toys):
     cells = plan.FULL.exploratory()
-    assert plan.arm_of(cells[0]) == Arm("row_major", "one") and len(cells) == 231
-    assert len({cell.name for cell in cells}) == 231
+    assert plan.arm_of(cells[0]) == Arm("row_major", "one") and len(cells) == STAGES["explore"]
+    assert len({cell.name for cell in cells}) == len(cells)
     assert [cell.seed for cell in cells] == sorted(cell.seed for cell in cells)
     assert plan.arm_of(plan.FULL.primary()[5]) == Arm("hilbert", "alternating")
     cell = plan.Cell("explore", "photos", "hilbert four shifted", 0)
-    assert runner.rate_of(cell, plan.QUICK, toys) in plan.QUICK.rates["photos"]
+    rate = runner.rate_of(cell, plan.QUICK, toys)
+    assert rate in plan.QUICK.rates["photos"]
+    assert runner.rate_of(cell._replace(arm="moore"), plan.QUICK, toys) == rate
     schedule = plan.QUICK.schedule(cell, 0.001)
     run = runner.run_cell(cell, schedule)
     other = runner.run_cell(cell._replace(arm="hilbert one"), schedule)
@@ -695,11 +788,14 @@ def test_tables_of_exploratory_runs():
     table, seeds = exploring.diversity(frame)
     assert seeds == 2 and table.shape == (2 * 6, 3)
     assert table.loc[("photos", "four"), "morton"] == len("morton four")
-    assert exploring.other_patterns(frame)[0].shape == (2, 10)
+    assert exploring.other_patterns(frame)[0].shape == (2, 11)
     placed, _ = exploring.positions(frame)
     assert placed.loc[("photos", "hilbert"), "grid"] == len("hilbert")
     assert placed.loc[("pathfinder", "row_major"), "none"] == len("row_major positions none")
-    assert exploring.text(frame)[0].loc["text", "(no learning)"] == 9
+    for name, arms in dict(text=plan.SEQUENCE_ARMS, faces=plan.PICTURE_ARMS).items():
+        table, seeds = exploring.other_task(frame, name)
+        assert seeds == 2 and set(table) == {"(no learning)", *arms}
+        assert table.loc[name, "(no learning)"] == 9
     larger, _ = exploring.scales(frame)
     assert len(larger) == 5 and larger.loc["(primary)", "row_major"] == len("row_major")
     assert set(exploring.same_seconds(frame)[0]) == {
@@ -766,9 +862,10 @@ def test_a_table_is_of_whole_seeds_alone():
 
 def test_no_exploratory_runs_no_table():
     frame = exploring.as_frame([tried(stage="primary")])
-    for make in (exploring.diversity, exploring.other_patterns, exploring.positions, exploring.text,
+    for make in (exploring.diversity, exploring.other_patterns, exploring.positions,
                  exploring.scales, exploring.same_seconds, exploring.looks):
         assert make(frame) is None
+    assert exploring.other_task(frame, "text") is None
     assert exploring.trained_again(frame) == (0, 0)
     changed = [tried(stage="primary", loss=1.0), tried(loss=1.0000001)]
     assert exploring.trained_again(exploring.as_frame(changed)) == (0, 1)

@@ -13,6 +13,7 @@ GRID_ARMS = ("windows", "neighbourhood") # exploratory: patterns of the grid, wh
 # exploratory, along Hilbert: segments 4 times as long, every 4th position; half of the heads in
 # plain segments and half in segments 8 times as long, every 8th position
 DILATED_ARMS = ("dilated", "near_far")
+AT_RATE_OF_HILBERT = (*GRID_ARMS, *DILATED_ARMS, "moore") # exploratory, none is tuned
 
 # scheme -> (walk, shift by half a segment) in layers 0, 1, ..., and again from the first.
 # 0 is the curve, 1 the transposed one, 2 the curve turned by half a turn, 3 that one transposed.
@@ -54,8 +55,20 @@ def order_of(name: str, grid: tuple[int, ...], tile: int, draw: int = 0) -> Tens
     if name == "random":
         size = curve_order(grid, "row_major").numel()
         return torch.randperm(size, generator=torch.Generator().manual_seed(77 + draw))
+    if name == "moore": return moore(grid[0])
     curve = "hilbert" if name in DILATED_ARMS else name
     return curve_order(grid, f"tile:{tile}" if name == "tile" else curve)
+
+
+def moore(side: int) -> Tensor: # int64 (N,)
+    "The token at each position of Moore's closed curve: four of Hilbert, turned."
+    half = side // 2
+    y, x = torch.unravel_index(curve_order((half, half), "hilbert"), (half, half))
+    if y[-1]: y, x = x, y  # so that it ends where it began, at the other end of the row
+    up = half - 1 - x, half - 1 - y
+    down = half - 1 - up[0], half - 1 - up[1]
+    quarters = ((up, half, 0), (up, 0, 0), (down, 0, half), (down, half, half))
+    return torch.cat([(y + dy) * side + x + dx for (y, x), dy, dx in quarters])
 
 
 def transposed(name: str, grid: tuple[int, ...], tile: int) -> Tensor: # int64 (N,)

@@ -4,17 +4,16 @@ from functools import cache
 import torch
 from torch import Generator, Tensor
 
-from .tasks import Batch, Task, Tests, patches, randint
+from .tasks import Batch, Task, Tests, experiments, patches, randint
 
 
 @cache
-def load_digits() -> Tensor: # float32 (1797, 8, 8) in 0 .. 1
-    try:
+def load_digits() -> tuple[Tensor, Tensor]:
+    "Images, float32 (1797, 8, 8) in 0 .. 1, and which digit each is, int64 (1797,)."
+    with experiments("the digits"):
         from sklearn.datasets import load_digits as load
-    except ImportError as e:
-        hint = "pip install 'hilbert_attn[experiments]'"
-        raise RuntimeError(f"the digits need scikit-learn ({e}): {hint}") from None
-    return torch.from_numpy(load().images).float() / 16
+    found = load()
+    return torch.from_numpy(found.images).float() / 16, torch.from_numpy(found.target)
 
 
 class Digits(Task):
@@ -27,7 +26,7 @@ class Digits(Task):
     measure = "mean squared error of the hidden frame, in units of the pixels' variance"
 
     def __init__(self, seed: int, split: str = "test"):
-        self.images_of_all = load_digits()
+        self.images_of_all, _ = load_digits()
         tested = self.groups * self.images
         self.first = len(self.images_of_all) - tested * {"test": 1, "tune": 2}[split]
         self.test_seed = {"test": 20_252, "tune": 20_262}[split]

@@ -3,7 +3,7 @@ from collections.abc import Iterable, Sequence
 
 import pandas as pd
 
-from .arms import ARMS, SCHEMES, Arm
+from .arms import ARMS, AT_RATE_OF_HILBERT, SCHEMES, Arm
 from .plan import EXPLORED, SAME_SECONDS, SCALES
 
 COPIED = ("stage", "task", "seed", "loss") # from a run
@@ -105,8 +105,8 @@ def spread_of_seeds(frame: pd.DataFrame) -> pd.Series: # by task, in per cent
 
 
 def other_patterns(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
-    "What is no segment, beside all primary arms."
-    of = ~frame.arm.isin(ARMS)
+    "What is no segment, and Moore's curve, beside all primary arms."
+    of = frame.arm.isin(AT_RATE_OF_HILBERT) & frame.task.isin(EXPLORED["tasks"])
     if not of.any(): return None
     return means(with_primary(frame, of, ("task", "seed")), ["task"], "arm")
 
@@ -118,9 +118,9 @@ def positions(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
     return means(with_primary(frame, of), ["task", "arm"], "positions")
 
 
-def text(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
-    "Losses of the control, and of the best guess."
-    tried = frame[frame.task == "text"]
+def other_task(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, int] | None:
+    "Losses of a task that is no primary one, and of the best guess."
+    tried = frame[frame.task == name]
     if tried.empty: return None
     scheme = tried.scheme.where(tried.scheme != "alternating", "")
     titled = tried.assign(title=(tried.arm + " " + scheme).str.strip())

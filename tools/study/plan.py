@@ -1,10 +1,14 @@
 "What is run: the cells of the study, in the order in which they are trained."
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
 from .arms import ARMS, DILATED_ARMS, GRID_ARMS, POSITIONS, SCHEMES, Arm
+from .cluttered import Cluttered
 from .digits import Digits
+from .faces import Faces
+from .listops import ListOps
 from .network import Size
 from .pathfinder import Pathfinder
 from .photos import Photos
@@ -28,8 +32,13 @@ SCHEDULES = dict(
 EXPLORED = dict(
     tasks=("photos", "pathfinder"), arms=("row_major", "morton", "hilbert"), seeds=(0, 1, 2)
 ) # exploratory: diversity of orders over layers, then patterns of the grid
-TEXT_RATE = 4e-3 # of all arms, not tuned
-TEXT_ARMS = ("random", "row_major", "row_major shifted", "hilbert")
+# exploratory tasks, with the schedule of photos: pictures, then sequences
+PICTURES: dict[str, Callable[[int], Task]] = dict(cluttered=Cluttered, faces=Faces)
+SEQUENCES: dict[str, Callable[[int], Task]] = dict(text=Text, listops=ListOps)
+OTHER_RATE = 4e-3 # of all arms, not tuned
+PICTURE_ARMS = (
+    "dense", "random", "row_major", "row_major shifted", "hilbert", "hilbert shifted", "windows")
+SEQUENCE_ARMS = ("random", "row_major", "row_major shifted", "hilbert")
 SCALES: dict[str, dict] = { # exploratory: what is larger than in the primary trainings
     "width 128": dict(size=dict(width=128, heads=4)),
     "layers 8": dict(size=dict(layers=8)),
@@ -82,7 +91,7 @@ class Plan:
         return [cell for seed in EXPLORED["seeds"] for cell in explored(seed)]
 
     def schedule(self, cell: Cell, rate: float) -> Schedule:
-        same = "photos" if cell.task == Text.name else cell.task
+        same = cell.task if cell.task in TASKS else "photos"
         found = replace(self.schedules[same], rate=rate)
         if cell.variant in SCALES:
             size = replace(found.size, **SCALES[cell.variant].get("size", {}))
@@ -108,18 +117,24 @@ def explored(seed: int) -> list[Cell]:
         make(task, arm)
         for arms in groups.values() for task in EXPLORED["tasks"] for arm in arms
     ]
-    cells += [make("text", arm, rate=TEXT_RATE) for arm in TEXT_ARMS]
+    other = partial(make, rate=OTHER_RATE)
+    cells += [other("text", arm) for arm in SEQUENCE_ARMS]
     cells += [
         make("photos", arm, variant=scale)
         for scale in SCALES for arm in ("row_major", "hilbert")
     ]
-    return cells + [make(task, "dense", variant=SAME_SECONDS) for task in TASKS]
+    cells += [make(task, "dense", variant=SAME_SECONDS) for task in TASKS]
+    cells += [other(task, arm) for task in PICTURES for arm in PICTURE_ARMS]
+    cells += [other("listops", arm) for arm in SEQUENCE_ARMS]
+    return cells + [make(task, "moore") for task in EXPLORED["tasks"]]
 
 
 def task_of(cell: Cell) -> Task:
     "Tuning looks at examples that no result is judged by."
-    make = Text if cell.task == Text.name else TASKS[cell.task]
-    task = make(cell.seed, "tune" if cell.stage == "tune" else "test")
+    if cell.task in TASKS:
+        task = TASKS[cell.task](cell.seed, "tune" if cell.stage == "tune" else "test")
+    else:
+        task = (PICTURES | SEQUENCES)[cell.task](cell.seed)
     vars(task).update(SCALES.get(cell.variant, {}).get("task", {}))
     return task
 

@@ -10,7 +10,7 @@ import torch
 from hilbert_attn.bench.machine import environment
 from hilbert_attn.bench.measuring import progress_bar
 
-from .arms import DILATED_ARMS, GRID_ARMS
+from .arms import AT_RATE_OF_HILBERT
 from .attending import attention_distances
 from .plan import SAME_SECONDS, Cell, Plan, arm_of, task_of
 from .store import as_run, chosen_rates, load, load_stage, path_of, rounded, save, times_file
@@ -44,10 +44,10 @@ def missing(cells: list[Cell], folder: Path) -> list[Cell]:
 def rate_of(cell: Cell, plan: Plan, folder: Path) -> float:
     """The cell's own, or the one that tuning chose, once all rates of its arm were tried.
 
-    Patterns that are no segments take Hilbert's."""
+    What is not tuned takes that of Hilbert."""
     if cell.rate is not None: return cell.rate
     arm = arm_of(cell).name
-    if arm in (*GRID_ARMS, *DILATED_ARMS): arm = "hilbert"
+    if arm in AT_RATE_OF_HILBERT: arm = "hilbert"
     runs = [run for run in load_stage("tune", folder)
             if (run["task"], run["arm"]) == (cell.task, arm)]
     if {run["rate"] for run in runs} != set(plan.rates[cell.task]):

@@ -1,4 +1,6 @@
 "What is learned: examples as tokens, what is to be predicted, and what one gets without learning."
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 
@@ -63,6 +65,15 @@ class Task:
     def guesses(self, tests: Tests) -> dict[str, Tensor]: # name -> losses (B,)
         "What needs no network."
         raise NotImplementedError
+
+
+@contextmanager
+def experiments(what: str) -> Iterator[None]:
+    "Around imports of packages that bring data."
+    try: yield
+    except ImportError as e:
+        hint = "pip install 'hilbert_attn[experiments]'"
+        raise RuntimeError(f"{what} need scikit-image and scikit-learn ({e}): {hint}") from None
 
 
 def weighted_mean(error: Tensor, weight: Tensor) -> Tensor: # (B,)
