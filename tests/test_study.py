@@ -41,7 +41,7 @@ from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
 
 TASKS = list(plan.TASKS)
 OTHERS = dict(plan.PICTURES | plan.SEQUENCES)
-STAGES = dict(tune=78, primary=180, explore=291)
+STAGES = dict(tune=78, primary=180, explore=315)
 
 
 @pytest.fixture(scope="module")
@@ -505,9 +505,10 @@ def test_exploratory_cells_come_last_and_name_their_scheme(toys):
     assert "distances" not in store.load(store.path_of(plan.QUICK.primary()[0], toys))
 
 
+@pytest.mark.parametrize("name", plan.EXPLORED["tasks"])
 @pytest.mark.parametrize("scale", plan.SCALES)
-def test_what_is_larger(scale):
-    cell = plan.Cell("explore", "photos", "hilbert", 0, variant=scale)
+def test_what_is_larger(scale, name):
+    cell = plan.Cell("explore", name, "hilbert", 0, variant=scale)
     was = cell._replace(variant="")
     task, size = plan.task_of(cell), plan.FULL.schedule(cell, 0.0).size
     given = task.batch(1, torch.Generator().manual_seed(0))
@@ -515,6 +516,17 @@ def test_what_is_larger(scale):
     assert Network(task, plan.arm_of(cell), size)(given.tokens).shape == given.target.shape
     assert (task.grid, task.segment_size, size) != (
         plan.task_of(was).grid, plan.task_of(was).segment_size, plan.FULL.schedule(was, 0.0).size)
+
+
+def test_finer_patches_show_the_same_pictures():
+    cell = plan.Cell("explore", "pathfinder", "hilbert", 0)
+    coarse, fine = plan.task_of(cell), plan.task_of(cell._replace(variant="tokens 1296"))
+    ink = [task.batch(2, torch.Generator().manual_seed(0)).tokens.sum((1, 2))
+           for task in (coarse, fine)]
+    assert torch.equal(*ink)
+    tests = fine.tests()
+    losses = {name: x.mean().item() for name, x in fine.guesses(tests).items()}
+    assert losses["frequency at the distance"] < losses["frequency"]
 
 
 def test_as_many_steps_as_fit_into_the_same_seconds(tmp_path):
@@ -797,7 +809,8 @@ def test_tables_of_exploratory_runs():
         assert seeds == 2 and set(table) == {"(no learning)", *arms}
         assert table.loc[name, "(no learning)"] == 9
     larger, _ = exploring.scales(frame)
-    assert len(larger) == 5 and larger.loc["(primary)", "row_major"] == len("row_major")
+    assert len(larger) == 10
+    assert larger.loc[("pathfinder", "(primary)"), "row_major"] == len("row_major")
     assert set(exploring.same_seconds(frame)[0]) == {
         "dense", "hilbert", f"dense, {plan.SAME_SECONDS}"}
     far, _ = exploring.looks(frame)
@@ -832,21 +845,26 @@ def test_a_sentence_where_no_layer_turns():
 
 def test_figures_in_words():
     losses = dict(one=-32.4, shifted=-14, alternating=27.6, four=21, transposed=30.2)
-    rows = pd.DataFrame({"photos": losses | {"four shifted": 25.0}})
-    assert exploring.in_words(rows) == (
+    one = pd.Series(losses | {"four shifted": 25.0})
+    rows = pd.DataFrame({0: pd.concat(dict(photos=one, pathfinder=one / 2))})
+    assert exploring.in_words(rows).split("; ")[0] == (
         "photos: -32 % with one order throughout, -14 % where it is only shifted, +21 to +30 % "
         "where layers take turns with transposed walks")
+    rows[1] = rows[0] + 2
+    assert exploring.in_words(rows).split("; ")[1] == (
+        "pathfinder: -16 to -14 % with one order throughout, -7 to -5 % where it is only shifted, "
+        "+10 to +17 % where layers take turns with transposed walks")
 
 
-def test_how_far_seeds_lie_apart():
-    losses = {"row_major": (1.0, 2.0, 4.0), "hilbert": (1.1, 2.4, 5.2)}
-    runs = [
-        tried(stage="primary", task=task, arm=arm, seed=seed, loss=loss)
-        for task in ("photos", "pathfinder") for arm, all_of in losses.items()
-        for seed, loss in enumerate(all_of)
-    ]
-    spread = exploring.spread_of_seeds(exploring.as_frame(runs))
-    assert dict(spread) == pytest.approx({"photos": 10.0, "pathfinder": 10.0})
+def test_every_seed_stands_for_itself():
+    runs = all_tried()
+    for run in runs:
+        if (run["seed"], run["arm"]) == (1, "hilbert one"): run["loss"] *= 2
+    rows = exploring.each_seed(exploring.as_frame(runs))
+    assert list(rows) == [0, 1] and len(rows) == 2 * 6
+    assert rows.loc[("photos", "one"), 1] == pytest.approx(2 * rows.loc[("photos", "one"), 0] + 100)
+    first = [run for run in runs if (run["seed"], run["arm"]) != (1, "morton four")]
+    assert list(exploring.each_seed(exploring.as_frame(first))) == [0]
 
 
 def test_a_table_is_of_whole_seeds_alone():

@@ -41,8 +41,10 @@ class Cluttered(Task):
     def tests(self) -> Tests:
         draw = Generator().manual_seed(20_256)
         shape = (self.per_group, self.whole)
-        chosen = [self.training + i * self.images + randint(0, self.images, shape, draw)
-                  for i in range(self.groups)]
+        chosen = []
+        for i in range(self.groups):
+            first = self.training + i * self.images
+            chosen.append(first + randint(0, self.images, shape, draw))
         names = [f"group {i}" for i in range(self.groups) for _ in range(self.per_group)]
         return Tests(self._examples(torch.cat(chosen), draw), names)
 

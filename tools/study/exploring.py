@@ -75,33 +75,41 @@ def hilbert_over_rows(table: pd.DataFrame) -> pd.DataFrame: # of `diversity`, in
     return (100 * (table["hilbert"] / table["row_major"] - 1)).unstack("task")
 
 
-def in_words(rows: pd.DataFrame) -> str: # of `hilbert_over_rows`
+def each_seed(frame: pd.DataFrame) -> pd.DataFrame: # in per cent, (task, scheme) against the seed
+    "`hilbert_over_rows` of each seed of which every cell of `diversity` is stored."
+    tried = {seed: diversity(part) for seed, part in frame.groupby("seed")}
+    whole = {seed: found[0] for seed, found in tried.items() if found and found[1]}
+    return pd.DataFrame({
+        seed: hilbert_over_rows(table).unstack()
+        for seed, table in whole.items()
+    })
+
+
+def _span(values: pd.DataFrame) -> str:
+    "From the least to the most."
+    ends = [f"{x:+.0f}" for x in (values.min(axis=None), values.max(axis=None))]
+    return f"{' to '.join(dict.fromkeys(ends))} %"
+
+
+def in_words(rows: pd.DataFrame) -> str: # of `each_seed`
     "Figures without a verdict."
     turning = [name for name, steps in SCHEMES.items() if any(walk for walk, _ in steps)]
     return "; ".join(
-        f"{task}: {rows.at['one', task]:+.0f} % with one order throughout, "
-        f"{rows.at['shifted', task]:+.0f} % where it is only shifted, "
-        f"{rows.loc[turning, task].min():+.0f} to {rows.loc[turning, task].max():+.0f} % where "
-        "layers take turns with transposed walks"
-        for task in rows)
+        f"{task}: {_span(of.loc[['one']])} with one order throughout, "
+        f"{_span(of.loc[['shifted']])} where it is only shifted, "
+        f"{_span(of.loc[turning])} where layers take turns with transposed walks"
+        for task, of in ((task, rows.loc[task]) for task in EXPLORED["tasks"]))
 
 
 def where_no_layer_turns(frame: pd.DataFrame) -> str: # empty: no run, or not all agree
     "A sentence on Hilbert and rows, if Hilbert ends lower wherever no layer is transposed."
-    tried = diversity(frame)
-    if tried is None or not tried[1]: return ""
-    kept = hilbert_over_rows(tried[0]).loc[["one", "shifted"]]
+    rows = each_seed(frame)
+    if rows.empty: return ""
+    kept = rows.loc[(slice(None), ["one", "shifted"]), :]
     if not (kept < 0).all(axis=None): return ""
-    least, most = -kept.max(axis=None), -kept.min(axis=None)
+    least, most, seeds = -kept.max(axis=None), -kept.min(axis=None), len(rows.columns)
     return (f"Where no layer is transposed Hilbert ended {least:.0f} to {most:.0f} % below rows, "
-            f"in {tried[1]} exploratory training{'s' * (tried[1] > 1)} of each kind.")
-
-
-def spread_of_seeds(frame: pd.DataFrame) -> pd.Series: # by task, in per cent
-    "Standard deviation over the primary seeds of what `hilbert_over_rows` has for one seed."
-    primary = frame[(frame.stage == "primary") & frame.task.isin(EXPLORED["tasks"])]
-    wide = primary.pivot(index=["task", "seed"], columns="arm", values="loss")
-    return (100 * (wide["hilbert"] / wide["row_major"] - 1)).groupby("task").std()
+            f"in {seeds} exploratory training{'s' * (seeds > 1)} of each kind.")
 
 
 def other_patterns(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
@@ -130,12 +138,12 @@ def other_task(frame: pd.DataFrame, name: str) -> tuple[pd.DataFrame, int] | Non
 
 
 def scales(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:
-    "What is larger, against the arm; the first row is the primary size."
+    "Task and what is larger, against the arm; `(primary)` is the primary size."
     of = frame.variant.isin(SCALES)
     if not of.any(): return None
     found = with_primary(frame, of)
     found = found.assign(variant=found.variant.replace("", "(primary)"))
-    return means(found, ["variant"], "arm")
+    return means(found, ["task", "variant"], "arm")
 
 
 def same_seconds(frame: pd.DataFrame) -> tuple[pd.DataFrame, int] | None:

@@ -77,7 +77,7 @@ class Pathfinder(Task):
         "How often it is the marked curve: anywhere, and at a distance from the mark."
         found = {}
         for name, width in (("frequency", 10 ** 6), ("frequency at the distance", 1)):
-            share = _share_by_distance(width)
+            share = _share_by_distance(width, self.grid, self.side)
             at = (_distances(tests.batch, self.grid) / width).long()
             chance = share[at.clamp(max=len(share) - 1)]
             found[name] = self.loss(torch.logit(chance)[..., None], tests.batch)
@@ -117,16 +117,17 @@ def _inwards(place: Tensor, canvas: int, heading: Tensor) -> Tensor:
 
 def _distances(batch: Batch, grid: tuple[int, int]) -> Tensor: # (B, N), in tokens
     "From the nearest token with the mark."
-    marked = batch.tokens[..., 4:].amax(-1) > 0
+    marked = batch.tokens.chunk(2, -1)[1].amax(-1) > 0
     cells = torch.stack(torch.unravel_index(torch.arange(grid[0] * grid[1]), grid), 1).float()
     away = torch.cdist(cells, cells)
     return torch.stack([away[:, at].amin(1) for at in marked])
 
 
 @cache
-def _share_by_distance(width: int) -> Tensor:
+def _share_by_distance(width: int, grid: tuple[int, int], side: int) -> Tensor:
     "How often a dash belongs to the marked curve, by distance in units of `width`."
     task = Pathfinder(0)
+    task.grid, task.side = grid, side
     known = task.batch(512, Generator().manual_seed(1))
     at = (_distances(known, task.grid) / width).long()
     marked = known.weight * known.target[..., 0]

@@ -36,14 +36,23 @@ EXPLORED = dict(
 PICTURES: dict[str, Callable[[int], Task]] = dict(cluttered=Cluttered, faces=Faces)
 SEQUENCES: dict[str, Callable[[int], Task]] = dict(text=Text, listops=ListOps)
 OTHER_RATE = 4e-3 # of all arms, not tuned
-PICTURE_ARMS = (
-    "dense", "random", "row_major", "row_major shifted", "hilbert", "hilbert shifted", "windows")
 SEQUENCE_ARMS = ("random", "row_major", "row_major shifted", "hilbert")
+PICTURE_ARMS = (
+    "dense",
+    "random",
+    "row_major",
+    "row_major shifted",
+    "hilbert",
+    "hilbert shifted",
+    "windows",
+)
 SCALES: dict[str, dict] = { # exploratory: what is larger than in the primary trainings
     "width 128": dict(size=dict(width=128, heads=4)),
     "layers 8": dict(size=dict(layers=8)),
     "segment 64": dict(task=dict(segment_size=64, tile=8)),
-    "tokens 1296": dict(task=dict(grid=(36, 36), side=2, inputs=5, outputs=4)),
+    "tokens 1296": dict( # patches of half the side
+        photos=dict(grid=(36, 36), side=2, inputs=5, outputs=4),
+        pathfinder=dict(grid=(36, 36), side=1, inputs=2)),
 }
 SAME_SECONDS = "seconds of hilbert" # a variant: as many steps as fit into its time
 TUNING_SHARE = 4 # trainings that choose a learning rate are this much shorter
@@ -120,8 +129,8 @@ def explored(seed: int) -> list[Cell]:
     other = partial(make, rate=OTHER_RATE)
     cells += [other("text", arm) for arm in SEQUENCE_ARMS]
     cells += [
-        make("photos", arm, variant=scale)
-        for scale in SCALES for arm in ("row_major", "hilbert")
+        make(task, arm, variant=scale)
+        for task in EXPLORED["tasks"] for scale in SCALES for arm in ("row_major", "hilbert")
     ]
     cells += [make(task, "dense", variant=SAME_SECONDS) for task in TASKS]
     cells += [other(task, arm) for task in PICTURES for arm in PICTURE_ARMS]
@@ -135,7 +144,8 @@ def task_of(cell: Cell) -> Task:
         task = TASKS[cell.task](cell.seed, "tune" if cell.stage == "tune" else "test")
     else:
         task = (PICTURES | SEQUENCES)[cell.task](cell.seed)
-    vars(task).update(SCALES.get(cell.variant, {}).get("task", {}))
+    scale = SCALES.get(cell.variant, {})
+    vars(task).update(scale.get("task", {}) | scale.get(cell.task, {}))
     return task
 
 
