@@ -27,10 +27,12 @@ from study import (
     timing,
 )
 from study.arms import ARMS, DILATED_ARMS, GRID_ARMS, POSITIONS, Arm, layer_order, moore, walk
+from study.clouds import CloudNetwork, cloud_order, cloud_orders
 from study.listops import OPERATORS
 from study.masked import nearest_mean
 from study.network import Network, OtherAttention, Size, rotary
 from study.photos import FOLDS, TESTED, TUNING, Photos, load_photos
+from study.scene import Scene, _rotation, load_scene
 from study.tasks import Batch
 from study.text import LETTERS, Text
 
@@ -38,10 +40,11 @@ from hilbert_attn.bench import results
 from hilbert_attn.curves import curve_order
 from hilbert_attn.modules import rotary_embedding
 from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
+from hilbert_attn.points import point_order
 
 TASKS = list(plan.TASKS)
-OTHERS = dict(plan.PICTURES | plan.SEQUENCES)
-STAGES = dict(tune=78, primary=180, explore=315)
+OTHERS = dict(plan.PICTURES | plan.CLOUDS | plan.SEQUENCES)
+STAGES = dict(tune=78, primary=180, explore=339)
 
 
 @pytest.fixture(scope="module")
@@ -101,11 +104,12 @@ def test_shapes_and_groups(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_what_is_asked_is_not_given(name):
-    batch = ALL[name](0).batch(4, torch.Generator().manual_seed(0))
+    task = ALL[name](0)
+    batch = task.batch(4, torch.Generator().manual_seed(0))
     asked = batch.weight > 0
     assert asked.any(1).all()
     if name in ("pathfinder", "cluttered", "listops"): return  # all is given but the answer
-    pixels = batch.tokens[..., :-1]
+    pixels = batch.tokens[..., -1 - task.outputs:-1]
     assert (pixels[asked] == 0).all()
     assert torch.equal(pixels[~asked], batch.target[~asked])
 
@@ -181,6 +185,34 @@ def test_faces_are_crossed_and_held_out():
     seen = {tuple(x.flatten().tolist()) for x in named[0].training}
     assert len(named[0].training) == 80
     assert not any(tuple(x.flatten().tolist()) in seen for x in named[0].held_out)
+
+
+def test_the_scene_is_seen_by_the_camera_that_took_it():
+    "Projected back, each point lies in its pixel."
+    points, grey = load_scene()
+    y, x = points[..., 0].isfinite().nonzero().unbind(1)
+    across, down, depth = points[y, x].double().unbind(-1)
+    torch.testing.assert_close(across / depth * 994.978 + 311.193, x.double(), rtol=0, atol=1e-3)
+    torch.testing.assert_close(down / depth * 994.978 + 254.877, y.double(), rtol=0, atol=1e-3)
+    assert points.shape[:2] == grey.shape and 0 <= grey.min() < grey.max() <= 1
+    assert 2000 < depth.min() < depth.max() < 6000 # mm: a workshop
+
+
+def test_the_right_third_of_the_scene_is_held_out():
+    task, draw = Scene(0), torch.Generator().manual_seed(0)
+    known, held_out = range(task.border), range(task.border, task.grey.shape[1])
+    for columns in (known, held_out):
+        crops = [task._crop(columns, draw)[1] for _ in range(300)]
+        assert min(crop.start for crop in crops) == columns[0]
+        assert max(crop.stop for crop in crops) == columns[-1] + 1
+
+
+def test_clouds_are_turned_and_never_mirrored():
+    turns = [_rotation(torch.Generator().manual_seed(i)) for i in range(50)]
+    for turn in turns:
+        torch.testing.assert_close(turn @ turn.T, torch.eye(3), rtol=0, atol=1e-5)
+        assert turn.det() > 0
+    assert torch.stack(turns).mean(0).abs().max() < 0.3
 
 
 def value_of(words: list[str]) -> int:
@@ -775,6 +807,64 @@ def test_stored_runs_are_those_of_the_plan():
         assert {p.relative_to(store.study_folder()).as_posix()[:-5] for p in paths} <= names
 
 
+# clouds of points
+
+def some_points(size: int = 3) -> torch.Tensor:
+    return torch.randn(size, 324, 3, generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("curve", ["hilbert", "morton"])
+def test_each_cloud_has_the_order_of_its_own_points(curve):
+    points, arm = some_points(), Arm(curve, "four shifted")
+    orders = list(cloud_orders(arm, Scene(0), points, 4))
+    for i, cloud in enumerate(points):
+        assert torch.equal(orders[0][i], point_order(cloud, curve))
+        assert torch.equal(orders[1][i], point_order(cloud, f"{curve}-trans").roll(-8))
+        assert torch.equal(orders[2][i], point_order(-cloud, curve))
+        assert torch.equal(orders[3][i], point_order(-cloud, f"{curve}-trans").roll(-8))
+
+
+def test_rows_of_voxels():
+    voxels = torch.cartesian_prod(*[torch.arange(8.)] * 3)[None] # in the order of rows
+    mixed = torch.randperm(512, generator=torch.Generator().manual_seed(0))
+    points = 3 * voxels[:, mixed] - 5
+    assert torch.equal(mixed[cloud_order("row_major", points)[0]], torch.arange(512))
+    columns = list(cloud_orders(Arm("row_major", "transposed"), Scene(0), points, 2))[1]
+    assert torch.equal(voxels[0, mixed[columns[0]]].flip(1), voxels[0])
+
+
+def test_random_clouds_change_with_layer_and_example():
+    layers = torch.stack([*cloud_orders(Arm("random"), Scene(0), some_points(), 4)])
+    assert torch.equal(layers.sort(-1).values, torch.arange(324).expand(4, 3, 324))
+    assert len(layers.flatten(0, 1).unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize("title", ["dense", "hilbert", "morton shifted"])
+def test_points_may_come_in_any_order(title):
+    "What is predicted of a point does not depend on its place in memory."
+    task = Scene(0)
+    network = CloudNetwork(task, Arm.read(title), Size())
+    tokens = task.batch(2, torch.Generator().manual_seed(1)).tokens
+    mixed = torch.randperm(task.tokens, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(network(tokens[:, mixed]), network(tokens)[:, mixed])
+
+
+@pytest.mark.parametrize("name", ["dense", "row_major", "random", "hilbert", "morton"])
+def test_points_see_their_segment_in_a_cloud(name):
+    "One layer: a change of one point reaches its segment alone."
+    task, arm = Scene(0), Arm(name, "one")
+    network = CloudNetwork(task, arm, Size(layers=1))
+    tokens = task.batch(2, torch.Generator().manual_seed(3)).tokens
+    changed = tokens.clone()
+    changed[1, 100, -2:] += 1.0
+    moved = (network(tokens) - network(changed)).abs().amax(-1) > 0
+    order = cloud_order(name, tokens[..., :3])[1]
+    place = int((order == 100).nonzero())
+    segment = order[place // 16 * 16:][:16] if name != "dense" else order
+    assert not moved[0].any()
+    assert moved[1].nonzero().flatten().tolist() == sorted(segment.tolist())
+
+
 # exploratory tables
 
 def tried(**changes) -> dict:
@@ -804,7 +894,8 @@ def test_tables_of_exploratory_runs():
     placed, _ = exploring.positions(frame)
     assert placed.loc[("photos", "hilbert"), "grid"] == len("hilbert")
     assert placed.loc[("pathfinder", "row_major"), "none"] == len("row_major positions none")
-    for name, arms in dict(text=plan.SEQUENCE_ARMS, faces=plan.PICTURE_ARMS).items():
+    named = dict(text=plan.SEQUENCE_ARMS, faces=plan.PICTURE_ARMS, scene=plan.CLOUD_ARMS)
+    for name, arms in named.items():
         table, seeds = exploring.other_task(frame, name)
         assert seeds == 2 and set(table) == {"(no learning)", *arms}
         assert table.loc[name, "(no learning)"] == 9

@@ -19,7 +19,7 @@ class MaskedPatches(Task):
     ) -> Batch:
         "Hides patches at random."
         target = patches(pictures, self.side).flatten(1, 2)
-        hidden = _hide(len(pictures), self.tokens, self.hidden_share, draw)[..., None]
+        hidden = hide(len(pictures), self.tokens, self.hidden_share, draw)[..., None]
         tokens = torch.cat([target * ~hidden, hidden.float()], -1)
         return Batch(tokens, target, hidden[..., 0].float())
 
@@ -33,7 +33,8 @@ class MaskedPatches(Task):
         return {n: self.loss(guess[..., None], tests.batch) for n, guess in found.items()}
 
 
-def _hide(examples: int, tokens: int, share: float, draw: Generator) -> Tensor: # bool (B, N)
+def hide(examples: int, tokens: int, share: float, draw: Generator) -> Tensor: # bool (B, N)
+    "This share of the tokens of each example, at random."
     chance = torch.rand(examples, tokens, generator=draw)
     return chance.argsort(1) < round(share * tokens)
 

@@ -12,6 +12,7 @@ from .listops import ListOps
 from .network import Size
 from .pathfinder import Pathfinder
 from .photos import Photos
+from .scene import Scene
 from .tasks import Task
 from .text import Text
 from .training import Schedule
@@ -32,8 +33,9 @@ SCHEDULES = dict(
 EXPLORED = dict(
     tasks=("photos", "pathfinder"), arms=("row_major", "morton", "hilbert"), seeds=(0, 1, 2)
 ) # exploratory: diversity of orders over layers, then patterns of the grid
-# exploratory tasks, with the schedule of photos: pictures, then sequences
+# exploratory tasks, with the schedule of photos: pictures, clouds of points, sequences
 PICTURES: dict[str, Callable[[int], Task]] = dict(cluttered=Cluttered, faces=Faces)
+CLOUDS: dict[str, Callable[[int], Task]] = dict(scene=Scene)
 SEQUENCES: dict[str, Callable[[int], Task]] = dict(text=Text, listops=ListOps)
 OTHER_RATE = 4e-3 # of all arms, not tuned
 SEQUENCE_ARMS = ("random", "row_major", "row_major shifted", "hilbert")
@@ -46,6 +48,7 @@ PICTURE_ARMS = (
     "hilbert shifted",
     "windows",
 )
+CLOUD_ARMS = (*PICTURE_ARMS[:-1], "morton", "morton shifted")
 SCALES: dict[str, dict] = { # exploratory: what is larger than in the primary trainings
     "width 128": dict(size=dict(width=128, heads=4)),
     "layers 8": dict(size=dict(layers=8)),
@@ -134,6 +137,7 @@ def explored(seed: int) -> list[Cell]:
     ]
     cells += [make(task, "dense", variant=SAME_SECONDS) for task in TASKS]
     cells += [other(task, arm) for task in PICTURES for arm in PICTURE_ARMS]
+    cells += [other(task, arm) for task in CLOUDS for arm in CLOUD_ARMS]
     cells += [other("listops", arm) for arm in SEQUENCE_ARMS]
     return cells + [make(task, "moore") for task in EXPLORED["tasks"]]
 
@@ -143,7 +147,7 @@ def task_of(cell: Cell) -> Task:
     if cell.task in TASKS:
         task = TASKS[cell.task](cell.seed, "tune" if cell.stage == "tune" else "test")
     else:
-        task = (PICTURES | SEQUENCES)[cell.task](cell.seed)
+        task = (PICTURES | CLOUDS | SEQUENCES)[cell.task](cell.seed)
     scale = SCALES.get(cell.variant, {})
     vars(task).update(scale.get("task", {}) | scale.get(cell.task, {}))
     return task

@@ -76,7 +76,7 @@ def run_cell(
     "Trains one cell; exploratory ones are also asked how far they look."
     task, arm = task_of(cell), arm_of(cell)
     outcome, network = train(task, arm, schedule, cell.seed, tell)
-    if cell.stage == "explore":
+    if cell.stage == "explore" and not task.cloud:
         distances = attention_distances(network, task, arm, schedule.size.heads)
         outcome = replace(outcome, distances=distances)
     guesses = {name: x.mean().item() for name, x in task.guesses(task.tests()).items()}

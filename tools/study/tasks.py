@@ -40,6 +40,7 @@ class Task:
     grid: tuple[int, ...]
     segment_size: int
     tile: int # side of the tiles of `tile`
+    cloud = False # points in space instead of cells of a grid: the first three inputs
     positions = "grid" # what the rotary embedding turns by, see `arms.POSITIONS`
     inputs: int
     outputs: int

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .arms import Arm
+from .clouds import CloudNetwork
 from .network import Network, Size
 from .tasks import Task, Tests
 
@@ -56,7 +57,8 @@ def judge(network: nn.Module, task: Task, tests: Tests) -> Tensor: # (examples,)
 def new_network(task: Task, arm: Arm, schedule: Schedule, seed: int):
     "Initial weights depend on the seed alone, not on the arm."
     torch.manual_seed(seed)
-    network = Network(task, arm, schedule.size)
+    kind = CloudNetwork if task.cloud else Network
+    network = kind(task, arm, schedule.size)
     settings = dict(lr=schedule.rate, betas=(0.9, 0.95), weight_decay=schedule.weight_decay)
     return network, torch.optim.AdamW(network.parameters(), **settings)
 
