@@ -196,13 +196,15 @@ def memory_of_rank(config: dict, rank: int, world: int) -> dict:
     return dict(world=world, memory=rows)
 
 
-def timings_of_rank(config: dict, rank: int, world: int) -> list[dict]:
-    "Forward, and forward and backward, of all contenders in turn."
+def timings_of_rank(
+    config: dict, chosen: list[Contender], rank: int, world: int,
+) -> list[dict]: # rows
+    "Forward, and forward and backward, of contenders in turn."
     *qkv, dout = _tensors(config, config["tokens"], rank, world)
     leaves = [x.clone().requires_grad_() for x in qkv]
     def forward(c): return lambda: c.attention(*qkv)
     def both(c): return lambda: torch.autograd.grad(c.attention(*leaves)[0], leaves, dout)
-    chosen, rows = contenders(config, config["tokens"], world), []
+    rows = []
     for direction, build in {"forward": forward, "forward+backward": both}.items():
         calls = {c.name: build(c) for c in chosen}
         timings = measure(calls, config["repeats"], synchronize=dist.barrier)
@@ -240,35 +242,42 @@ def times_of_rank(config: dict, rank: int, world: int) -> dict:
     "Checks, times, the link between ranks, and what the plans send."
     short = contenders(config, 64 * world, world)
     checks = {c.name: check(c, 2, config["head_dim"]) for c in short}
-    rows = timings_of_rank(config, rank, world)
+    chosen = contenders(config, config["tokens"], world)
+    rows = timings_of_rank(config, chosen, rank, world)
     link = link_of_rank(config, rank, world)
-    chosen = [c for c in contenders(config, config["tokens"], world) if c.ours]
-    traffic = {c.name: traffic_of(config, c, world) for c in chosen}
+    traffic = {c.name: traffic_of(config, c, world) for c in chosen if c.ours}
     return dict(world=world, threads_per_rank=1, checks=checks, rows=rows, link=link,
                 traffic_bytes=traffic)
 
 
-def run_rank(job: dict, rank: int):
+def run_rank(job: dict, rank: int, part: Callable[[dict, int, int], dict]):
     "What one process does; rank 0 writes the result."
     torch.set_num_threads(1)
     store, world = job["store"], job["world"]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    part = memory_of_rank if job["part"] == "memory" else times_of_rank
     found = part(job["config"], rank, world)
     if not rank: Path(job["out"]).write_text(json.dumps(found))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run_world(config: dict, world: int, part: str, folder: Path) -> dict:
+def run_world(
+    config: dict,
+    world: int,
+    part: str,
+    folder: Path,
+    tool: str = __file__,
+    inside: Callable[[int], list[str]] = lambda rank: [], # words before the command of a rank
+) -> dict:
     "Starts the processes of one measurement and waits for them."
     store, out = folder / f"store-{part}-{world}", folder / f"{part}-{world}.json"
     job = dict(config=config, world=world, part=part, store=str(store), out=str(out))
-    command = [sys.executable, __file__, "--job", json.dumps(job), "--rank"]
+    command = [sys.executable, tool, "--job", json.dumps(job), "--rank"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if part == "memory":  # freed memory goes back at once
         env |= dict(MALLOC_MMAP_THRESHOLD_="131072", MALLOC_TRIM_THRESHOLD_="131072")
-    processes = [subprocess.Popen([*command, str(rank)], env=env) for rank in range(world)]
+    commands = [[*inside(rank), *command, str(rank)] for rank in range(world)]
+    processes = [subprocess.Popen(command, env=env) for command in commands]
     try: codes = [process.wait(600) for process in processes]
     finally:
         for process in processes:
@@ -319,7 +328,8 @@ def arguments() -> argparse.Namespace:
 
 def main():
     args = arguments()
-    if args.job: return run_rank(args.job, args.rank)
+    parts = dict(times=times_of_rank, memory=memory_of_rank)
+    if args.job: return run_rank(args.job, args.rank, parts[args.job["part"]])
     config = QUICK if args.quick else CONFIG
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
