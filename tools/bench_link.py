@@ -85,16 +85,21 @@ def times_of_rank(config: dict, rank: int, world: int) -> dict:
     chosen = compared(config["tokens"])
     rows = timings_of_rank(config, chosen, rank, world)
     ours = next(c for c in chosen if c.name == OURS)
-    return dict(checks=checks, rows=rows, link=link_of_rank(config, rank, world),
-                traffic_bytes=traffic_of(config, ours, world))
+    return dict(
+        checks=checks,
+        rows=rows,
+        link=link_of_rank(config, rank, world),
+        traffic_bytes=traffic_of(config, ours, world),
+    )
 
 
 def table(found: dict) -> str:
     "Milliseconds by rate."
     rows = []
     for cable in found["cables"]:
-        row = dict(rate=cable["rate"] or "none", link=8e-6 * cable["link"]["bytes"]
-                   / cable["link"]["seconds"])
+        link = cable["link"]
+        megabits = 8e-6 * link["bytes"] / link["seconds"]
+        row = dict(rate=cable["rate"] or "none", link=megabits)
         for x in cable["rows"]: row[f"{x['name']}, {x['direction']}"] = 1e3 * x["median"]
         rows.append(row)
     formats = {name: "" if name == "rate" else ".0f" for name in rows[0]}
@@ -111,8 +116,8 @@ def main():
     parser.add_argument("--rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job: return run_rank(args.job, args.rank, times_of_rank)
-    config = (QUICK if args.quick else CONFIG | dict(repeats=9)) | dict(
-        names=[OURS, SERIAL, TORCH, GATHER])
+    config = QUICK if args.quick else CONFIG | dict(repeats=9)
+    config |= dict(names=[OURS, SERIAL, TORCH, GATHER])
     cables = []
     for rate in ((None, 100) if args.quick else RATES):
         with tempfile.TemporaryDirectory() as folder, cable(rate) as inside:

@@ -197,7 +197,10 @@ def memory_of_rank(config: dict, rank: int, world: int) -> dict:
 
 
 def timings_of_rank(
-    config: dict, chosen: list[Contender], rank: int, world: int,
+    config: dict,
+    chosen: list[Contender],
+    rank: int,
+    world: int,
 ) -> list[dict]: # rows
     "Forward, and forward and backward, of contenders in turn."
     *qkv, dout = _tensors(config, config["tokens"], rank, world)

@@ -22,10 +22,12 @@ def load_scene() -> tuple[Tensor, Tensor]: # (H, W, 3) in mm, NaN where unknown;
     picture, _, disparity = data.stereo_motorcycle()
     found = torch.from_numpy(disparity).float()
     depth = FOCAL * BASELINE / (found.where(found.isfinite(), torch.nan) + APART)
-    y, x = (torch.arange(float(n)) for n in depth.shape)
-    across, down = (x - ACROSS) * depth / FOCAL, (y[:, None] - DOWN) * depth / FOCAL
+    rows, columns = depth.shape
+    x = torch.arange(float(columns)) - ACROSS
+    y = torch.arange(float(rows))[:, None] - DOWN
+    rays = x * depth / FOCAL, y * depth / FOCAL, depth
     grey = torch.from_numpy(picture).float().mean(-1) / 255
-    return torch.stack([across, down, depth], -1), grey
+    return torch.stack(rays, -1), grey
 
 
 class Scene(Task):
@@ -48,18 +50,23 @@ class Scene(Task):
     def _crop(self, columns: range, draw: Generator) -> tuple[slice, slice]:
         "A place where most points are known."
         inside = range(len(self.grey)), columns
+        ends = [of[-1] + 1 - self.crop for of in inside]
         while True:
-            last = [of[-1] - self.crop + 1 for of in inside]
-            y, x = (int(randint(of[0], end + 1, (), draw)) for of, end in zip(inside, last))
+            y, x = (
+                int(randint(of[0], end + 1, (), draw))
+                for of, end in zip(inside, ends)
+            )
             found = slice(y, y + self.crop), slice(x, x + self.crop)
             known = self.points[found][..., 0].isfinite()
             if 2 * known.sum() > known.numel(): return found
 
     def _cloud(self, place: tuple[slice, slice], draw: Generator) -> tuple[Tensor, Tensor]:
         "Points (N, 3) around 0, nearly all within 1/2, and their grey (N,)."
-        points, grey = self.points[place].flatten(0, 1), self.grey[place].flatten()
+        points = self.points[place].flatten(0, 1)
+        grey = self.grey[place].flatten()
         known = points[:, 0].isfinite().nonzero().flatten()
-        chosen = known[torch.randperm(len(known), generator=draw)[:self.tokens]]
+        mixed = torch.randperm(len(known), generator=draw)
+        chosen = known[mixed[:self.tokens]]
         centred = points[chosen] - points[chosen].mean(0)
         size = 2 * centred.abs().quantile(0.95)
         return centred / size @ _rotation(draw), grey[chosen]
@@ -67,34 +74,48 @@ class Scene(Task):
     def _examples(self, places: list[tuple[slice, slice]], draw: Generator) -> Batch:
         clouds = [self._cloud(place, draw) for place in places]
         points, grey = (torch.stack(part) for part in zip(*clouds))
-        hidden = hide(len(points), self.tokens, self.hidden_share, draw)
-        angles = pi * points[..., None] * 2.0 ** torch.arange(self.waves)
+        size = len(clouds)
+        hidden = hide(size, self.tokens, self.hidden_share, draw)
+        lengths = 2.0 ** torch.arange(self.waves)
+        angles = pi * points[..., None] * lengths
         waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(2)
         seen = torch.stack([grey * ~hidden, hidden.float()], -1)
         tokens = torch.cat([points, waves, seen], -1)
         return Batch(tokens, grey[..., None], hidden.float())
 
     def batch(self, size: int, draw: Generator) -> Batch:
-        return self._examples([self._crop(range(self.border), draw) for _ in range(size)], draw)
+        known = range(self.border)
+        places = [self._crop(known, draw) for _ in range(size)]
+        return self._examples(places, draw)
 
     def tests(self) -> Tests:
-        draw, columns = Generator().manual_seed(20_258), range(self.border, self.grey.shape[1])
-        places = [self._crop(columns, draw) for _ in range(self.groups)]
-        examples = [place for place in places for _ in range(self.per_group)]
-        names = [f"place {i}" for i in range(self.groups) for _ in range(self.per_group)]
+        draw = Generator().manual_seed(20_258)
+        held_out = range(self.border, self.grey.shape[1])
+        places = [self._crop(held_out, draw) for _ in range(self.groups)]
+        examples, names = [], []
+        for i, place in enumerate(places):
+            examples += [place] * self.per_group
+            names += [f"place {i}"] * self.per_group
         return Tests(self._examples(examples, draw), names)
 
     def guesses(self, tests: Tests) -> dict[str, Tensor]:
         "Means of visible points: of all, and of the nearest ones."
-        hidden, grey = tests.batch.weight, tests.batch.target[..., 0]
-        points, shown = tests.batch.tokens[..., :3], 1 - hidden
-        everywhere = ((grey * shown).sum(1) / shown.sum(1))[:, None].expand_as(grey)
-        away = torch.cdist(points, points).masked_fill(hidden[:, None] > 0, torch.inf)
+        batch = tests.batch
+        grey, shown = batch.target[..., 0], 1 - batch.weight
+        points = batch.tokens[..., :3]
+        mean = (grey * shown).sum(1) / shown.sum(1)
+        found = {"mean of the visible points": mean[:, None].expand_as(grey)}
+
+        away = torch.cdist(points, points)
+        away = away.masked_fill(shown[:, None] == 0, torch.inf)
         near = away.topk(max(NEAREST), largest=False).indices
         values = grey[:, None].expand_as(away).gather(2, near)
-        found = {f"mean of the {n} nearest visible": values[..., :n].mean(-1) for n in NEAREST}
-        found["mean of the visible points"] = everywhere
-        return {name: self.loss(guess[..., None], tests.batch) for name, guess in found.items()}
+        for n in NEAREST:
+            found[f"mean of the {n} nearest visible"] = values[..., :n].mean(-1)
+        return {
+            name: self.loss(guess[..., None], batch)
+            for name, guess in found.items()
+        }
 
 
 def _rotation(draw: Generator) -> Tensor: # (3, 3)
