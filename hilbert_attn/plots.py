@@ -31,14 +31,19 @@ def new_figure(
 ): # (figure, array of axes)
     "A figure in the project's one style: small titles, no frame."
     import matplotlib.pyplot as plt
-    size = panel[0] * cols, panel[1] * rows
-    fig = plt.figure(figsize=size, layout="constrained", dpi=100, facecolor="white")
+    from matplotlib.rcsetup import cycler
+    fig = plt.figure(
+        figsize=(panel[0] * cols, panel[1] * rows),
+        layout="constrained",
+        dpi=100,
+        facecolor="white",
+    )
     style: Any = {
         "font.size": 9,
         "axes.titlesize": 9,
         "axes.spines.top": False,
         "axes.spines.right": False,
-        "axes.prop_cycle": plt.cycler(color=PALETTE),
+        "axes.prop_cycle": cycler(color=PALETTE),
     }
     with plt.rc_context(style): axes = fig.subplots(rows, cols, squeeze=False).ravel()
     for ax, title in zip(axes, titles): ax.set_title(title)
