@@ -4,10 +4,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from .digits import load_digits
-from .tasks import Batch, Task, Tests, patches, randint, weighted_mean
+from .tasks import Batch, Choice, Tests, group_names, patches, randint
 
 
-class Cluttered(Task):
+class Cluttered(Choice):
     "Digits on a large canvas, among quarters of others. For each token with ink of one: which?"
     name = "cluttered"
     grid, segment_size, tile = (18, 18), 16, 4
@@ -45,11 +45,8 @@ class Cluttered(Task):
         for i in range(self.groups):
             first = self.training + i * self.images
             chosen.append(first + randint(0, self.images, shape, draw))
-        names = [f"group {i}" for i in range(self.groups) for _ in range(self.per_group)]
+        names = group_names("group", self.groups, self.per_group)
         return Tests(self._examples(torch.cat(chosen), draw), names)
-
-    def loss(self, predicted: Tensor, batch: Batch) -> Tensor:
-        return weighted_mean(-(predicted.log_softmax(-1) * batch.target).sum(-1), batch.weight)
 
     def guesses(self, tests: Tests) -> dict[str, Tensor]:
         "How often a token with ink is of a digit."

@@ -4,7 +4,7 @@ from functools import cache
 import torch
 from torch import Generator, Tensor
 
-from .tasks import Batch, Task, Tests, experiments, patches, randint
+from .tasks import Batch, Task, Tests, experiments, group_names, patches, randint
 
 
 @cache
@@ -52,7 +52,7 @@ class Digits(Task):
         shape = (self.per_group, self.digits)
         chosen = [self.first + i * self.images + randint(0, self.images, shape, draw)
                   for i in range(self.groups)]
-        names = [f"group {i}" for i in range(self.groups) for _ in range(self.per_group)]
+        names = group_names("group", self.groups, self.per_group)
         return Tests(self._films(torch.cat(chosen), draw), names)
 
     def guesses(self, tests: Tests) -> dict[str, Tensor]:

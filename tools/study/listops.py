@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .tasks import Batch, Task, Tests, randint, weighted_mean
+from .tasks import Batch, Choice, Tests, group_names, randint
 
 DIGITS = 10
 OPERATORS: dict[str, Callable[[list[int]], int]] = { # of digits, to a digit
@@ -52,7 +52,7 @@ def sequence(draw: random.Random, length: int) -> list[Letter]:
     return letters + [Letter(NOTHING)] * (length - len(letters))
 
 
-class ListOps(Task):
+class ListOps(Choice):
     "Asked at the end of each list. The sequence is folded onto a square, row by row."
     name = "listops"
     grid, segment_size, tile = (18, 18), 16, 4
@@ -73,11 +73,8 @@ class ListOps(Task):
 
     def tests(self) -> Tests:
         examples = self.batch(self.groups * self.per_group, Generator().manual_seed(20_257))
-        names = [f"group {i}" for i in range(self.groups) for _ in range(self.per_group)]
+        names = group_names("group", self.groups, self.per_group)
         return Tests(examples, names)
-
-    def loss(self, predicted: Tensor, batch: Batch) -> Tensor:
-        return weighted_mean(-(predicted.log_softmax(-1) * batch.target).sum(-1), batch.weight)
 
     def guesses(self, tests: Tests) -> dict[str, Tensor]:
         "How often a value is that of a list: of any, and of one with this operator."

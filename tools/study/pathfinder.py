@@ -6,7 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .tasks import Batch, Task, Tests, cross_entropy, patches, randint, uniform, weighted_mean
+from .tasks import (
+    Batch,
+    Task,
+    Tests,
+    cross_entropy,
+    group_names,
+    patches,
+    randint,
+    uniform,
+    weighted_mean,
+)
 
 
 class Pathfinder(Task):
@@ -67,7 +77,7 @@ class Pathfinder(Task):
     def tests(self) -> Tests:
         draw = Generator().manual_seed(self.test_seed)
         examples = self.batch(self.groups * self.per_group, draw)
-        names = [f"group {i}" for i in range(self.groups) for _ in range(self.per_group)]
+        names = group_names("group", self.groups, self.per_group)
         return Tests(examples, names)
 
     def loss(self, predicted: Tensor, batch: Batch) -> Tensor:

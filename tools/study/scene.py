@@ -6,7 +6,7 @@ import torch
 from torch import Generator, Tensor
 
 from .masked import hide
-from .tasks import Batch, Task, Tests, experiments, randint
+from .tasks import Batch, Task, Tests, experiments, group_names, randint
 
 # of scikit-image's `stereo_motorcycle`, by its documentation (Middlebury 2014), in pixels
 FOCAL, ACROSS, DOWN, APART = 994.978, 311.193, 254.877, 31.086
@@ -92,10 +92,8 @@ class Scene(Task):
         draw = Generator().manual_seed(20_258)
         held_out = range(self.border, self.grey.shape[1])
         places = [self._crop(held_out, draw) for _ in range(self.groups)]
-        examples, names = [], []
-        for i, place in enumerate(places):
-            examples += [place] * self.per_group
-            names += [f"place {i}"] * self.per_group
+        examples = [place for place in places for _ in range(self.per_group)]
+        names = group_names("place", self.groups, self.per_group)
         return Tests(self._examples(examples, draw), names)
 
     def guesses(self, tests: Tests) -> dict[str, Tensor]:

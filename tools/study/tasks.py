@@ -68,6 +68,15 @@ class Task:
         raise NotImplementedError
 
 
+class Choice(Task):
+    "One answer of several, for each token that is asked."
+
+    def loss(self, predicted: Tensor, batch: Batch) -> Tensor: # (B,)
+        "Cross-entropy, in nats."
+        entropy = -(predicted.log_softmax(-1) * batch.target).sum(-1)
+        return weighted_mean(entropy, batch.weight)
+
+
 @contextmanager
 def experiments(what: str) -> Iterator[None]:
     "Around imports of packages that bring data."
@@ -89,6 +98,11 @@ def patches(
     height, width = (n // side for n in pictures.shape[-2:])
     rows = pictures.unflatten(-2, (height, side)).unflatten(-1, (width, side))
     return rows.transpose(-3, -2).flatten(-2)
+
+
+def group_names(what: str, groups: int, each: int) -> list[str]:
+    "A name for each example of each group."
+    return [f"{what} {i}" for i in range(groups) for _ in range(each)]
 
 
 def randint(low: int, high: int, shape: tuple[int, ...], draw: Generator) -> Tensor:

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from .tasks import Batch, Task, Tests, randint, weighted_mean
+from .masked import hide
+from .tasks import Batch, Choice, Tests, group_names, randint
 
 LETTERS = "\n" + "".join(map(chr, range(32, 127)))
 LEAST = 8_000 # characters of a module
@@ -25,7 +26,7 @@ def load_modules() -> tuple[Tensor, ...]: # int64 (characters,) each, indices in
     )
 
 
-class Text(Task):
+class Text(Choice):
     "A fifth of the characters is hidden. A sequence is folded onto a square, row by row."
     name = "text"
     grid, segment_size, tile = (18, 18), 16, 4
@@ -44,8 +45,7 @@ class Text(Task):
     def _examples(self, modules: list[Tensor], draw: Generator) -> Batch:
         starts = [int(randint(0, len(x) - self.tokens + 1, (), draw)) for x in modules]
         letters = torch.stack([x[i:i + self.tokens] for x, i in zip(modules, starts)])
-        chance = torch.rand(letters.shape, generator=draw)
-        hidden = chance.argsort(1) < round(self.hidden_share * self.tokens)
+        hidden = hide(len(letters), self.tokens, self.hidden_share, draw)
         target = F.one_hot(letters, len(LETTERS)).float()
         tokens = torch.cat([target * ~hidden[..., None], hidden[..., None].float()], -1)
         return Batch(tokens, target, hidden.float())
@@ -56,11 +56,8 @@ class Text(Task):
 
     def tests(self) -> Tests:
         modules = [x for x in self.held_out for _ in range(self.per_group)]
-        names = [f"module {i}" for i in range(len(self.held_out)) for _ in range(self.per_group)]
+        names = group_names("module", len(self.held_out), self.per_group)
         return Tests(self._examples(modules, Generator().manual_seed(20_253)), names)
-
-    def loss(self, predicted: Tensor, batch: Batch) -> Tensor:
-        return weighted_mean(-(predicted.log_softmax(-1) * batch.target).sum(-1), batch.weight)
 
     def guesses(self, tests: Tests) -> dict[str, Tensor]:
         "How often a character is there: anywhere, and behind the visible one before."
