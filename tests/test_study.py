@@ -837,6 +837,8 @@ def test_random_clouds_change_with_layer_and_example():
     layers = torch.stack([*cloud_orders(Arm("random"), Scene(0), some_points(), 4)])
     assert torch.equal(layers.sort(-1).values, torch.arange(324).expand(4, 3, 324))
     assert len(layers.flatten(0, 1).unique(dim=0)) == 12
+    still = torch.stack([*cloud_orders(Arm("random", "one"), Scene(0), some_points(), 4)])
+    assert len(still.flatten(0, 1).unique(dim=0)) == 3
 
 
 @pytest.mark.parametrize("title", ["dense", "hilbert", "morton shifted"])

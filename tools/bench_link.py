@@ -126,7 +126,7 @@ def main():
     found = dict(config=config, environment=environment(), cables=cables)
     print(table(found))
     out = args.out or (None if args.quick else RESULT)
-    if out: out.write_text(dump_rows(found))
+    if out: out.write_text(dump_rows(found) + "\n")
 
 
 if __name__ == "__main__": main()

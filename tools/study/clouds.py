@@ -50,7 +50,8 @@ def cloud_orders(
     for layer in range(layers):
         number, shift = steps[layer % len(steps)]
         turned = points.flip(-1) if number % 2 else points
-        order = cloud_order(arm.name, -turned if number > 1 else turned, layer)
+        draw = layer if len(steps) > 1 else 0
+        order = cloud_order(arm.name, -turned if number > 1 else turned, draw)
         yield order.roll(-(task.segment_size // 2), 1) if shift else order
 
 
