@@ -372,7 +372,7 @@ class _Task:
     custom_backward: bool # False: only backends that are plain PyTorch
     family: str # one of `FAMILIES`
 
-    def blocks(self, backend: Backend) -> str | None:
+    def why_not(self, backend: Backend) -> str | None:
         "Why a backend cannot do it, or None."
         needed = "segments" if self.family in ("branches", "heads") else self.family
         if needed not in backend.functions:
@@ -384,9 +384,9 @@ class _Task:
 # %% ../nbs/07_backends.ipynb #5a1d0c40
 def _check_forced(name: str, source: str, task: _Task):
     "A `RuntimeError` where the backend that somebody asks for cannot do it."
-    why = task.blocks(REGISTRY[name])
+    why = task.why_not(REGISTRY[name])
     if why is None: return
-    able = ", ".join(repr(b.name) for b in REGISTRY.values() if not task.blocks(b))
+    able = ", ".join(repr(b.name) for b in REGISTRY.values() if not task.why_not(b))
     raise RuntimeError(
         f"backend {name!r}, asked for by {source}, cannot run on {task.device}: {why}. "
         f"Backends that can: {able}, or 'auto'.")
@@ -415,7 +415,7 @@ def _by_policy(task: _Task) -> tuple[str, str]: # name and reason
     "The first row that fits and can run; rows with a length count only where there is one."
     for row in POLICY:
         if not row.fits(task.device.type, task.family, task.tokens): continue
-        why = task.blocks(REGISTRY[row.backend])
+        why = task.why_not(REGISTRY[row.backend])
         if why is None: return row.backend, row.reason
         _warn_once(row.backend, task.device, why)
     raise RuntimeError(f"no backend can run on {task.device} what this call asks for")
@@ -453,7 +453,7 @@ def rejected_backends(
     elif tokens and custom_backward:
         others["sdpa"] = "cutting so few tokens into groups costs more than it saves"
     task = _Task(device, tokens, custom_backward, family)
-    blocked = {b.name: task.blocks(b) for b in REGISTRY.values()}
+    blocked = {b.name: task.why_not(b) for b in REGISTRY.values()}
     others |= {b: why for b, why in blocked.items() if why}
     return MappingProxyType({b: why for b, why in others.items() if b != name})
 

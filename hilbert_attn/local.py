@@ -423,11 +423,11 @@ class _LocalTile(Tile):
 
     def empty(self) -> Tensor | None: return self.no_keys
 
-    def write(self, x, batch, model, add=False):
+    def put_queries(self, x, batch, model, onto=False):
         _write(x, batch, self.unit, self.group)
         return x
 
-    def add(self, x, batch, model, add=False):
+    def put_keys(self, x, batch, model, onto=False):
         _add(x, batch, self.unit)
         return x
 

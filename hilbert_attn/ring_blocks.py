@@ -159,7 +159,7 @@ class Task:
     source: int # of keys
     keys: Progression # rows of the source
     heads: Sequence # ((query heads, key/value heads of the source), ...), aligned
-    visible: str # "all", "triangle", or "tokens": key token <= query token
+    visible: str # "all", "triangle", or "compared": wherever key token <= query token
     query_positions: Progression
     key_positions: Progression
 
@@ -177,13 +177,13 @@ def visibility(
     causal: bool, # are later keys hidden?
     ordered: bool, # later by token, not by position?
 ) -> str | None:
-    "What of a block is seen: `all`, `triangle`, `tokens` (a comparison), or nothing: None."
+    "What of a block is seen: `all`, `triangle`, `compared` (one by one), or nothing: None."
     if not queries.count or not keys.count: return None
     if not causal: return "all"
-    if ordered: return "tokens"
+    if ordered: return "compared"
     if keys.last <= queries.start: return "all"
     if keys.start > queries.last: return None
-    return "triangle" if queries == keys else "tokens"
+    return "triangle" if queries == keys else "compared"
 
 # %% ../nbs/09c_ring_blocks.ipynb #c3656ebb
 def aligned_heads(
@@ -411,7 +411,7 @@ class Blocks:
 
     def _masks(self, task: Task, like: Tensor) -> Iterator[tuple[slice, bool, Tensor | None]]:
         "Rows of q, whether they see a triangle, and a bias; some at a time where it is large."
-        if task.visible == "tokens": return self._compared(task, like)
+        if task.visible == "compared": return self._compared(task, like)
         return iter([(rows_of(task.queries), task.visible == "triangle", None)])
 
     def _compared(self, task: Task, like: Tensor) -> Iterator[tuple[slice, bool, Tensor | None]]:
@@ -455,6 +455,6 @@ class Blocks:
             dout, dlse, q, out, lse = part.at(at)
             grads = block_backward(
                 dout, dlse, q, k, v, out, lse, triangle, bias, self.scale)
-            if ready: ready = ready()
+            if ready: ready = ready()  # waited for once; wait() returns None
             for target, index, grad in zip((part.dq, dk, dv), (at, keys, keys), grads):
                 add_to(target, index, grad)

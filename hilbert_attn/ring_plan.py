@@ -313,10 +313,10 @@ def _kind(plan: RingPlan, branch: int) -> str:
     return "ring" if dense else "exchange"
 
 # %% ../nbs/09_ring_plan.ipynb #4a4a9605
-def _last_query(branch: RingBranch, parts: Sequence[Part], residue: int | None) -> int:
-    "The last position in some parts that attends to a class; -1: there is none."
+def _queries_end(branch: RingBranch, parts: Sequence[Part], residue: int | None) -> int:
+    "One past the last position in some parts that attends to a class; 0: there is none."
     classes = [branch.queries(part, residue) for part in parts]
-    return max((rows.last for rows in classes if rows.count), default=-1)
+    return max((rows.last + 1 for rows in classes if rows.count), default=0)
 
 # %% ../nbs/09_ring_plan.ipynb #f466e821
 def _parcels_of(plan: RingPlan, b: int, part: Part, src: int, dst: int) -> Iterator[Parcel]:
@@ -324,7 +324,7 @@ def _parcels_of(plan: RingPlan, b: int, part: Part, src: int, dst: int) -> Itera
     branch = plan.branches[b]
     theirs = [other for rank, other in plan.sharing(b, part.start) if rank == dst]
     for residue, kv_heads in branch.key_classes():
-        end = _last_query(branch, theirs, residue) + 1
+        end = _queries_end(branch, theirs, residue)
         by_position = plan.causal and not plan.ordered
         seen = replace(part, stop=min(part.stop, end)) if by_position else part
         rows = branch.keys(seen, residue)

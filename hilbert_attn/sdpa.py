@@ -47,7 +47,7 @@ def _with_bias(rule: Scores, mask: Tensor, empty: Tensor, dtype: torch.dtype) ->
     return bias.where(allowed, -torch.inf)
 
 
-def _add_mask(
+def _call_sdpa(
     q: Tensor, k: Tensor, v: Tensor, # as for `masked_sdpa`
     bias: Tensor | None, # what is added to the scores; None: nothing
     empty: Tensor | None, # bool (..., N, 1): rows without keys, whose output is 0; None: no row
@@ -84,7 +84,7 @@ def masked_sdpa(
     rule, derived = score_rule(scale, q), torch.autograd.forward_ad._current_level >= 0
     if mask is None:
         if _by_sdpa(rule) and rule.bias is None and not derived:
-            return _add_mask(q, k, v, None, None, rule.scale, dropout_p)
+            return _call_sdpa(q, k, v, None, None, rule.scale, dropout_p)
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
     empty = ~mask.any(-1, keepdim=True)
     if not _by_sdpa(rule):
@@ -95,7 +95,7 @@ def masked_sdpa(
     if rule.bias is not None: allowed = _with_bias(rule, mask, empty, q.dtype)
     elif mask.dtype == torch.bool: allowed = mask | empty
     else: allowed = _additive(mask, empty, q.dtype)
-    return _add_mask(q, k, v, allowed, empty, rule.scale, dropout_p)
+    return _call_sdpa(q, k, v, allowed, empty, rule.scale, dropout_p)
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8c98
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class ShortCall:
         return [x for x in (self.bias, self.empty) if x is not None]
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, dropout_p: float = 0.0) -> Tensor:
-        out = _add_mask(q, k, v, self.bias, self.empty, self.scale, dropout_p)
+        out = _call_sdpa(q, k, v, self.bias, self.empty, self.scale, dropout_p)
         if _notes.calls is not None and not dropout_p: _notes.calls.append((q, k, v, out, self))
         return out
 
@@ -381,18 +381,18 @@ class _Rows:
         tiles = [count for count, _ in lattice.tiles]
         return rows.expand(*x.shape[:2], *tiles, *rows.shape[4:])
 
-    def write(self, x: Tensor, part: Tensor, side: str, add: bool):
+    def write(self, x: Tensor, part: Tensor, side: str, onto: bool):
         "Writes (or adds) a block; keys that residues share are summed first."
         heads = self.unit.heads(side)
         if side == "k" and self.block.shared: part = part.sum(3, keepdim=True)
         part, target = part.to(x.dtype), x[:, heads]
         if self.tokens is None:
             view = getattr(self.block, side).distinct.view(target)
-            view.add_(part) if add else view.copy_(part)
+            view.add_(part) if onto else view.copy_(part)
         else:  # residues innermost, as the kernel leaves them in memory: no copy
             rows = part.transpose(3, 4).reshape(*target.shape[:2], -1, *target.shape[3:])
             tokens = self.tokens[side].transpose(1, 2).reshape(-1)
-            (target.index_add_ if add else target.index_copy_)(2, tokens, rows)
+            (target.index_add_ if onto else target.index_copy_)(2, tokens, rows)
         if not isinstance(heads, slice): x[:, heads] = target
 
 # %% ../nbs/06_sdpa.ipynb #6d77d1e5
@@ -451,14 +451,14 @@ class _SegmentTile(Tile):
     def bias(self) -> Tensor | None: return self.pairs.bias(self.sizes, self.layout, self.dtype)
     def empty(self) -> Tensor | None: return self.pairs.empty(self.sizes, self.layout)
 
-    def _put(self, x, batch, model, side, add):
+    def _put(self, x, batch, model, side, onto):
         part = _split(batch, self.layout, self.sizes)
         if x is None:
             if self._is_all(model, side):
                 return like(part.transpose(3, 4).reshape(model.shape), model)
             new = torch.empty_like if self.complete else torch.zeros_like
             x = new(model, dtype=model.dtype if side == "q" else self.dtype)  # keys are summed
-        self.rows.write(x, part, side, add)
+        self.rows.write(x, part, side, onto)
         return x
 
     def _is_all(self, model: Tensor, side: str) -> bool:
@@ -466,9 +466,11 @@ class _SegmentTile(Tile):
         if self.rows.tokens is not None or self.rows.unit.adds: return False
         return self.sizes[1] == model.shape[1] and self.rows.block.covers(side, model.shape[2])
 
-    def write(self, x, batch, model, add=False): return self._put(x, batch, model, "q", add)
-    def add(self, x, batch, model, add=False):
-        return self._put(x, batch, model, "k", add or x is not None and self.rows.unit.adds)
+    def put_queries(self, x, batch, model, onto=False):
+        return self._put(x, batch, model, "q", onto)
+
+    def put_keys(self, x, batch, model, onto=False):
+        return self._put(x, batch, model, "k", onto or x is not None and self.rows.unit.adds)
 
 # %% ../nbs/06_sdpa.ipynb #62fd2207
 def _tiles(

@@ -376,18 +376,18 @@ class _BlockTile(Tile):
 
     def read(self, queries, keys):
         scratch, read = self.keys.scratch, self.queries.read
-        rows = [None if x is None else read(x, scratch, name, turned=name == _UPSTREAM)
-                for name, x in enumerate(queries)]
+        rows = [None if x is None else read(x, scratch, place, turned=place == _UPSTREAM)
+                for place, x in enumerate(queries)]
         return rows, self.keys.read(keys)
 
     def bias(self) -> Tensor | None: return self.keys.bias
     def empty(self) -> Tensor | None: return self.keys.dead
 
-    def write(self, x, batch, model, add=False):
+    def put_queries(self, x, batch, model, onto=False):
         self.queries.write(x, batch)
         return x
 
-    def add(self, x, batch, model, add=False):
+    def put_keys(self, x, batch, model, onto=False):
         reader = self.keys.reader
         (reader.write if self.once else reader.add)(x, batch)
         return x
