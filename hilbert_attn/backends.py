@@ -29,7 +29,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .calls import Call, check_call, check_tensors, on_segments
-from .common import Cache, is_plain, shown
+from .common import Cache, check_word, is_plain
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import PatternOptions, reference_attention
 from .sdpa import (
@@ -261,9 +261,8 @@ def check_backend_name(
     source: str = "backend", # who says so, for the message
 ) -> str:
     "A name of a backend; a `ValueError` for anything else."
-    if isinstance(name, str) and (name == "auto" or name in REGISTRY): return name
-    known = ", ".join(map(repr, ("auto", *REGISTRY)))
-    raise ValueError(f"{source}={shown(name)}: known backends are {known}")
+    check_word(source, name, ("auto", *REGISTRY), "backends")
+    return name
 
 # %% ../nbs/07_backends.ipynb #5a1d0c31
 class _ProcessDefault:

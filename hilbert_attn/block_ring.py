@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .backends import attend, check_backend_name
 from .blocks.lists import BlockLists, take_blocks
 from .calls import check_call
+from .common import lse_dtype
 from .curves import inverse_order
 from .ring import is_alone
 from .ring_exchange import Ring, begin, begin_call, digest, swap
@@ -203,7 +204,7 @@ class _Fetch(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dk: Tensor, dv: Tensor):
-        wide = torch.promote_types(dk.dtype, torch.float32)
+        wide = lse_dtype(dk.dtype)
         total = ctx.fetching.send_back(torch.stack([dk, dv]).to(wide), ctx.rows)
         return *total.to(dk.dtype), None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, check_call, check_order
-from .common import is_plain, whole_number
+from .common import is_plain, lse_dtype, whole_number
 from .curves import inverse_order
 from .patterns import OverlapPattern, SegmentPattern, SlidePattern
 from .reference import Scores, masked_attention
@@ -103,7 +103,7 @@ def _attend(
     "Dense attention of few queries; with an LSE it is written out, in the precision of sums."
     if not need_lse: return masked_sdpa(q, k, v, mask, scale, dropout_p), None
     if mask is None: mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = lse_dtype(q.dtype)
     return masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, scale, dropout_p)
 
 # %% ../nbs/11d_decoding.ipynb #72836582

@@ -23,7 +23,7 @@ from .calls import Call, check_call, check_curve, check_order, on_branches
 from .common import is_plain, lse_dtype, whole_numbers
 from .curves import as_grid, curve_order
 from .operators import AttentionOperator
-from .patterns import DilatedPattern, SegmentPattern, attention_mask
+from .patterns import Branch, DilatedPattern, SegmentPattern, attention_mask
 from .reference import merge_attention
 from .sdpa import (
     LONGEST_KEPT, KeptMask, attend_kept, attend_segments, attend_segments_backward)
@@ -217,16 +217,18 @@ def _kv_heads(x: Tensor, first: int, last: int, group: int) -> Tensor:
     return x[:, [h // group for h in range(first, last)]]
 
 # %% ../nbs/08_dilated.ipynb #a60ac7a5
-def _by_heads(call: Call, backend: str) -> tuple[Tensor, Any]:
-    "Each branch on its own heads."
-    group, outs, lses = call.q.shape[1] // call.k.shape[1], [], []
+def _calls_on_heads(call: Call) -> Iterator[tuple[Branch, Call]]:
+    "Each branch, and the call with its pattern on its own heads."
+    group = call.q.shape[1] // call.k.shape[1]
     for branch in call.pattern.branches:
         first, last = branch.heads
         k, v = (_kv_heads(x, first, last, group) for x in (call.k, call.v))
-        own = replace(call, q=call.q[:, first:last], k=k, v=v, pattern=branch.pattern)
-        out, lse = attend(own, backend)
-        outs.append(out)
-        lses.append(lse)
+        yield branch, replace(call, q=call.q[:, first:last], k=k, v=v, pattern=branch.pattern)
+
+
+def _by_heads(call: Call, backend: str) -> tuple[Tensor, Any]:
+    "Each branch on its own heads."
+    outs, lses = zip(*(attend(own, backend) for _, own in _calls_on_heads(call)))
     return cat(outs, 1), cat(lses, 1) if call.need_lse else None
 
 # %% ../nbs/08_dilated.ipynb #f539877d
@@ -336,14 +338,12 @@ def _one_at_a_time(call: Call, how: tuple, cu_seqlens: Tensor, backend: str) -> 
 # %% ../nbs/08_dilated.ipynb #5f0c5a0b
 def _on_heads(call: Call, run: Any) -> tuple[Tensor, Tensor]: # out, lse
     "A call with branches on heads of their own, as calls with one branch each."
-    pattern, results = call.pattern, []
-    for branch in pattern.branches:
-        first, last = branch.heads
-        group = call.q.shape[1] // call.k.shape[1]
-        k, v = (_kv_heads(x, first, last, group) for x in (call.k, call.v))
-        one = replace(branch, heads=(0, last - first))
-        own = replace(pattern, num_heads=last - first, branches=(one,))
-        results.append(run(replace(call, q=call.q[:, first:last], k=k, v=v, pattern=own)))
+    results = []
+    for branch, own in _calls_on_heads(call):
+        heads = own.q.shape[1]
+        one = replace(branch, heads=(0, heads))
+        pattern = replace(call.pattern, num_heads=heads, branches=(one,))
+        results.append(run(replace(own, pattern=pattern)))
     outs, lses = zip(*results)
     return cat(outs, 1), cat(lses, 1)
 

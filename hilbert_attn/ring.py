@@ -19,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import check_backend_name, hilbert_attention, shortcut
 from .calls import autocast_inputs, check_order, check_scale, check_tensors
-from .common import known_now, true_or_false, whole_number, whole_numbers
+from .common import (
+    known_now, lse_dtype, true_or_false, whole_number, whole_numbers)
 from .curves import inverse_order
 from .dilated import dilated_attention
 from .patterns import Progression, SegmentPattern, default_mode
@@ -425,7 +426,7 @@ def _attend_piece(call: Call, piece: Piece) -> Any: # out, lse
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: # out, lse
     "No rows, yet part of the graph, and something that is saved: a checkpoint asks for it."
     out = q * (k.sum() + v.sum())
-    return out, out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    return out, out.sum(-1, dtype=lse_dtype(q.dtype))
 
 # %% ../nbs/09d_ring.ipynb #7183a017
 def _collect(call: Call, exchange: Exchange, pieces: Sequence[Piece]):

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .calls import check_order
-from .common import Cache, whole_number
+from .common import Cache, lse_dtype, whole_number
 from hilbert_attn.ring_plan import (
     check_layout,
     check_sizes,
@@ -448,7 +448,7 @@ class _Gathering:
             received = [torch.empty_like(sends[ring.rank]) for _ in sends]
             received[ring.rank] = sends[ring.rank]
             swap(ring, what, self.work.number, sends, received)
-            wide = torch.promote_types(grad.dtype, torch.float32)
+            wide = lse_dtype(grad.dtype)
             total = torch.zeros_like(received[ring.rank], dtype=wide)
             for part in received: total += part
             return total.to(grad.dtype)

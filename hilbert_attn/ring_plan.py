@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .common import shown, true_or_false, whole_number, whole_numbers
+from .common import check_word, lse_dtype, true_or_false, whole_number, whole_numbers
 from hilbert_attn.patterns import (
     DilatedPattern,
     Progression,
@@ -36,9 +36,7 @@ def check_layout(
     layout: Any, # one of `LAYOUTS`
 ):
     "Raises a `ValueError` for anything else."
-    if layout not in LAYOUTS:
-        known = ", ".join(map(repr, LAYOUTS))
-        raise ValueError(f"layout={shown(layout)}: known layouts are {known}")
+    check_word("layout", layout, LAYOUTS, "layouts")
 
 # %% ../nbs/09_ring_plan.ipynb #09c7aa78
 def shard_sizes(
@@ -50,7 +48,7 @@ def shard_sizes(
     check_layout(layout)
     seq_len = whole_number("seq_len", seq_len, 1)
     world_size = whole_number("world_size", world_size, 1)
-    if layout == "contiguous": return tuple(even_sizes(seq_len, world_size))
+    if layout == "contiguous": return even_sizes(seq_len, world_size)
     chunks = even_sizes(seq_len, 2 * world_size)
     return tuple(chunks[rank] + chunks[-1 - rank] for rank in range(world_size))
 
@@ -228,7 +226,7 @@ class RingPlan:
 
     @property
     def wide(self) -> torch.dtype: # of sums, and of gradients on their way
-        return torch.promote_types(self.dtype, torch.float32)
+        return lse_dtype(self.dtype)
 
     def parts(self, branch: int, rank: int) -> tuple[Part, ...]:
         "The rows of a rank, cut where segments begin and end that other ranks share; in order."
@@ -309,8 +307,7 @@ def _kind(plan: RingPlan, branch: int) -> str:
     pattern, ranks = plan.branches[branch].pattern, range(plan.world_size)
     shared = any(part.shared for rank in ranks for part in plan.parts(branch, rank))
     if not shared: return "local"
-    dense = pattern.segment_size >= plan.seq_len and pattern.dilation_rate == 1
-    return "ring" if dense else "exchange"
+    return "ring" if pattern.is_dense else "exchange"
 
 # %% ../nbs/09_ring_plan.ipynb #4a4a9605
 def _queries_end(branch: RingBranch, parts: Sequence[Part], residue: int | None) -> int:

@@ -336,8 +336,8 @@ def as_slice(
 
 # %% ../nbs/06_sdpa.ipynb #2b01bebb
 def _alike(
-    pattern: SegmentPattern, heads: int, kv_heads: range, group: int,
-    member: int) -> dict[int, list[int]]:
+    pattern: SegmentPattern, kv_heads: range, group: int = 1, member: int = 0,
+) -> dict[int, list[int]]:
     "Key/value heads by the offset of their `member`-th query head."
     found: dict[int, list[int]] = {}
     for kv in kv_heads:
@@ -354,7 +354,7 @@ def _units(
     if ordered or group > 1: chunk = max(1, _CHUNK // max(1, q.shape[0] * q.shape[2] * q.shape[3]))
     for start, member in product(range(0, kv_heads, chunk), range(group)):
         some = range(start, min(start + chunk, kv_heads))
-        for offset, kvs in _alike(pattern, heads, some, group, member).items():
+        for offset, kvs in _alike(pattern, some, group, member).items():
             queries = as_slice([kv * group + member for kv in kvs])
             for block in _blocks(pattern, offset, causal, ordered):
                 adds = member > 0 or block.shared
@@ -687,14 +687,6 @@ def _attend_cuts(
     return [_bring_home(torch.cat(x, 2), home, q.shape[2], elsewhere)
             for x, elsewhere in zip(zip(*parts), (0, -torch.inf))]
 
-# %% ../nbs/06_sdpa.ipynb #1e9f55ed
-def _heads_by_offset(pattern: SegmentPattern, heads: int) -> dict[int, list[int]]:
-    "Query heads with the same keys."
-    found: dict[int, list[int]] = {}
-    for head in range(heads):
-        found.setdefault(pattern.offsets[head % len(pattern.offsets)], []).append(head)
-    return found
-
 # %% ../nbs/06_sdpa.ipynb #2d05b8c0
 def _rule_of(
     rule: Scores,
@@ -738,7 +730,7 @@ def _grouped_expression(
 
     # a graph of any length draws what is dropped as the call would
     cuts = _cuts(pattern, known_now(n) and not dropout_p, q.device)
-    parts, found = [], _heads_by_offset(pattern, heads)
+    parts, found = [], _alike(pattern, range(heads))
     for offset, own in found.items():
         inputs = [x[:, as_slice(own)] for x in (q, k, v)]
         how = order, causal, key_mask, partial(attention, own)

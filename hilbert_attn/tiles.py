@@ -103,6 +103,11 @@ def _with_column(dout, dlse, q, k, v, out) -> list[Tensor]: # dout, q, k, v, out
     ]
 
 # %% ../nbs/05b_tiles.ipynb #5dce363b
+def _room(x: Tensor) -> Tensor: # (outer, inner, places, D), uninitialised
+    "Memory as the kernel lays out its results: of an expanded `x`, inner behind places."
+    return torch.empty_like(x.transpose(1, 2)).transpose(1, 2)
+
+
 def dense_backward(
     dout: Tensor, # (outer, inner, M, D)
     dlse: Tensor | None, # (outer, inner, M); None where the LSE has no gradient
@@ -122,7 +127,7 @@ def dense_backward(
             dout, q, k, v, out, lse, 0.0, triangular, attn_mask=bias, scale=scale)
 
     if dlse is None: return list(gradients((dout, q, k, v, out), lse, bias))
-    grads = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
+    grads = [_room(x) for x in (q, k, v)]
     step = max(1, _COLUMN_CHUNK // q[0].numel())
     for i in range(0, len(q), step):
         some = slice(i, i + step)
@@ -182,8 +187,7 @@ class WrittenOut:
 
     def attend(self, q, k, v, triangular, bias, rule) -> tuple[Tensor, Tensor]: # as `flash`
         "Output and LSE, which knows nothing of dropout; 0 and 0 for rows without keys."
-        out = torch.empty_like(q.transpose(1, 2)).transpose(1, 2)
-        lse = q.new_empty(q.shape[:3])
+        out, lse = _room(q), q.new_empty(q.shape[:3])
         for at in _groups((*q.shape[:3], k.shape[2])):
             own = None if bias is None else bias[at]
             weights = _scores(q[at], k[at], triangular, own, rule)
@@ -197,7 +201,7 @@ class WrittenOut:
         self, dout, dlse, q, k, v, out, lse, triangular, bias, rule,
     ) -> list[Tensor]: # dq, dk, dv; as `dense_backward`
         "Gradients; what is dropped is what `attend` dropped."
-        grads = [torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v)]
+        grads = [_room(x) for x in (q, k, v)]
         delta = (dout * out).sum(-1)
         if dlse is not None: delta -= dlse
         for at in _groups((*q.shape[:3], k.shape[2])):
