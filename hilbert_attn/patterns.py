@@ -403,7 +403,7 @@ class DilatedPattern:
 
     def pairs(
         self,
-        num_heads: int | None = None, # of the pattern's own if not given; no other is possible
+        num_heads: int | None = None, # None: the pattern's own; no other is possible
     ) -> int: # (query, key) pairs that are computed, over heads and branches, not causal
         "Counts the pairs of all branches; branches that are alike are computed once."
         if num_heads not in (None, self.num_heads):
@@ -453,7 +453,7 @@ class AxisPattern:
     in_stretches: ClassVar[bool] = False # do stretches of queries attend the same keys?
     dilation: tuple[int, ...] = () # between neighbouring places of an axis; (): 1
     shared: int = 0 # tokens before those of the grid that attend all and are attended by all
-    sinks: int = 0 # first places of each axis, seen too by whose keys begin behind them
+    sinks: int = 0 # first places of each axis, seen, too, by queries whose keys begin behind them
 
     if TYPE_CHECKING:  # fields of the one, properties of the other
         @property
@@ -676,7 +676,7 @@ class SlidePattern(AxisPattern):
 
     @property
     def late(self) -> range:
-        "The positions whose window begins behind the sinks."
+        "The positions between whose window and the sinks, or the beginning, there is a gap."
         return range(min(self.window[0] + self.sinks + 1, self.seq_len), self.seq_len)
 
     def axis_bounds(self, axis: int) -> AxisBounds:

@@ -51,7 +51,7 @@ class RelativeBias(NamedTuple):
         return rows.index_select(1, place.flatten()).unflatten(1, place.shape)
 
 # %% ../nbs/06a_relative_bias.ipynb #6a00000f
-_MOST = 1 << 22 # entries for a head: numbers of tokens are exact in float32, as tiles read them
+_MOST = 1 << 22 # entries for a head; a key that is nowhere is further away from every query
 _NOWHERE = -(1 << 23) # the number of a key without a place
 
 
