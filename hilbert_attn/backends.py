@@ -440,8 +440,8 @@ def choose_backend(
 def rejected_backends(
     name: str, # from `choose_backend`
     reason: str, # from `choose_backend`
-    backend: str, # asked for; it and what follows as for `choose_backend`
-    device: torch.device,
+    backend: str, # unused: so that both functions take the same arguments
+    device: torch.device, # from here on as for `choose_backend`
     tokens: int | None = None,
     custom_backward: bool = True,
     family: str = "segments",
@@ -449,7 +449,7 @@ def rejected_backends(
     "Why each of the others was not chosen."
     others = {b.name: b.drawback for b in REGISTRY.values()}
     if reason.startswith("forced"): others = dict.fromkeys(REGISTRY, f"{name!r} was forced")
-    elif tokens and custom_backward:
+    elif name == "sdpa_mask":
         others["sdpa"] = "cutting so few tokens into groups costs more than it saves"
     task = _Task(device, tokens, custom_backward, family)
     blocked = {b.name: task.why_not(b) for b in REGISTRY.values()}

@@ -43,7 +43,8 @@ def _check_each(name: str, x: Any):
 
 # %% ../nbs/06b_calls.ipynb #bcd0a2bb
 def _check_number_of_keys(n: int, m: int, registers: int | None):
-    if m == n + registers if registers is not None else m >= n: return
+    fits = m >= n if registers is None else m == n + registers
+    if fits: return
     expected = "N or more, registers behind the tokens"
     if registers is not None: expected = f"N + {registers} registers = {n + registers}"
     raise ValueError(f"q has N={n} tokens and k {m}: expected {expected}")

@@ -33,10 +33,13 @@ class KeyTable(NamedTuple):
         return KeyTable(keys, seen)
 
 # %% ../nbs/11d_decoding.ipynb #56a96feb
-def _chosen_residue(residue: Tensor, pattern: SegmentPattern) -> Tensor: # (B, 1, M) -> (B, G, M)
+def _chosen_residue(
+    residue: Tensor, # (B, 1, M)
+    pattern: SegmentPattern,
+) -> Tensor: # (B, 1, M), or (G, 1)
     "The residue of the keys that a query of some residue attends."
     if pattern.mode == "residue": return residue
-    return torch.tensor(pattern.offsets, device=residue.device)[:, None] + 0 * residue
+    return torch.tensor(pattern.offsets, device=residue.device)[:, None]
 
 # %% ../nbs/11d_decoding.ipynb #61ae334e
 def segment_keys(
@@ -48,7 +51,7 @@ def segment_keys(
     position = position[:, None]  # (B, 1, M)
     first, inside = position - position % w, position % w
     residue = inside % r
-    chosen = _chosen_residue(residue, pattern)  # (B, G, M)
+    chosen = _chosen_residue(residue, pattern)  # (B, 1, M), or (G, 1)
     members = torch.arange(-(-min(w, n) // r), device=position.device)
     places = chosen[..., None] + r * members  # in the segment
     keys = first[..., None] + places

@@ -240,13 +240,13 @@ def attend_branches(
     pattern: DilatedPattern = call.pattern
     family, tokens = family_of(pattern), known_length(call.q, 2)
     name = choose_backend(backend, call.q.device, tokens, call.custom_backward, family)[0]
+    if family == "segments":
+        (only,) = pattern.branches
+        out, lse = attend(replace(call, pattern=only.pattern), name)
+        return out, lse + log(only.copies) if call.need_lse else None
     if family == "heads" and name != "sdpa_mask": return _by_heads(call.hidden(), name)
-    if family != "segments":
-        if "branches" in REGISTRY[name].functions: return attend(call, name, "branches")
-        return _one_by_one(call.hidden(), name)
-    (only,) = pattern.branches
-    out, lse = attend(replace(call, pattern=only.pattern), name)
-    return out, lse + log(only.copies) if call.need_lse else None
+    if "branches" in REGISTRY[name].functions: return attend(call, name, "branches")
+    return _one_by_one(call.hidden(), name)
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a02
 def _documents(cu_seqlens: Tensor, n: int) -> Iterator[tuple[int, Any]]:

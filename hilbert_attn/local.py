@@ -73,17 +73,18 @@ def _progressions(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
 def _stretches(borders: np.ndarray, low: np.ndarray, high: np.ndarray) -> Iterator[tuple]:
     "Tiles that look alike: their number, queries, keys (start, stride, count), and what is seen."
     for a, b in _alike(np.diff(borders)[:, None]):  # tiles a … b - 1 have as many queries
-        t, at = int(borders[a + 1] - borders[a]), int(borders[a])
-        seen = np.stack([x[at:at + (b - a) * t].reshape(-1, t) for x in (low, high)], -1)
-        start = seen[:, 0, 0].copy()
-        seen -= start[:, None, None]  # (tiles, t, 2)
-        for x, y in _alike(seen.reshape(b - a, -1)):  # the same pairs
-            keys = int(seen[x, -1, 1]) + 1
-            full = (seen[x] == (0, keys - 1)).all()
-            pairs = None if full else tuple(map(tuple, seen[x].tolist()))
-            for first, end, stride in _progressions(start[x:y]):
-                queries = at + (x + first) * t, t, t
-                yield end - first, queries, (int(start[x + first]), stride, keys), pairs
+        at, end = borders[[a, b]].tolist()
+        side = (end - at) // (b - a)
+        seen = np.stack([low[at:end], high[at:end]], -1).reshape(b - a, side, 2)
+        start = seen[:, 0, 0].copy()  # first key of each tile: bounds never fall
+        seen -= start[:, None, None]
+        for c, d in _alike(seen.reshape(b - a, -1)):  # tiles a + c … a + d - 1: the same pairs
+            keys = int(seen[c, -1, 1]) + 1
+            full = (seen[c] == (0, keys - 1)).all()
+            pairs = None if full else tuple(map(tuple, seen[c].tolist()))
+            for first, last, stride in _progressions(start[c:d]):
+                queries = at + (c + first) * side, side, side
+                yield last - first, queries, (int(start[c + first]), stride, keys), pairs
 
 # %% ../nbs/11_local.ipynb #a51d0e17
 def _whole_tiles(low: np.ndarray, high: np.ndarray) -> Iterator[tuple]:
@@ -322,9 +323,9 @@ class _Part:
         elif rows.dtype != x.dtype: own.copy_(rows)
 
     def mask(self, key_mask: Tensor | None) -> Tensor | None: # bool (B, M)
-        if key_mask is None or self.tokens is None:
-            return None if key_mask is None else key_mask[self.batches]
-        return key_mask[self.batches, self.tokens]
+        if key_mask is None: return None
+        own = key_mask[self.batches]
+        return own if self.tokens is None else own[:, self.tokens]
 
 # %% ../nbs/11_local.ipynb #230b65f5
 _TILE_CHUNK = 1 << 19 # elements of K that are copied at a time: 2 MiB of float32
@@ -489,10 +490,9 @@ def _local_forward(
         queries, keys, values = map(part.take, (q, k, v))
         results = part.room(out, dtype), part.room(lse, lse.dtype)
         where = pattern, queries, keys, part.mask(key_mask), lse.dtype
-        given: Any = dict(q=queries, k=keys, v=values, scale=scale, dropout=dropout)
-        given |= dict(zip(("out", "lse"), results))
-        attend_tiles(_tiles(*where), **given)
-        attend_tiles(_for_all(*where), **given, mixing=True)
+        given = queries, keys, values, *results, scale
+        attend_tiles(_tiles(*where), *given, dropout=dropout)
+        attend_tiles(_for_all(*where), *given, mixing=True, dropout=dropout)
         for x, rows in zip((out, lse), results): part.put(x, rows)
     return out, lse
 
@@ -518,14 +518,13 @@ def _local_backward(
         lse, dlse = without_empty_rows(lse, dlse)
         tokens = _tokens(pattern, order, k.shape[2])
         for part in _parts(q, k, pattern, tokens):
-            given = dout, dlse, q, k, v, out, lse
-            rows: Any = [None if x is None else part.take(x) for x in given]
-            room: Any = [part.room(x, dtype) for x, dtype in zip(grads, dtypes)]
+            rows: Any = [
+                None if x is None else part.take(x) for x in (dout, dlse, q, k, v, out, lse)]
+            room = [part.room(x, dtype) for x, dtype in zip(grads, dtypes)]
             where = pattern, rows[2], rows[3], part.mask(key_mask), lse.dtype
-            more: Any = dict(zip(("dout", "dlse", "q", "k", "v", "out", "lse"), rows))
-            more |= dict(grads=room, scale=scale, dropout=dropout)
-            attend_tiles_backward(_tiles(*where), **more)
-            attend_tiles_backward(_for_all(*where), **more, mixing=True)
+            for tiles, mixing in ((_tiles(*where), False), (_for_all(*where), True)):
+                given: Any = *rows, room, scale, mixing, dropout
+                attend_tiles_backward(tiles, *given)
             for x, found in zip(grads, room): part.put(x, found)
     dq, dk, dv = grads
     return dq, like(dk, k), like(dv, v)

@@ -71,6 +71,7 @@ class Lattice:
         "The tiles of a tensor, without a copy."
         (b, h, n, *rest), dims = x.stride(), self.tiles + self.places
         sizes = *x.shape[:2], *(count for count, _ in dims), *x.shape[3:]
+        # a single one may have a stride beyond int64
         strides = b, h, *(n * stride if count > 1 else 0 for count, stride in dims), *rest
         return x.as_strided(sizes, strides, x.storage_offset() + n * self.start)
 
@@ -338,8 +339,8 @@ def _distinct_branches(
     "Branches that are alike become one that counts several times; N may be open, in a graph."
     def settings(w, r, heads):
         SegmentPattern(seq_len, w, r, mode)  # names what does not fit, in the caller's words
-        own = tuple(o % r for o in offsets[slice(*heads)])
-        return max(min(w, seq_len), r) if known_now(seq_len) else w, r, own, heads
+        if known_now(seq_len): w = max(r, min(w, seq_len))  # longer ones are all the same
+        return w, r, tuple(o % r for o in offsets[slice(*heads)]), heads
 
     branches = []
     for (w, r, own, heads), copies in Counter(settings(*one) for one in asked).items():
@@ -572,9 +573,10 @@ class OverlapPattern(AxisPattern):
     def axis_bounds(self, axis: int) -> AxisBounds:
         "From the overlap to the window's end, or to the query."
         place, n = np.arange(self.seq_len), self.seq_len
-        begin = place // min(self.window, n) * min(self.window, n)
-        end = place if self.causal else (begin + min(self.window, n)).clip(max=n) - 1
-        return place, (begin - min(self.overlap, n)).clip(0), end
+        window, overlap = min(self.window, n), min(self.overlap, n)  # sums stay in int64
+        begin = place // window * window
+        end = place if self.causal else (begin + window).clip(max=n) - 1
+        return place, (begin - overlap).clip(0), end
 
 # %% ../nbs/01_patterns.ipynb #a0285b3d
 def _neighbours(

@@ -86,12 +86,12 @@ def masked_sdpa(
         if _by_sdpa(rule) and rule.bias is None and not derived:
             return _call_sdpa(q, k, v, None, None, rule.scale, dropout_p)
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
-    empty = ~mask.any(-1, keepdim=True)
     if not _by_sdpa(rule):
         wide = lse_dtype(q.dtype)
         out, _ = masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, rule, dropout_p)
         return out.to(q.dtype)
     if derived: return masked_attention(q, k, v, mask, scale, dropout_p)[0]
+    empty = ~mask.any(-1, keepdim=True)
     if rule.bias is not None: allowed = _with_bias(rule, mask, empty, q.dtype)
     elif mask.dtype == torch.bool: allowed = mask | empty
     else: allowed = _additive(mask, empty, q.dtype)
@@ -658,17 +658,17 @@ def _padded_attention(
     causal: bool,
     key_mask: Tensor | None, # bool (B, N)
     attention: Callable, # (tokens, q, k, v, mask) -> out, or out and LSE
-) -> tuple[Tensor, list[Tensor]]: # (rows,), where each goes; the same for (B, heads, rows)
+) -> tuple[Tensor, list[Tensor]]: # (rows,), where each row goes; results (B, heads, rows, ...)
     "Attention of heads that have one pattern, in groups of as many places."
     batch, heads, n, _ = q.shape
-    queries, keys = _tokens_at(groups[0], order), _tokens_at(groups[1], order)
-    some = (groups[1] < n).any(-1, keepdim=True)
+    queries, keys = (_tokens_at(positions, order) for positions in groups)
+    asked, there = (positions < n for positions in groups)  # is there a token?
 
     def rows(x, tokens): return _gather(x, tokens).flatten(2, 3).flatten(0, 1)
 
-    mask = _padded_mask((queries, keys), groups[1] < n, causal, key_mask, heads)
+    mask = _padded_mask((queries, keys), there, causal, key_mask, heads)
     parts = attention((queries, keys), rows(q, queries), rows(k, keys), rows(v, keys), mask)
-    home = torch.where((groups[0] < n) & some, queries, n)
+    home = torch.where(asked & there.any(-1, keepdim=True), queries, n)
     return home.flatten(), [x.unflatten(0, (batch, heads)).flatten(2, 3) for x in parts]
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55b5

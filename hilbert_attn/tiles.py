@@ -302,7 +302,8 @@ def _who_forms(
 ) -> tuple[Scores, WrittenOut | None]: # None: the kernel, which forms no weights
     "How scores are made, and who attends."
     rule = score_rule(scale, q)
-    return rule, WrittenOut() if dropout is None and rule.softcap is not None else dropout
+    if dropout is None and rule.softcap is not None: return rule, WrittenOut()
+    return rule, dropout
 
 # %% ../nbs/05b_tiles.ipynb #777dcec1
 def attend_tiles(

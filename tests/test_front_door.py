@@ -320,6 +320,7 @@ def test_choice_on_each_architecture(capability, chosen, monkeypatch):
         warnings.simplefilter("ignore")
         choice = explain_backend((1, 2, 1000, 64), device="cuda", gradients=False)
     assert choice.backend == chosen and detect_gpu_architecture("cuda").backends[0] == chosen
+    assert "cutting" not in choice.rejected.get("sdpa", "")  # only a mask wins by that
     if chosen != "triton":
         assert f"this GPU has {capability[0]}.{capability[1]}" in choice.rejected["triton"]
 

@@ -580,10 +580,9 @@ def block_stats(
 ) -> BlockStats:
     """Counts blocks and pairs; unknown pairs of partial blocks by running their test, piece by
     piece."""
-    test = _Test(lists, None, _Scratch())
     non_empty = int(lists.rows.start.diff(dim=1).sum())
     full = int(lists.rows.full.sum())
-    queries = (test.q_tokens >= 0).sum(1).repeat(lists.num_groups)  # by row
+    queries = (lists.query_tokens() >= 0).sum(1).repeat(lists.num_groups)  # by row
     in_full = int((queries * lists.rows.full.flatten()).sum()) * lists.block_size[1]
     if pairs is None: pairs = count_pairs(lists)
     partial = non_empty - full

@@ -310,8 +310,8 @@ def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
     own = np.repeat([[nobody], [nobody + 1]], n, 1)  # of shared tokens
     own[:, order] = sections
     parts = [_parts(*side, n) for side in zip(tokens, own, block_size)]
-    mixed = _are_mixed(parts)
-    lo, at = own[:, None][:, :mixed]  # no axis, where a block holds tokens of one section only
+    axes = 1 if _are_mixed(parts) else 0  # blocks that hold one section each need no test
+    lo, at = own.reshape(2, 1, n)[:, :axes]
     return _Plan(tokens, _section_pairs(parts[0], parts[1], causal), at, lo, lo)
 
 # %% ../../nbs/10a_block_planner.ipynb #5f0c4c02
@@ -415,8 +415,8 @@ def _plan_cross(pattern: CrossPattern, orders, block_size) -> _Plan:
     tokens = [_side_by_side(*side) for side in zip(orders, sections, sizes, starts, block_size)]
     own = [section[np.argsort(order)] for section, order in zip(sections, orders)]  # by token
     parts = [_parts(*side, len(own[0])) for side in zip(tokens, own, block_size)]
-    mixed = _are_mixed(parts)
-    lo, at = (section[None][:mixed] for section in own)
+    axes = 1 if _are_mixed(parts) else 0
+    lo, at = (section[None][:axes] for section in own)
     return _Plan(tokens, _section_pairs(parts[0], parts[1], False), at, lo, lo)
 
 # %% ../../nbs/10a_block_planner.ipynb #89cd9f82
