@@ -449,9 +449,9 @@ def test_caches_that_do_not_fit_are_refused(hf):
     with pytest.raises(ValueError, match="curve="):
         switched(hf, segment_size=8, curve="hilbert").generate(IDS, **SHORT)
     mask = hf.AttentionMaskInterface()["hilbert"]
-    for q_offset, kv_offset in ((3, 0), (3, 2), (9, 0)):  # of 9 keys
+    for q_offset, kv_offset in ((3, 2), (9, 0)):  # of 9 keys
         with pytest.raises(ValueError, match="must be the last of the keys"):
-            mask(1, 1, 9, q_offset, kv_offset, mask_function=lambda *x: True)
+            mask(1, 1, 9, q_offset, kv_offset)
 
 
 def test_attention_weights_are_refused(hf):
@@ -686,3 +686,49 @@ def test_compiles_into_one_graph(hf, kind):
     with torch.no_grad():
         outs = [m(**inputs).last_hidden_state for m in (compiled, model)]
     assert torch.allclose(*outs, atol=1e-5)
+
+
+# cross-attention
+
+CROSSED = {
+    "GPT2Config": GPT | dict(add_cross_attention=True),
+    "BertConfig": dict(
+        **SIZES, vocab_size=50, is_decoder=True, add_cross_attention=True
+    ),
+    "BartConfig": dict(
+        vocab_size=50, d_model=32, decoder_layers=2, decoder_attention_heads=4
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CROSSED)
+@pytest.mark.parametrize("keys", [None, 8, 11])
+def test_cross_attention_stays_dense(hf, name, keys):
+    "Segments are those of self-attention, also where both lengths are equal."
+    dense = build(hf, name, CROSSED[name], head="AutoModelForCausalLM")
+    ours = build(hf, name, CROSSED[name], head="AutoModelForCausalLM")
+    use_hilbert_attention(ours, segment_size=4, overlap=0)
+    settings, x = HilbertSettings(segment_size=4, overlap=0), dict(use_cache=False)
+    if keys:
+        x["encoder_hidden_states"] = rand(2, keys, 32)
+        x["encoder_attention_mask"] = torch.ones(2, keys, dtype=torch.int64)
+        x["encoder_attention_mask"][1, 5:] = 0
+    mask = settings.counts(8, 1, causal=True)[None].expand(2, -1, -1, -1)
+    mask = torch.zeros(mask.shape).masked_fill(mask == 0, torch.finfo().min)
+    found, expected = (
+        results(model, input_ids=IDS[:, :8], **x, **own)
+        for model, own in ((ours, {}), (dense, dict(attention_mask=mask)))
+    )
+    assert_same(found, expected)
+
+
+def test_generation_with_cross_attention(hf):
+    model = build(hf, "GPT2Config", CROSSED["GPT2Config"], head="AutoModelForCausalLM")
+    x = dict(encoder_hidden_states=rand(2, 11, 32), pad_token_id=0)
+    x |= dict(max_new_tokens=6, do_sample=False, output_logits=True)
+    x |= dict(return_dict_in_generate=True, eos_token_id=None)
+    expected = model.generate(IDS[:, :9], **x)
+    use_hilbert_attention(model, segment_size=64)
+    found = model.generate(IDS[:, :9], **x)
+    for a, b in zip(found.logits, expected.logits, strict=True):
+        assert (a - b).abs().max() < 1e-4

@@ -238,7 +238,7 @@ _UNSEEN = (
 
 # %% ../../nbs/14c_transformers.ipynb #f0eab5b6
 def _tokens_so_far(
-    q_length: int, kv_length: int, q_offset: Any, kv_offset: int, causal: bool,
+    q_length: int, kv_length: int, q_offset: Any, kv_offset: int,
 ) -> int:
     """Tokens up to the last query. Of a static cache, the keys behind them are not there yet; a
     sliding one has let go of `kv_offset`. Raises `ValueError` for other caches."""
@@ -246,12 +246,11 @@ def _tokens_so_far(
     elif torch.compiler.is_compiling(): raise ValueError(_STATIC)
     else: n = int(q_offset) + q_length
     room = kv_offset + kv_length
-    fits = n == room or n < room and not kv_offset
-    if fits and (causal or n == kv_length): return n
+    if n == room or n < room and not kv_offset: return n
     raise ValueError(
         f"{q_length} queries from {q_offset}, {kv_length} keys from "
         f"{kv_offset}: the queries must be the last of the keys (a cache "
-        "that grows, as DynamicCache, or a static one; no cross-attention cache)")
+        "that grows, as DynamicCache, or a static one)")
 
 # %% ../../nbs/14c_transformers.ipynb #5be847e5
 def _padded_keys(
@@ -297,7 +296,8 @@ def _transformers_mask(
                      mask_function=causal_function, attention_mask=None, local_size=None,
                      use_vmap=False, device="cpu", **options):
         plain, slides = mask_function is causal_function, local_size is not None
-        n = _tokens_so_far(q_length, kv_length, q_offset, kv_offset, plain or slides)
+        n = kv_length  # of another sequence, maybe
+        if plain or slides: n = _tokens_so_far(q_length, kv_length, q_offset, kv_offset)
         attention_mask, _ = _without_window(attention_mask)  # generation may ask twice
         keys = _padded_keys(attention_mask, batch_size, n, device)
         compiling, window = torch.compiler.is_compiling(), None
@@ -662,12 +662,18 @@ def _attend(
     return found if need_lse else (found, None)
 
 # %% ../../nbs/14c_transformers.ipynb #be8da988
-def _transformers_attention(name: str) -> Callable:
+def _transformers_attention(
+    name: str, # registered
+    dense: Callable, # transformers' function for cross-attention
+) -> Callable:
     "The attention function for a registered name."
     def hilbert_attention_forward(module, query, key, value, attention_mask=None, dropout=0.0,
                                   scaling=None, is_causal=None, softcap=None, s_aux=None,
                                   **options):
         _refuse(name, module, options)
+        if getattr(module, "is_cross_attention", False):
+            return dense(module, query, key, value, attention_mask, dropout=dropout,
+                         scaling=scaling, is_causal=False, softcap=softcap, **options)
         attention_mask, own = _without_window(attention_mask)  # whatever `sliding_window` says
         key, value, attention_mask, gone = _held(key, value, attention_mask)
         n = key.shape[2]
@@ -708,12 +714,24 @@ def _uses_interface(cls: Any) -> bool:
     return False
 
 # %% ../../nbs/14c_transformers.ipynb #54f1753f
+_CROSSED = ("encoder_attn", "crossattention", "cross_attn", "cross_attention")
+
+
+def _is_crossed(name: str, layer: nn.Module) -> bool:
+    "Does a layer say, or its name, that its keys are of another sequence?"
+    said = getattr(layer, "is_cross_attention", False)
+    return said or any(part.startswith(_CROSSED) for part in name.split("."))
+
+
 def _attention_layers(
     model: Any, # a `transformers.PreTrainedModel`
 ) -> dict[str, nn.Module]: # name -> layer
     "The layers to switch. Raises `ValueError` for layers that won't notice, and for none."
-    layers = {name: layer for name, layer in model.named_modules()
-              if _is_attention(layer) and not any(map(_is_attention, list(layer.modules())[1:]))}
+    layers: dict[str, Any] = {
+        name: layer for name, layer in model.named_modules()
+        if _is_attention(layer) and not any(map(_is_attention, list(layer.modules())[1:]))}
+    for name in [name for name, layer in layers.items() if _is_crossed(name, layer)]:
+        layers.pop(name).is_cross_attention = True  # for our function, which leaves it dense
     if model.config.model_type == "vjepa2":  # the predictor picks tokens from the grid
         layers = {name: layer for name, layer in layers.items() if "predictor." not in name}
     hears = {cls: _uses_interface(cls) for cls in set(map(type, layers.values()))}
@@ -928,7 +946,8 @@ def register_hilbert_attention(
         _DEFAULTS[name] = settings_from(settings, options)
     else: _DEFAULTS.setdefault(name, None)
     mask = _transformers_mask(masks.causal_mask_function, masks.bidirectional_mask_function)
-    transformers.AttentionInterface.register(name, _transformers_attention(name))
+    dense = transformers.AttentionInterface()["sdpa"]
+    transformers.AttentionInterface.register(name, _transformers_attention(name, dense))
     transformers.AttentionMaskInterface.register(name, mask)
     _extend_transformers(transformers)
     return name
