@@ -157,6 +157,22 @@ def parametrized(layer):
     nn.utils.parametrizations.spectral_norm(layer.out_proj)
 
 
+@pytest.mark.parametrize("memory", [16, 12])
+def test_cross_attention_of_a_converted_layer_is_refused(memory):
+    "Also where lengths agree; queries and keys with places, and values without, are one sequence."
+    model = nn.Sequential(nn.MultiheadAttention(32, 4, batch_first=True))
+    own, x = copy.deepcopy(model[0]), rand(1, 16, 32)
+    placed, other = x + 1, rand(1, memory, 32, seed=1)
+    convert_attention(model, segment_size=16)
+    with pytest.raises(ValueError, match="cross-attention"):
+        model[0](x, other, other)
+    torch._dynamo.reset()
+    graph = torch.compile(model[0], backend="eager", fullgraph=True)
+    for call in (model[0], graph):
+        for given in ((x, x, x), (placed, placed, x)):
+            assert torch.allclose(call(*given)[0], own(*given)[0], atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "spoil, said", [(hooked, "hooks"), (parametrized, "parametrized")]
 )
@@ -267,6 +283,49 @@ class Rotary(FusedAttention):
 def test_layers_of_unknown_kind_are_refused(layer, said):
     with pytest.raises(ValueError, match=said):
         convert_vit(SmallViT(layer), segment_size=4)
+
+
+class ChannelAttention(FusedAttention):
+    "As DaViT's: the parts of attention among tokens, another sum."
+
+    def __init__(self):
+        super().__init__(extras=False)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 4, 1)
+        out = F.scaled_dot_product_attention(q, k, v, scale=x.shape[1] ** -0.5)
+        return self.proj(out.permute(0, 3, 1, 2).flatten(2))
+
+
+class GridAttention(FusedAttention):
+    def forward(self, x):
+        (b, h, w, e), x = x.shape, x.flatten(1, 2)
+        return super().forward(x).view(b, h, w, e)
+
+
+@pytest.mark.parametrize(
+    "layer, said",
+    [(ChannelAttention, "computes something else"), (GridAttention, "not be tried")],
+)
+def test_layers_that_look_alike_are_refused(layer, said):
+    model = SmallViT(layer).eval()
+    model.blocks[1].train()
+    before, state = [m.training for m in model.modules()], torch.get_rng_state()
+    with pytest.raises(ValueError, match=said):
+        convert_vit(model, curve=None)
+    assert [m.training for m in model.modules()] == before
+    assert torch.equal(torch.get_rng_state(), state)
+    assert type(model.blocks[0]) is layer
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_layers_of_any_dtype_are_tried(dtype, device):
+    for model in (SmallViT(FusedAttention), RotaryViT(True, True)):
+        model.to(device, dtype)
+        assert len(convert_vit(model, segment_size=4)) == 2
+        with pytest.raises(ValueError, match="converted already"):
+            convert_vit(model, segment_size=4)
 
 
 # layers with rotary embeddings, as timm's

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from ..common import is_plain
 from ..curves import as_grid
 from .settings import (
     HilbertOptions, HilbertSettings, PrefixAttention, is_dense, settings_from)
@@ -232,6 +233,30 @@ def _why_not_multihead(
     return None
 
 # %% ../../nbs/14d_vision.ipynb #a668cef7
+def _why_not_alike(
+    layer: Any, # with the attributes of timm's attention, and nothing beside
+) -> str | None: # None: it is, or it has no numbers yet
+    "Is a layer its replacement with one segment? Tried on a few tokens."
+    weights = [p.data for p in layer.parameters() if p.is_floating_point()]
+    if not weights or not all(map(is_plain, weights)): return None
+    modes = [(module, module.training) for module in layer.modules()]
+    n, dice = 5, torch.Generator().manual_seed(0)
+    def numbers(*shape): return torch.randn(shape, generator=dice, device="cpu").to(weights[0])
+    try:
+        new: Any = _replacement(layer.eval(), HilbertSettings(curve=None, backend="reference"))
+        first = layer.q_proj if layer.qkv is None else layer.qkv
+        x, how = numbers(1, n + getattr(new, "turned_from", 0), first.in_features), {}
+        if isinstance(new, RotaryQKVAttention): how["rope"] = numbers(n, 2 * new.head_dim)
+        with torch.no_grad(): own, ours = layer(x, **how), new(x, **how)
+        if (own - ours).norm() <= torch.finfo(own.dtype).eps ** 0.5 * own.norm(): return None
+    except Exception as e: return f"it could not be tried on tokens (B, N, E): {e}"
+    finally:
+        for module, training in modes: module.training = training
+    return (
+        f"{type(layer).__name__} has the parts of attention among tokens, and computes "
+        "something else (attention among channels, or the like)")
+
+
 def _why_not(
     layer: nn.Module,
     parent: nn.Module,
@@ -243,9 +268,31 @@ def _why_not(
         return "it has hooks, which would be lost: remove them first"
     if isinstance(layer, nn.MultiheadAttention):
         return _why_not_multihead(layer, parent, name)
-    return _why_not_fused(layer)
+    if isinstance(layer, SharedParts):
+        return "it was converted already: convert the model as it was before, or other layers"
+    return _why_not_fused(layer) or _why_not_alike(layer)
 
 # %% ../../nbs/14d_vision.ipynb #fc893313
+class _SelfAttention(MultiheadDilatedAttention):
+    "In the place of an `nn.MultiheadAttention`, which may be called with another sequence."
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        *args: Any, # of `MultiheadDilatedAttention`
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        "Attends. Raises `ValueError` for cross-attention."
+        if key is not None and key is value and key is not query:
+            raise ValueError(
+                "key is value, and another tensor than query: this layer was converted, and in "
+                "cross-attention the keys of another sequence have no segments in common with "
+                "the queries; leave it out (exclude=), or pass one tensor")
+        return super().forward(query, key, value, *args, **options)
+
+
 def _replacement(
     layer: Any, # `nn.MultiheadAttention`, or as timm's
     settings: HilbertSettings,
@@ -254,7 +301,7 @@ def _replacement(
     if not isinstance(layer, nn.MultiheadAttention):
         cls = FusedQKVAttention if _rotation(layer) is None else RotaryQKVAttention
         return cls(layer, settings).train(layer.training)
-    new = MultiheadDilatedAttention(
+    new = _SelfAttention(
         layer.embed_dim, layer.num_heads, bias=layer.in_proj_bias is not None,
         batch_first=layer.batch_first, device="meta",
         attention=PrefixAttention(settings, layer.dropout))
@@ -308,7 +355,7 @@ def _replace(
     for module in model.modules():
         if not isinstance(module, nn.TransformerEncoder):
             continue
-        ours = MultiheadDilatedAttention in map(type, module.modules())
+        ours = _SelfAttention in map(type, module.modules())
         if ours: module.use_nested_tensor = False
     first = {id(layer): name for name, layer in reversed(list(found.items()))}  # of its names
     sites: dict[str, Any] = {name: new[key].attention for key, name in first.items()}
