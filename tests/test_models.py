@@ -749,6 +749,48 @@ def test_the_way_back(diffusers, calls):
     assert not calls and torch.allclose(*outs, atol=1e-5)
 
 
+def passing(model, how):
+    if how == "sliced": return model.set_attention_slice("max")
+    model.fuse_qkv_projections()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["sliced", "fused"])
+def test_processors_that_were_replaced_in_passing_are_named(diffusers, how):
+    model, x = unet(diffusers), (rand(1, 4, 8, 12), 10, rand(1, 5, 24))
+    h.use_hilbert_processor(model, segment_size=8, include="down*")
+    h.use_hilbert_processor(model, segment_size=8, include="up*")
+    model(*x)
+    copied = copy.deepcopy(model)
+    passing(copied, how)
+    with pytest.raises(RuntimeError, match=r"down_blocks.*up_blocks.*got another processor"):
+        copied(*x)
+    if how == "fused": copied.unfuse_qkv_projections()
+    copied.set_default_attn_processor()
+    assert torch.allclose(copied(*x).sample, unet(diffusers)(*x).sample, atol=1e-5)
+    torch._dynamo.reset()
+    graph = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.allclose(graph(*x).sample, model(*x).sample, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("forwards", [0, 1])
+def test_a_unet_before_its_first_forward_knows_the_way_back(diffusers, calls, forwards):
+    model, x = unet(diffusers), (rand(1, 4, 8, 12), 10, rand(1, 5, 24))
+    h.use_hilbert_processor(model, segment_size=8)
+    for _ in range(forwards): model(*x)
+    calls.clear()
+    model.set_attn_processor(diffusers.models.attention_processor.AttnProcessor2_0())
+    assert torch.allclose(model(*x).sample, unet(diffusers)(*x).sample, atol=1e-5)
+    assert not calls
+
+
+def test_objects_of_gligen_are_no_cells(diffusers):
+    model = unet(diffusers, attention_type="gated")
+    with pytest.raises(ValueError, match="fuser.attn: how its tokens lie is unknown"):
+        h.use_hilbert_processor(model, segment_size=8)
+
+
 def test_a_dit_and_a_plain_unet(diffusers, calls):
     dit = diffusers.DiTTransformer2DModel(
         num_attention_heads=2,

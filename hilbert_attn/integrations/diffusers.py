@@ -19,7 +19,7 @@ from torch import Tensor
 from .settings import (
     HilbertOptions, HilbertSettings, is_dense, placed, prefix_attention, settings_from)
 from .switch import (
-    Geometry, Switch, check_schedule, chosen, refuse_layers, release, remove_switch)
+    Geometry, Switch, check_schedule, chosen, refuse_layers, release, remove_hooks, remove_switch)
 
 # %% ../../nbs/14e_diffusers.ipynb #a0001175
 def _check_grid(
@@ -163,6 +163,7 @@ def _layer_geometry(
     "The geometry of the transformer, or of the layer, that knows the grid."
     for depth, owner in enumerate(_above(model, name)):
         kind = type(owner).__name__
+        if kind == "GatedSelfAttentionDense": return None  # GLIGEN's: objects behind the cells
         if kind in _AROUND and depth == 1:
             return Geometry("cells", None, prefix_tokens)
         picture = kind in _PICTURES and getattr(owner, "is_input_continuous", False)
@@ -189,7 +190,7 @@ def _why_not(
     if getattr(layer, "added_kv_proj_dim", None) is not None:
         return "it has added keys, of another sequence"
     if geometry is None:
-        return "how its tokens lie is unknown (frames of a motion module, for one)"
+        return "how its tokens lie is unknown (frames of a motion module, objects of GLIGEN)"
     return None
 
 # %% ../../nbs/14e_diffusers.ipynb #5d621dba
@@ -206,6 +207,33 @@ def _found_layers(
     return chosen(layers, include, exclude)
 
 # %% ../../nbs/14e_diffusers.ipynb #60b008e5
+def _is_lost(
+    layer: Any, # a switched one
+) -> bool:
+    "Has it a processor that is neither ours nor of the kind that it had before?"
+    return type(layer.processor) not in (HilbertAttnProcessor, type(layer.hilbert_replaced))
+
+
+class Guard:
+    "Looks at the processors of switched layers before each call of their model."
+
+    def __init__(self, model: nn.Module):
+        self.layers: dict[str, Any] = {
+            name: layer for name, layer in model.named_modules() if "hilbert_site" in vars(layer)}
+        remove_hooks(model, Guard)
+        model.register_forward_pre_hook(self.look)
+
+    def look(self, model: nn.Module, args: tuple):
+        "Raises `RuntimeError` where a layer was given a processor of another kind."
+        lost = [name for name, layer in self.layers.items() if _is_lost(layer)]
+        if not lost: return
+        kind = type(self.layers[lost[0]].processor).__name__
+        raise RuntimeError(
+            f"{type(model).__name__} was switched, but {', '.join(lost)} got another processor "
+            f"since, as {kind} (fuse_qkv_projections and set_attention_slice do that): undo that "
+            "and call use_hilbert_processor again, or set_default_attn_processor()")
+
+
 def _set_default(
     model: Any, # with `set_default_attn_processor`
 ):
@@ -214,16 +242,28 @@ def _set_default(
         if isinstance(getattr(layer, "processor", None), HilbertAttnProcessor):
             layer.set_processor(layer.hilbert_replaced)
     remove_switch(model)
+    remove_hooks(model, Guard)
     note_switch(model, _SETTING, None)
     type(model).set_default_attn_processor(model)
 
 # %% ../../nbs/14e_diffusers.ipynb #89dbe7f4
+def _set_processors(model: Any, processor: Any):
+    "What the model itself does; no call is expected of layers that got their own kind back."
+    type(model).set_attn_processor(model, processor)
+    for layer in model.modules():
+        if "hilbert_site" not in vars(layer) or _is_lost(layer): continue
+        if isinstance(layer.processor, HilbertAttnProcessor): continue
+        layer.hilbert_site.entered = True
+        remove_hooks(layer, Switch)
+
+
 def _know_the_way_back(model: nn.Module):
     "Gives each part that has a way back the one that knows our processors."
     parts: list[Any] = list(model.modules())
     for part in parts:
         if hasattr(type(part), "set_default_attn_processor"):
             part.set_default_attn_processor = partial(_set_default, part)
+            part.set_attn_processor = partial(_set_processors, part)
 
 # %% ../../nbs/14e_diffusers.ipynb #88618740
 _SETTING = "_hilbert_attention"  # in a configuration; without a _ diffusers says it is ignored
@@ -366,6 +406,7 @@ def use_hilbert_processor(
     found = _switched(found, settings)
     known = {name: geometry for name, geometry in places.items() if geometry is not None}
     Switch(model, found, known, type(model).__name__)
+    Guard(model)
     _know_the_way_back(model)
     noted = noted_switch(model, _SETTING)
     earlier = [call for call in _calls(noted) if include != "*" or exclude]
