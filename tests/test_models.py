@@ -232,6 +232,20 @@ def test_a_layer_that_is_not_run_is_named(hf):
     model.train()(rand(1, 3, 16, 16))  # a layer may be dropped in training
 
 
+@pytest.mark.parametrize("forwards", [0, 1])
+@pytest.mark.parametrize("make", [llama, vit])
+def test_the_way_back_by_name(hf, calls, make, forwards):
+    model, x = make(hf), WORDS if make is llama else rand(1, 3, 16, 16)
+    expected = model(x)[0]
+    h.use_hilbert_attention(model, segment_size=6)
+    for _ in range(forwards): model(x)
+    calls.clear()
+    model.set_attn_implementation("eager")
+    assert torch.allclose(model(x)[0], expected, atol=1e-5) and not calls
+    model.set_attn_implementation("hilbert")
+    assert not torch.allclose(model(x)[0], expected, atol=1e-5) and len(calls) == 2
+
+
 def test_hooks_go_after_the_proof(hf):
     model = h.use_hilbert_attention(llama(hf), segment_size=6)
     twin = copy.deepcopy(model)

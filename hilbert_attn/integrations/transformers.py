@@ -31,8 +31,9 @@ from ..decoding import (
 from .settings import (
     HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, can_overlap, cell_order,
     few_attention, key_counts, layer_settings, prefix_attention, settings_from)
-from .switch import (
-    Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, switch_of)
+from hilbert_attn.integrations.switch import (
+    Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, release,
+    switch_of)
 from ..local import hilbert_slide_attention
 from ..patterns import OverlapPattern, SlidePattern
 from ..reference import Scores, score_rule, with_sinks
@@ -831,6 +832,9 @@ def _switch_parts(
 ):
     "Switches the outermost models inside one whose configuration names this attention."
     base = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    for layer in model.modules():
+        own = _said_by(layer, "_attn_implementation", model.config._attn_implementation)
+        if "hilbert_site" in vars(layer) and own not in _DEFAULTS: release(layer)
     done: list[str] = []
     for name, part in model.named_modules():
         if not isinstance(part, base) or part.config._attn_implementation not in _DEFAULTS:
