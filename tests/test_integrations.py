@@ -165,6 +165,23 @@ def test_prefix_matches_the_oracle(pattern, case):
     assert_matches_oracle(ours, q, k, v, counts)
 
 
+@pytest.mark.parametrize("width", [6, 24])
+@pytest.mark.parametrize("prefix", [0, 3])
+@pytest.mark.parametrize("options", [{}, dict(shift=2), dict(backend="reference")])
+def test_values_of_another_width(width, prefix, options):
+    s = HilbertSettings(segment_size=6, grid=(5, 7), prefix_tokens=prefix, **options)
+    n = 35 + prefix
+    q, k, _ = qkv(n, 4, 2, batch=2)
+    v, counts = rand(2, 2, n, width, seed=4), s.counts(n, 4, causal=True)[None]
+
+    def ours(q, k, v):
+        return prefix_attention(q, k, v, s, causal=True, return_lse=True)
+
+    assert_matches_oracle(ours, q, k, v, counts)
+    shapes = [x.shape for x in ours(*(x.to("meta") for x in (q, k, v)))]
+    assert shapes == [(2, 4, n, width), (2, 4, n)]
+
+
 @pytest.mark.parametrize("backend", ["reference", "sdpa_mask", "triton"])
 def test_prefix_on_every_backend(backend):
     if backend == "triton":

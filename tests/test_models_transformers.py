@@ -688,6 +688,27 @@ def test_compiles_into_one_graph(hf, kind):
     assert torch.allclose(*outs, atol=1e-5)
 
 
+# values narrower than keys, as trained: 192 and 128
+
+LATENT = dict(GROUPED, num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, n_group=1)
+LATENT |= dict(qk_nope_head_dim=4, qk_rope_head_dim=4, n_routed_experts=2, topk_group=1)
+LATENT |= dict(num_experts_per_tok=1, first_k_dense_replace=1, moe_intermediate_size=16)
+
+
+@pytest.mark.parametrize("config", ["DeepseekV2Config", "DeepseekV3Config"])
+@pytest.mark.parametrize("width", [6, 12])
+def test_values_of_another_width(hf, config, width):
+    made = hf, config, LATENT | dict(v_head_dim=width)
+    dense, ours = (build(*made, head="AutoModelForCausalLM") for _ in range(2))
+    use_hilbert_attention(ours, segment_size=64)
+    for padding in (None, "left"):
+        x, keep = texts(padding=padding)
+        found, expected = ours(**x).logits[keep], dense(**x).logits[keep]
+        assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+        words = [model.generate(**x, **SHORT) for model in (ours, dense)]
+        assert torch.equal(*words)
+
+
 # cross-attention
 
 CROSSED = {

@@ -509,7 +509,8 @@ def _in_one_operator(
     cells = q.shape[2] - settings.prefix_tokens
     pattern, order = settings.pattern(cells, q.shape[1]), cell_order(settings, cells)
     call = replace(call.hidden(), pattern=pattern, order=order)
-    return prefix_branches(call, settings.prefix_tokens)
+    out, lse = prefix_branches(call, settings.prefix_tokens)
+    return out if call.columns is None else out[..., :call.columns], lse
 
 # %% ../../nbs/14_integrations.ipynb #3d10b39d
 def _shapes_only(
@@ -519,7 +520,8 @@ def _shapes_only(
     return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]: # out (B, H, N, D), or (out, lse (B, H, N))
     "Shapes of the results; they depend on q, k and v, so that gradients have shapes too."
-    out = q + k.sum() + v.sum()
+    width = *q.shape[:3], v.shape[3]
+    out = q.sum(-1, keepdim=True).expand(width) + k.sum() + v.sum()
     lse = out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
     return (out, lse) if return_lse else out
 
@@ -544,7 +546,7 @@ def prefix_attention(
     Raises `ValueError` where tokens and settings do not fit."""
     on_meta = q.device.type == "meta"
     if not on_meta: q, k, v = autocast_inputs(q, k, v)
-    check_tensors(q, k, v)
+    check_tensors(q, k, v, widths=True)
     batch, _, n, _ = q.shape
     if settings.layers is not None: raise ValueError(_WHICH_LAYER)
     _check_length(settings, n)
