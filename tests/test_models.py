@@ -389,6 +389,20 @@ def test_tokens_out_of_order_are_refused(hf, stated):
         h.use_hilbert_attention(vision, segment_size=4, **stated)
 
 
+LATENT = GROUPED | dict(
+    num_key_value_heads=4, q_lora_rank=8, kv_lora_rank=8, n_group=1, topk_group=1,
+    n_routed_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, qk_nope_head_dim=4,
+    qk_rope_head_dim=4, v_head_dim=6, index_topk=4, index_head_dim=8, index_n_heads=2)
+PEGASUS = dict(
+    vocab_size=50, d_model=32, decoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=64)
+
+
+def test_keys_that_a_layer_picks_by_itself_are_refused(hf):
+    for name in ("DeepseekV32", "GlmMoeDsa"):
+        refused(hf, "indexer picks", f"{name}ForCausalLM", f"{name}Config", LATENT)
+    refused(hf, "later tokens", "BigBirdPegasusForCausalLM", "BigBirdPegasusConfig", PEGASUS)
+
+
 def test_the_predictor_of_vjepa_is_refused(hf):
     model = h.use_hilbert_attention(
         built(hf, "VJEPA2Model", "VJEPA2Config", JEPA), segment_size=4

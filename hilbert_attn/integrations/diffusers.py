@@ -190,7 +190,7 @@ def _why_not(
     if getattr(layer, "added_kv_proj_dim", None) is not None:
         return "it has added keys, of another sequence"
     if geometry is None:
-        return "how its tokens lie is unknown (frames of a motion module, objects of GLIGEN)"
+        return "how its tokens lie is unknown (frames of a motion module, for one)"
     return None
 
 # %% ../../nbs/14e_diffusers.ipynb #5d621dba

@@ -186,7 +186,8 @@ def check_cells(
         raise ValueError(
             f"{n} tokens, but patches on {grid} and {prefix_tokens} tokens "
             "in front: tokens were dropped, merged or added, and their "
-            "places are unknown; use 'eager' or 'sdpa'")
+            "places are unknown; use 'eager' or 'sdpa' in transformers, elsewhere the "
+            "model as it was before")
 
 # %% ../../nbs/14b_switched_models.ipynb #73c3f422
 class Site:

@@ -761,7 +761,9 @@ _OUT_OF_ORDER = {
     "qwen3_vl_vision": "its patches come in blocks of 2 x 2, several pictures in a row",
     "swin": "its windows are attention patterns of their own",
     "swinv2": "its windows are attention patterns of their own"}
-_OWN_MASKS = ("doge",)  # which a layer learns, and cuts out of the mask that it gets
+_OTHERWISE = {
+    "doge": "its layers learn masks of their own, which no segments are",
+    "bigbird_pegasus": "its layers do not say that they see no later tokens"}
 
 # %% ../../nbs/14c_transformers.ipynb #09735722
 def _reads_text(
@@ -787,10 +789,10 @@ def _model_geometry(
             raise ValueError(
                 f"{name} cannot be switched: {_OUT_OF_ORDER[key]}, so that no "
                 "grid says how they lie; use 'eager' or 'sdpa'")
-    if kind in _OWN_MASKS:
-        raise ValueError(
-            f"{name} cannot be switched: its layers learn masks of their own, which no segments "
-            "are; use 'eager' or 'sdpa'")
+    why = _OTHERWISE.get(kind)
+    if any(type(part).__name__.endswith("Indexer") for part in model.modules()):
+        why = "an indexer picks the keys of each query, which no segments are"
+    if why: raise ValueError(f"{name} cannot be switched: {why}; use 'eager' or 'sdpa'")
     if _reads_text(model): return Geometry("sequence")
     source = patch_layer(model)
     if kind in _IN_ORDER and source is not None:
