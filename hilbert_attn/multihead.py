@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .branched import CurveLayerOptions, DilatedAttention
+from .calls import check_key_mask
 from .common import true_or_false, whole_number
 from .modules import apply_rotary, one_of
 
@@ -34,7 +35,8 @@ def attended_keys(
     padding: Tensor, # torch's padding mask (B, N): True, or -inf, = ignore
     key_mask: Tensor | None = None, # bool (B, N), True = attend
 ) -> Tensor: # bool (B, N), True = attend
-    "The keys that both masks let through."
+    "The keys that both masks let through. Raises `ValueError`."
+    check_key_mask(key_mask, tuple(padding.shape), "(B, N)", padding.device)
     if padding.dtype != torch.bool:
         ignored = padding == -torch.inf
         if not torch.compiler.is_compiling() and bool(((padding != 0) & ~ignored).any()):
@@ -42,6 +44,17 @@ def attended_keys(
             raise ValueError(f"key_padding_mask has values other than 0 and -inf: {rule}")
         padding = ignored
     return ~padding if key_mask is None else key_mask & ~padding
+
+
+def _of_batch(padding: Any, shape: torch.Size, single: bool) -> Tensor: # (B, N)
+    "A padding mask of every sequence; a `ValueError` for one of another shape."
+    given = type(padding).__name__
+    if isinstance(padding, Tensor):
+        if padding.shape == shape: return padding
+        if single and padding.shape == shape[1:]: return padding[None]
+        given = f"of shape {tuple(padding.shape)}"
+    expected = f"a tensor (B, N) = {tuple(shape)}, or (N,) where the query has no batch"
+    raise ValueError(f"key_padding_mask is {given}: expected {expected}")
 
 # %% ../nbs/12c_multihead.ipynb #12c0a010
 def _head_dim(embed_dim: int, num_heads: int) -> int:
@@ -202,7 +215,8 @@ class MultiheadDilatedAttention(_Projections):
         q, k, v = self._heads(query, key, value)
         causal = true_or_false("is_causal", is_causal) or _asks_causal(attn_mask, q.shape[1])
         if key_padding_mask is not None:
-            key_mask = attended_keys(key_padding_mask.view(q.shape[:2]), key_mask)
+            padding = _of_batch(key_padding_mask, q.shape[:2], query.ndim == 2)
+            key_mask = attended_keys(padding, key_mask)
         if rope is not None: q, k = _turned(q, rope), _turned(k, rope)
         out = self.attention(q, k, v, causal, key_mask=key_mask, **options)
         out = self.out_proj(out.flatten(2))

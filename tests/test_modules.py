@@ -279,6 +279,26 @@ def test_both_masks_must_let_a_key_through():
     assert not torch.allclose(out, module(x, key_mask=key_mask)[0])
 
 
+@pytest.mark.parametrize("padding", [
+    torch.zeros(24, 2, dtype=torch.bool), torch.zeros(48, dtype=torch.bool),
+    torch.zeros(2, 1, 24, dtype=torch.bool), torch.zeros(2, 23), torch.zeros(24), [[False] * 24]])
+@pytest.mark.parametrize("batch_first", (False, True))
+def test_padding_has_the_shape_of_the_tokens(padding, batch_first):
+    module, x = multihead(), torch.randn(2, 24, 16)
+    module.batch_first = batch_first
+    with pytest.raises(ValueError, match=r"key_padding_mask .*: expected .*\(2, 24\)"):
+        module(x if batch_first else x.transpose(0, 1), key_padding_mask=padding)
+
+
+@pytest.mark.parametrize("shape", [(1, 24), (2, 1), (24,)])
+def test_the_key_mask_is_as_strict_beside_padding(shape):
+    module, x = multihead(), torch.randn(2, 24, 16)
+    key_mask, padding = torch.ones(shape, dtype=torch.bool), torch.zeros(2, 24)
+    for options in ({}, dict(key_padding_mask=padding)):
+        with pytest.raises(ValueError, match=r"key_mask is .*: expected .*\(2, 24\)"):
+            module(x, key_mask=key_mask, **options)
+
+
 # noqa: E731
 CORE, BRANCHED = lambda **o: HilbertAttentionCore(
     **{**dict(hidden_dim=48, num_heads=4), **o}), DilatedAttention
