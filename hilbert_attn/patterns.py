@@ -309,7 +309,7 @@ def even_sizes(
     parts: int, # boxes
 ) -> tuple[int, ...]: # they differ by at most one, the longer ones first
     "Sizes of boxes that share an axis evenly."
-    size, longer = divmod(n, parts)
+    size, longer = n // parts, n % parts  # divmod takes no symbol of a graph
     return (size + 1,) * longer + (size,) * (parts - longer)
 
 # %% ../nbs/01_patterns.ipynb #0569e21c

@@ -168,11 +168,11 @@ def test_flops_of_several_branches():
     assert counter.get_total_flops() == 4 * WIDTH * 2 * pattern.pairs()
 
 
-def compiled_alike(module, make, lengths=LENGTHS):
+def compiled_alike(module, make, lengths=LENGTHS, dynamic=None):
     "Forward and backward of a graph; how often it was compiled."
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(module, fullgraph=True, backend=counter)
+    compiled = torch.compile(module, fullgraph=True, backend=counter, dynamic=dynamic)
 
     def results(run, x):
         torch.manual_seed(0)  # the same draws
@@ -205,6 +205,12 @@ def test_settings_that_are_symbols(setting):
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend="aot_eager")
     x = inputs(72)
     for value in (0.25, 0.5, 3.0): close(compiled(x, value), attend(x, value))
+
+
+def test_heads_that_are_symbols_are_dealt_out():
+    layer = ha.DilatedAttention([16, 2048], [1, 2], combine="heads")
+    for module, make in (function_case("by_heads"), (layer, layer_case("DilatedAttention")[1])):
+        compiled_alike(module, make, (72,), dynamic=True)
 
 
 def test_a_temperature_is_a_tensor():
