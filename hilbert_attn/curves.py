@@ -211,7 +211,8 @@ def _hilbert(grid: tuple[int, ...], turned: bool = False) -> np.ndarray:
     "Each step to a neighbour: the classic curve on cubes of side 2^m, else the generalised one."
     side, ndim = grid[0], len(grid)
     if ndim == 3 and side > 1 and side & (side - 1) == 0 and grid == (side,) * 3:
-        path = hilbert_decode(torch.arange(side ** 3), side.bit_length() - 1, 3).T.numpy()
+        index = torch.arange(side ** 3, device="cpu")
+        path = hilbert_decode(index, side.bit_length() - 1, 3).T.numpy()
         if turned: path = path[[1, 0, 2]]
     else:
         axes = sorted(range(ndim), key=lambda axis: -grid[axis])  # sorted() is stable

@@ -39,7 +39,7 @@ class Progression:
     def last(self) -> int: return self.start + (self.count - 1) * self.step
 
     def positions(self) -> Tensor: # int64 (count,)
-        return self.start + self.step * torch.arange(self.count)
+        return self.start + self.step * torch.arange(self.count, device="cpu")
 
 # %% ../nbs/01_patterns.ipynb #1a77ce01
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ def shard_positions(
 ) -> Tensor: # int64 (sizes[rank],), ascending
     "The positions that a rank holds, in the order in which its rows lie."
     runs = shard_runs(tuple(sizes), layout)[rank]
-    return torch.cat([torch.arange(0), *(torch.arange(start, stop) for start, stop in runs)])
+    return torch.cat([torch.arange(*run, device="cpu") for run in ((0, 0), *runs)])
 
 # %% ../nbs/09_ring_plan.ipynb #34f3efc4
 @dataclass(frozen=True)

@@ -20,6 +20,10 @@ from transform_cases import (
 )
 
 import hilbert_attn as ha
+from hilbert_attn.curves import _orders
+from hilbert_attn.integrations.transformers import _keys_of_last
+from hilbert_attn.patterns import Progression
+from hilbert_attn.ring_plan import shard_positions
 
 LENGTHS = (96, 24, 32, 72, 136, 160, 40, 264, 208, 320)
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
@@ -133,6 +137,18 @@ def test_without_data(name, n):
     try: found = f(*x)
     finally: torch.set_default_device(None)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("plan", (
+    lambda: ha.curve_order((4, 4, 4)), lambda: ha.curve_order((2, 2, 2), "hilbert-trans"),
+    lambda: shard_positions([3, 5], 1), lambda: Progression(1, 2, 3).positions(),
+    lambda: ha.shard_sequence(ha.curve_order(8), dim=0, order=ha.curve_order(8)),
+    lambda: ha.HilbertSettings(4).counts(16, 2),
+    lambda: _keys_of_last(ha.HilbertSettings(4), 3, 16, 2)[1]))
+def test_plans_lie_on_the_cpu_whatever_is_the_default(plan):
+    expected = plan()
+    _orders.clear()
+    with torch.device("meta"): assert torch.equal(plan(), expected)
 
 
 @pytest.mark.parametrize("name", LAYERS)

@@ -285,8 +285,8 @@ class HilbertSettings(_Meaning):
         causal: bool = False, # key token index <= query token index
     ) -> Tensor: # int64 (H, n - first, n) in token order
         "The dense mask as how often each key counts, for tests and pictures."
-        keys, queries = torch.arange(n), torch.arange(first, n)
-        return key_counts(self, keys, queries, n, num_heads, causal).expand(num_heads, -1, -1)
+        keys = torch.arange(n, device="cpu")
+        return key_counts(self, keys, keys[first:], n, num_heads, causal).expand(num_heads, -1, -1)
 
 # %% ../../nbs/14_integrations.ipynb #fb58475d
 def settings_from(

@@ -321,7 +321,7 @@ def _keys_in_reach(
     n: int, # tokens so far
 ) -> Tensor: # int64 (K,): token indices
     "Keys that may count for the last queries: nothing before the oldest segment, but the prefix."
-    prefix, keys = settings.prefix_tokens, torch.arange(n)
+    prefix, keys = settings.prefix_tokens, torch.arange(n, device="cpu")
     if settings.order_name is not None or settings.shift: return keys
     first = max(n - m - prefix, 0)  # position of the first query
     start = min(first // w * w for w in settings.branches[0]) - settings.before
@@ -342,7 +342,7 @@ def _keys_of_last(
             f"curve={curve!r}, shift={shift} over a sequence that grows ({m} "
             f"queries, {n} keys): each new token would move the others along "
             "the curve; set curve=None and shift=0, or give the grid")
-    keys, queries = _keys_in_reach(settings, m, n), torch.arange(n - m, n)
+    keys, queries = _keys_in_reach(settings, m, n), torch.arange(n - m, n, device="cpu")
     counts = key_counts(settings, keys, queries, n, num_heads, causal=True)
     used = counts.any(1).any(0)
     return keys[used], counts[..., used]
