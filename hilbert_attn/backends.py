@@ -28,7 +28,7 @@ from torch.autograd import forward_ad
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .calls import Call, check_call, check_tensors, on_segments
+from .calls import Call, check_call, check_order, on_segments
 from .common import Cache, check_word, is_plain
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import PatternOptions, reference_attention
@@ -694,13 +694,25 @@ def family_of(
     return "heads" if pattern.combine == "heads" else "branches"
 
 # %% ../nbs/07_backends.ipynb #c9b9853c
-def _widened(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, str]:
-    "Queries and keys as wide as they are computed, and what to add to the reason."
-    d, columns = q.shape[3], v.shape[3]
-    if d == columns: return q, k, ""
-    wide = [x.new_empty(*x.shape[:3], max(d, columns)) for x in (q, k)]
-    why = f"; {columns} columns of values, and {d} of queries and keys: zeros fill up the narrower"
-    return wide[0], wide[1], why
+def _about_widths(d: int, columns: int) -> str: # to add to the reason
+    "Queries and keys are d wide, values columns."
+    if d == columns: return ""
+    zeros = "zeros fill up the narrower"
+    return f"; {columns} columns of values, and {d} of queries and keys: {zeros}"
+
+# %% ../nbs/07_backends.ipynb #9da75181
+_OF_CALL = ("key_mask", "dropout_p", "scale", "softcap", "bias", "sink_logits", "causal")
+
+
+def _checked(q: Tensor, k: Tensor, v: Tensor, options: Mapping[str, Any]) -> Call:
+    "The call, without data. Raises `ValueError`."
+    own = {name: options[name] for name in _OF_CALL if name in options}
+    own = {name: x.to("meta") if isinstance(x, Tensor) else x for name, x in own.items()}
+    call, order = check_call(q, k, v, **own), options.get("order")
+    (n, _), device = call.sizes, getattr(order, "device", q.device)
+    if order is not None: check_order(order, n, device)
+    place = options.get("grid"), options.get("curve")
+    return call.along(_pattern(options, *call.sizes), *place, dense=True)
 
 # %% ../nbs/07_backends.ipynb #9da75183
 def _training(
@@ -740,13 +752,13 @@ def explain_backend(
     q = _shaped(q, dtype)
     k = q if k is None else _shaped(k, q.dtype)
     v = k if v is None else _shaped(v, q.dtype)
-    check_tensors(q, k, v, widths=True)
-    q, k, widths = _widened(q, k, v)
+    call = _checked(q, k, v, options)
+    widths = _about_widths(q.shape[3], v.shape[3])
+    q, k, pattern = call.q, call.k, call.pattern
     batch, heads, n, d = q.shape
-    pattern = _pattern(options, n, heads)
     task: dict[str, Any] = dict(
         backend=backend, device=device, tokens=n, family=family_of(pattern),
-        custom_backward=options.get("bias") is None)
+        custom_backward=call.custom_backward)
     name, reason = choose_backend(**task)
     rejected = rejected_backends(name, reason, **task)
     pairs = batch * pattern.pairs(heads)

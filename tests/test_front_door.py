@@ -369,6 +369,25 @@ def test_explain_backend_knows_its_options(options, message):
     with pytest.raises(ValueError, match=message): explain_backend((1, 2, 96, 8), **options)
 
 
+@pytest.mark.parametrize("options", (
+    dict(grid=(9, 9)), dict(curve="hilbrt"), dict(scale=-1), dict(dropout_p=2), dict(softcap=-1),
+    dict(causal="yes"), dict(sink_logits=torch.zeros(3)), dict(bias=torch.zeros(2, 126)),
+    dict(bias=torch.zeros(2, 13, 15), grid=(8, 8)), dict(order=torch.zeros(64)),
+    dict(order=torch.zeros(64, dtype=torch.int64)), dict(order=list(range(64))),
+    dict(key_mask=torch.ones(3, 3)), dict(key_mask=torch.ones(1, 64))))
+@pytest.mark.parametrize("several", (False, True))
+def test_explain_backend_raises_what_the_call_would(options, several):
+    if several and "bias" in options: return
+    call, how, q = hilbert_attention, dict(segment_size=16), rand(1, 2, 64, 8)
+    if several:
+        how = dict(segment_lengths=[8, 16], dilation_rates=[1, 2])
+        call = hilbert_attn.dilated_attention
+    with pytest.raises(ValueError) as expected: call(q, q, q, **how, **options)
+    argument = re.match(r"\w+", str(expected.value))[0]
+    for about in (q, q.shape):
+        with pytest.raises(ValueError, match=argument): explain_backend(about, **how, **options)
+
+
 def test_explain_backend_takes_all_arguments_of_the_functions():
     common = dict(
         grid=(8, 12), curve="hilbert", order=None, dilation_mode="residue", offsets=None,
