@@ -445,7 +445,7 @@ def rejected_backends(
     tokens: int | None = None,
     custom_backward: bool = True,
     family: str = "segments",
-) -> MappingProxyType[str, str]: # name -> reason
+) -> dict[str, str]: # name -> reason
     "Why each of the others was not chosen."
     others = {b.name: b.drawback for b in REGISTRY.values()}
     if reason.startswith("forced"): others = dict.fromkeys(REGISTRY, f"{name!r} was forced")
@@ -454,7 +454,7 @@ def rejected_backends(
     task = _Task(device, tokens, custom_backward, family)
     blocked = {b.name: task.why_not(b) for b in REGISTRY.values()}
     others |= {b: why for b, why in blocked.items() if why}
-    return MappingProxyType({b: why for b, why in others.items() if b != name})
+    return {b: why for b, why in others.items() if b != name}
 
 # %% ../nbs/07_backends.ipynb #e28e77a1
 def attend(
@@ -620,11 +620,11 @@ class BackendChoice:
     density: float # share of dense attention
     flops: float # forward: 4 D per pair
     bytes: float # forward: q, k, v read once, output and LSE written once
-    rejected: MappingProxyType[str, str] = field(repr=False) # name -> why not
+    rejected: dict[str, str] = field(repr=False, hash=False) # name -> why not
     strategy: str = "store" # how to train: "store", "checkpoint" or "ring"
     strategy_reason: str = ""
     # strategy -> bytes that training needs
-    memory: MappingProxyType[str, int] | None = field(default=None, repr=False)
+    memory: dict[str, int] | None = field(default=None, repr=False, hash=False)
     memory_at_hand: int = 0 # bytes
 
     def __str__(self) -> str:
@@ -725,8 +725,7 @@ def _training(
     needs = training_memory(q.shape, kv_heads, q.element_size(), layers, ranks)
     if ranks == 1: needs.pop("ring")
     strategy, reason = _strategy(needs, at_hand, ranks)
-    return dict(strategy=strategy, strategy_reason=reason, memory=MappingProxyType(needs),
-                memory_at_hand=at_hand)
+    return dict(strategy=strategy, strategy_reason=reason, memory=needs, memory_at_hand=at_hand)
 
 # %% ../nbs/07_backends.ipynb #020a0cb4
 def explain_backend(

@@ -1,6 +1,9 @@
 """`hilbert_attention`: answers to bad input, choice of backend, equivalences, compilation."""
+import copy
+import pickle
 import re
 import warnings
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -22,6 +25,7 @@ from hilbert_attn.backends import (
     set_backend,
 )
 from hilbert_attn.calls import check_call, on_segments
+from hilbert_attn.config import AttentionConfig
 from hilbert_attn.curves import curve_order
 from hilbert_attn.kernels.tuning import default_tile
 from hilbert_attn.patterns import attention_mask
@@ -397,6 +401,16 @@ def test_explain_backend_takes_all_arguments_of_the_functions():
     assert explain_backend(
         (1, 2, 96, 8), segment_lengths=[24], dilation_rates=[2], combine="lse",
         **common).backend == "sdpa_mask"
+
+
+@pytest.mark.parametrize("choice", (
+    explain_backend((1, 2, 96, 8), memory=1), explain_backend((1, 2, 96, 8), gradients=False),
+    hilbert_attn.explain_attention_type(
+        AttentionConfig(dim=16, heads=2, segment_lengths=8, dilation_rates=1), 64)))
+def test_a_choice_is_copied_stored_and_hashed(choice):
+    again = [copy.copy(choice), copy.deepcopy(choice), pickle.loads(pickle.dumps(choice))]
+    assert {choice, *again} == {choice} and str(again[2]) == str(choice)
+    assert asdict(again[1]) == asdict(choice)
 
 
 def test_policy_by_length():
