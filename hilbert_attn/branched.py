@@ -20,7 +20,7 @@ from .curves import as_grid, curve_order
 from .dilated import attend_branches
 from .modules import AttentionLayer, offsets_or_none
 from .options import Backend, Combine, Curve, Mode
-from .patterns import DilatedPattern, SegmentPattern, branch_lists, default_mode
+from .patterns import DilatedPattern, branch_lists, default_mode
 
 # %% ../nbs/12b_branched.ipynb #71f96158
 def check_free(q: Tensor, k: Tensor, v: Tensor):
@@ -60,8 +60,9 @@ class DilatedAttention(AttentionLayer):
             self.family = "heads" if combine == "heads" else "branches"
         self.dilation_mode = default_mode(combine) if dilation_mode is None else dilation_mode
         self.offsets = offsets_or_none(offsets)
-        for w, r in zip(self.segment_lengths, self.dilation_rates):
-            SegmentPattern(w, w, r, self.dilation_mode)  # names what does not fit
+        own = self.offsets if isinstance(self.offsets, tuple) else ()
+        heads = len(own) if len(own) > 1 else len(self.segment_lengths)  # so many could fit
+        self.pairs(1, heads)  # names what does not
 
     def forward(
         self,

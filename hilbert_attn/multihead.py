@@ -137,12 +137,16 @@ class _Projections(nn.Module):
 
 # %% ../nbs/12c_multihead.ipynb #34ae9c25
 def _attention_inside(
+    num_heads: int, # H
     attention: nn.Module | None, # that was given
     branches: tuple, # segment lengths, dilation rates, dropout
     options: Mapping[str, Any], # of `DilatedAttention`
 ) -> nn.Module: # q, k, v (B, N, H, D) to (B, N, H, D)
     "What attends between the projections. Raises `ValueError`."
-    if attention is None: return DilatedAttention(*branches, **options)
+    if attention is None:
+        made = DilatedAttention(*branches, **options)
+        made.pairs(1, num_heads)  # names what does not fit so many heads
+        return made
     if not options: return attention
     given = ", ".join(options)
     raise ValueError(f"attention is given, and so are {given}: these belong to it")
@@ -188,7 +192,7 @@ class MultiheadDilatedAttention(_Projections):
         switches = dict(add_bias_kv=add_bias_kv, add_zero_attn=add_zero_attn)
         _refuse_foreign_keys(self.embed_dim, dict(kdim=kdim, vdim=vdim), switches)
         branches = segment_lengths, dilation_rates, dropout
-        self.attention = _attention_inside(attention, branches, options)
+        self.attention = _attention_inside(self.num_heads, attention, branches, options)
         self.batch_first = true_or_false("batch_first", batch_first)
         self._make_projections(true_or_false("bias", bias), device, dtype)
 

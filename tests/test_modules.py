@@ -343,6 +343,26 @@ def test_settings_are_what_they_seem(make, name, values):
             make(**{name: value})
 
 
+LISTS = dict(segment_lengths=[8, 16, 32], dilation_rates=[1, 2, 4])
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda: BRANCHED(**LISTS, combine="x"), "combine='x': known ways are 'lse', 'heads'"),
+    (lambda: BRANCHED(**LISTS, offsets=1, dilation_mode="residue"), "'residue' has no offsets"),
+    (lambda: BRANCHED(**LISTS, offsets=(1, 2), combine="heads"), "each branch needs a head"),
+    (lambda: MultiheadDilatedAttention(32, 2, **LISTS, combine="heads"), "3 branches and 2 heads"),
+    (lambda: MultiheadDilatedAttention(32, 4, **LISTS, offsets=[0, 1, 2]), "offsets has 3 entries"),
+])
+def test_misfits_are_named_when_a_layer_is_made(make, message):
+    with pytest.raises(ValueError, match=message): make()
+
+
+def test_heads_are_not_known_before_a_call():
+    BRANCHED(**LISTS, combine="heads")
+    BRANCHED(**LISTS, offsets=[0, 1])
+    MultiheadDilatedAttention(32, 4, **LISTS, offsets=[0, 1, 2, 3])
+
+
 def test_switches_of_a_call_are_what_they_seem():
     x, q = tokens(), torch.randn(1, 24, 2, 8)
     with pytest.raises(ValueError, match="use_hilbert='False': expected True or False"):
