@@ -104,10 +104,23 @@ def apply_rotary(
     x: Tensor, # queries or keys (B, H, N, D)
     rope: tuple[Tensor, Tensor], # cos and sin (N, D / 2), in the order of x
 ) -> Tensor: # (B, H, N, D)
-    "Turns the pairs (d, d + D / 2) of each head by the token's angles."
+    "Turns the pairs (d, d + D / 2) of each head by the token's angles. Raises `ValueError`."
+    for angles in rope: _check_angles(x, angles)
     cos, sin = (r.to(x.dtype) for r in rope)
     a, b = x.chunk(2, -1)
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _check_angles(x: Tensor, angles: Tensor):
+    "A `ValueError` for angles of other tokens or channels: they would be broadcast."
+    b, h, n, d = x.shape
+    of_all = n, d // 2
+    if angles.shape == of_all and d % 2 == 0: return
+    each = [(*some, *of_all) for some in ((1,), (1, 1), (b, 1), (1, h), (b, h))]
+    if tuple(angles.shape) in each and d % 2 == 0: return
+    raise ValueError(
+        f"rope has shape {tuple(angles.shape)} and x {tuple(x.shape)}: "
+        f"expected (N, D / 2) = {of_all}, or (B, H, N, D / 2), each of B and H possibly 1")
 
 # %% ../nbs/12_modules.ipynb #5b1d0c01
 class AttentionLayer(nn.Module):

@@ -84,3 +84,20 @@ def test_a_mixin_orders_tokens_and_puts_them_back():
     ordered = mixed.apply_hilbert_ordering(x, dim=2)
     assert torch.equal(ordered, x[..., order])
     assert torch.equal(mixed.apply_hilbert_ordering(ordered, inverse=True, dim=2), x)
+
+
+@pytest.mark.parametrize("shape", [
+    (N, 1), (1, D // 2), (N, D), (D // 2, N), (2, N, D // 2), (3, 1, N, D // 2)])
+def test_angles_fit_the_tokens(shape):
+    x, (cos, sin) = random(2, 3, N, D), rotary_embedding(GRID, D)
+    for rope in ((torch.ones(shape), sin), (cos, torch.ones(shape))):
+        with pytest.raises(ValueError, match=r"rope has shape .*: expected \(N, D / 2\) = "):
+            apply_rotary(x, rope)
+    with pytest.raises(ValueError, match="rope has shape"): apply_rotary(x[..., 1:], (cos, sin))
+
+
+def test_angles_of_each_sequence():
+    x, (cos, sin) = random(2, 3, N, D), rotary_embedding(GRID, D)
+    several = [torch.stack([r, 2 * r])[:, None] for r in (cos, sin)]
+    expected = [apply_rotary(x[i:i + 1], (r * cos, r * sin)) for i, r in enumerate((1, 2))]
+    torch.testing.assert_close(apply_rotary(x, several), torch.cat(expected))
