@@ -52,7 +52,7 @@ class Scores(NamedTuple):
 
     def biased(self, scores: Tensor) -> Tensor:
         "Scores with what is added to them."
-        return scores if self.bias is None else scores + self.added
+        return scores if self.bias is None else scores + self.added.to(scores.dtype)
 
 # %% ../nbs/02_reference.ipynb #bca38239
 def score_rule(

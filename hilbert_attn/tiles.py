@@ -225,7 +225,8 @@ class Dropout(WrittenOut):
         p: float, # probability of dropping a weight
         seed: Tensor, # int64, one number
     ):
-        self.least = round(p * 2 ** 32) - 2 ** 31  # of the draws that keep a weight
+        # of the draws that keep a weight, at most the largest one
+        self.least = min(round(p * 2 ** 32), 2 ** 32 - 1) - 2 ** 31
         self.factor = 1 / (1 - p)
         self.generator = torch.Generator(seed.device).manual_seed(int(seed))
 

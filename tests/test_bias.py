@@ -259,6 +259,22 @@ def test_a_table_of_another_precision(function):
     torch.testing.assert_close(coarse.double(), fine, rtol=1e-5, atol=1e-5)
 
 
+@each
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("options", (
+    dict(return_lse=True), dict(softcap=2.0), dict(sink_logits=torch.zeros(2))))
+def test_a_finer_table_where_scores_are_written(function, dtype, options):
+    q, k, v, table = inputs()
+    q, k, v, table = *(x.to(dtype) for x in (q, k, v)), table.detach().double().requires_grad_()
+    out = function(q, k, v, table, **options)
+    expected = function(q, k, v, table.float(), **options)
+    torch.testing.assert_close(out, expected)
+    out, expected = (x[0] if "return_lse" in options else x for x in (out, expected))
+    found, wanted = (torch.autograd.grad(x.sum(), table)[0] for x in (out, expected))
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
 def exact(function, q, k, v, *where, **options):
     "Is the default what the oracle says, with and without the LSE?"
     out, lse = function(q, k, v, *where, **options, backend="reference", return_lse=True)

@@ -98,6 +98,13 @@ def test_dropout_is_the_same_in_the_backward(name):
     assert (seeded(*x) - DROPPING[name](*x)).abs().max() > 0.01
 
 
+@pytest.mark.parametrize("backend", ("sdpa", "sdpa_mask", "reference"))
+def test_nearly_all_is_dropped(backend):
+    "A probability that rounds to 1 in 32 bits is not taken for 0."
+    out = FUNCTIONS["hilbert"](*inputs(96), dropout_p=1 - 1e-12, backend=backend)
+    assert not out.any()
+
+
 def test_dropout_and_the_gradient_of_the_lse():
     def seeded(*x):
         torch.manual_seed(1)
