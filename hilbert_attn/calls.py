@@ -20,8 +20,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .common import (
-    Cache, define_operator, hide_masked, is_plain, known_now, lse_dtype, shown, true_or_false)
-from .curves import _parse_curve, as_grid, curve_order
+    define_operator, hide_masked, is_plain, known_now, lse_dtype, shown, true_or_false)
+from .curves import (
+    _parse_curve, as_grid, curve_order, known_permutation, permutation)
 from .operators import draw_seeds
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import Scores, score_rule, with_sinks
@@ -110,26 +111,10 @@ def autocast_inputs(
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in xs)
 
-# %% ../nbs/06b_calls.ipynb #c0139e36
-def _is_permutation(order: Tensor) -> bool:
-    n = order.numel()
-    if not bool(((order >= 0) & (order < n)).all()): return False
-    seen = torch.zeros(n, dtype=torch.bool, device=order.device)
-    return bool(seen.index_fill_(0, order, True).all())
-
-# %% ../nbs/06b_calls.ipynb #461e49c4
-def _permutation(order: Tensor) -> Tensor:
-    "The order in int64; a `ValueError` unless it is a permutation."
-    order = order.long()
-    if _is_permutation(order): return order
-    last = order.numel() - 1
-    raise ValueError(f"order is no permutation: it must hold each of 0 … {last} once")
-
 # %% ../nbs/06b_calls.ipynb #7f2191f4
-_permutations = Cache()  # orders that were checked, until somebody writes into them
 _order_library = define_operator("checked_order", "(Tensor order) -> Tensor")
 _order_library.impl(
-    "checked_order", lambda order: _permutation(order).clone(), "CompositeExplicitAutograd")
+    "checked_order", lambda order: permutation(order).clone(), "CompositeExplicitAutograd")
 torch.library.register_fake(
     "hilbert_attn::checked_order",
     lambda order: torch.empty_like(order, dtype=torch.int64),
@@ -153,7 +138,7 @@ def check_order(
             f"order is on {order.device} and q on {device}: they must be on one device")
     traced = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
     if traced or not is_plain(order): return torch.ops.hilbert_attn.checked_order(order)
-    return _permutations.get("order", lambda: _permutation(order), order)
+    return known_permutation(order)
 
 # %% ../nbs/06b_calls.ipynb #5bde3ea3
 def check_key_mask(

@@ -273,11 +273,17 @@ def attention_mask(
     key_mask: Tensor | None = None, # bool (B, N), True = attend, in token order
     device: torch.device | str | None = None, # where the result lies
 ) -> Tensor: # (B or 1, heads or 1, N, N): bool; several branches: int, how often each key counts
-    "Everything that decides whether a query sees a key, as one dense mask in token order."
+    """Everything that decides whether a query sees a key, as one dense mask in token order.
+
+    Raises `ValueError` for masks and orders that do not fit."""
     mask = (pattern.counts if hasattr(pattern, "counts") else pattern.mask)(order).to(device)
     if causal: mask = mask.tril()
     mask = mask[None]
-    return mask if key_mask is None else mask.masked_fill(~key_mask[:, None, None, :], 0)
+    if key_mask is None: return mask
+    if key_mask.dtype == torch.bool and key_mask.shape[1:] == mask.shape[-1:]:
+        return mask.masked_fill(~key_mask[:, None, None, :], 0)
+    given = f"key_mask is {key_mask.dtype} {tuple(key_mask.shape)}"
+    raise ValueError(f"{given}: expected bool of shape (B, N), N = {mask.shape[-1]}, True = attend")
 
 # %% ../nbs/01_patterns.ipynb #1c680eca
 COMBINES = ("lse", "heads")

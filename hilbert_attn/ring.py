@@ -377,8 +377,8 @@ def _inside(call: Call, branches: Sequence[RingBranch], part: Part, q, k, v):
     "Attention of some rows whose segments lie inside the shard: out, lse."
     qkv = q, *_one_kv_head_each(branches[0], q, k, v)
     if call.order is None: return _attend_inside(call, branches, qkv, None)
-    place = call.order[part.start:part.stop].argsort().argsort()  # of each position, by token
-    by_token = inverse_order(place)
+    by_token = call.order[part.start:part.stop].argsort()
+    place = by_token.argsort()  # of each position, by token
     found = _attend_inside(call, branches, [x.index_select(2, by_token) for x in qkv], place)
     return tuple(x.index_select(2, place) for x in found)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hilbertcurve.hilbertcurve import HilbertCurve
 from sampling import FULL
+from torch._subclasses import FakeTensorMode
 
 from hilbert_attn.curves import (
     CURVES,
@@ -22,6 +23,7 @@ from hilbert_attn.curves import (
     locality,
     segment_map,
 )
+from hilbert_attn.patterns import SlidePattern, attention_mask
 
 
 def is_permutation(order):
@@ -215,6 +217,31 @@ def test_inverse_order():
     assert torch.equal(rank[order], torch.arange(101)) and torch.equal(
         order[rank], torch.arange(101)
     )
+
+
+@pytest.mark.parametrize("numbers", ([0, 0, 1], [0, 1, 3], [-1, 0, 1], [[0, 1]], [0.0, 1.0]))
+def test_what_is_no_permutation_has_no_inverse(numbers):
+    order = torch.tensor(numbers)
+    with pytest.raises(ValueError, match="order is no permutation"): inverse_order(order)
+    pattern = SlidePattern(order.numel(), 1)
+    with pytest.raises(ValueError, match="order is no permutation"):
+        attention_mask(pattern, order=order)
+
+
+def test_inverse_without_data_and_in_graphs():
+    order = torch.randperm(9)
+    compiled = torch.compile(inverse_order, fullgraph=True, backend="eager")
+    assert torch.equal(compiled(order), inverse_order(order))
+    many = torch.stack([order, order.flip(0)])
+    found = torch.func.vmap(lambda x: inverse_order(order)[x])(many)
+    assert torch.equal(found, inverse_order(order)[many])
+    with FakeTensorMode() as mode: assert inverse_order(mode.from_tensor(order)).shape == (9,)
+    assert inverse_order(order.int()).dtype == torch.int32
+
+
+def test_segments_have_tokens():
+    with pytest.raises(ValueError, match="segment_size=0: must be at least 1"):
+        segment_map((4, 4), 0)
 
 
 def test_cache_gives_back_the_same_tensor_and_notices_writes():

@@ -268,3 +268,10 @@ def test_reaches_and_offsets_that_no_sequence_has():
     whole = hilbert_attention(x, x, x)
     for size in (most, 1 << 61):
         torch.testing.assert_close(hilbert_attention(x, x, x, segment_size=size), whole)
+
+
+@pytest.mark.parametrize("shape", ((6,), (1, 5), (2, 1), (1, 1, 6)))
+def test_a_key_mask_has_a_row_for_each_sequence(shape):
+    mask = torch.ones(shape, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"key_mask is .*: expected bool of shape \(B, N\), N = 6"):
+        attention_mask(SlidePattern(6, 1), key_mask=mask)
