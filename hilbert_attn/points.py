@@ -18,8 +18,9 @@ from torch import Tensor
 
 from .backends import attend, shortcut
 from .calls import check_call, check_order
-from .common import (
-    Cache, check_word, is_plain, shown, true_or_false, whole_number, whole_numbers)
+from hilbert_attn.common import (
+    Cache, check_word, define_operator, is_plain, shown, true_or_false, whole_number,
+    whole_numbers)
 from .curves import hilbert_decode
 from .local import LocalPattern
 from .patterns import AxisBounds, AxisPattern
@@ -135,6 +136,15 @@ def _sizes_of_batch(batch: Tensor, n: int) -> tuple[int, ...]:
         raise ValueError(f"batch is {given}: expected whole numbers of shape ({n},)")
     return tuple(batch.unique(return_counts=True)[1].tolist())
 
+
+def _sizes_of_runs(batch: Tensor, n: int) -> tuple[int, ...]:
+    "The same where points lie; a `ValueError` for a cloud in several places."
+    clouds = len(_sizes_of_batch(batch, n))
+    sizes = batch.unique_consecutive(return_counts=True)[1]
+    if len(sizes) == clouds: return tuple(sizes.tolist())
+    raise ValueError(
+        "batch mixes clouds, and there is no order: give that of point_order(..., batch=batch)")
+
 # %% ../nbs/11b_points.ipynb #8338bfc3
 def _sizes_of_borders(cu_seqlens: Any, n: int) -> tuple[int, ...]:
     "Points of each cloud that has any; a `ValueError` for what does not fit."
@@ -149,20 +159,22 @@ def _sizes_of_borders(cu_seqlens: Any, n: int) -> tuple[int, ...]:
 _sizes = Cache(max_entries=64, tensors=lambda value: ())
 
 
-def _cloud_sizes(n: int, batch: Tensor | None, cu_seqlens: Any) -> tuple[int, ...]:
+def _cloud_sizes(
+    n: int, batch: Tensor | None, cu_seqlens: Any, of_batch: Callable = _sizes_of_batch,
+) -> tuple[int, ...]:
     "Points of each cloud, in order; one cloud where nothing is said."
     if batch is None and cu_seqlens is None: return (n,)
     if batch is not None and cu_seqlens is not None:
         raise ValueError("batch and cu_seqlens are both given: expected one of them")
     given: Any = cu_seqlens if batch is None else batch
-    read = _sizes_of_borders if batch is None else _sizes_of_batch
+    read = _sizes_of_borders if batch is None else of_batch
     if not isinstance(given, Tensor) or batch is None and given.device.type == "cpu":
         return read(given, n)
     return _sizes.get((n, read), lambda: read(given, n), given)
 
 # %% ../nbs/11b_points.ipynb #b13d8c9e
 def _cloud_of_each(
-    sizes: tuple[int, ...], batch: Tensor | None, device: torch.device,
+    sizes: Sequence[int], batch: Tensor | None, device: torch.device,
 ) -> Tensor | None: # int64 (N,), 0 … clouds - 1; None for one cloud
     "The cloud of each point."
     if len(sizes) == 1: return None
@@ -328,18 +340,29 @@ class PatchPattern(AxisPattern):
 _checked = Cache(max_entries=64, tensors=lambda value: ())
 
 
-def _check_clouds(order: Tensor, sizes: tuple[int, ...], batch: Tensor | None):
-    "Raises `ValueError` where an order does not keep the points of a cloud together."
-    if torch.compiler.is_compiling() or not is_plain(order): return
-
-    def in_turn() -> bool:
-        cloud = _cloud_of_each(sizes, batch, order.device)
-        return cloud is None or bool((cloud[order].diff() >= 0).all())
-
-    if _checked.get(sizes, in_turn, order, batch): return
+def _in_turn(order: Tensor, sizes: Sequence[int], batch: Tensor | None) -> Tensor:
+    "The order; a `ValueError` where it does not keep the points of a cloud together."
+    cloud = _cloud_of_each(sizes, batch, order.device)
+    if cloud is None or bool((cloud[order].diff() >= 0).all()): return order
     raise ValueError(
         "order mixes clouds: their points must stay together, cloud after cloud; "
         "give batch or cu_seqlens to point_order too")
+
+
+_clouds_library = define_operator(
+    "checked_clouds", "(Tensor order, SymInt[] sizes, Tensor? batch) -> Tensor")
+_clouds_library.impl(
+    "checked_clouds", lambda *given: _in_turn(*given).clone(), "CompositeExplicitAutograd")
+torch.library.register_fake(
+    "hilbert_attn::checked_clouds", lambda order, *_: torch.empty_like(order), lib=_clouds_library)
+
+
+def _check_clouds(order: Tensor, sizes: tuple[int, ...], batch: Tensor | None) -> Tensor:
+    "The order; a `ValueError` as above, from a graph when it runs."
+    if len(sizes) == 1: return order
+    if torch.compiler.is_compiling() or not _checked.may_keep(order):
+        return torch.ops.hilbert_attn.checked_clouds(order, sizes, batch)
+    return _checked.get(sizes, lambda: _in_turn(order, sizes, batch), order, batch)
 
 # %% ../nbs/11b_points.ipynb #d19ea6cf
 _moved = Cache(max_entries=64, tensors=lambda value: value[:1])
@@ -363,7 +386,7 @@ def point_attention(
     q: Tensor, # queries (B, H, N, D), any strides
     k: Tensor, # keys (B, H_kv, N, D), H a multiple of H_kv
     v: Tensor, # values (B, H_kv, N, D)
-    order: Tensor | None, # int64 (N,), from `point_order`; None: points lie in order
+    order: Tensor | None, # int64 (N,), from `point_order`; None: points lie in order, in clouds
     *,
     patch_size: int, # points of a patch
     batch: Tensor | None = None, # whole numbers (N,): the cloud of each point
@@ -386,10 +409,10 @@ def point_attention(
         q, k, v, key_mask=key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
         sink_logits=sink_logits, return_lse=return_lse)
     n = call.q.shape[2]
-    sizes = _cloud_sizes(n, batch, cu_seqlens)
+    of_batch = _sizes_of_runs if order is None else _sizes_of_batch
+    sizes = _cloud_sizes(n, batch, cu_seqlens, of_batch)
     if order is not None:
-        order = check_order(order, n, call.q.device)
-        _check_clouds(order, sizes, batch)
+        order = _check_clouds(check_order(order, n, call.q.device), sizes, batch)
         order, sizes = _by_size(order, sizes)
     pattern = LocalPattern(PatchPattern(patch_size, sizes), (n,), None, 0)
     call = replace(call, pattern=pattern, order=order)

@@ -361,6 +361,20 @@ def test_orders_that_mix_clouds_are_refused():
         point_attention(*x, order, patch_size=8, batch=order % 2)
 
 
+def test_without_an_order_clouds_lie_in_runs():
+    "Whatever their numbers; `point_order` takes clouds by number, and the result is the same."
+    x, sizes = inputs(), (17, N - 47, 30)
+    batch = torch.tensor([5, -1, 3]).repeat_interleave(torch.tensor(sizes))
+    found = point_attention(*x, None, patch_size=8, batch=batch)
+    borders = np.cumsum((0, *sizes)).tolist()
+    assert found.equal(point_attention(*x, None, patch_size=8, cu_seqlens=borders))
+    order = point_order(torch.arange(N)[:, None].expand(N, 2), batch=batch)
+    torch.testing.assert_close(
+        found, point_attention(*x, order, patch_size=8, batch=batch))
+    with pytest.raises(ValueError, match="batch mixes clouds, and there is no order"):
+        point_attention(*x, None, patch_size=8, batch=batch.roll(1))
+
+
 @pytest.mark.parametrize("options, words", [
     (dict(patch_size=0), "patch_size=0: must be at least 1"),
     (dict(patch_size=2.0), "patch_size=2.0: expected a whole number"),
@@ -409,6 +423,14 @@ def test_compiles(backend):
         out, lse = run(*leaves)
         results.append((out, lse, *torch.autograd.grad([out.sum(), lse.sin().sum()], leaves)))
     for found, expected in zip(*results): torch.testing.assert_close(found, expected)
+
+
+def test_graphs_refuse_mixed_clouds_too():
+    torch._dynamo.reset()
+    compiled = torch.compile(ragged, fullgraph=True, backend="aot_eager")
+    x, order = inputs(), ragged_order()
+    torch.testing.assert_close(compiled(*x, order), ragged(*x, order))
+    with pytest.raises(ValueError, match="order mixes clouds"): compiled(*x, order.flip(0))
 
 
 def test_dropout_and_repeats():
