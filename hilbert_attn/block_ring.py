@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import attend, check_backend_name
-from .blocks.lists import BlockLists, take_blocks
+from .blocks.lists import ALWAYS, NEVER, BlockLists, take_blocks
 from .calls import check_call
 from .common import lse_dtype
 from .curves import inverse_order
@@ -126,14 +126,24 @@ def _local_lists(plan: BlockRingPlan, rank: int) -> BlockLists:
         q_tokens=q_tokens, k_tokens=k_tokens, lo=lo, hi=hi, at=at)
 
 # %% ../nbs/10g_block_ring.ipynb #25e87273
-def _with_causality(lists: BlockLists) -> list[Tensor | None]: # lo, hi, at
+def _without_always(lo: Tensor, hi: Tensor, at: Tensor) -> Sequence[Tensor]: # lo, hi, at
+    "The same bounds, met by keys that are always attended as by any others."
+    always = at[0] == ALWAYS
+    if not always.any(): return lo, hi, at
+    late, early = (at.masked_fill(always, x) for x in (NEVER - 1, 0))
+    sides = (lo, torch.zeros_like(lo)), (torch.full_like(hi, NEVER - 1), hi), (late, early)
+    return [torch.cat(side) for side in sides]
+
+
+def _with_causality(lists: BlockLists) -> Sequence[Tensor | None]: # lo, hi, at
     "Bounds; key token <= query token among them, where that is asked for."
-    bounds = [lists.lo, lists.hi, lists.at]
+    bounds: Any = lists.lo, lists.hi, lists.at
     if not lists.causal: return bounds
     tokens = lists.query_tokens(), lists.key_tokens().clamp(min=0)
     queries, keys = (x.int().flatten()[None] for x in tokens)
     causal = torch.zeros_like(queries), queries, keys
-    return [x if bound is None else torch.cat([bound, x]) for bound, x in zip(bounds, causal)]
+    if lists.at is None: return causal
+    return [torch.cat(both) for both in zip(_without_always(*bounds), causal)]
 
 # %% ../nbs/10g_block_ring.ipynb #e3e0b52f
 def plan_block_ring(

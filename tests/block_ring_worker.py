@@ -10,7 +10,13 @@ from hilbert_attn.block_ring import block_sparse_ring_attention, lists_order, pl
 from hilbert_attn.blocks.lists import lists_from_block_mask
 from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
-from hilbert_attn.patterns import NeighborhoodPattern, SegmentPattern, SlidePattern, WindowPattern
+from hilbert_attn.patterns import (
+    NeighborhoodPattern,
+    SegmentPattern,
+    SlidePattern,
+    TilesSharedPattern,
+    WindowPattern,
+)
 from hilbert_attn.reference import assert_matches_oracle
 from hilbert_attn.ring_exchange import shard_sequence, unshard_sequence
 
@@ -37,6 +43,8 @@ def cases():
     slide = lists(SlidePattern(N, 9), hilbert)
     yield "slide, float64", slide, dict(dtype=torch.float64, scale=0.3)
     yield "segments", lists(SegmentPattern(N, 30, 3), shuffled), {}
+    tiles = TilesSharedPattern(N, 5, 0, 7)
+    yield "shared tokens, causal", lists(tiles, torch.arange(70), 32, causal=True), {}
     yield "a mask per head", of_mask(random(4, 5, 5), order=hilbert), dict(kv_heads=2)
     yield "per batch and head, causal", of_mask(random(2, 4, 5, 10), (16, 8), causal=True), {}
     yield "nothing", of_mask(~every), {}
@@ -44,7 +52,8 @@ def cases():
 
 
 NAMES = ["neighbourhood", "dilated, causal", "window, bf16", "slide, float64", "segments",
-         "a mask per head", "per batch and head, causal", "nothing", "everything"]
+         "shared tokens, causal", "a mask per head", "per batch and head, causal", "nothing",
+         "everything"]
 
 
 class Whole(torch.autograd.Function):

@@ -10,7 +10,7 @@ from ring_processes import run_ranks, said
 from hilbert_attn.block_ring import lists_order, plan_block_ring
 from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
-from hilbert_attn.patterns import NeighborhoodPattern, WindowPattern
+from hilbert_attn.patterns import NeighborhoodPattern, TilesSharedPattern, WindowPattern
 
 WORKER = "block_ring_worker.py"
 
@@ -71,3 +71,14 @@ def test_what_is_read_is_what_the_mask_says(curve):
         local = plan.local_lists(rank)
         assert torch.equal(local.mask()[0], mask[queries][:, reads])
     assert "rank 2: 39 positions" in str(plan)
+
+
+@pytest.mark.parametrize("tiling, shared, block", [
+    ((64, 4), 6, 32), ((64, 2), 20, 16), ((61, 3), 5, 8)])
+def test_shared_tokens_stay_causal(tiling, shared, block):
+    lists = block_lists(TilesSharedPattern(*tiling, 0, shared), causal=True, block_size=block)
+    plan, order, mask = plan_block_ring(lists, 3), lists_order(lists), lists.mask()[0]
+    for rank in range(3):
+        queries = order[plan.edges[rank]:plan.edges[rank + 1]]
+        reads = order[torch.from_numpy(plan.needed[rank])]
+        assert torch.equal(plan.local_lists(rank).mask()[0], mask[queries][:, reads])
