@@ -72,16 +72,18 @@ def _block_pairs(pattern: SparsePatternConfig, seq_len: int, num_heads: int) -> 
 # %% ../nbs/12e_block_layers.ipynb #12e0a013
 _with_lists = WeakValueDictionary[int, "KeepsLists"]()  # handle -> module
 _handles = count()
+_DECIDE = {"pattern", "sparsity", "block_size", "placement", "grid", "curve"} # about lists
 
 
 class KeepsLists(AttentionLayer):
     "A layer that keeps the block lists of the lengths that it has seen."
 
-    def __init__(self, **options: Any): # of `AttentionLayer`
-        super().__init__(**options)
-        self._register()
+    def __setattr__(self, name: str, value: Any):
+        super().__setattr__(name, value)
+        if name in _DECIDE: self._register()
 
     def _register(self):
+        "Without lists, under a new handle: graphs are guarded by that."
         self._lists, self._handle = {}, next(_handles)
         _with_lists[self._handle] = self
 
@@ -108,13 +110,19 @@ class KeepsLists(AttentionLayer):
             fixed = self.only_length()
             if fixed is None: return _build_lists(self, seq_len, *rest)  # when the graph runs
             seq_len = fixed  # for others, this is an error of the call's
-        key = seq_len, *rest
+        key = seq_len, *rest, self._writes()
         if key in self._lists: return self._lists[key]
         if torch.compiler.is_compiling():
-            return _compiled_lists(self._handle, seq_len, str(device), *key[2:])
+            return _compiled_lists(self._handle, seq_len, str(device), *rest[1:])
         if len(self._lists) > 15: self._lists.clear()
-        with outside_graphs(): self._lists[key] = _build_lists(self, *key)
+        with outside_graphs(): self._lists[key] = _build_lists(self, seq_len, *rest)
         return self._lists[key]
+
+    def _writes(self) -> int | None:
+        "How often a mask was written into; a graph keeps it as it was."
+        mask = getattr(self.pattern, "block_mask", None)
+        if mask is None or torch.compiler.is_compiling() or mask.is_inference(): return None
+        return mask._version
 
     def only_length(self) -> int | None: # None: it serves any number of tokens
         "The number of tokens, where the layer was made for it."

@@ -15,7 +15,7 @@ from torch import Tensor
 from .backends import attend, computes, shortcut
 from .blocks.engine import block_sdpa_attention
 from .blocks.flex import from_flex, is_flex
-from .blocks.lists import BlockLists, as_block_size
+from .blocks.lists import BlockLists, as_block_size, check_block_mask
 from .blocks.planner import block_lists
 from .blocks.schedule import mask_lists
 from .calls import Call, check_call, check_order
@@ -126,15 +126,13 @@ def _check_lists(lists: BlockLists, block_size, order, causal: bool, q: Tensor, 
 def _check_block_mask(block_mask: Tensor, size: tuple[int, int], q: Tensor, k: Tensor):
     "A mask that fits a call; a `ValueError` for others."
     B, H, N, M = *q.shape[:3], k.shape[2]
-    blocks, shape = (-(-N // size[0]), -(-M // size[1])), tuple(block_mask.shape)
+    check_block_mask(block_mask, (-(-N // size[0]), -(-M // size[1])))
+    shape, device = tuple(block_mask.shape), block_mask.device
     groups = [(), (1,), (H,), *((b, h) for b in (1, B) for h in (1, H))]
-    fits = shape[-2:] == blocks and shape[:-2] in groups
-    if fits and block_mask.dtype == torch.bool and block_mask.device == q.device: return
-    shapes = ", ".join(str(x) for x in (blocks, (H, *blocks), (B, H, *blocks)))
-    kinds = "(nQ, nK), (H, nQ, nK) or (B, H, nQ, nK)"
+    if shape[:-2] in groups and device == q.device: return
     raise ValueError(
-        f"block_mask is {block_mask.dtype} {shape} on {block_mask.device}: "
-        f"expected bool on {q.device} of shape {kinds}, here {shapes}")
+        f"block_mask is {shape} on {device}: expected B={B} and H={H} or 1 in front of the blocks, "
+        f"on {q.device}")
 
 # %% ../nbs/10f_block_sparse.ipynb #62b3a614
 def _cut(size: tuple[int, int], N: int, M: int) -> tuple[int, int]:

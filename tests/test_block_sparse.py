@@ -19,6 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from hilbert_attn import tiles
 from hilbert_attn.backends import REGISTRY, set_backend
+from hilbert_attn.block_layers import BlockSparseAttention
 from hilbert_attn.block_sparse import (
     block_reference_attention,
     block_sdpa_mask_attention,
@@ -1011,6 +1012,9 @@ def test_what_does_not_go_with_lists_is_named(text, options):
         block_sparse_attention(q=Q, k=Q, v=Q, **options)
 
 
+def of_blocks(mask): return SparsePatternConfig("mask", 4, block_mask=mask)
+
+
 @pytest.mark.parametrize("text, make", [
     ("expected a pattern", lambda: block_lists("window")),
     ("registers=-1", lambda: block_lists(SlidePattern(4, 2), registers=-1)),
@@ -1022,6 +1026,14 @@ def test_what_does_not_go_with_lists_is_named(text, options):
     ("known types", lambda: SparsePatternConfig("diagonal")),
     ("missing", lambda: SparsePatternConfig("mask")),
     ("equal blocks", lambda: SparsePatternConfig("dilated_sparse", (4, 8))),
+    ("torch.int64 (3, 3): expected bool", lambda: of_blocks(MASK.long())),
+    ("torch.float32", lambda: of_blocks(MASK.float())),
+    ("bool (3,): expected", lambda: of_blocks(MASK[0])),
+    ("block_mask is a list", lambda: of_blocks([[True]])),
+    ("here (nQ, nK) = (4, 4)", lambda: of_blocks(MASK).lists(13)),
+    ("here (nQ, nK) = (1, 1)", lambda: BlockSparseAttention(of_blocks(MASK))(Q, Q, Q)),
+    ("seq_len=30.0: expected a whole", lambda: SparsePatternConfig().lists(30.0)),
+    ("seq_len=0: must be at least 1", lambda: SparsePatternConfig().lists(0)),
     ("window=-1", lambda: SparsePatternConfig(window=-1)),
     ("no permutation",
      lambda: permute_blocks(OF_MASK, torch.zeros(3, dtype=torch.int64), torch.arange(3))),

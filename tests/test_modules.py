@@ -375,6 +375,34 @@ def test_switches_of_a_call_are_what_they_seem():
         multihead()(x[..., :16], is_causal="False")
 
 
+SETTINGS_OF_BLOCKS = [
+    ("pattern", SparsePatternConfig("local_window", 16, window=64)), ("curve", None),
+    ("grid", (4, 16)), ("block_size", 8), ("sparsity", 0.1), ("placement", "post_pattern")]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name, value", SETTINGS_OF_BLOCKS)
+def test_settings_of_blocks_count_after_a_call(name, value, compiled):
+    torch.manual_seed(0)
+    x, options = torch.randn(1, 64, 2, 8), dict(block_size=16, sparsity=0.7)
+    module, other = (BlockSparseAttention(**options | new) for new in ({}, {name: value}))
+    torch._dynamo.reset()
+    run = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
+    before = run(x, x, x)
+    setattr(module, name, value)
+    after = run(x, x, x)
+    assert torch.equal(after, other(x, x, x)) and not torch.equal(after, before)
+
+
+def test_a_mask_of_blocks_is_read_again_after_a_write():
+    mask, x = torch.eye(4, dtype=torch.bool), torch.randn(1, 64, 2, 8)
+    module = BlockSparseAttention(SparsePatternConfig("mask", 16, block_mask=mask))
+    before = module(x, x, x)
+    mask[:] = True
+    after = module(x, x, x)
+    assert torch.equal(after, copy.deepcopy(module)(x, x, x)) and not torch.equal(after, before)
+
+
 def test_numbers_of_numpy_are_numbers():
     np = pytest.importorskip("numpy")
     module = CORE(

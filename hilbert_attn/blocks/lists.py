@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ALWAYS', 'NEVER', 'LIST_TENSORS', 'LIST_ARGUMENTS', 'BlockRows', 'BlockLists', 'rows_and_columns', 'lists_from_kinds',
-           'take_blocks', 'lists_from_bounds', 'as_block_size', 'lists_from_block_mask', 'count_pairs', 'block_pairs',
-           'lists_to_operands', 'lists_from_operands']
+           'take_blocks', 'lists_from_bounds', 'as_block_size', 'check_block_mask', 'lists_from_block_mask',
+           'count_pairs', 'block_pairs', 'lists_to_operands', 'lists_from_operands']
 
 # %% ../../nbs/10_block_lists.ipynb #5942111c
 from collections.abc import Sequence
@@ -298,6 +298,23 @@ def _causal_kinds(lists: BlockLists) -> tuple[Tensor, Tensor]: # bool (nQ, nK) e
     return least_key <= last_query, last_key <= least_query
 
 # %% ../../nbs/10_block_lists.ipynb #6dcb4a88
+def check_block_mask(
+    block_mask: Any, # bool (nQ, nK), (H, nQ, nK) or (B, H, nQ, nK)
+    blocks: tuple[int, int] | None = None, # (nQ, nK), where they are known
+):
+    "Raises `ValueError` for anything else."
+    given = f"a {type(block_mask).__name__}"
+    if isinstance(block_mask, Tensor):
+        shape = tuple(block_mask.shape)
+        fits = block_mask.dtype == torch.bool and len(shape) in (2, 3, 4)
+        if fits and (blocks is None or shape[-2:] == blocks): return
+        given = f"{block_mask.dtype} {shape}"
+    here = "" if blocks is None else f", here (nQ, nK) = {blocks}"
+    raise ValueError(
+        f"block_mask is {given}: expected bool of shape (nQ, nK), (H, nQ, nK) or "
+        f"(B, H, nQ, nK){here}")
+
+
 def lists_from_block_mask(
     block_mask: Tensor, # bool (nQ, nK), (H, nQ, nK) or (B, H, nQ, nK)
     num_queries: int, # N

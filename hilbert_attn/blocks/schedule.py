@@ -20,6 +20,7 @@ from hilbert_attn.blocks.lists import (
     BlockLists,
     BlockRows,
     as_block_size,
+    check_block_mask,
     lists_from_block_mask,
     take_blocks,
 )
@@ -44,6 +45,7 @@ def _check_config(config: "SparsePatternConfig"):
         raise ValueError(
             f"block_mask is {given} with pattern_type={kind!r}: it belongs to 'mask', and only "
             "to it")
+    if kind == "mask": check_block_mask(config.block_mask)
     BM, BN = as_block_size(config.block_size)
     if kind == "dilated_sparse" and BM != BN:
         raise ValueError(
@@ -76,9 +78,12 @@ class SparsePatternConfig:
         seq_len: int, # N
         device: torch.device | str | None = None, # of the result
     ) -> Tensor: # bool (nQ, nK), or as the mask was given
-        "The pattern as a mask of blocks."
-        if self.block_mask is not None: return self.block_mask.to(device or self.block_mask.device)
+        "The pattern as a mask of blocks. Raises `ValueError` where a mask has not as many."
         BM, BN = as_block_size(self.block_size)
+        whole_number("seq_len", seq_len, 1)
+        if self.block_mask is not None:
+            check_block_mask(self.block_mask, (-(-seq_len // BM), -(-seq_len // BN)))
+            return self.block_mask.to(device or self.block_mask.device)
         q = torch.arange(0, seq_len, BM, device=device)[:, None]
         k = torch.arange(0, seq_len, BN, device=device)
         def within(reach): return (k <= q + BM - 1 + reach) & (k + BN - 1 >= q - reach)
