@@ -3,6 +3,7 @@ import re
 import time
 import tracemalloc
 from dataclasses import dataclass
+from functools import wraps
 from math import prod
 
 import numpy as np
@@ -1042,6 +1043,18 @@ def test_what_makes_no_lists_is_named(text, make):
     with pytest.raises(ValueError, match=re.escape(text)): make()
 
 
+def test_lists_along_an_order_end_a_graph():
+    def attend(q, order):
+        lists = block_lists(SlidePattern(64, 5), order=order, block_size=16)
+        return block_sparse_attention(q, q, q, lists) * 2
+
+    torch._dynamo.reset()
+    compiled, q = torch.compile(attend, backend="eager"), torch.randn(1, 1, 64, 16)
+    for order in (torch.randperm(64), torch.randperm(64)):
+        torch.testing.assert_close(compiled(q, order), attend(q, order))
+    with pytest.raises(ValueError, match="no permutation"): compiled(q, order * 0)
+
+
 # FlexAttention
 
 
@@ -1064,6 +1077,18 @@ def test_from_flex(name):
     torch.testing.assert_close(
         block_sparse_attention(q, k, v, block_mask),
         flex_attention(q, k, v, block_mask=block_mask, enable_gqa=True), atol=2e-6, rtol=1e-5)
+
+
+def test_from_flex_of_a_function_around_that_of_lists():
+    "It has the attributes of the one inside (`functools.wraps`), and says something else."
+    block_mask = block_lists(SlidePattern(64, 9), block_size=16).to_flex()
+    @wraps(block_mask.mask_mod)
+    def causal(b, h, q, k): return block_mask.mask_mod(b, h, q, k) & (k <= q)
+    around = BlockMask.from_kv_blocks(
+        block_mask.kv_num_blocks, block_mask.kv_indices, block_mask.full_kv_num_blocks,
+        block_mask.full_kv_indices, BLOCK_SIZE=block_mask.BLOCK_SIZE, mask_mod=causal)
+    of_both = BlockLists.from_flex(around).mask()
+    assert torch.equal(of_both, BlockLists.from_flex(block_mask).mask().tril())
 
 
 def test_from_flex_by_batch_and_head():

@@ -9,6 +9,7 @@ __all__ = ['to_flex', 'is_flex', 'from_flex']
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ def _mask_mod(lists: BlockLists):
         if lists.causal: attended = attended & (late[k] <= q_tokens[q])
         return (kind == 2) | ((kind == 1) & attended)
 
-    vars(mask_mod)["block_lists"] = lists  # for the way back
+    # for the way back; a function around this one may have its attributes, but is another one
+    vars(mask_mod)["block_lists"] = ref(mask_mod), lists
     return mask_mod
 
 # %% ../../nbs/10d_block_flex.ipynb #e63570c8
@@ -164,8 +166,10 @@ def from_flex(
 ) -> BlockLists:
     """Block lists of a FlexAttention `BlockMask`; a `ValueError` where in partial blocks the keys
     of a query form no interval."""
-    known = getattr(block_mask.mask_mod, "block_lists", None)
-    if known is not None and known.block_size == tuple(block_mask.BLOCK_SIZE): return known
+    mask_mod = block_mask.mask_mod
+    own: Any = getattr(mask_mod, "block_lists", None)
+    if own is not None and own[0]() is mask_mod:
+        if own[1].block_size == tuple(block_mask.BLOCK_SIZE): return own[1]
     (BM, BN), (N, M) = block_mask.BLOCK_SIZE, block_mask.seq_lengths
     if M < N:
         raise ValueError(

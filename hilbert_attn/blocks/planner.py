@@ -487,7 +487,8 @@ def block_lists(
     if order is not None:
         n = pattern.seq_len - getattr(pattern, "shared", 0)
         order = check_order(order, n, order.device if isinstance(order, Tensor) else device)
-    return _lists(pattern, order, curve, options)
+    if not torch.compiler.is_compiling(): return _lists(pattern, order, curve, options)
+    return torch.compiler.disable(_lists)(pattern, order, curve, options) # a graph ends here
 
 # %% ../../nbs/10a_block_planner.ipynb #c6730f90
 def cross_lists(
