@@ -202,7 +202,7 @@ def _check_order(order: Any, window: int | None, overlap: int, device: torch.dev
     "A permutation, int64, of segments. Raises `ValueError`."
     if window is not None: raise ValueError(f"window={window} with an order: give segments")
     if overlap: raise ValueError(f"overlap={overlap} with an order: give segments without")
-    return check_order(order, len(order) if isinstance(order, Tensor) else 0, device)
+    return check_order(order, order.numel() if isinstance(order, Tensor) else 0, device)
 
 # %% ../nbs/11d_decoding.ipynb #e9174db7
 def _grid_keys(token: Tensor, pattern: SegmentPattern, order: Tensor) -> KeyTable: # of tokens

@@ -20,7 +20,7 @@ from torch import Tensor, cat
 from .backends import (
     REGISTRY, attend, choose_backend, computes, family_of, known_length, shortcut)
 from .calls import Call, check_call, check_curve, check_order, on_branches
-from .common import is_plain, lse_dtype, whole_numbers
+from .common import is_plain, is_whole, lse_dtype, whole_numbers
 from .curves import as_grid, curve_order
 from .operators import AttentionOperator
 from .patterns import Branch, DilatedPattern, SegmentPattern, attention_mask
@@ -397,10 +397,10 @@ def _borders(grid: Any, cu_seqlens: Any, n: int) -> Tensor: # int (documents + 1
     if not isinstance(cu_seqlens, Tensor):
         return torch.tensor(whole_numbers("cu_seqlens", cu_seqlens, 0), device="cpu")
     if cu_seqlens.ndim == 1 and len(cu_seqlens) > 1:
-        if cu_seqlens.dtype in (torch.int32, torch.int64): return cu_seqlens.cpu()
+        if is_whole(cu_seqlens): return cu_seqlens.cpu()
     raise ValueError(
-        f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: expected int32 or "
-        "int64 of shape (documents + 1,)")
+        f"cu_seqlens is {cu_seqlens.dtype} of shape {tuple(cu_seqlens.shape)}: expected whole "
+        "numbers of shape (documents + 1,)")
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a0f
 def _several_grids(grid: Any) -> bool:

@@ -650,6 +650,7 @@ _FARTHEST = 1 << 40 # beyond any sequence
 
 def _reaches(window: Any) -> tuple[int, int]: # before and after
     "How far a window reaches to either side, from one number or two."
+    if hasattr(window, "tolist"): window = window.tolist()
     if isinstance(window, (list, tuple)):
         if len(window) != 2:
             raise ValueError(f"window={shown(window)}: expected one number, or (before, after)")

@@ -19,7 +19,7 @@ from torch import Tensor
 from .backends import attend, shortcut
 from .calls import check_call, check_order
 from hilbert_attn.common import (
-    Cache, check_word, define_operator, is_plain, shown, true_or_false, whole_number,
+    Cache, check_word, define_operator, is_plain, is_whole, shown, true_or_false, whole_number,
     whole_numbers)
 from .curves import hilbert_decode
 from .local import LocalPattern
@@ -129,8 +129,7 @@ def _curve_codes(
 # %% ../nbs/11b_points.ipynb #1e5a0b1b
 def _sizes_of_batch(batch: Tensor, n: int) -> tuple[int, ...]:
     "Points of each cloud that has any; a `ValueError` for what does not fit."
-    whole = isinstance(batch, Tensor) and not batch.is_floating_point() and not batch.is_complex()
-    if not whole or batch.shape != (n,) or batch.dtype == torch.bool:
+    if not isinstance(batch, Tensor) or not is_whole(batch) or batch.shape != (n,):
         given = type(batch).__name__
         if isinstance(batch, Tensor): given = f"{batch.dtype} {tuple(batch.shape)}"
         raise ValueError(f"batch is {given}: expected whole numbers of shape ({n},)")

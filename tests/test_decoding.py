@@ -259,6 +259,8 @@ BAD = [
     (dict(order=ORDER, lengths=20), "at most 16 tokens"),
     (dict(order=torch.zeros(16, dtype=torch.int64)), "order is no permutation"),
     (dict(order=[0, 1]), "order is given with list"),
+    (dict(order=torch.tensor(3)), r"shape \(\), dtype torch.int64: expected .* of shape"),
+    (dict(order=ORDER[None]), r"shape \(1, 16\), dtype .* of shape \(16,\)"),
     (dict(segment_size=0), "segment_size=0"),
     (dict(dilation_rate=3, segment_size=2), "dilation_rate=3"),
     (dict(sink_logits=torch.zeros(2)), r"\(H,\) = \(4,\)"),

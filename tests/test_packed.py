@@ -223,12 +223,21 @@ def test_opcheck(name):
     torch.library.opcheck(operator.backward_op, (*upstream, *plain, out, lse, *rest))
 
 
+@pytest.mark.parametrize("dtype", (torch.uint8, torch.int16, torch.int32))
+def test_borders_of_any_whole_numbers(dtype):
+    x, borders = random_inputs(0, 1, 1, 1, 12, 16, torch.float32), torch.tensor([0, 7, 12])
+    found, expected = (
+        dilated_attention(*x, 4, 1, curve=None, cu_seqlens=y) for y in (borders.to(dtype), borders))
+    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("options, named", [
     (dict(cu_seqlens=[0, 5]), "end with N=12"),
     (dict(cu_seqlens=[1, 12]), "begin with 0"),
     (dict(cu_seqlens=[0, 7, 5, 12]), "never fall"),
     (dict(cu_seqlens=[0, -1, 12]), "cu_seqlens"),
-    (dict(cu_seqlens=torch.tensor([0.0, 12.0])), "int32 or int64"),
+    (dict(cu_seqlens=torch.tensor([0.0, 12.0])), "expected whole numbers of shape"),
+    (dict(cu_seqlens=torch.tensor([False, True])), "expected whole numbers of shape"),
     (dict(cu_seqlens=torch.tensor(12)), "shape"),
     (dict(cu_seqlens=[0, 12], grid=(3, 4)), "give one of them"),
     (dict(cu_seqlens=[0, 12], curve="hilbert"), "curve='hilbert' with cu_seqlens"),

@@ -3,6 +3,7 @@
 import sys
 import tracemalloc
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -255,6 +256,12 @@ def test_pairs_are_counted_without_the_mask(make):
     assert peak < 100 * n  # bytes: a few integers per token
     few = make(1000).pairs()
     assert few == make(1000).mask().sum() and abs(pairs - few * n / 1000) < 0.05 * pairs
+
+
+@pytest.mark.parametrize("given, window", [
+    (np.array([3, 0]), (3, 0)), (torch.tensor([3, 0]), (3, 0)), (np.int64(7), (3, 3)),
+    (np.array(7), (3, 3))])
+def test_reaches_in_arrays(given, window): assert SlidePattern(9, given) == SlidePattern(9, window)
 
 
 def test_reaches_and_offsets_that_no_sequence_has():
