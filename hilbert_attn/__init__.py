@@ -4,7 +4,7 @@ __version__ = "0.1.0"
 from typing import TYPE_CHECKING, Any
 
 # Their operators may be named by a saved graph, which this import has to make known.
-from hilbert_attn import autograd as autograd, cross as cross
+from hilbert_attn import autograd as autograd, cross as cross, points as points
 
 from hilbert_attn.backends import detect_gpu_architecture, explain_backend, set_backend
 from hilbert_attn.blocks.planner import block_lists
