@@ -484,6 +484,8 @@ def test_errors_name_what_is_wrong():
         block_triton_attention(q, short, short, lists)
     for others, words in (
         (replace(lists, block_size=(24, 32)), r"block_size=\(24, 32\).*multiples of 16"),
+        (replace(lists, lo=torch.zeros(4, lists.num_blocks[0] * lists.block_size[0])),
+         r"bounds of 4 axes.*backend='sdpa'"),
         (random_lists(30, groups=(1, 2)), r"groups=\(1, 2\).*H=3"),
         (lists.to("meta"), "on meta.*lists.to"),
     ):

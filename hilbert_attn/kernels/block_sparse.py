@@ -670,6 +670,9 @@ def _check_lists(q: Tensor, k: Tensor, lists: BlockLists):
         f"block_size={lists.block_size}: both sides must be multiples of 16 for the triton backend")
     if any(own not in (1, size) for own, size in zip(lists.groups, (B, H))): raise ValueError(
         f"groups={lists.groups}: lists of their own have 1 or B={B} batches, and 1 or H={H} heads")
+    if lists.lo is not None and len(lists.lo) > 3: raise ValueError(
+        f"lists: partial blocks have bounds of {len(lists.lo)} axes, and the kernels read 3 (a "
+        "ring adds causality as one more); use backend='sdpa'")
     if where != q.device: raise ValueError(
         f"lists: they are on {where}, and q is on {q.device}; `lists.to(q.device)` moves them")
 
