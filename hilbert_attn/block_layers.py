@@ -28,7 +28,8 @@ from .branched import LayerOptions, check_free
 from .calls import check_cells
 from .common import (
     check_word, known_now, outside_graphs, true_or_false, whole_number)
-from .modules import AttentionLayer, order_or_none, share
+from .curves import order_or_none
+from .modules import AttentionLayer, share
 from .options import Backend, Curve, Placement
 from .ring_layers import RingLayer, check_ring_call
 

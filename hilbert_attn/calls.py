@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .common import (
-    define_operator, hide_masked, is_plain, known_now, lse_dtype, shown, true_or_false)
+from hilbert_attn.common import (
+    define_operator, described, hide_masked, is_plain, known_now, lse_dtype, shown,
+    true_or_false)
 from .curves import (
-    _parse_curve, as_grid, curve_order, known_permutation, permutation)
+    _parse_curve, as_grid, known_permutation, order_or_none, permutation)
 from .operators import draw_seeds
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import Scores, score_rule, with_sinks
@@ -260,8 +261,7 @@ class Call:
         lay_bias(self, n if grid is None else grid)
         check_curve(curve)
         if order is not None: order = check_order(order, n, device)
-        elif not dense and curve not in (None, "row_major"):
-            order = curve_order(n if grid is None else grid, curve, device)
+        elif not dense: order = order_or_none(curve, grid, n, device)
         self.pattern, self.order = pattern, None if dense else order
         return self
 
@@ -309,15 +309,12 @@ def _same_width(call: Call) -> Call:
 def _with_sinks(call: Call, sink_logits: Any) -> Call:
     "A `ValueError` unless there is one for each head."
     shape, device = (call.q.shape[1],), call.q.device
-    given = type(sink_logits).__name__
-    if isinstance(sink_logits, Tensor):
-        fits = sink_logits.is_floating_point() and sink_logits.device == device
-        if fits and sink_logits.shape == shape:
+    if isinstance(sink_logits, Tensor) and sink_logits.is_floating_point():
+        if sink_logits.device == device and sink_logits.shape == shape:
             only_out = not call.need_lse
             return replace(call, sink_logits=sink_logits, need_lse=True, only_out=only_out)
-        given = f"{sink_logits.dtype} {tuple(sink_logits.shape)} on {sink_logits.device}"
     expected = f"floating-point numbers of shape (H,) = {shape} on {device}"
-    raise ValueError(f"sink_logits is {given}: expected {expected}")
+    raise ValueError(f"sink_logits is {described(sink_logits)}: expected {expected}")
 
 # %% ../nbs/06b_calls.ipynb #62df80ff
 def check_call(

@@ -20,7 +20,7 @@ from .blocks.lists import BlockLists
 from .blocks.planner import cross_lists
 from .calls import Call, check_curve, check_order
 from .common import known_now, whole_number
-from .curves import as_grid, curve_order
+from .curves import as_grid, order_or_none
 from .local import check_with_registers
 from .operators import AttentionOperator
 from .patterns import CrossPattern
@@ -163,9 +163,7 @@ def _order(
     if grid is not None and (cells := torch.Size(as_grid(grid)).numel()) != n:
         raise ValueError(f"{name}grid={grid!r} has {cells} cells for {n} tokens: they must agree")
     check_curve(curve)
-    if order is None:
-        if curve in (None, "row_major"): return None
-        return curve_order(n if grid is None else grid, curve, device)
+    if order is None: return order_or_none(curve, grid, n, device)
     try: return check_order(order, n, device)
     except ValueError as error: raise ValueError(f"{name}{error}") from None
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .calls import Call, check_call, check_order
-from .common import is_plain, lse_dtype, whole_number
+from .common import described, is_plain, lse_dtype, whole_number
 from .curves import inverse_order
 from .patterns import OverlapPattern, SegmentPattern, SlidePattern
 from .reference import Scores, masked_attention
@@ -148,9 +148,8 @@ def _numbers(name: str, values: Any, batch: int, device: torch.device) -> Any: #
     whole = values.dtype in (torch.int32, torch.int64)
     if whole and values.shape == (batch,) and values.device == device: return values.long()
     raise ValueError(
-        f"{name} is {values.dtype} {tuple(values.shape)} on {values.device}: expected whole "
-        f"numbers of shape (B,) = ({batch},) on {device}")
-
+        f"{name} is {described(values)}: expected whole numbers of shape (B,) = ({batch},) on "
+        f"{device}")
 
 # %% ../nbs/11d_decoding.ipynb #181fadbd
 def _readable(x: Any) -> bool:

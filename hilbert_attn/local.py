@@ -26,7 +26,7 @@ from .blocks.planner import block_lists
 from .calls import (
     Call, autocast_inputs, check_call, check_cells, check_curve, lay_bias, on_segments)
 from .common import define_operator, lse_dtype
-from .curves import as_grid, curve_order, inverse_order
+from .curves import as_grid, inverse_order, order_or_none
 from .operators import AttentionOperator
 from .patterns import (
     AxisPattern, Lattice, NeighborhoodPattern, OverlapPattern, SlidePattern, StretchPattern,
@@ -149,8 +149,6 @@ class _Unit:
         "Where the queries and the keys of the tiles lie."
         return {side: self._lattice(side) for side in "qk"}
 
-    @cached_property
-    def cells(self) -> int: return prod(self.grid)
     @cached_property
     def tiles(self) -> int: return prod(run.classes * run.tiles for run in self.runs)
     @cached_property
@@ -715,7 +713,7 @@ def _block_kernels(): return importlib.import_module("hilbert_attn.kernels.block
 # %% ../nbs/11_local.ipynb #02f0ace9
 def _lists(q: Tensor, k: Tensor, kind: str, numbers, layout: Sequence[int], curve: str):
     "The block lists of a call; cached where they are built."
-    order = None if curve == "row_major" else curve_order(tuple(layout), curve, q.device)
+    order = order_or_none(curve, layout, q.shape[2], q.device)
     return block_lists(
         _decoded(kind, tuple(numbers)), order=order, block_size=_BLOCK_SIZE,
         registers=k.shape[2] - q.shape[2], device=q.device)
@@ -824,13 +822,12 @@ def _reach(pattern: AxisPattern) -> tuple[int, ...] | None: # of each axis; None
 # %% ../nbs/11_local.ipynb #0350c608
 def _attend(call: Call, pattern: AxisPattern, grid, curve: str | None, backend: str) -> Any:
     "Lays the pattern along the curve, where that matters, and runs the call."
-    check_cells(grid, call.q.shape[2] - pattern.shared)
+    cells = call.q.shape[2] - pattern.shared
+    check_cells(grid, cells)
     check_curve(curve)
     if call.bias is not None: lay_bias(call, grid, _reach(pattern))
     laid = LocalPattern(pattern, as_grid(grid), curve, call.k.shape[2] - call.q.shape[2])
-    order = None
-    if pattern.along_curve and curve not in (None, "row_major"):
-        order = curve_order(grid, curve, call.q.device)
+    order = order_or_none(curve, grid, cells, call.q.device) if pattern.along_curve else None
     call = replace(call, pattern=laid, order=order)
     return call.result(*attend(call, backend, "local"))
 

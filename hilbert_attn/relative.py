@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import lse_dtype
+from .common import described, lse_dtype
 from .curves import as_grid
 
 # %% ../nbs/06a_relative_bias.ipynb #6a00000a
@@ -57,13 +57,11 @@ _NOWHERE = -(1 << 23) # the number of a key without a place
 
 def _check_table(bias: Any, grid: tuple[int, ...], reach: tuple[int, ...], heads: int, device):
     "A `ValueError` for what is no table of differences that a pattern can have."
-    given = type(bias).__name__
-    if isinstance(bias, Tensor):
-        if _is_table(bias, len(grid), heads, device) and _covers(bias.shape[1:], reach): return
-        given = f"{bias.dtype} {tuple(bias.shape)} on {bias.device}"
+    if isinstance(bias, Tensor) and _is_table(bias, len(grid), heads, device):
+        if _covers(bias.shape[1:], reach): return
     least = ", ".join(str(2 * far + 1) for far in reach)
     raise ValueError(
-        f"bias is {given}: expected floating-point numbers on {device} of shape "
+        f"bias is {described(bias)}: expected floating-point numbers on {device} of shape "
         f"(H, differences of each axis, query - key) = ({heads}, {least}) or more, "
         f"odd sizes, at most {_MOST} for a head")
 

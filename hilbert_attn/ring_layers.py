@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .branched import CurveLayerOptions, DilatedAttention, check_free
 from .common import true_or_false, whole_number
-from .curves import curve_order
+from .curves import order_or_none
 from .options import Layout
 from .ring import ring_dilated_attention
 from .ring_exchange import group_size, shard_sequence, unshard_sequence
@@ -134,8 +134,7 @@ class RingDilatedAttention(RingLayer, DilatedAttention):
         device: torch.device | str | None = None,
     ) -> Tensor | None: # int64 (N,): token at each position; None: tokens are in order already
         "That of the curve."
-        if self.curve in (None, "row_major"): return None
-        return curve_order(seq_len if self.grid is None else self.grid, self.curve, device)
+        return order_or_none(self.curve, self.grid, seq_len, device)
 
     def _order_back(self, rows: int, seq_len: int | None, device: torch.device) -> Tensor | None:
         "The length comes from the grid where there is one."
