@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import AttentionOperator, draw_seeds
+from .operators import SEGMENT_SETTINGS, AttentionOperator, draw_seeds, segment_pairs
 from .patterns import SegmentPattern
 from .reference import Scores, score_rule
 
@@ -65,17 +65,9 @@ def _backward(
         order=order, key_mask=key_mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
 
 # %% ../nbs/05_autograd.ipynb #4c078954
-def _pairs(q: Tensor, k: Tensor, v: Tensor, order, key_mask, seed, *settings) -> int:
-    "Attended pairs, over batches and heads."
-    segment_size, dilation_rate, mode, offsets = settings[:4]
-    pattern = SegmentPattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
-    return q.shape[0] * pattern.pairs(q.shape[1])
-
-
 _operator = AttentionOperator(
     "triton", _forward, _backward, ["order", "key_mask", "seed"],
-    "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, "
-    "float[] scale, float dropout_p", "CompositeExplicitAutograd", _pairs)
+    SEGMENT_SETTINGS, "CompositeExplicitAutograd", segment_pairs)
 triton_forward, triton_backward = _operator.forward_op, _operator.backward_op
 
 # %% ../nbs/05_autograd.ipynb #3c4d32d3

@@ -6,7 +6,7 @@
 __all__ = ['triton_branches', 'sdpa_branches', 'attend_branches', 'dilated_attention', 'prefix_branches']
 
 # %% ../nbs/08_dilated.ipynb #351ea893
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, pairwise
@@ -109,10 +109,14 @@ def _forward_on_tiles(
     return before
 
 # %% ../nbs/08_dilated.ipynb #95191a04
-def _dilated_forward(q, k, v, order, key_mask, seeds, *settings) -> tuple[Tensor, Tensor]:
-    mixture = _Mixture(*settings)
+def _mixed(q, k, v, order, key_mask, seeds, mixture: _Mixture) -> tuple[Tensor, Tensor]:
+    "Output, in the precision of sums, and LSE of all branches."
     attend = _forward_on_kernels if mixture.triton else _forward_on_tiles
-    out, lse = attend(q, k, v, mixture.where(q, order), key_mask, seeds, mixture)
+    return attend(q, k, v, mixture.where(q, order), key_mask, seeds, mixture)
+
+
+def _dilated_forward(q, k, v, order, key_mask, seeds, *settings) -> tuple[Tensor, Tensor]:
+    out, lse = _mixed(q, k, v, order, key_mask, seeds, _Mixture(*settings))
     return like(out, q), lse
 
 # %% ../nbs/08_dilated.ipynb #36c3b700
@@ -156,11 +160,12 @@ def _mixture_pairs(q, k, v, order, key_mask, seeds, *settings) -> int:
     return q.shape[0] * sum(pattern.pairs(heads) for pattern, _ in patterns)
 
 
+_SETTINGS = ( # a mixture, as operators take it
+    "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, "
+    "bool causal, float[] scale, float dropout_p, bool triton")
 _mixture_attention = AttentionOperator(
     "dilated", _dilated_forward, _dilated_backward, ["order", "key_mask", "seeds"],
-    "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, "
-    "bool causal, float[] scale, float dropout_p, bool triton", "CompositeExplicitAutograd",
-    _mixture_pairs)
+    _SETTINGS, "CompositeExplicitAutograd", _mixture_pairs)
 
 # %% ../nbs/08_dilated.ipynb #b0da3890
 def _settings(call: Call, triton: bool) -> list[Any]:
@@ -285,29 +290,40 @@ def _seeds_of(i: int, seeds: Tensor | None, mixture: _Mixture) -> Tensor | None:
     return None if seeds is None else seeds[i * branches:(i + 1) * branches]
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a06
-def _packed_forward(
-    q, k, v, order, key_mask, seeds, cu_seqlens, *settings) -> tuple[Tensor, Tensor]:
-    mixture, out, lse = _Mixture(*settings), torch.empty_like(q), new_lse(q)
-    for i, where in _documents(cu_seqlens, q.shape[2]):
-        *rows, seen = _rows_of(*where, q, k, v, key_mask)
-        own = mixture.where(rows[0], _order_of(where, order))
-        given: Any = *rows, own, seen, _seeds_of(i, seeds, mixture), mixture
-        parts = _forward_on_tiles(*given)
-        for x, part in zip(_rows_of(*where, out, lse), parts): x.copy_(part)
-    return out, lse
+def _fill(
+    results: Sequence[Tensor], # (B, H, N, ...), to be written
+    where: tuple[int, int | None], # rows: the first, and their end; None: to the last
+    compute: Callable, # `_mixed` or `_shares`
+    inputs: Sequence[Tensor | None], # of `compute`, (B, H, N, ...)
+    order: Tensor | None, # int64, of these rows alone
+    key_mask: Tensor | None, # bool (B, N)
+    *rest: Any, # seeds and mixture
+):
+    "Writes what some rows, attended as if alone, give."
+    *rows, seen = _rows_of(*where, *inputs, key_mask)
+    parts = compute(*rows, order, seen, *rest)
+    for x, part in zip(_rows_of(*where, *results), parts): x.copy_(part)
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a07
-def _packed_backward(
-    dout, dlse, q, k, v, out, lse, order, key_mask, seeds, cu_seqlens, *settings,
-) -> tuple[Tensor, ...]:
-    mixture, grads = _Mixture(*settings), [torch.empty_like(x) for x in (q, k, v)]
-    for i, where in _documents(cu_seqlens, q.shape[2]):
-        *rows, seen = _rows_of(*where, dout, dlse, q, k, v, out, lse, key_mask)
-        own = _order_of(where, order)
-        given: Any = *rows, own, seen, _seeds_of(i, seeds, mixture), mixture
-        shares = _shares(*given)
-        for x, share in zip(_rows_of(*where, *grads), shares): x.copy_(share)
-    return tuple(grads)
+def _by_document(
+    results, compute, inputs, order, key_mask, seeds, cu_seqlens: Tensor, *settings):
+    "Fills the rows of each document."
+    mixture = _Mixture(*settings)
+    for i, where in _documents(cu_seqlens, results[0].shape[2]):
+        own = _order_of(where, order), key_mask, _seeds_of(i, seeds, mixture), mixture
+        _fill(results, where, compute, inputs, *own)
+
+
+def _packed_forward(q, k, v, *rest) -> tuple[Tensor, Tensor]:
+    results = torch.empty_like(q), new_lse(q)
+    _by_document(results, _mixed, (q, k, v), *rest)
+    return results
+
+
+def _packed_backward(dout, dlse, q, k, v, out, lse, *rest) -> tuple[Tensor, ...]:
+    grads = tuple(map(torch.empty_like, (q, k, v)))
+    _by_document(grads, _shares, (dout, dlse, q, k, v, out, lse), *rest)
+    return grads
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a08
 def _packed_pairs(q, k, v, order, key_mask, seeds, cu_seqlens, *settings) -> int:
@@ -319,8 +335,7 @@ def _packed_pairs(q, k, v, order, key_mask, seeds, cu_seqlens, *settings) -> int
 
 _packed_attention = AttentionOperator(
     "packed", _packed_forward, _packed_backward, ["order", "key_mask", "seeds", "cu_seqlens"],
-    "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, "
-    "bool causal, float[] scale, float dropout_p, bool triton", pairs=_packed_pairs)
+    _SETTINGS, pairs=_packed_pairs)
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a0a
 def _one_at_a_time(call: Call, how: tuple, cu_seqlens: Tensor, backend: str) -> tuple[Tensor, Any]:
@@ -481,11 +496,8 @@ def _prefix_forward(q, k, v, order, key_mask, seeds, *settings) -> tuple[Tensor,
     *others, prefix = settings
     mixture, lse = _Mixture(*others), new_lse(q)
     out = torch.zeros_like(q, dtype=lse.dtype)
-    *cells, seen = _rows_of(prefix, None, q, k, v, key_mask)
-    order = mixture.where(cells[0], order)
-    given: Any = *cells, order, seen, seeds, mixture
-    results = _forward_on_tiles(*given)
-    for x, part in zip((out, lse), results): x[:, :, prefix:] = part
+    rest = order, key_mask, seeds, mixture
+    _fill((out, lse), (prefix, None), _mixed, (q, k, v), *rest)
     tiles = _rectangles(q, k, key_mask, mixture, prefix, lse.dtype)
     attend_tiles(
         tiles, q, k, v, out, lse, mixture.scale, mixing=True, dropout=mixture.dropout(seeds, -1))
@@ -497,10 +509,8 @@ def _prefix_backward(
     *others, prefix = settings
     mixture = _Mixture(*others)
     grads = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
-    *cells, seen = _rows_of(prefix, None, dout, dlse, q, k, v, out, lse, key_mask)
-    given: Any = *cells, order, seen, seeds, mixture
-    shares = _shares(*given)
-    for x, part in zip(grads, shares): x[:, :, prefix:] = part
+    inputs, rest = (dout, dlse, q, k, v, out, lse), (order, key_mask, seeds, mixture)
+    _fill(grads, (prefix, None), _shares, inputs, *rest)
     lse, dlse = without_empty_rows(lse, dlse)
     tiles = _rectangles(q, k, key_mask, mixture, prefix, lse.dtype)
     attend_tiles_backward(
@@ -519,8 +529,7 @@ def _prefix_pairs(q, k, v, order, key_mask, seeds, *settings) -> int:
 
 _prefix_attention = AttentionOperator(
     "prefix", _prefix_forward, _prefix_backward, ["order", "key_mask", "seeds"],
-    "SymInt[] segment_sizes, SymInt[] dilation_rates, SymInt[] copies, str mode, SymInt[] offsets, "
-    "bool causal, float[] scale, float dropout_p, bool triton, SymInt prefix", pairs=_prefix_pairs)
+    f"{_SETTINGS}, SymInt prefix", pairs=_prefix_pairs)
 
 # %% ../nbs/08_dilated.ipynb #5f0c2b07
 def prefix_branches(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LONGEST_KEPT', 'masked_sdpa', 'KeptMask', 'ShortCall', 'noted_calls', 'attend_kept', 'sdpa_mask_attention',
-           'as_slice', 'attend_segments', 'attend_segments_backward', 'segment_pairs', 'sdpa_attention']
+           'as_slice', 'attend_segments', 'attend_segments_backward', 'sdpa_attention']
 
 # %% ../nbs/06_sdpa.ipynb #21f70c80
 import threading
@@ -23,7 +23,7 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .common import Cache, is_plain, known_now, lse_dtype, unit_stride
-from .operators import AttentionOperator, draw_seeds
+from .operators import SEGMENT_SETTINGS, AttentionOperator, draw_seeds, segment_pairs
 from .patterns import Lattice, Pattern, SegmentPattern, attention_mask
 from .reference import Scores, default_scale, masked_attention, score_rule
 from .tiles import (
@@ -556,25 +556,9 @@ def _sdpa_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seed, *settin
         dout, dlse, q, k, v, out, lse, order, key_mask, pattern, causal, scale, dropout=dropout)
 
 # %% ../nbs/06_sdpa.ipynb #b2b88e94
-def segment_pairs(
-    q: Tensor, # queries (B, H, N, D)
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    order, # int64 (N,) or None
-    key_mask, # bool (B, N) or None
-    seed, # of dropout, or None
-    *settings, # segment size, rate, mode and offsets first
-) -> int:
-    "Attended pairs, over batches and heads, of operators with these arguments."
-    segment_size, dilation_rate, mode, offsets = settings[:4]
-    pattern = _cached_pattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
-    return q.shape[0] * pattern.pairs(q.shape[1])
-
-
 _groups_attention = AttentionOperator(
     "sdpa", _sdpa_forward, _sdpa_backward, ["order", "key_mask", "seed"],
-    "SymInt segment_size, SymInt dilation_rate, str mode, SymInt[] offsets, bool causal, "
-    "float[] scale, float dropout_p", pairs=segment_pairs)
+    SEGMENT_SETTINGS, pairs=segment_pairs)
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55b0
 def _cuts(
