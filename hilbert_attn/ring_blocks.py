@@ -21,7 +21,8 @@ from .common import lse_dtype, unit_stride
 from .patterns import Progression
 from .ring_plan import Parcel, Part, RingPlan, Turn
 from .sdpa import as_slice
-from .tiles import dense_backward as _dense_backward, flash as _flash
+from .tiles import (
+    dense_backward as _dense_backward, flash as _flash, new_lse, without_empty_rows)
 
 # %% ../nbs/09c_ring_blocks.ipynb #9fa93738
 def block_forward(
@@ -351,17 +352,15 @@ class Queries:
     @classmethod
     def before(cls, q: Tensor) -> "Queries":
         "Nothing is attended yet: 0 and -inf, in at least float32."
-        out = q.new_zeros(q.shape, dtype=lse_dtype(q.dtype))
-        return cls(q, out, out.new_full(q.shape[:3], -torch.inf))
+        return cls(q, q.new_zeros(q.shape, dtype=lse_dtype(q.dtype)), new_lse(q))
 
     @classmethod
     def after(cls, q: Tensor, out: Tensor, lse: Tensor, dout, dlse) -> "Queries":
         "All is attended, and gradients have come: none at rows without keys."
-        empty = lse == -torch.inf
         dout = torch.zeros_like(out) if dout is None else dout
-        dlse = None if dlse is None else dlse.masked_fill(empty, 0)
         dq = q.new_zeros(q.shape, dtype=lse_dtype(q.dtype))
-        return cls(q, out, lse.masked_fill(empty, 0), dout, dlse, dq)
+        lse, dlse = without_empty_rows(lse, dlse)
+        return cls(q, out, lse, dout, dlse, dq)
 
     def of(self, turn: Turn) -> "Queries": # views
         parts: Any = [None if x is None else turn.queries(x) for x in vars(self).values()]

@@ -436,13 +436,12 @@ def _describe(plan: RingPlan) -> Iterator[str]:
 
 # %% ../nbs/09_ring_plan.ipynb #f2072a09
 def segment_lengths_of(
-    name: str, # of the argument
     given: Any, # whole numbers and None, or one of them
 ) -> tuple[int | None, ...]:
     "Segment lengths as given; None is one segment."
     if given is None: return (None,)
-    if not isinstance(given, (list, tuple)): return whole_numbers(name, given)
-    return tuple(None if w is None else whole_number(name, w) for w in given)
+    if not isinstance(given, (list, tuple)): return whole_numbers("segment_lengths", given)
+    return tuple(None if w is None else whole_number("segment_lengths", w) for w in given)
 
 # %% ../nbs/09_ring_plan.ipynb #7b9521a5
 def _branches(n: int, heads: int, kv_heads: int, lengths, rates, combine: str, mode: str, offsets):
@@ -519,7 +518,7 @@ def plan_ring(
     sizes = _plan_sizes(seq_len, world_size, layout)
     kv_heads = heads if kv_heads is None else kv_heads
     _check_head_counts(heads, kv_heads)
-    lengths = segment_lengths_of("segment_lengths", segment_lengths)
+    lengths = segment_lengths_of(segment_lengths)
     rates = whole_numbers("dilation_rates", dilation_rates)
     several = offsets is not None and not isinstance(offsets, int)
     if several: offsets = whole_numbers("offsets", offsets)
