@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import attend, check_backend_name
-from .blocks.lists import ALWAYS, NEVER, BlockLists, take_blocks
+from .blocks.lists import (
+    ALWAYS, NEVER, BlockLists, check_place, take_blocks)
 from .calls import check_call
 from .common import lse_dtype
 from .curves import inverse_order
@@ -237,13 +238,7 @@ def _check_lists(q: Tensor, lists: Any):
     if not isinstance(lists, BlockLists):
         raise ValueError(f"lists is a {type(lists).__name__}: expected BlockLists of the whole"
                          " sequence")
-    device = lists.rows.index.device  # spelt out: torch.compile cannot look through the property
-    if device != q.device:
-        raise ValueError(f"the block lists are on {device} and q on {q.device}: they must be"
-                         " on one device; see BlockLists.to")
-    if any(n not in (1, size) for n, size in zip(lists.groups, q.shape)):
-        raise ValueError(f"the block lists are for groups={lists.groups} (batches, heads); q has"
-                         f" B={q.shape[0]} and H={q.shape[1]}: expected 1 or as many")
+    check_place(lists, q)
 
 # %% ../nbs/10g_block_ring.ipynb #1d9cc8eb
 def _check_shard(q: Tensor, lists: BlockLists, sizes: Sequence[int], rank: int):

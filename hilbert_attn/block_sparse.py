@@ -15,7 +15,8 @@ from torch import Tensor
 from .backends import attend, computes, shortcut
 from .blocks.engine import block_sdpa_attention
 from .blocks.flex import from_flex, is_flex
-from .blocks.lists import BlockLists, as_block_size, check_block_mask
+from .blocks.lists import (
+    BlockLists, as_block_size, check_block_mask, check_place)
 from .blocks.planner import block_lists
 from .blocks.schedule import mask_lists
 from .calls import Call, check_call, check_order
@@ -107,20 +108,12 @@ def _check_lists(lists: BlockLists, block_size, order, causal: bool, q: Tensor, 
     if causal and not lists.causal:
         raise ValueError(
             "causal=True with block lists that are not causal: give causal=True to their builder")
-    B, H, N, M = *q.shape[:3], k.shape[2]
+    N, M = q.shape[2], k.shape[2]
     if (lists.num_queries, lists.num_keys) != (N, M):
         raise ValueError(
             f"the block lists are for {lists.num_queries} queries and {lists.num_keys} keys; q has "
             f"N={N} and k {M}")
-    if any(n not in (1, size) for n, size in zip(lists.groups, (B, H))):
-        raise ValueError(
-            f"the block lists are for groups={lists.groups} (batches, heads); q has B={B} and "
-            f"H={H}: expected 1 or as many")
-    device = lists.rows.index.device  # spelt out: torch.compile cannot look through the property
-    if device != q.device:
-        raise ValueError(
-            f"the block lists are on {device} and q on {q.device}: they must be on one device; see "
-            "BlockLists.to")
+    check_place(lists, q)
 
 # %% ../nbs/10f_block_sparse.ipynb #821fa9d9
 def _check_block_mask(block_mask: Tensor, size: tuple[int, int], q: Tensor, k: Tensor):

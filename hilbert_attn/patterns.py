@@ -115,6 +115,11 @@ def _set(pattern: Any, **values: Any):
     "Replaces fields of a frozen pattern by what they were checked to be."
     for name, value in values.items(): object.__setattr__(pattern, name, value)
 
+
+def _set_whole(pattern: Any, least: int | None, *names: str):
+    "Replaces fields by the whole numbers that they have to be."
+    for name in names: _set(pattern, **{name: whole_number(name, getattr(pattern, name), least)})
+
 # %% ../nbs/01_patterns.ipynb #928ec1b7
 def _check_segments(pattern: "SegmentPattern"):
     "Raises `ValueError` for what does not fit together."
@@ -173,8 +178,7 @@ class SegmentPattern:
     offsets: tuple[int, ...] = (0,) # o_h, one for all heads or one each; unused by "residue"
 
     def __post_init__(self):
-        for name in ("seq_len", "segment_size", "dilation_rate"):
-            _set(self, **{name: whole_number(name, getattr(self, name), 1)})
+        _set_whole(self, 1, "seq_len", "segment_size", "dilation_rate")
         _set(self, offsets=whole_numbers("offsets", self.offsets))
         _check_segments(self)
 
@@ -569,8 +573,8 @@ class OverlapPattern(AxisPattern):
     along_curve = True
 
     def __post_init__(self):
-        for name, least in (("seq_len", 1), ("window", 1), ("overlap", 0)):
-            _set(self, **{name: whole_number(name, getattr(self, name), least)})
+        _set_whole(self, 1, "seq_len", "window")
+        _set_whole(self, 0, "overlap")
         _set(self, causal=true_or_false("causal", self.causal))
 
     @property
@@ -673,9 +677,9 @@ class SlidePattern(AxisPattern):
     along_curve = True
 
     def __post_init__(self):
-        _set(self, seq_len=whole_number("seq_len", self.seq_len, 1))
+        _set_whole(self, 1, "seq_len")
         _set(self, window=_reaches(self.window))
-        _set(self, sinks=whole_number("sinks", self.sinks, 0))
+        _set_whole(self, 0, "sinks")
 
     if TYPE_CHECKING:
         def __init__(self, seq_len: int, window: int | Sequence[int], sinks: int = 0): ...
@@ -707,8 +711,7 @@ class TilesSharedPattern(AxisPattern):
     along_curve = True
 
     def __post_init__(self):
-        for name in ("seq_len", "tiles", "offset", "shared"):
-            _set(self, **{name: whole_number(name, getattr(self, name))})
+        _set_whole(self, None, "seq_len", "tiles", "offset", "shared")
         rest = self.seq_len - self.shared
         if self.shared < 0 or rest < 1:
             raise ValueError(
@@ -741,8 +744,7 @@ class CrossPattern:
     segment_size: int # positions of queries per segment, w
 
     def __post_init__(self):
-        for field in fields(self):
-            _set(self, **{field.name: whole_number(field.name, getattr(self, field.name), 1)})
+        _set_whole(self, 1, "num_queries", "num_keys", "segment_size")
         n, m, w = self.num_queries, self.num_keys, self.segment_size
         if w * m < n:
             raise ValueError(

@@ -46,10 +46,10 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 # %% ../../nbs/15hc_dit.ipynb #85ce6f58
-def _words(config: dict, width: int = 64) -> dict[str, Any]:
+def _words(config: dict) -> dict[str, Any]:
     "A text and a time, which every family is given."
     return dict(
-        encoder_hidden_states=_random(1, config["text"], width), timestep=torch.tensor([500.0]))
+        encoder_hidden_states=_random(1, config["text"], 64), timestep=torch.tensor([500.0]))
 
 # %% ../../nbs/15hc_dit.ipynb #06149542
 def _width(config: dict) -> int: return config["heads"] * config["head_dim"]

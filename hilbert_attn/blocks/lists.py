@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ALWAYS', 'NEVER', 'LIST_TENSORS', 'LIST_ARGUMENTS', 'BlockRows', 'BlockLists', 'rows_and_columns', 'lists_from_kinds',
            'take_blocks', 'lists_from_bounds', 'as_block_size', 'check_block_mask', 'lists_from_block_mask',
-           'count_pairs', 'block_pairs', 'lists_to_operands', 'lists_from_operands']
+           'check_place', 'count_pairs', 'block_pairs', 'lists_to_operands', 'lists_from_operands']
 
 # %% ../../nbs/10_block_lists.ipynb #5942111c
 from collections.abc import Sequence
@@ -339,6 +339,23 @@ def lists_from_block_mask(
         block_mask, full = block_mask & some, full & every
     kinds = block_mask.to(torch.int8) * (1 + full.to(torch.int8))
     return lists_from_kinds(kinds.flatten(0, 1), groups=tuple(block_mask.shape[:2]), **layout)
+
+# %% ../../nbs/10_block_lists.ipynb #13368bd7
+def check_place(
+    lists: BlockLists,
+    q: Tensor, # queries (B, H, N, D)
+):
+    "A `ValueError` unless lists are for the batches and heads of a call, and on its device."
+    B, H = q.shape[:2]
+    if any(n not in (1, size) for n, size in zip(lists.groups, (B, H))):
+        raise ValueError(
+            f"the block lists are for groups={lists.groups} (batches, heads); q has B={B} and "
+            f"H={H}: expected 1 or as many")
+    device = lists.rows.index.device  # spelt out: torch.compile cannot look through the property
+    if device != q.device:
+        raise ValueError(
+            f"the block lists are on {device} and q on {q.device}: they must be on one device; see "
+            "BlockLists.to")
 
 # %% ../../nbs/10_block_lists.ipynb #c202219d
 def _attended(lists: BlockLists, row: Tensor, block: Tensor) -> Tensor: # bool (entries, BM, BN)

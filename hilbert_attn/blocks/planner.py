@@ -292,9 +292,17 @@ def _sections(pattern, order: np.ndarray) -> list[np.ndarray]:
     return [queries, np.where(chosen, segment, nobody + 1)]
 
 # %% ../../nbs/10a_block_planner.ipynb #55a45179
-def _are_mixed(parts: Sequence[np.ndarray]) -> bool: # of `_parts`
-    "Does any block hold tokens of several sections?"
-    return any((np.diff(block) == 0).any() for block, *_ in parts)
+def _sectioned(
+    tokens: list[np.ndarray], # (slots,) of queries, of keys
+    own: np.ndarray | Sequence[np.ndarray], # by token: its section as a query, as a key
+    block_size, causal,
+) -> _Plan:
+    "Which pairs share a section."
+    parts = [_parts(*side, len(own[0])) for side in zip(tokens, own, block_size)]
+    mixed = any((np.diff(block) == 0).any() for block, *_ in parts)
+    axes = 1 if mixed else 0  # blocks that hold one section each need no test
+    lo, at = (section[None][:axes] for section in own)
+    return _Plan(tokens, _section_pairs(parts[0], parts[1], causal), at, lo, lo)
 
 # %% ../../nbs/10a_block_planner.ipynb #1e6be33d
 def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
@@ -309,10 +317,7 @@ def _plan_sections(pattern, order, block_size, causal, grouped) -> _Plan:
     nobody = np.max(sections) + 1
     own = np.repeat([[nobody], [nobody + 1]], n, 1)  # of shared tokens
     own[:, order] = sections
-    parts = [_parts(*side, n) for side in zip(tokens, own, block_size)]
-    axes = 1 if _are_mixed(parts) else 0  # blocks that hold one section each need no test
-    lo, at = own.reshape(2, 1, n)[:, :axes]
-    return _Plan(tokens, _section_pairs(parts[0], parts[1], causal), at, lo, lo)
+    return _sectioned(tokens, own, block_size, causal)
 
 # %% ../../nbs/10a_block_planner.ipynb #5f0c4c02
 def _once(row: np.ndarray, column: np.ndarray, pairs: np.ndarray) -> tuple: # the same three
@@ -414,10 +419,7 @@ def _plan_cross(pattern: CrossPattern, orders, block_size) -> _Plan:
     starts = _starts(sizes, block_size)
     tokens = [_side_by_side(*side) for side in zip(orders, sections, sizes, starts, block_size)]
     own = [section[np.argsort(order)] for section, order in zip(sections, orders)]  # by token
-    parts = [_parts(*side, len(own[0])) for side in zip(tokens, own, block_size)]
-    axes = 1 if _are_mixed(parts) else 0
-    lo, at = (section[None][:axes] for section in own)
-    return _Plan(tokens, _section_pairs(parts[0], parts[1], False), at, lo, lo)
+    return _sectioned(tokens, own, block_size, False)
 
 # %% ../../nbs/10a_block_planner.ipynb #89cd9f82
 def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slots,)
@@ -427,7 +429,7 @@ def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slo
 
 # %% ../../nbs/10a_block_planner.ipynb #7109f369
 BlockPattern: TypeAlias = AxisPattern | SegmentPattern
-_list_cache = Cache(max_entries=64, max_bytes=1 << 28, tensors=BlockLists.tensors)
+_list_cache = Cache(max_entries=64, tensors=BlockLists.tensors)
 
 # %% ../../nbs/10a_block_planner.ipynb #ea8af2c9
 def _lists(

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..backends import check_backend_name, choose_backend
 from ..calls import autocast_inputs, check_call, check_curve, check_tensors
 from ..common import (
-    Cache, hide_masked, true_or_false, whole_number, whole_numbers)
+    Cache, hide_masked, lse_dtype, true_or_false, whole_number, whole_numbers)
 from ..curves import as_grid, curve_order, inverse_order
 from ..dilated import dilated_attention, prefix_branches
 from ..local import hilbert_window_attention
@@ -421,7 +421,7 @@ def few_attention(
     def as_heads(x): return x.unflatten(2, (shared[1], m)).flatten(1, 2)  # (B, H, M, ...)
     if shared[1] > 1:
         counts = as_rows(counts.expand(counts.shape[0], h, m, k.shape[2]))
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = lse_dtype(q.dtype)
     parts = as_rows(q).to(wide), k.to(wide), v.to(wide)
     out, lse = masked_attention(*parts, counts, scale, dropout_p)
     return as_heads(out), as_heads(lse)
@@ -522,7 +522,7 @@ def _shapes_only(
     "Shapes of the results; they depend on q, k and v, so that gradients have shapes too."
     width = *q.shape[:3], v.shape[3]
     out = q.sum(-1, keepdim=True).expand(width) + k.sum() + v.sum()
-    lse = out.sum(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+    lse = out.sum(-1, dtype=lse_dtype(q.dtype))
     return (out, lse) if return_lse else out
 
 # %% ../../nbs/14_integrations.ipynb #54afa2c5
