@@ -77,7 +77,9 @@ def test_what_is_read_is_what_the_mask_says(curve):
     ((64, 4), 6, 32), ((64, 2), 20, 16), ((61, 3), 5, 8)])
 def test_shared_tokens_stay_causal(tiling, shared, block):
     lists = block_lists(TilesSharedPattern(*tiling, 0, shared), causal=True, block_size=block)
-    plan, order, mask = plan_block_ring(lists, 3), lists_order(lists), lists.mask()[0]
+    plan = plan_block_ring(lists, 3)
+    order = lists_order(lists)
+    mask = lists.mask()[0]
     for rank in range(3):
         queries = order[plan.edges[rank]:plan.edges[rank + 1]]
         reads = order[torch.from_numpy(plan.needed[rank])]

@@ -1049,7 +1049,8 @@ def test_lists_along_an_order_end_a_graph():
         return block_sparse_attention(q, q, q, lists) * 2
 
     torch._dynamo.reset()
-    compiled, q = torch.compile(attend, backend="eager"), torch.randn(1, 1, 64, 16)
+    compiled = torch.compile(attend, backend="eager")
+    q = torch.randn(1, 1, 64, 16)
     for order in (torch.randperm(64), torch.randperm(64)):
         torch.testing.assert_close(compiled(q, order), attend(q, order))
     with pytest.raises(ValueError, match="no permutation"): compiled(q, order * 0)

@@ -374,15 +374,27 @@ def test_explain_backend_knows_its_options(options, message):
 
 
 @pytest.mark.parametrize("options", (
-    dict(grid=(9, 9)), dict(curve="hilbrt"), dict(scale=-1), dict(dropout_p=2), dict(softcap=-1),
-    dict(causal="yes"), dict(sink_logits=torch.zeros(3)), dict(bias=torch.zeros(2, 126)),
-    dict(bias=torch.zeros(2, 13, 15), grid=(8, 8)), dict(order=torch.zeros(64)),
-    dict(order=torch.zeros(64, dtype=torch.int64)), dict(order=list(range(64))),
-    dict(key_mask=torch.ones(3, 3)), dict(key_mask=torch.ones(1, 64))))
+    dict(grid=(9, 9)),
+    dict(curve="hilbrt"),
+    dict(scale=-1),
+    dict(dropout_p=2),
+    dict(softcap=-1),
+    dict(causal="yes"),
+    dict(sink_logits=torch.zeros(3)),
+    dict(bias=torch.zeros(2, 126)),
+    dict(bias=torch.zeros(2, 13, 15), grid=(8, 8)),
+    dict(order=torch.zeros(64)),
+    dict(order=torch.zeros(64, dtype=torch.int64)),
+    dict(order=list(range(64))),
+    dict(key_mask=torch.ones(3, 3)),
+    dict(key_mask=torch.ones(1, 64)),
+))
 @pytest.mark.parametrize("several", (False, True))
 def test_explain_backend_raises_what_the_call_would(options, several):
     if several and "bias" in options: return
-    call, how, q = hilbert_attention, dict(segment_size=16), rand(1, 2, 64, 8)
+    call = hilbert_attention
+    how = dict(segment_size=16)
+    q = rand(1, 2, 64, 8)
     if several:
         how = dict(segment_lengths=[8, 16], dilation_rates=[1, 2])
         call = hilbert_attn.dilated_attention
@@ -409,7 +421,8 @@ def test_explain_backend_takes_all_arguments_of_the_functions():
         AttentionConfig(dim=16, heads=2, segment_lengths=8, dilation_rates=1), 64)))
 def test_a_choice_is_copied_stored_and_hashed(choice):
     again = [copy.copy(choice), copy.deepcopy(choice), pickle.loads(pickle.dumps(choice))]
-    assert {choice, *again} == {choice} and str(again[2]) == str(choice)
+    assert {choice, *again} == {choice}
+    assert str(again[2]) == str(choice)
     assert asdict(again[1]) == asdict(choice)
 
 

@@ -47,7 +47,8 @@ def test_queries_and_keys_are_turned():
 
 
 def test_a_pair_is_turned_as_a_complex_number():
-    x, (cos, sin) = random(2, 3, N, D), rotary_embedding(GRID, D)
+    x = random(2, 3, N, D)
+    cos, sin = rotary_embedding(GRID, D)
     pairs = torch.complex(*x.chunk(2, -1)) * torch.complex(cos, sin)
     expected = torch.cat([pairs.real, pairs.imag], -1)
     torch.testing.assert_close(apply_rotary(x, (cos, sin)), expected)
@@ -89,7 +90,8 @@ def test_a_mixin_orders_tokens_and_puts_them_back():
 @pytest.mark.parametrize("shape", [
     (N, 1), (1, D // 2), (N, D), (D // 2, N), (2, N, D // 2), (3, 1, N, D // 2)])
 def test_angles_fit_the_tokens(shape):
-    x, (cos, sin) = random(2, 3, N, D), rotary_embedding(GRID, D)
+    x = random(2, 3, N, D)
+    cos, sin = rotary_embedding(GRID, D)
     for rope in ((torch.ones(shape), sin), (cos, torch.ones(shape))):
         with pytest.raises(ValueError, match=r"rope has shape .*: expected \(N, D / 2\) = "):
             apply_rotary(x, rope)
@@ -97,7 +99,8 @@ def test_angles_fit_the_tokens(shape):
 
 
 def test_angles_of_each_sequence():
-    x, (cos, sin) = random(2, 3, N, D), rotary_embedding(GRID, D)
+    x = random(2, 3, N, D)
+    cos, sin = rotary_embedding(GRID, D)
     several = [torch.stack([r, 2 * r])[:, None] for r in (cos, sin)]
     expected = [apply_rotary(x[i:i + 1], (r * cos, r * sin)) for i, r in enumerate((1, 2))]
     torch.testing.assert_close(apply_rotary(x, several), torch.cat(expected))

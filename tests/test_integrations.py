@@ -172,7 +172,8 @@ def test_values_of_another_width(width, prefix, options):
     s = HilbertSettings(segment_size=6, grid=(5, 7), prefix_tokens=prefix, **options)
     n = 35 + prefix
     q, k, _ = qkv(n, 4, 2, batch=2)
-    v, counts = rand(2, 2, n, width, seed=4), s.counts(n, 4, causal=True)[None]
+    v = rand(2, 2, n, width, seed=4)
+    counts = s.counts(n, 4, causal=True)[None]
 
     def ours(q, k, v):
         return prefix_attention(q, k, v, s, causal=True, return_lse=True)

@@ -235,15 +235,18 @@ def test_a_layer_that_is_not_run_is_named(hf):
 @pytest.mark.parametrize("forwards", [0, 1])
 @pytest.mark.parametrize("make", [llama, vit])
 def test_the_way_back_by_name(hf, calls, make, forwards):
-    model, x = make(hf), WORDS if make is llama else rand(1, 3, 16, 16)
+    model = make(hf)
+    x = WORDS if make is llama else rand(1, 3, 16, 16)
     expected = model(x)[0]
     h.use_hilbert_attention(model, segment_size=6)
     for _ in range(forwards): model(x)
     calls.clear()
     model.set_attn_implementation("eager")
-    assert torch.allclose(model(x)[0], expected, atol=1e-5) and not calls
+    assert torch.allclose(model(x)[0], expected, atol=1e-5)
+    assert not calls
     model.set_attn_implementation("hilbert")
-    assert not torch.allclose(model(x)[0], expected, atol=1e-5) and len(calls) == 2
+    assert not torch.allclose(model(x)[0], expected, atol=1e-5)
+    assert len(calls) == 2
 
 
 def test_hooks_go_after_the_proof(hf):
@@ -785,7 +788,8 @@ def passing(model, how):
 @torch.no_grad()
 @pytest.mark.parametrize("how", ["sliced", "fused"])
 def test_processors_that_were_replaced_in_passing_are_named(diffusers, how):
-    model, x = unet(diffusers), (rand(1, 4, 8, 12), 10, rand(1, 5, 24))
+    model = unet(diffusers)
+    x = (rand(1, 4, 8, 12), 10, rand(1, 5, 24))
     h.use_hilbert_processor(model, segment_size=8, include="down*")
     h.use_hilbert_processor(model, segment_size=8, include="up*")
     model(*x)
@@ -804,7 +808,8 @@ def test_processors_that_were_replaced_in_passing_are_named(diffusers, how):
 @torch.no_grad()
 @pytest.mark.parametrize("forwards", [0, 1])
 def test_a_unet_before_its_first_forward_knows_the_way_back(diffusers, calls, forwards):
-    model, x = unet(diffusers), (rand(1, 4, 8, 12), 10, rand(1, 5, 24))
+    model = unet(diffusers)
+    x = (rand(1, 4, 8, 12), 10, rand(1, 5, 24))
     h.use_hilbert_processor(model, segment_size=8)
     for _ in range(forwards): model(*x)
     calls.clear()

@@ -310,7 +310,8 @@ class GridAttention(FusedAttention):
 def test_layers_that_look_alike_are_refused(layer, said):
     model = SmallViT(layer).eval()
     model.blocks[1].train()
-    before, state = [m.training for m in model.modules()], torch.get_rng_state()
+    before = [m.training for m in model.modules()]
+    state = torch.get_rng_state()
     with pytest.raises(ValueError, match=said):
         convert_vit(model, curve=None)
     assert [m.training for m in model.modules()] == before

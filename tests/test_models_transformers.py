@@ -703,7 +703,8 @@ def test_values_of_another_width(hf, config, width):
     use_hilbert_attention(ours, segment_size=64)
     for padding in (None, "left"):
         x, keep = texts(padding=padding)
-        found, expected = ours(**x).logits[keep], dense(**x).logits[keep]
+        found = ours(**x).logits[keep]
+        expected = dense(**x).logits[keep]
         assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
         words = [model.generate(**x, **SHORT) for model in (ours, dense)]
         assert torch.equal(*words)
@@ -729,7 +730,8 @@ def test_cross_attention_stays_dense(hf, name, keys):
     dense = build(hf, name, CROSSED[name], head="AutoModelForCausalLM")
     ours = build(hf, name, CROSSED[name], head="AutoModelForCausalLM")
     use_hilbert_attention(ours, segment_size=4, overlap=0)
-    settings, x = HilbertSettings(segment_size=4, overlap=0), dict(use_cache=False)
+    settings = HilbertSettings(segment_size=4, overlap=0)
+    x = dict(use_cache=False)
     if keys:
         x["encoder_hidden_states"] = rand(2, keys, 32)
         x["encoder_attention_mask"] = torch.ones(2, keys, dtype=torch.int64)

@@ -293,7 +293,8 @@ def test_padding_has_the_shape_of_the_tokens(padding, batch_first):
 @pytest.mark.parametrize("shape", [(1, 24), (2, 1), (24,)])
 def test_the_key_mask_is_as_strict_beside_padding(shape):
     module, x = multihead(), torch.randn(2, 24, 16)
-    key_mask, padding = torch.ones(shape, dtype=torch.bool), torch.zeros(2, 24)
+    key_mask = torch.ones(shape, dtype=torch.bool)
+    padding = torch.zeros(2, 24)
     for options in ({}, dict(key_padding_mask=padding)):
         with pytest.raises(ValueError, match=r"key_mask is .*: expected .*\(2, 24\)"):
             module(x, key_mask=key_mask, **options)
@@ -384,23 +385,27 @@ SETTINGS_OF_BLOCKS = [
 @pytest.mark.parametrize("name, value", SETTINGS_OF_BLOCKS)
 def test_settings_of_blocks_count_after_a_call(name, value, compiled):
     torch.manual_seed(0)
-    x, options = torch.randn(1, 64, 2, 8), dict(block_size=16, sparsity=0.7)
+    x = torch.randn(1, 64, 2, 8)
+    options = dict(block_size=16, sparsity=0.7)
     module, other = (BlockSparseAttention(**options | new) for new in ({}, {name: value}))
     torch._dynamo.reset()
     run = torch.compile(module, backend="eager", fullgraph=True) if compiled else module
     before = run(x, x, x)
     setattr(module, name, value)
     after = run(x, x, x)
-    assert torch.equal(after, other(x, x, x)) and not torch.equal(after, before)
+    assert torch.equal(after, other(x, x, x))
+    assert not torch.equal(after, before)
 
 
 def test_a_mask_of_blocks_is_read_again_after_a_write():
-    mask, x = torch.eye(4, dtype=torch.bool), torch.randn(1, 64, 2, 8)
+    mask = torch.eye(4, dtype=torch.bool)
+    x = torch.randn(1, 64, 2, 8)
     module = BlockSparseAttention(SparsePatternConfig("mask", 16, block_mask=mask))
     before = module(x, x, x)
     mask[:] = True
     after = module(x, x, x)
-    assert torch.equal(after, copy.deepcopy(module)(x, x, x)) and not torch.equal(after, before)
+    assert torch.equal(after, copy.deepcopy(module)(x, x, x))
+    assert not torch.equal(after, before)
 
 
 def test_numbers_of_numpy_are_numbers():

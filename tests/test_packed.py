@@ -225,7 +225,8 @@ def test_opcheck(name):
 
 @pytest.mark.parametrize("dtype", (torch.uint8, torch.int16, torch.int32))
 def test_borders_of_any_whole_numbers(dtype):
-    x, borders = random_inputs(0, 1, 1, 1, 12, 16, torch.float32), torch.tensor([0, 7, 12])
+    x = random_inputs(0, 1, 1, 1, 12, 16, torch.float32)
+    borders = torch.tensor([0, 7, 12])
     found, expected = (
         dilated_attention(*x, 4, 1, curve=None, cu_seqlens=y) for y in (borders.to(dtype), borders))
     assert torch.equal(found, expected)

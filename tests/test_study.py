@@ -920,7 +920,8 @@ def all_tried(seeds: int = 2) -> list[dict]:
 def test_tables_of_exploratory_runs():
     frame = exploring.as_frame(all_tried())
     table, seeds, guesses = exploring.diversity(frame)
-    assert seeds == 2 and table.shape == guesses.shape == (2 * 6, 3)
+    assert seeds == 2
+    assert table.shape == guesses.shape == (2 * 6, 3)
     assert table.loc[("photos", "four"), "morton"] == len("morton four")
     assert exploring.other_patterns(frame).losses.shape == (2, 11)
     placed = exploring.positions(frame).losses
@@ -938,7 +939,8 @@ def test_tables_of_exploratory_runs():
     assert set(exploring.same_seconds(frame).losses) == {
         "dense", "hilbert", f"dense, {plan.SAME_SECONDS}"}
     far = exploring.looks(frame)
-    assert far.losses.shape == (12, 4) and (far.losses[3] == 3).all()
+    assert far.losses.shape == (12, 4)
+    assert (far.losses[3] == 3).all()
     assert not far.void.any(axis=None) # distances, which no guess has
     assert exploring.trained_again(frame) == (2 * 2 * 6, 2 * 2 * 6)
 
@@ -1012,7 +1014,9 @@ def test_a_table_is_of_whole_seeds_alone():
         if run["seed"] == 1 and run["arm"] == "hilbert four": run["loss"] = np.nan
         elif run["seed"] == 1: run["loss"] += 100
     table, seeds, guesses = exploring.diversity(exploring.as_frame(runs))
-    assert seeds == 1 and table.max().max() < 100 and (guesses == 9).all(axis=None)
+    assert seeds == 1
+    assert table.max().max() < 100
+    assert (guesses == 9).all(axis=None)
     first = [run for run in runs if run["seed"] == 0 and run["arm"] != "morton one"]
     assert exploring.diversity(exploring.as_frame(first)).seeds == 0
 
