@@ -150,13 +150,10 @@ def check_key_mask(
 ):
     "A `ValueError` unless the mask fits."
     if key_mask is None: return
-    given = type(key_mask).__name__
-    if isinstance(key_mask, Tensor):
-        fits = key_mask.dtype == torch.bool and key_mask.device == device
-        if fits and key_mask.shape == shape: return
-        given = f"{key_mask.dtype} {tuple(key_mask.shape)} on {key_mask.device}"
+    if isinstance(key_mask, Tensor) and key_mask.dtype == torch.bool:
+        if key_mask.device == device and key_mask.shape == shape: return
     expected = f"bool of shape {sizes} = {shape} on {device}, True = attend"
-    raise ValueError(f"key_mask is {given}: expected {expected}")
+    raise ValueError(f"key_mask is {described(key_mask)}: expected {expected}")
 
 # %% ../nbs/06b_calls.ipynb #1769fbde
 def _check_number(name: str, value: Any) -> float | Any: # Any: a symbol of a graph
