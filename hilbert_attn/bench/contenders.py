@@ -175,11 +175,6 @@ class Case:
         flops = float(FLOPS_PER_PAIR[direction] * self.shape[3] * self.pairs)
         return {MATMUL: matmul_call(flops, self.device)} | calls
 
-    def pairs_of(self) -> dict[str, int]: # by name
-        "Attended pairs of the candidates, and of the matrix product."
-        pairs = {c.name: c.pairs for c in self.candidates()}
-        return pairs | ({MATMUL: self.pairs} if self.pairs else {})
-
 # %% ../../nbs/15c_contenders.ipynb #75982689
 def label(
     settings: dict, # of a row
@@ -238,7 +233,8 @@ def _time_case(
     case: Case, direction: str, config: dict, tell: Callable,
 ) -> list[dict]:
     "Rows of one case in one direction."
-    calls, pairs = case.calls(direction), case.pairs_of()
+    calls = case.calls(direction)
+    pairs = {c.name: c.pairs for c in case.candidates()} | {MATMUL: case.pairs}
 
     def progress(name): tell(labelled(f"timing {name}", case.about), 1 / len(calls))
 

@@ -25,7 +25,7 @@ from .machine import FLOPS_PER_PAIR, peak_memory
 from .measuring import telling
 from hilbert_attn.bench.results import (
     BLUE, GREY, RED, SPREAD, SPREAD_TITLES,
-    Table, target, target_tables,
+    Table, rows_with, target, target_tables,
 )
 from ..curves import curve_order, inverse_order
 from ..patterns import SegmentPattern, attention_mask
@@ -50,20 +50,17 @@ def cpu_candidates(
 ) -> list[Candidate]:
     "What takes turns: what one would write oneself, then ours."
     pattern, grid, sdpa = _pattern_of(config), tuple(config["grid"]), F.scaled_dot_product_attention
-    heads, w, r = config["batch"] * config["heads"], pattern.segment_size, pattern.dilation_rate
-    order = curve_order(grid)
-    rank = inverse_order(order)
+    heads, order = config["batch"] * config["heads"], curve_order(grid)
     plain, hilbert = attention_mask(pattern), attention_mask(pattern, order=order)
-    hidden = ~plain
-    how: Any = dict(grid=grid, segment_size=w, dilation_rate=r, backend="sdpa")
-    ours = partial(hilbert_attention, **how)
+    groups: Any = dict(segment_size=pattern.segment_size, dilation_rate=pattern.dilation_rate)
+    ours = partial(hilbert_attention, grid=grid, backend="sdpa", **groups)
     attentions: dict[str, Callable] = {
-        NAIVE: lambda q, k, v: naive_attention(q, k, v, hidden),
-        MASKED: lambda q, k, v: sdpa(q, k, v, plain),
-        MASKED_HILBERT: lambda q, k, v: sdpa(q, k, v, hilbert),
+        NAIVE: partial(naive_attention, hidden=~plain),
+        MASKED: partial(sdpa, attn_mask=plain),
+        MASKED_HILBERT: partial(sdpa, attn_mask=hilbert),
         DENSE: sdpa,
-        RESHAPED: lambda q, k, v: reshaped_attention(q, k, v, w, r),
-        GATHERED: lambda q, k, v: gathered_attention(q, k, v, order, rank, w, r),
+        RESHAPED: partial(reshaped_attention, **groups),
+        GATHERED: partial(gathered_attention, order=order, rank=inverse_order(order), **groups),
         OURS: partial(ours, curve=None),
         OURS_HILBERT: partial(ours, curve="hilbert"),
         OURS_LSE: partial(ours, curve=None, return_lse=True),
@@ -102,8 +99,9 @@ def attention_of(
     if name == NAIVE:
         pattern = SegmentPattern(n, w, r)
         return lambda q, k, v: naive_attention(q, k, v, ~attention_mask(pattern))
-    how: Any = dict(curve="hilbert" if name == OURS_HILBERT else None)
-    how |= dict(backend="sdpa_mask" if name == MASKED else "sdpa")
+    how: Any = dict(
+        curve="hilbert" if name == OURS_HILBERT else None,
+        backend="sdpa_mask" if name == MASKED else "sdpa")
     return partial(hilbert_attention, segment_size=w, dilation_rate=r, **how)
 
 # %% ../../nbs/15e_cpu.ipynb #2e3a5d8f
@@ -245,7 +243,7 @@ def cpu_tables(run: dict) -> list[Table]:
     )
     tables = []
     for direction in FLOPS_PER_PAIR:
-        rows = [row for row in bench_rows(run) if row["direction"] == direction]
+        rows = rows_with(bench_rows(run), direction=direction)
         tables.append(Table(direction, rows, formats, titles))
     return tables + ([] if run["quick"] else target_tables(bench_targets(run)))
 
@@ -271,4 +269,4 @@ def plot_cpu(run: dict):
     "Forward and forward+backward."
     fig, axes = new_figure(2, 1, panel=(5.6, 2.6), titles=list(FLOPS_PER_PAIR))
     for ax, direction in zip(axes, FLOPS_PER_PAIR):
-        _plot_times_of(ax, [row for row in bench_rows(run) if row["direction"] == direction])
+        _plot_times_of(ax, rows_with(bench_rows(run), direction=direction))

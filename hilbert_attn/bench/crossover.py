@@ -18,7 +18,7 @@ import torch
 from ..backends import POLICY, detect_gpu_architecture, hilbert_attention
 from .contenders import Candidate, Case, run_cases
 from .machine import FLOPS_PER_PAIR
-from .results import BLUE, GREEN, GREY, RED, Table, ratio_ticks
+from .results import BLUE, GREEN, GREY, RED, Table, ratio_ticks, rows_with
 from ..curves import curve_order
 from ..patterns import SegmentPattern, attention_mask
 from ..plots import new_figure
@@ -49,7 +49,7 @@ def _case(config: dict, n: int, d: int, sizes: tuple[int, int], order: str) -> C
     segments, r = sizes
     w, device, heads = n // segments, config["device"], config["batch"] * config["heads"]
     curve = None if order == "none" else order
-    options: dict[str, Any] = dict(curve=curve, segment_size=w, dilation_rate=r)
+    options: Any = dict(curve=curve, segment_size=w, dilation_rate=r)
 
     def candidates():
         pattern = SegmentPattern(n, w, r)
@@ -99,7 +99,7 @@ def mean_ratio(
 ) -> tuple[float, float, float]: # the ratio, and its ends with each setting at its worst
     "Geometric mean over the settings that both have."
     def of(name):
-        return {tuple(row[key] for key in _SETTING): row for row in rows if row["name"] == name}
+        return {tuple(row[key] for key in _SETTING): row for row in rows_with(rows, name=name)}
 
     others = of(below)
     both = [(row, others[setting]) for setting, row in of(above).items() if setting in others]
@@ -131,15 +131,15 @@ def _parts(run: dict) -> list[tuple[str, str]]:
 # %% ../../nbs/15g_crossover.ipynb #ac3bb640
 def _at_length(run: dict, n: int) -> dict:
     "A line of `crossover_table`."
-    config, rows = run["config"], [row for row in run["rows"] if row["tokens"] == n]
+    config, rows = run["config"], rows_with(run["rows"], tokens=n)
     backends, parts = config["backends"], {}
 
     def beaten(a): # backends that are clearly faster
         return [b for b in backends if b != a and mean_ratio(rows, a, b)[1] > 1]
 
-    for part in _parts(run):
-        mine = [row for row in rows if (row["order"], row["direction"]) == part]
-        parts[", ".join(part)] = mean_ratio(mine, "sdpa_mask", "sdpa")[0]
+    for order, direction in _parts(run):
+        mine = rows_with(rows, order=order, direction=direction)
+        parts[f"{order}, {direction}"] = mean_ratio(mine, "sdpa_mask", "sdpa")[0]
     ratio, low, high = mean_ratio(rows, "sdpa_mask", "sdpa")
     choice = policy_choice(config["device"], n, backends, run["environment"].get("threads"))
     winners = [a for a in backends if all(a in beaten(b) for b in backends if b != a)]

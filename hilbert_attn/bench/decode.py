@@ -11,7 +11,6 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import inf
 from shutil import which
 from typing import Any
 
@@ -24,7 +23,7 @@ from .contenders import DENSE, timing_rows
 from .machine import run_of, suite_limits
 from .measuring import measure, telling
 from .results import (
-    BLUE, GREEN, GREY, Table, target, target_tables)
+    BLUE, GREEN, GREY, Table, by_place, target, target_tables)
 from ..cross import hilbert_cross_attention
 from ..decoding import decode_attention
 from ..dilated import dilated_attention
@@ -207,7 +206,7 @@ def _prefixes(config: dict) -> Iterator[_Calls]:
         q, k, v = (y[:, :, p:] for y in x)
         return hilbert_attention(q, k, v, segment_size=w, **how)
 
-    calls: dict[str, Any] = {
+    calls: _Named = {
         PREFIX: partial(prefix_attention, *x, settings),
         SHARED: partial(tiles_shared_attention, *x, tiles=tiles, shared=p, **how),
         NO_TEXT: without}
@@ -216,16 +215,14 @@ def _prefixes(config: dict) -> Iterator[_Calls]:
     yield from _both_ways(about, calls, x, _flex(config, x, sees))
 
 # %% ../../nbs/15hb_decode.ipynb #006a6caf
-def _check(name: str, found: Any, expected: Any) -> float:
+def _check(name: str, call: Callable, expected: Any) -> float:
     "The largest difference, in the largest value. A `RuntimeError` where it is more than rounding."
+    if name in (DENSE, NO_TEXT): return 0.0
+    found = call()
     if isinstance(found, Tensor): found, expected = (found.detach(),), (expected.detach(),)
     error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected))
     if error <= 1e-5: return error
     raise RuntimeError(f"refusing to time {name!r}: it differs from the others by {error:.1e}")
-
-# %% ../../nbs/15hb_decode.ipynb #587e0471
-def _checked(name: str, call: Callable, expected: Any) -> float:
-    return 0.0 if name in (DENSE, NO_TEXT) else _check(name, call(), expected)
 
 # %% ../../nbs/15hb_decode.ipynb #d5b32aba
 def bench_decode(
@@ -238,27 +235,22 @@ def bench_decode(
     errors: dict[str, float] = {}
     for _, calls, expected in settings:
         for name, call in calls.items():
-            errors[name] = max(errors.get(name, 0.0), _checked(name, call, expected))
-    rows, repeats, most = [], config["repeats"], config.get("max_seconds", inf)
+            errors[name] = max(errors.get(name, 0.0), _check(name, call, expected))
+    rows = []
     with telling(len(settings)) as tell:
         for about, calls, _ in settings:
             tell(about["setting"], 1)
-            timings = measure(calls, repeats, max_seconds=most)
+            timings = measure(calls, config["repeats"], max_seconds=config["max_seconds"])
             rows += timing_rows(timings, **{"direction": "forward"} | about)
     checks = {name: dict(largest_difference=error) for name, error in errors.items()}
-    limits = suite_limits(quick, 1e8, "cpu")
+    limits = suite_limits(quick)
     return run_of("decode", quick, config, limits=limits, checks=checks, rows=rows)
 
 # %% ../../nbs/15hb_decode.ipynb #c1f35236
-def _places(run: dict, field: str) -> Iterator[tuple[dict, dict[str, float]]]:
+def _places(run: dict, field: str) -> list[tuple[dict, dict[str, float]]]:
     "Settings that count this field, and the seconds of each call there."
-    places: dict[tuple, dict[str, float]] = {}
-    for row in run["rows"]:
-        if field not in row: continue
-        place = row["setting"], row[field], row["direction"]
-        places.setdefault(place, {})[row["name"]] = row["median"]
-    for place, times in places.items():
-        yield dict(zip(("setting", field, "direction"), place)), times
+    counting = [row for row in run["rows"] if field in row]
+    return by_place(counting, "setting", field, "direction")
 
 # %% ../../nbs/15hb_decode.ipynb #17b00004
 def _beside(run: dict) -> list[dict]: # place, call, ms, beside, ratio

@@ -9,7 +9,7 @@ __all__ = ['DIT_CONFIG', 'DIT_QUICK', 'OWN', 'TILES', 'ORDERED', 'bench_dit', 'd
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from math import inf, prod
+from math import prod
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 from .contenders import timing_rows
 from .machine import run_of, suite_limits
 from .measuring import measure, telling
-from .results import BLUE, GREEN, GREY, Table
+from .results import BLUE, GREEN, GREY, Table, by_place, rows_with
 from ..integrations.dit import switch_diffusion
 from ..integrations.switch import need
 from ..plots import new_figure
@@ -50,9 +50,6 @@ def _words(config: dict) -> dict[str, Any]:
     "A text and a time, which every family is given."
     return dict(
         encoder_hidden_states=_random(1, config["text"], 64), timestep=torch.tensor([500.0]))
-
-# %% ../../nbs/15hc_dit.ipynb #06149542
-def _width(config: dict) -> int: return config["heads"] * config["head_dim"]
 
 # %% ../../nbs/15hc_dit.ipynb #27b133f6
 def _flux(config: dict) -> dict[str, Any]:
@@ -106,8 +103,8 @@ def _ltx(config: dict) -> dict[str, Any]:
 # %% ../../nbs/15hc_dit.ipynb #8d551f24
 def _pictures(config: dict) -> Iterator[_Family]:
     "Families of pictures."
-    heads, d, width = config["heads"], config["head_dim"], _width(config)
-    own: dict[str, Any] = dict(
+    heads, d = config["heads"], config["head_dim"]
+    own: Any = dict(
         num_attention_heads=heads, attention_head_dim=d, num_layers=1, joint_attention_dim=64)
     axes = (d // 4, d // 4, d // 2)
     yield _Family(
@@ -123,7 +120,7 @@ def _pictures(config: dict) -> Iterator[_Family]:
         "SD3Transformer2DModel",
         # its last layer leaves the text alone, so the first of two
         own | dict(
-            in_channels=4, out_channels=4, patch_size=2, caption_projection_dim=width,
+            in_channels=4, out_channels=4, patch_size=2, caption_projection_dim=heads * d,
             pooled_projection_dim=64, sample_size=2 * max(config["picture"]),
             pos_embed_max_size=max(config["picture"])) | dict(num_layers=2),
         _sd3, "transformer_blocks.0")
@@ -131,13 +128,13 @@ def _pictures(config: dict) -> Iterator[_Family]:
 # %% ../../nbs/15hc_dit.ipynb #784b7791
 def _videos(config: dict) -> Iterator[_Family]:
     "Families of videos."
-    heads, d, width = config["heads"], config["head_dim"], _width(config)
-    own: dict[str, Any] = dict(
+    heads, d = config["heads"], config["head_dim"]
+    own: Any = dict(
         num_attention_heads=heads, attention_head_dim=d, num_layers=1, in_channels=4,
         out_channels=4)
     yield _Family(
         "WanTransformer3DModel",
-        own | dict(text_dim=64, freq_dim=64, ffn_dim=4 * width), _wan, "blocks.0")
+        own | dict(text_dim=64, freq_dim=64, ffn_dim=4 * heads * d), _wan, "blocks.0")
     yield _Family(
         "HunyuanVideoTransformer3DModel",
         own | dict(
@@ -148,7 +145,7 @@ def _videos(config: dict) -> Iterator[_Family]:
     yield _Family(
         "LTXVideoTransformer3DModel",
         own | dict(
-            cross_attention_dim=width, caption_channels=64, qk_norm="rms_norm_across_heads"),
+            cross_attention_dim=heads * d, caption_channels=64, qk_norm="rms_norm_across_heads"),
         _ltx, "transformer_blocks.0")
     frames, height, columns = config["video"]
     yield _Family(
@@ -239,35 +236,28 @@ def bench_dit(
 ) -> dict: # JSON-ready; rows in seconds
     "Runs the suite. A `RuntimeError` where a model differs: then nothing is timed."
     config = DIT_QUICK if quick else DIT_CONFIG
-    families = [*_pictures(config), *_videos(config)]
-    given = {family.model: family.inputs(config) for family in families}
-    made = {family.model: _models(family, config["tiles"]) for family in families}
-    checks = {
-        family.model: _checked(family, made[family.model], given[family.model])
-        for family in families}
-    rows: list[dict] = []
-    with telling(2 * len(families)) as tell:
-        for family in families:
-            name = family.model
-            for direction, calls in _contenders(family, made[name], given[name]):
-                tell(f"{name}, {direction}", 1)
-                timings = measure(
-                    calls, config["repeats"], max_seconds=config.get("max_seconds", inf))
-                rows += timing_rows(timings, family=name, direction=direction)
-    limits = suite_limits(quick, 1e8, "cpu")
+    made = [
+        (family, _models(family, config["tiles"]), family.inputs(config))
+        for family in (*_pictures(config), *_videos(config))]
+    checks = {one[0].model: _checked(*one) for one in made}
+    rows = []
+    with telling(2 * len(made)) as tell:
+        for family, models, inputs in made:
+            for direction, calls in _contenders(family, models, inputs):
+                tell(f"{family.model}, {direction}", 1)
+                timings = measure(calls, config["repeats"], max_seconds=config["max_seconds"])
+                rows += timing_rows(timings, family=family.model, direction=direction)
+    limits = suite_limits(quick)
     return run_of("dit", quick, config, limits=limits, checks=checks, rows=rows)
 
 # %% ../../nbs/15hc_dit.ipynb #15d8cb97
 def dit_tables(run: dict) -> list[Table]: # of the suite `dit`
     "Each family: a dense block, and how many times as fast tiles are."
-    places: dict[tuple, dict[str, float]] = {}
-    for row in run["rows"]:
-        places.setdefault((row["family"], row["direction"]), {})[row["name"]] = row["median"]
     rows = [
-        dict(
-            family=family.partition("Transformer")[0], direction=direction, ms=1e3 * times[OWN],
+        place | dict(
+            family=place["family"].partition("Transformer")[0], ms=1e3 * times[OWN],
             tiles=times[OWN] / times[TILES], ordered=times[OWN] / times[ORDERED])
-        for (family, direction), times in places.items()]
+        for place, times in by_place(run["rows"], "family", "direction")]
     formats = dict(family="", direction="", ms=".1f", tiles=".2f", ordered=".2f")
     titles = dict(ms="a dense block, ms", tiles="tiles, x as fast", ordered="reordered, x as fast")
     return [Table("blocks", rows, formats, titles)]
@@ -275,7 +265,7 @@ def dit_tables(run: dict) -> list[Table]: # of the suite `dit`
 # %% ../../nbs/15hc_dit.ipynb #70aa76da
 def plot_dit(run: dict): # of the suite `dit`
     "Blocks of each family beside dense ones."
-    rows = [row for row in dit_tables(run)[0].rows if row["direction"] == "forward+backward"]
+    rows = rows_with(dit_tables(run)[0].rows, direction="forward+backward")
     fig, (ax,) = new_figure(1, panel=(5.6, 3.0))
     places = torch.arange(len(rows)).numpy()
     for shift, key, name, color in ((-0.2, "tiles", TILES, GREEN), (0.2, "ordered", ORDERED, BLUE)):

@@ -214,18 +214,13 @@ def _small_fit(gpu: GPU, work: Work) -> Fit | None:
     if work.blocks: return None
     return fit_small(work.keys, True, work.head_dim, torch.bfloat16, gpu.capability)
 
-# %% ../../nbs/15j_gpu_model.ipynb #b10c5a01
-def _block_loops(gpu: GPU, kernel: str, work: Work, blocks: Blocks) -> list[Loop]:
-    "What the tuner could choose from, for a list of blocks."
-    d = 64 if work.head_dim <= 64 else 128
-    found = BLOCKS.get((kernel, d, work.order, blocks.axes, blocks.size), [])
-    return [loop for loop in found if _runs_on(gpu, loop)]
-
 # %% ../../nbs/15j_gpu_model.ipynb #d47486a7
 def _loops_of(gpu: GPU, kernel: str, work: Work) -> list[Loop]:
     "What the tuner could choose from, or the one tile of small groups."
-    if work.blocks: return _block_loops(gpu, kernel, work, work.blocks)
     d = 64 if work.head_dim <= 64 else 128
+    if work.blocks:
+        known = BLOCKS.get((kernel, d, work.order, work.blocks.axes, work.blocks.size), [])
+        return [loop for loop in known if _runs_on(gpu, loop)]
     if kernel == "small":
         fit = _small_fit(gpu, work)
         return [loop for loop in GROUPS[kernel, d] if fit and loop.tile == fit.tile]

@@ -10,7 +10,7 @@ import gc
 import random
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import ceil, inf
@@ -27,7 +27,7 @@ class Timing:
     repeats: int # that were counted
 
     @classmethod
-    def of(cls, seconds: list[float]) -> "Timing":
+    def of(cls, seconds: Sequence[float]) -> "Timing":
         "The percentiles of what a clock said."
         median, p20, p80 = map(float, np.quantile(seconds, (0.5, 0.2, 0.8)))
         return cls(median, p20, p80, len(seconds))
@@ -67,14 +67,6 @@ def _one_round(
         del result
     return times
 
-# %% ../../nbs/15_bench.ipynb #256c8ecf
-def _how_often(
-    taken: dict[str, float], # seconds of each call, in a round that does not count
-    least_seconds: float, # of one time
-) -> dict[str, int]: # by name
-    "How many calls in a row take long enough."
-    return {name: max(1, ceil(least_seconds / max(t, 1e-9))) for name, t in taken.items()}
-
 # %% ../../nbs/15_bench.ipynb #56cfefac
 def measure(
     calls: dict[str, Callable], # name -> call without arguments
@@ -101,7 +93,9 @@ def measure(
             shuffle(names)
             taken = _one_round({name: calls[name] for name in names}, counts, clock, wait, tell)
             if turn < 0:
-                counts = _how_often(taken, least_seconds)
+                # a round that does not count decides how often a short call is made
+                for name, seconds in taken.items():
+                    counts[name] = max(1, ceil(least_seconds / max(seconds, 1e-9)))
                 continue
             for name, seconds in taken.items(): times[name].append(seconds)
             if turn >= 2 and clock() - began > max_seconds: break

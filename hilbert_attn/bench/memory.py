@@ -10,7 +10,6 @@ from collections.abc import Callable
 from math import prod
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..backends import training_memory
@@ -19,8 +18,8 @@ from hilbert_attn.bench.contenders import (
 )
 from .cpu import attention_of, memory_call
 from .machine import peak_memory, run_of, suite_limits
-from .measuring import telling
-from .results import Table, pivot, plot_lines
+from .measuring import Timing, telling
+from .results import Table, pivot, plot_lines, rows_with
 from ..curves import curve_order
 from ..modules import HilbertAttentionCore
 from ..patterns import SegmentPattern, attention_mask
@@ -110,8 +109,7 @@ def _row(config: dict, name: str, direction: str, n: int) -> dict:
     options = dict(config=config, name=name, tokens=n, direction=direction)
     where = "hilbert_attn.bench.memory:_call"
     peaks = [peak_memory(where, **options) for _ in range(config["repeats"])]
-    median, p20, p80 = (int(x) for x in np.quantile(peaks, (0.5, 0.2, 0.8)))
-    spread = dict(median=median, p20=p20, p80=p80, repeats=len(peaks))
+    spread = {key: int(value) for key, value in vars(Timing.of(peaks)).items()}
     row = dict(name=name, tokens=n, unit="bytes", **spread, direction=direction)
     shape, layers = shape_of(config, n), config["layers"]
     if name not in _STRATEGIES: return row | dict(qkv_bytes=12 * prod(shape))
@@ -146,7 +144,7 @@ def bench_memory(
 # %% ../../nbs/15f_memory.ipynb #b729b8ac
 def _attention_table(run: dict, direction: str) -> Table:
     "Peaks by length, a column for each contender."
-    mine = [row for row in run["rows"] if row["direction"] == direction and "layers" not in row]
+    mine = [row for row in rows_with(run["rows"], direction=direction) if "layers" not in row]
     rows, names = pivot(mine, "tokens", lambda row: row["median"] / 2 ** 20)
     inputs = {row["tokens"]: row["qkv_bytes"] / 2 ** 20 for row in mine}
     rows = [row | {"q+k+v": inputs[row["tokens"]]} for row in rows]
@@ -184,7 +182,6 @@ def plot_memory(run: dict):
     fig, axes = new_figure(len(titles), 1, panel=(5.6, 2.7), titles=titles)
     alone = [row for row in run["rows"] if "layers" not in row]
     for ax, direction in zip(axes, directions):
-        rows = [row for row in alone if row["direction"] == direction]
-        plot_lines(ax, rows, 2 ** -20, "peak beyond q, k, v (MiB)")
+        plot_lines(ax, rows_with(alone, direction=direction), 2 ** -20, "peak beyond q, k, v (MiB)")
     stacks = [row for row in run["rows"] if "layers" in row]
     plot_lines(axes[-1], stacks, 2 ** -20, "peak (MiB)")

@@ -339,6 +339,22 @@ def pivot(
     keys = sorted({row[by] for row in rows})
     return [{by: key, **{name: places.get((key, name)) for name in names}} for key in keys], names
 
+# %% ../../nbs/15d_results.ipynb #15d0b002
+def by_place(
+    rows: Iterable[dict], # of a run
+    *settings: str, # that make a place
+) -> list[tuple[dict, dict[str, float]]]: # each place, and the medians there by name
+    "Calls that were timed at the same settings."
+    places: dict[tuple, dict[str, float]] = {}
+    for row in rows:
+        place = tuple(row[key] for key in settings)
+        places.setdefault(place, {})[row["name"]] = row["median"]
+    return [(dict(zip(settings, place)), times) for place, times in places.items()]
+
+# %% ../../nbs/15d_results.ipynb #15d0b004
+def rows_with(rows: Iterable[dict], **settings) -> list[dict]:
+    return [row for row in rows if settings.items() <= row.items()]
+
 # %% ../../nbs/15d_results.ipynb #5c5120c8
 BASELINES = {"ring": "ring", "local": OURS, "gpu": "triton"} # suite -> contender to divide by
 
@@ -361,7 +377,7 @@ def race_tables(
 # %% ../../nbs/15d_results.ipynb #01434a8d
 def _summary(changes: list[dict], unit: str) -> dict:
     "How many figures of one unit went down and up, and their mean ratio."
-    rows = [row for row in changes if row["unit"] == unit]
+    rows = rows_with(changes, unit=unit)
     words = [row["change"] for row in rows]
     return dict(
         what=f"{'times' if unit == 'ms' else 'memory'} compared",
@@ -439,7 +455,7 @@ def plot_race(
     fig, (ax,) = new_figure(panel=(5.6, 1.4 + 0.2 * len(places)))
     for i, (name, color) in enumerate(colors_of(row["name"] for row in rows).items()):
         look = dict(marker="os^"[i // 8 % 3], label=name, color=color)  # eight colours in turn
-        _race_name(ax, [row for row in rows if row["name"] == name], places, look)
+        _race_name(ax, rows_with(rows, name=name), places, look)
     relative = [row["relative"] for row in rows]
     if max(relative) > 4 or min(relative) < 0.25: ax.set(xscale="log")
     ax.axvline(1, color=GREY, lw=1, ls=":")
@@ -475,7 +491,7 @@ def plot_lines(
     "Medians by tokens, a line for each name, with spread, on logarithmic axes."
     from matplotlib.ticker import LogLocator
     for name, color in colors_of(row["name"] for row in rows).items():
-        mine = sorted((r for r in rows if r["name"] == name), key=lambda row: row["tokens"])
+        mine = sorted(rows_with(rows, name=name), key=lambda row: row["tokens"])
         x = [row["tokens"] for row in mine]
         spread = ([factor * row[key] for row in mine] for key in ("median", "p20", "p80"))
         median, low, high = spread

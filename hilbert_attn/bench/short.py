@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..backends import hilbert_attention
 from .contenders import DENSE, MASKED, Candidate, Case, run_cases, shape_of
-from .results import BLUE, GREEN, GREY, RED, Table, ratio_ticks
+from .results import (
+    BLUE, GREEN, GREY, RED, Table, by_place, ratio_ticks, rows_with)
 from ..block_sparse import block_sparse_attention
 from ..cross import hilbert_cross_attention
 from ..curves import curve_order
@@ -136,11 +137,10 @@ def _of_other_families(n: int, heads: int) -> Iterator[_Setting]:
 # %% ../../nbs/15h_short.ipynb #5b0d3f13
 def _in_a_ring(n: int) -> Iterator[_Setting]:
     "A ring of one process."
-    for w, r in ((16, 2), (None, 1)):
-        size, rate = n if w is None else min(w, n), min(r, n)
-        attention = partial(ring_attention, segment_size=size, dilation_rate=rate)
-        name = "ring, dense" if w is None else f"ring, segments of {w}, rate {r}"
-        yield _Setting(name, attention, SegmentPattern(n, size, rate).mask())
+    some = "ring, segments of 16, rate 2", min(16, n), min(2, n)
+    for name, w, r in (some, ("ring, dense", n, 1)):
+        attention = partial(ring_attention, segment_size=w, dilation_rate=r)
+        yield _Setting(name, attention, SegmentPattern(n, w, r).mask())
 
 # %% ../../nbs/15h_short.ipynb #fbf308a8
 def _settings(n: int, heads: int) -> list[_Setting]:
@@ -172,17 +172,12 @@ def short_table(
     run: dict, # of the suite `short`
 ) -> list[dict]: # threads, tokens, setting, direction, us, ratio, behind, slow
     "Each of our calls beside the better of dense SDPA and SDPA with the mask."
-    places: dict[tuple, dict[str, float]] = {}
-    for row in run["rows"]:
-        place = tuple(row[key] for key in ("threads", "tokens", "setting", "direction"))
-        places.setdefault(place, {})[row["name"]] = row["median"] * 1e6
     lines = []
-    for (threads, tokens, setting, direction), times in places.items():
-        ours, best = times[OURS_SHORT], min(times[DENSE], times[MASKED])
-        behind = dict(us=ours, ratio=ours / best, behind=ours - best)
+    for place, times in by_place(run["rows"], "threads", "tokens", "setting", "direction"):
+        us = {name: seconds * 1e6 for name, seconds in times.items()}
+        ours, best = us[OURS_SHORT], min(us[DENSE], us[MASKED])
         slow = ours > RATIO * best and ours - best > MICROSECONDS
-        place = dict(threads=threads, tokens=tokens, setting=setting, direction=direction)
-        lines.append(place | behind | dict(slow=slow))
+        lines.append(place | dict(us=ours, ratio=ours / best, behind=ours - best, slow=slow))
     return lines
 
 # %% ../../nbs/15h_short.ipynb #c7ffa2bb
@@ -216,7 +211,7 @@ def plot_short(run: dict):
     fig, axes = new_figure(len(directions), panel=(4.6, 3.0))
     for ax, direction in zip(axes, directions):
         for threads, color in zip(run["config"]["threads"], (BLUE, GREEN)):
-            mine = [x for x in lines if (x["threads"], x["direction"]) == (threads, direction)]
+            mine = rows_with(lines, threads=threads, direction=direction)
             aside = 0.16 * (threads - 1.5)  # points of one length stand side by side
             xs = [tokens.index(x["tokens"]) + aside for x in mine]
             ys = [x["ratio"] for x in mine]

@@ -36,8 +36,8 @@ from hilbert_attn.bench.machine import (
 from .measuring import measure, telling
 from .memory import bench_memory, memory_tables, plot_memory
 from hilbert_attn.bench.results import (
-    BASELINES, Table, change_tables, colors_of, compare_runs, from_gpu_run, load_runs, pivot,
-    plot_lines, plot_race, race_tables, target,
+    BASELINES, Table, by_place, change_tables, colors_of, compare_runs, from_gpu_run, load_runs,
+    pivot, plot_lines, plot_race, race_tables, rows_with, target,
 )
 from .decode import bench_decode, decode_tables, plot_decode
 from .dit import bench_dit, dit_tables, plot_dit
@@ -148,7 +148,7 @@ def _plot_curves(run: dict):
     flat = [row for row in run["rows"] if row["grid"].count("x") == 1]
     plot_lines(axes[0], flat, 1e3, "time (ms)")
     for i, (name, color) in enumerate(colors_of(row["name"] for row in run["rows"]).items()):
-        shares = [row["neighbors_kept"] for row in run["locality"] if row["name"] == name]
+        shares = [row["neighbors_kept"] for row in rows_with(run["locality"], name=name)]
         if not shares: continue
         heights = [y + 0.3 - 0.15 * i for y in range(len(sizes))]
         axes[1].plot(shares, heights, "o", ms=5, label=name, color=color)
@@ -201,10 +201,8 @@ def _dilated_candidates(
     along = curve_order(options["grid"], options["curve"] or "row_major")
     lengths, rates = config["segment_lengths"], config["dilation_rates"]
     options = options | dict(backend="sdpa")
-
-    def mixture(q, k, v):
-        return dilated_attention(q, k, v, lengths, rates, **options)
-
+    mixture = partial(
+        dilated_attention, segment_lengths=lengths, dilation_rates=rates, **options)
     yield Candidate(ONE_CALL, mixture, attention_mask(pattern, order=along), pattern.pairs())
     for w, r, b in zip(lengths, rates, pattern.branches):
         alone = partial(hilbert_attention, segment_size=w, dilation_rate=r, **options)
@@ -245,13 +243,10 @@ def dilated_targets(
     run: dict, # of the suite `dilated`
 ) -> list[dict]: # what, measured, target, met
     "What one call with several branches may cost, relative to its branches alone, and costs."
-    setting = ("mode", "order", "direction")
-    of = {(row["name"], *(row[key] for key in setting)): row["median"] for row in run["rows"]}
     found = []
-    for (name, *values), one in of.items():
-        if name != ONE_CALL: continue
-        ratio = one / of[BRANCH_CALLS, *values]
-        what = f"{label(dict(zip(setting, values)))}: time / sum of its branches"
+    for place, times in by_place(run["rows"], "mode", "order", "direction"):
+        ratio = times[ONE_CALL] / times[BRANCH_CALLS]
+        what = f"{label(place)}: time / sum of its branches"
         found.append(target(what, ratio, run["config"]["target"], at_least=False))
     return found
 
