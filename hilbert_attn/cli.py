@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, NamedTuple
+from typing import Any
 
 from . import __version__
 
@@ -186,23 +186,15 @@ def _explain_options(add):
         help="cpu or cuda (default: cuda where there is a GPU)")
     add("--backend", default="auto", metavar="NAME", help="force one, by name (default: auto)")
 
-# %% ../nbs/17_cli.ipynb #8d9aedb3
-class _Command(NamedTuple):
-    "One of the program's."
-    run: Callable[[argparse.Namespace], None]
-    options: Callable[[Callable], None] # adds them
-    short: str # what it is, in the list of commands
-    about: str # the same, in its own help
-
 # %% ../nbs/17_cli.ipynb #5e8f6710
-_COMMANDS = {
-    "demo": _Command(
+_COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
+    "demo": (
         _demo, _demo_options,
         "attention along five curves on a photo, with a report",
         "Attention along five curves on a photo: checked against float64, timed, drawn, and "
         "written up in DIR/report.html.",
     ),
-    "bench": _Command(
+    "bench": (
         _bench, _bench_options,
         "measure this machine",
         "Measures this machine, suite by suite. Nothing is timed that does not match float64. "
@@ -214,13 +206,13 @@ _COMMANDS = {
         "one call. local: windows and neighbourhoods. ring: several processes. gpu: the Triton "
         "kernels.",
     ),
-    "explain": _Command(
+    "explain": (
         _explain, _explain_options,
         "which backend a call would take, and why",
         "Which backend a call would take on this machine, why, why not another, how much "
         "work it is, and how to train with the memory at hand.",
     ),
-    "env": _Command(
+    "env": (
         _env, lambda add: add("--json", action="store_true", help="print JSON"),
         "machine, versions and backends",
         "What machine this is, which versions are installed, and which backends run.",
@@ -237,11 +229,10 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_Layout,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    named: Any = dict(title="commands", dest="command", metavar="COMMAND", required=True)
-    commands = parser.add_subparsers(**named)
+    commands = parser.add_subparsers(
+        title="commands", dest="command", metavar="COMMAND", required=True)
     for name, (run, options, short, about) in _COMMANDS.items():
-        command: Any = dict(help=short, description=about, formatter_class=_Layout)
-        own = commands.add_parser(name, **command)
+        own = commands.add_parser(name, help=short, description=about, formatter_class=_Layout)
         own.set_defaults(run=run)
         options(own.add_argument)
     return parser

@@ -12,7 +12,7 @@ __all__ = ['INSTEAD', 'HilbertAttentionTritonFixed', 'StandardizedRingConfig', '
 
 # %% ../nbs/13b_compat.ipynb #13b0a004
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 import torch
 import torch.distributed as dist
@@ -134,12 +134,11 @@ class RingDilatedAttentionHilbertCore(DilatedSelfAttention):
         dtype: torch.dtype | None = None, # of the parameters
         **options: "Unpack[RingLayerOptions]", # of `RingDilatedAttention`
     ):
-        along = curve if use_hilbert else None
         inside = RingDilatedAttention(segment_lengths, dilation_rates, dropout, ring_size=ring_size,
-                                      curve=along, **options)
-        width: Any = dict(dim=dim, embed_dim=embed_dim, hidden_dim=hidden_dim)
-        made: Any = dict(bias=bias, device=device, dtype=dtype)
-        super().__init__(**width, num_heads=num_heads, heads=heads, attention=inside, **made)
+                                      curve=curve if use_hilbert else None, **options)
+        super().__init__(
+            dim=dim, embed_dim=embed_dim, hidden_dim=hidden_dim, num_heads=num_heads, heads=heads,
+            attention=inside, bias=bias, device=device, dtype=dtype)
 
     def shard(self, x: Tensor, dim: int = 1) -> Tensor: return self.attention.shard(x, dim)
 
@@ -168,9 +167,8 @@ class RingDilatedAttentionHilbertOptimizedFixed(RingDilatedAttention):
         curve: Curve = "hilbert", # a name in `CURVES` or "tile:S"
         **options: "Unpack[RingLayerOptions]", # of `RingDilatedAttention`
     ):
-        along = curve if use_hilbert else None
-        settings: Any = dict(ring_size=ring_size, curve=along)
-        super().__init__(segment_lengths, dilation_rates, dropout, **settings, **options)
+        super().__init__(segment_lengths, dilation_rates, dropout, ring_size=ring_size,
+                         curve=curve if use_hilbert else None, **options)
         self.dim = one_of("dim", dim, embed_dim=embed_dim, hidden_dim=hidden_dim)
         self.heads = one_of("heads", heads, num_heads=num_heads)
 
@@ -209,9 +207,9 @@ class BlockSparseRingDilatedAttentionHilbertPostPattern(RingBlockSparseAttention
         lengths, rates = branch_lists(segment_lengths, dilation_rates)
         pattern = sparse_config or SparsePatternConfig(
             "dilated_sparse", block_size, window=min(lengths), dilation_rates=rates)
-        curve = "hilbert" if use_post_pattern else None
-        settings: Any = dict(ring_size=ring_size, placement="post_pattern", curve=curve)
-        super().__init__(pattern, dropout, **settings, block_size=block_size, **options)
+        super().__init__(
+            pattern, dropout, ring_size=ring_size, placement="post_pattern",
+            curve="hilbert" if use_post_pattern else None, block_size=block_size, **options)
 
 # %% ../nbs/13b_compat.ipynb #13b0a016
 from .autograd import HilbertAttentionFunction as HilbertAttentionFunction

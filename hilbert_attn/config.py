@@ -30,11 +30,6 @@ _ALIASES = {
 }
 _WORDS = {"combine": COMBINES, "dilation_mode": DILATION_MODES, "layout": ("contiguous", "zigzag")}
 
-
-def _check_words(values: Mapping[str, Any]):
-    for name, known in _WORDS.items():
-        if values[name] is not None: check_word(name, values[name], known)
-
 # %% ../nbs/12f_config.ipynb #5efb6c34
 def known_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:
     known = [f.name for f in fields(AttentionConfig)] + list(_ALIASES)
@@ -82,7 +77,8 @@ def _checked_sizes(values: dict[str, Any]) -> dict[str, Any]:
 # %% ../nbs/12f_config.ipynb #bc203939
 def _checked(values: dict[str, Any]) -> dict[str, Any]:
     "The fields that were brought to another form; the others are right as they stand."
-    _check_words(values)
+    for name, known in _WORDS.items():
+        if values[name] is not None: check_word(name, values[name], known)
     found = _checked_sizes(values)
     for name in ("use_hilbert", "checkpoint", "causal", "bias"):
         found[name] = true_or_false(name, values[name])
