@@ -7,6 +7,7 @@ __all__ = ['MASKED', 'NAIVE', 'KEEPS', 'TAKES', 'demo_candidates', 'compare_orde
 
 # %% ../../nbs/16c_comparison.ipynb #ff69cdcd
 from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch
@@ -36,21 +37,14 @@ def demo_candidates(
     pairs = pattern.pairs(heads)
     masks = {c: attention_mask(pattern, order=curve_order(grid, c)) for c in CURVES}
     mask = masks["hilbert"]
-    hidden = ~mask
-
-    def along(curve):
-        options = dict(grid=grid, curve=curve, segment_size=segment_size)
-        return lambda q, k, v: hilbert_attention(q, k, v, **options, return_lse=True)
-
-    def dense(q, k, v): return hilbert_attention(q, k, v, return_lse=True)
-    def masked(q, k, v): return F.scaled_dot_product_attention(q, k, v, mask)
-    def naive(q, k, v): return naive_attention(q, k, v, hidden)
-
+    dense = partial(hilbert_attention, return_lse=True)
+    along = partial(dense, grid=grid, segment_size=segment_size)
+    masked = partial(F.scaled_dot_product_attention, attn_mask=mask)
     return [
-        *(Candidate(curve, along(curve), masks[curve], pairs) for curve in CURVES),
+        *(Candidate(c, partial(along, curve=c), masks[c], pairs) for c in CURVES),
         Candidate("dense", dense, None, heads * n * n),
         Candidate(MASKED, masked, mask, pairs),
-        Candidate(NAIVE, naive, mask, pairs),
+        Candidate(NAIVE, partial(naive_attention, hidden=~mask), mask, pairs),
     ]
 
 # %% ../../nbs/16c_comparison.ipynb #19154b56

@@ -40,9 +40,7 @@ from .pictures import draw_attention, draw_curve, draw_segments
 _LARGEST_KEYS = 2_000_000 # characters
 
 
-def _text(array: np.ndarray) -> str:
-    "Bytes as text."
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
+def _text(data: bytes) -> str: return base64.b64encode(data).decode()
 
 # %% ../../nbs/16d_report.ipynb #34d4df9b
 def _fits(q: Tensor, limit: int = _LARGEST_KEYS) -> bool:
@@ -51,10 +49,6 @@ def _fits(q: Tensor, limit: int = _LARGEST_KEYS) -> bool:
 
 # %% ../../nbs/16d_report.ipynb #5b8870fe
 _MOST_PATCHES = 60_000 # their numbers have 16 bits in the page
-
-
-def _order_text(grid: tuple[int, int], curve: str) -> str:
-    return _text(curve_order(grid, curve).numpy().astype("<u2"))
 
 
 def _page_data(
@@ -66,6 +60,7 @@ def _page_data(
 ) -> dict: # JSON-ready
     "What the page needs to draw."
     (rows, cols), (_, heads, _, dim) = photo.grid, q.shape
+    orders = {c: curve_order(photo.grid, c).numpy().astype("<u2") for c in CURVES}
     step = float(q.abs().max()) / 127
     keys = (q[0] / step).round().to(torch.int8).numpy()
     return dict(
@@ -76,8 +71,8 @@ def _page_data(
         heads=heads,
         dim=dim,
         scale=step ** 2 / sqrt(dim),
-        orders={curve: _order_text(photo.grid, curve) for curve in CURVES},
-        keys=_text(keys) if _fits(q, limit) else None,
+        orders={curve: _text(order.tobytes()) for curve, order in orders.items()},
+        keys=_text(keys.tobytes()) if _fits(q, limit) else None,
     )
 
 # %% ../../nbs/16d_report.ipynb #b5646457
@@ -89,7 +84,7 @@ def _data_uri(picture: np.ndarray | Path, kind: str = "webp", **options) -> str:
     image.thumbnail((1200, 1200))
     out = io.BytesIO()
     image.save(out, kind, **options)
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
+    return f"data:image/{kind};base64,{_text(out.getvalue())}"
 
 # %% ../../nbs/16d_report.ipynb #c409c760
 _CANVAS = (
