@@ -20,15 +20,6 @@ from .settings import (
     HilbertOptions, HilbertSettings, prefix_attention, settings_from)
 from .transformers import split_mask
 
-# %% ../../nbs/14h_any_model.ipynb #5707ad85
-def _as_four(
-    mask: Tensor, # broadcastable to (B, H, M, N)
-    n: int, # N, keys
-) -> Tensor: # (B or 1, H or 1, M or 1, N)
-    "A mask with all of its dimensions."
-    mask = mask[(None,) * (4 - mask.ndim)]
-    return mask.expand(*mask.shape[:3], n)
-
 # %% ../../nbs/14h_any_model.ipynb #6e1b83d0
 def _why_not_heads(
     q: Tensor, # (B, H, N, D)
@@ -85,7 +76,8 @@ def _who_attends(
             "made; use is_causal=True, no mask, or no compilation")
     n = q.shape[2]
     if n == 1: raise ValueError("a mask of one key: there are no segments")
-    causal, keys = split_mask(_as_four(mask, n), n, n, is_causal)
+    mask = mask[(None,) * (4 - mask.ndim)]
+    causal, keys = split_mask(mask.expand(*mask.shape[:3], n), n, n, is_causal)
     causal = causal or is_causal  # PyTorch takes both
     if keys is None or bool(keys.all()): return causal, None
     if keys.shape[0] not in (1, q.shape[0]):

@@ -259,8 +259,8 @@ def _set_processors(model: Any, processor: Any):
 
 def _know_the_way_back(model: nn.Module):
     "Gives each part that has a way back the one that knows our processors."
-    parts: list[Any] = list(model.modules())
-    for part in parts:
+    part: Any
+    for part in model.modules():
         if hasattr(type(part), "set_default_attn_processor"):
             part.set_default_attn_processor = partial(_set_default, part)
             part.set_attn_processor = partial(_set_processors, part)

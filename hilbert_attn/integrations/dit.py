@@ -292,8 +292,8 @@ def _shapes_grid(config: Any, given: Mapping[str, Any]) -> tuple[int, ...]: # (T
 # %% ../../nbs/14f_diffusion_transformers.ipynb #d928e6fa
 def _stated_grid(config: Any, given: Mapping[str, Any]) -> tuple[int, ...] | None: # (T, H, W)
     "From three numbers."
-    grid: list[Any] = [given.get(name) for name in ("num_frames", "height", "width")]
-    return None if None in grid else tuple(int(side) for side in grid)
+    grid: Any = [given.get(name) for name in ("num_frames", "height", "width")]
+    return None if None in grid else tuple(map(int, grid))
 
 
 def _frames_grid(config: Any, given: Mapping[str, Any]) -> tuple[int, ...]: # (T,)
@@ -900,7 +900,7 @@ def _with_rule(
         raise ValueError(
             f"layers={{...: {dict(options)}}}: {name!r} is no setting of a layer. Known ones: "
             f"{', '.join(_OF_A_LAYER)}")
-    changes: dict[str, Any] = dict(options)
+    changes: Any = dict(options)
     if any(name in options for name in _PATTERNS):
         changes = dict.fromkeys(_PATTERNS) | changes
         if "tiles" not in options: changes = dict.fromkeys(_SHIFTS, 0.0) | changes
@@ -960,8 +960,8 @@ def _switch(
     if settings.reorder:
         curve: Any = next(iter(each.values())).curve
         Reordering(model, door, _way_of(model, each), curve)
-    geometry = Geometry("sequence")
-    switch = Switch(model, layers, dict.fromkeys(layers, geometry), type(model).__name__)
+    geometry = dict.fromkeys(layers, Geometry("sequence"))
+    switch = Switch(model, layers, geometry, type(model).__name__)
     for number, (name, layer) in enumerate(layers.items()):
         seam = Seam(each[name], door, switch.sites[name], number)
         layer.processor = rewired(layer.processor, seam)
@@ -1012,9 +1012,9 @@ def switch_diffusion(
     parts = _parts(model)
     # A second transformer takes over late: its first steps are not the first ones.
     later = replace(settings, dense_steps=0)
-    each = [settings if number == 0 else later for number in range(len(parts))]
-    plans = [_planned(part, own, layers) for part, own in zip(parts, each, strict=True)]
-    for part, own, plan in zip(parts, each, plans, strict=True):
+    each = [settings, *[later] * (len(parts) - 1)]
+    plans = [_planned(part, own, layers) for part, own in zip(parts, each)]
+    for part, own, plan in zip(parts, each, plans):
         _switch(part, own, plan)
         note_switch(part, _NOTED, _as_noted(own, plan, layers))
     return model
@@ -1046,7 +1046,7 @@ def _restore(
 
 def _still_switched(model: nn.Module, noted: Any) -> Any: # None where no layer is
     "What holds of a note when a model is saved."
-    processors: list[Any] = [getattr(layer, "processor", None) for layer in model.modules()]
+    processors: Any = [getattr(layer, "processor", None) for layer in model.modules()]
     seams = [own.hilbert_seam for own in processors if hasattr(own, "hilbert_seam")]
     if not seams: return None
     names = [*seams[0].door.layers, *noted.get("by_hand", ())]
