@@ -11,9 +11,8 @@ from sampling import examples
 from torch._dynamo.testing import CompileCounterWithBackend
 from transform_cases import DROPPING, HEADS, WIDTH
 
-from hilbert_attn import explain_backend, hilbert_attention, merge_attention
+from hilbert_attn import explain_backend, hilbert_attention, merge_attention, ring_attention
 from hilbert_attn.branched import DilatedAttention
-from hilbert_attn.integrations import HilbertSettings, prefix_attention
 from hilbert_attn.reference import Scores, masked_attention, with_sinks
 
 each_function = pytest.mark.parametrize("name", DROPPING)
@@ -98,7 +97,7 @@ def test_values_of_another_width_in_a_layer():
 def test_where_values_must_be_as_wide():
     q, k, v = inputs(5, torch.float32)
     with pytest.raises(ValueError, match="k has shape .* and v .*: they must agree"):
-        prefix_attention(q, k, v, HilbertSettings(segment_size=8, prefix_tokens=2))
+        ring_attention(q, k, v)
 
 
 def test_the_reason_speaks_of_columns():
