@@ -454,6 +454,17 @@ def test_caches_that_do_not_fit_are_refused(hf):
             mask(1, 1, 9, q_offset, kv_offset)
 
 
+@pytest.mark.parametrize("tokens,causal", [((3, 9), False), ((9, 3), False), ((9, 3), True)])
+def test_keys_of_another_sequence_are_refused(hf, tokens, causal):
+    model = switched(hf, segment_size=8)
+    layer = next(m for m in model.modules() if "hilbert_site" in vars(m))
+    attend = hf.AttentionInterface()["hilbert"]
+    q, k = (torch.randn(1, 4, n, 8) for n in tokens)
+    said = "{} queries and {} keys, not causal".format(*tokens)
+    with pytest.raises(ValueError, match=said):
+        attend(layer, q, k, k, None, is_causal=causal)
+
+
 def test_attention_weights_are_refused(hf):
     with pytest.raises(ValueError, match="attn"):
         switched(hf, segment_size=8)(IDS, output_attentions=True)
