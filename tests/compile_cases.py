@@ -177,9 +177,9 @@ def kernels_of_blocks() -> list[Case]:
     "Every number of axes, blocks wider than tiles, other architectures and dtypes."
     cases = [Case(kernel, 90, head_dim=d, order=(axes + d // 64) % 2 == 0, axes=axes,
                   traits=("CAUSAL",) * (axes == 3 or d == 64 and axes == 0))
-             for kernel in BLOCKS for d in (64, 128) for axes in range(4)]
+             for kernel in BLOCKS for d in (64, 128) for axes in range(5)]
     cases += [Case(kernel, arch, head_dim=d, order=d == 128, traits=("CAUSAL",) * (arch == 80),
-                   axes=3 if arch == 80 else 2)
+                   axes=4 if arch == 80 else 2)
               for kernel in BLOCKS for arch in (80, 100) for d in (64, 128)]
     splits = ((128, (128, 64)), (80, (64, 64)), (256, (128, 128)))
     cases += [Case(kernel, 90, head_dim=d, axes=2, block=block, order=d == 80)

@@ -28,6 +28,7 @@ from kernel_cases import (  # noqa: F401  the fixtures apply here too
 )
 from sampling import examples
 
+from hilbert_attn.block_ring import lists_order, plan_block_ring
 from hilbert_attn.blocks.lists import (
     ALWAYS,
     BlockLists,
@@ -222,7 +223,7 @@ def block_cases(draw):
     rest = dict(
         b=st.integers(1, 2), n=st.integers(1, 90), registers=st.integers(0, 5),
         d=st.sampled_from([16, 20, 24, 32, 48, 64, 80]), block_size=st.tuples(SIDES, SIDES),
-        axes=st.integers(0, 3), own=PAIRS, ordered=PAIRS, causal=st.booleans(),
+        axes=st.integers(0, 4), own=PAIRS, ordered=PAIRS, causal=st.booleans(),
         key_mask=st.booleans(), keep=st.sampled_from([0.0, 0.4, 1.0]),
         dtype=st.sampled_from(DTYPES), layout=st.sampled_from(LAYOUTS),
         scale=st.sampled_from(SCALES), lse_grad=st.booleans(), tile=st.none() | TILES,
@@ -261,7 +262,21 @@ def test_patterns(pattern, curve, causal, registers):
 
 
 @pytest.mark.usefixtures("poisoned")
-@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_share_of_a_causal_neighborhood_in_three_dimensions():
+    "In a ring causality is one axis more: the fourth."
+    pattern = NeighborhoodPattern((4, 5, 6), (3, 3, 5))
+    whole = block_lists(pattern, order=curve_order((4, 5, 6), "hilbert"), causal=True,
+                        block_size=16)
+    plan, order = plan_block_ring(whole, 2), lists_order(whole)
+    lists = plan.local_lists(1)
+    assert len(lists.lo) == 4
+    queries, keys = order[plan.edges[1]:], order[torch.from_numpy(plan.needed[1])]
+    mask = pattern.mask().tril()[..., queries, :][..., keys].to(DEVICE)
+    assert_matches_oracle(attending(lists.to(DEVICE)), *tensors(lists, 2), mask)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("axes", [1, 2, 3, 4])
 def test_bounds_at_the_ends_of_int32(axes):
     n, draw, least, most = 64, generator(axes), -2 ** 31, 2 ** 31 - 1
 
@@ -484,8 +499,8 @@ def test_errors_name_what_is_wrong():
         block_triton_attention(q, short, short, lists)
     for others, words in (
         (replace(lists, block_size=(24, 32)), r"block_size=\(24, 32\).*multiples of 16"),
-        (replace(lists, lo=torch.zeros(4, lists.num_blocks[0] * lists.block_size[0])),
-         r"bounds of 4 axes.*backend='sdpa'"),
+        (replace(lists, lo=torch.zeros(5, lists.num_blocks[0] * lists.block_size[0])),
+         r"bounds of 5 axes.*backend='sdpa'"),
         (random_lists(30, groups=(1, 2)), r"groups=\(1, 2\).*H=3"),
         (lists.to("meta"), "on meta.*lists.to"),
     ):

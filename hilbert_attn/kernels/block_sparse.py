@@ -80,22 +80,24 @@ _ALWAYS = tl.constexpr(ALWAYS)
 
 class Bounds(NamedTuple):
     "What a partial block is decided from, on the queries' side."
-    lo: Any # three vectors, of which the first AXES count
+    lo: Any # four vectors, of which the first AXES count
     count: Any # the same: so many coordinates are attended, from lo on; uint32
 
 # %% ../../nbs/10b_block_kernels.ipynb #3fe74b0b
 @triton.jit
 def _load_axes(ptr, first, n_slots, ROWS: tl.constexpr, AXES: tl.constexpr):
-    "What an (A, slots) table says of a tile's slots: three vectors, of which the first A count."
+    "What an (A, slots) table says of a tile's slots: four vectors, of which the first A count."
     slot = tl.arange(0, ROWS)
     n_slots = n_slots // 16 * 16
     a = slot
     b = slot
     c = slot
+    d = slot
     if AXES > 0: a = tl.load(ptr + first + slot)
     if AXES > 1: b = tl.load(ptr + (n_slots + first) + slot)
     if AXES > 2: c = tl.load(ptr + (2 * n_slots + first) + slot)
-    return a, b, c
+    if AXES > 3: d = tl.load(ptr + (3 * n_slots + first) + slot)
+    return a, b, c, d
 
 # %% ../../nbs/10b_block_kernels.ipynb #4d106ff8
 @triton.jit
@@ -108,9 +110,10 @@ def _count(lo, hi):
 def _load_bounds(layout, first, n_slots, ROWS: tl.constexpr, AXES: tl.constexpr):
     "Of a tile of queries. Coordinates are 0 or more, so a bound below 0 rules nothing out."
     hi = _load_axes(layout.hi, first, n_slots, ROWS, AXES)
-    a, b, c = _load_axes(layout.lo, first, n_slots, ROWS, AXES)
-    a, b, c = tl.maximum(a, 0), tl.maximum(b, 0), tl.maximum(c, 0)
-    return Bounds((a, b, c), (_count(a, hi[0]), _count(b, hi[1]), _count(c, hi[2])))
+    a, b, c, d = _load_axes(layout.lo, first, n_slots, ROWS, AXES)
+    a, b, c, d = tl.maximum(a, 0), tl.maximum(b, 0), tl.maximum(c, 0), tl.maximum(d, 0)
+    counts = _count(a, hi[0]), _count(b, hi[1]), _count(c, hi[2]), _count(d, hi[3])
+    return Bounds((a, b, c, d), counts)
 
 # %% ../../nbs/10b_block_kernels.ipynb #e7a45409
 @triton.jit
@@ -136,6 +139,7 @@ def _attended(q_token, bounds, k_token, k_valid, at, n_queries, S: tl.constexpr,
         seen = _inside(bounds, first, 0, K_DIM)
         if S.AXES > 1: seen &= _inside(bounds, at[1], 1, K_DIM)
         if S.AXES > 2: seen &= _inside(bounds, at[2], 2, K_DIM)
+        if S.AXES > 3: seen &= _inside(bounds, at[3], 3, K_DIM)
         seen |= tl.expand_dims(by_all, K_DIM)
     if S.CAUSAL:  # registers count as earlier than everything
         token = tl.where(k_token >= n_queries, -1, k_token)
@@ -457,7 +461,7 @@ def default_block_tile(
     if kernel == "dkv" and crowded and not dropout: return Tile(16, 128, 8, 3)
     if kernel != "dkv" or not (dropout or axes > 2): return tile
     if dropout: return Tile(16 if head_dim > 64 else 32, 128, 8, 2)
-    return Tile(32, 128, 8, 3)
+    return Tile(16 if head_dim > 64 and axes > 3 else 32, 128, 8, 3)
 
 # %% ../../nbs/10b_block_kernels.ipynb #888581e1
 def fit_block_tile(
@@ -670,9 +674,9 @@ def _check_lists(q: Tensor, k: Tensor, lists: BlockLists):
         f"block_size={lists.block_size}: both sides must be multiples of 16 for the triton backend")
     if any(own not in (1, size) for own, size in zip(lists.groups, (B, H))): raise ValueError(
         f"groups={lists.groups}: lists of their own have 1 or B={B} batches, and 1 or H={H} heads")
-    if lists.lo is not None and len(lists.lo) > 3: raise ValueError(
-        f"lists: partial blocks have bounds of {len(lists.lo)} axes, and the kernels read 3 (a "
-        "ring adds causality as one more); use backend='sdpa'")
+    if lists.lo is not None and len(lists.lo) > 4: raise ValueError(
+        f"lists: partial blocks have bounds of {len(lists.lo)} axes, and the kernels read 4 (three "
+        "of a grid, and causality in a ring); use backend='sdpa'")
     if where != q.device: raise ValueError(
         f"lists: they are on {where}, and q is on {q.device}; `lists.to(q.device)` moves them")
 
