@@ -8,7 +8,6 @@ __all__ = ['ATTENTION_TYPES', 'AUTO_RULES', 'AttentionType', 'register_attention
            'create_self_attention', 'which_when']
 
 # %% ../nbs/13_api.ipynb #a7b9eccf
-import difflib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -21,7 +20,7 @@ from .backends import MEMORY_POLICY, POLICY, REGISTRY, BackendChoice
 from .backends import choose_backend, explain_backend, rejected_backends
 from .block_layers import BlockSparseAttention, RingBlockSparseAttention
 from .branched import DilatedAttention, HilbertDilatedAttention
-from .common import whole_number
+from .common import nearest, whole_number
 from .config import AttentionConfig, Settings, known_fields
 from .curves import as_grid
 from .multihead import DilatedSelfAttention, MultiheadDilatedAttention
@@ -63,8 +62,7 @@ def register_attention_type(
 def _type_named(attention_type: str) -> AttentionType:
     "The registered type; a `ValueError` for an unknown name."
     if attention_type in ATTENTION_TYPES: return ATTENTION_TYPES[attention_type]
-    near = difflib.get_close_matches(str(attention_type), ATTENTION_TYPES, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = nearest(attention_type, ATTENTION_TYPES)
     known = [f"  {t.name!r}: {t.about}" for t in ATTENTION_TYPES.values()]
     known.append("  'auto': chooses one, see explain_attention_type")
     listed = "\n".join(known)

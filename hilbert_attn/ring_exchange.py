@@ -359,7 +359,7 @@ def share_errors(
         agree(ring, "share_errors", {}, error=error)
     else: agree(ring, "share_errors", dict(call=ring.state.calls, stage="end"))
 
-# %% ../nbs/09b_ring_exchange.ipynb #882d6fc9
+# %% ../nbs/09b_ring_exchange.ipynb #9255ee4f
 _digests = Cache(tensors=lambda value: ())
 
 
@@ -370,7 +370,7 @@ def _compute_digest(order: Tensor) -> str:
     total = int((mixed ^ (mixed >> 29)).sum()) & 0xFFFFFFFFFFFFFFFF
     return f"{x.numel()} tokens #{total:016x}"
 
-# %% ../nbs/09b_ring_exchange.ipynb #9255ee4f
+
 def digest(
     order: Tensor | None, # int64 (N,)
 ) -> str:

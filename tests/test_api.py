@@ -234,6 +234,8 @@ def test_config_round_trip_and_replace():
     assert (config.embed_dim, config.hidden_dim, config.num_heads) == (64, 64, 8)
     with pytest.raises(ValueError, match="disagree"): config.replace(dim=64, embed_dim=32)
     with pytest.raises(ValueError, match="did you mean 'dropout'"): config.replace(dropuot=0.1)
+    with pytest.raises(ValueError, match=r"'xyzzy' is no setting\. Known ones: dim, heads"):
+        config.replace(xyzzy=1)
     with pytest.raises(ValueError, match="process group cannot be written"):
         config.replace(group=object()).to_dict()
 

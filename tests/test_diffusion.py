@@ -472,7 +472,7 @@ def test_rules_for_layers(diffusers):
             "layer_shift=0.5: segment_size has no tiles",
         ),
         (dict(tiles=0), "tiles=0"),
-        (dict(dilation_rate=2), "'dilation_rate': no setting"),
+        (dict(dilation_rate=2), "'dilation_rate' is no setting"),
         (dict(curve="peano"), "peano"),
         (dict(tiles=2, layers="attn"), "layers='attn': none of the 2"),
         (dict(tiles=2, layers=7), "layers=7: none of the 2"),

@@ -112,7 +112,7 @@ def compare_orders(
     # the oracle needs some 50 bytes per head and pair of patches
     checked = list(range(heads)) if every_pair <= 60e6 else [0]
     candidates, reports = demo_candidates(grid, heads, segment_size), {}
-    for candidate in candidates[:-2]:
+    for candidate in candidates[:-2]:  # the baselines are not ours to check
         tell(f"checking {candidate.name}")
         reports[candidate.name] = check_exact(candidate, *qkv, heads=checked)
     forward, both = _time(candidates, qkv, repeats, max_seconds, tell)

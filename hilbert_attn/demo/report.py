@@ -32,7 +32,7 @@ from hilbert_attn.demo.comparison import (
     KEEPS, MASKED, NAIVE, TAKES, compare_orders, demo_table, which_order,
 )
 from hilbert_attn.demo.photo import (
-    CHEEK, PATCH, Photo, load_photo, needs, photo_tokens, project_tokens,
+    CHEEK, GRACE_HOPPER, PATCH, Photo, load_photo, needs, photo_tokens, project_tokens,
 )
 from .pictures import draw_attention, draw_curve, draw_segments
 
@@ -334,7 +334,7 @@ class DemoResult:
 
 # %% ../../nbs/16d_report.ipynb #4cde8eab
 def _checked_sizes(
-    photo: Photo, segment_size: int | None, patch: tuple[int, int] | None, default: bool,
+    photo: Photo, segment_size: int | None, patch: tuple[int, int] | None,
 ) -> tuple[int, tuple[int, int]]:
     "Segment size and patch, chosen where they are None; a `ValueError` where they don't fit."
     (rows, cols), n = photo.grid, prod(photo.grid)
@@ -342,8 +342,10 @@ def _checked_sizes(
     if not 1 <= segment_size <= n:
         rule = f"must be at least 1 and at most the {n:,} patches of the photo"
         raise ValueError(f"segment_size={segment_size}: {rule}")
-    middle = CHEEK if default and photo.grid == (75, 64) else (rows // 2, cols // 2)
-    row, col = middle if patch is None else patch
+    if patch is None:
+        in_full = (photo.name, photo.grid) == (GRACE_HOPPER, (75, 64))
+        patch = CHEEK if in_full else (rows // 2, cols // 2)
+    row, col = patch
     if not (0 <= row < rows and 0 <= col < cols):
         rule = f"rows are 0 to {rows - 1} and columns 0 to {cols - 1}"
         raise ValueError(f"patch={(row, col)}: {rule}")
@@ -384,7 +386,7 @@ def run_demo(
     if whole_number("max_patches", max_patches, 4) > _MOST_PATCHES:
         raise ValueError(f"max_patches={max_patches}: the report has room for {_MOST_PATCHES:,}")
     picture = load_photo(photo, max_patches)
-    w, place = _checked_sizes(picture, segment_size, patch, photo is None)
+    w, place = _checked_sizes(picture, segment_size, patch)
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     q, k, v = project_tokens(photo_tokens(picture), seed=seed)

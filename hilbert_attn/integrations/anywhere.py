@@ -7,6 +7,7 @@ __all__ = ['hilbert_attention_everywhere']
 
 # %% ../../nbs/14h_any_model.ipynb #0db1fc98
 import sys
+from collections import Counter
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Self, Unpack
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .settings import (
-    HilbertOptions, HilbertSettings, prefix_attention, settings_from)
+    HilbertOptions, HilbertSettings, prefix_attention)
 from .transformers import split_mask
 
 # %% ../../nbs/14h_any_model.ipynb #6e1b83d0
@@ -116,10 +117,6 @@ _CHECKPOINTED = (
 _MULTIHEAD = "nn.MultiheadAttention: convert_attention(model) replaces such layers"
 
 # %% ../../nbs/14h_any_model.ipynb #839a9b47
-def _count(counts: dict[str, int], name: str):
-    counts[name] = counts.get(name, 0) + 1
-
-
 def _answer(
     block: Any, caller: str, query: Tensor, key: Tensor, value: Tensor,
     attn_mask: Tensor | None = None, dropout_p: float = 0.0, is_causal: bool = False, *,
@@ -131,10 +128,10 @@ def _answer(
         try: causal, keys = _who_attends(query, key, attn_mask, is_causal)
         except ValueError as e: why = str(e)
     if why is not None:
-        _count(block.left, f"{caller}: {why}")
+        block.left[f"{caller}: {why}"] += 1
         return None
     if _checkpoints() > block.checkpoints: raise RuntimeError(_CHECKPOINTED)
-    _count(block.replaced, f"{caller}: {tuple(query.shape)}{', causal' if causal else ''}")
+    block.replaced[f"{caller}: {tuple(query.shape)}{', causal' if causal else ''}"] += 1
     return prefix_attention(
         query, key, value, block.settings, causal=causal, key_mask=keys, dropout_p=dropout_p,
         scale=scale)
@@ -153,20 +150,19 @@ class hilbert_attention_everywhere(TorchFunctionMode):
         **options: "Unpack[HilbertOptions]", # fields of `HilbertSettings`, instead of `settings`
     ):
         super().__init__()
-        self.settings = settings_from(settings, options)
+        self.settings = HilbertSettings.from_either(settings, options)
         schedule: Any = self.settings.layers
         if schedule is not None:
             raise ValueError(
                 f"layers={schedule.rules}: calls have no numbers; use a block around "
                 "each layer, or a helper that knows the layers of a model")
         self.depth = self.checkpoints = 0 # how often it is open; around it
-        self.replaced: dict[str, int] = {}
-        self.left: dict[str, int] = {}
+        self.replaced, self.left = Counter[str](), Counter[str]()
 
     def __enter__(self) -> Self:
         if not self.depth:
             self.checkpoints = _checkpoints()
-            self.replaced, self.left = {}, {}
+            self.replaced, self.left = Counter(), Counter()
         self.depth += 1
         super().__enter__()
         return self
@@ -190,7 +186,7 @@ class hilbert_attention_everywhere(TorchFunctionMode):
         if graph and func is torch.utils.checkpoint.checkpoint:  # a mode sees nothing inside
             raise RuntimeError(_CHECKPOINTED)
         if func is F.multi_head_attention_forward:
-            _count(self.left, _MULTIHEAD)
+            self.left[_MULTIHEAD] += 1
         if func is F.scaled_dot_product_attention:
             caller = _caller(hilbert_attention_everywhere.__torch_function__.__code__)
             out = None if caller is None else _answer(self, caller, *args, **options)

@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .settings import (
-    HilbertOptions, HilbertSettings, is_dense, placed, prefix_attention, settings_from)
+    HilbertOptions, HilbertSettings, is_dense, placed, prefix_attention)
 from .switch import (
     Geometry, Switch, check_schedule, chosen, refuse_layers, release, remove_hooks, remove_switch)
 
@@ -89,7 +89,7 @@ class HilbertAttnProcessor:
         self,
         settings: HilbertSettings | None = None, # grid: (H, W) of the tokens, or of the latent
         **options: "Unpack[HilbertOptions]", # fields of `HilbertSettings`, instead of `settings`
-    ): self.settings = settings_from(settings, options)
+    ): self.settings = HilbertSettings.from_either(settings, options)
 
     def on_grid(
         self,
@@ -233,7 +233,7 @@ class Guard:
             f"since, as {kind} (fuse_qkv_projections and set_attention_slice do that): undo that "
             "and call use_hilbert_processor again, or set_default_attn_processor()")
 
-
+# %% ../../nbs/14e_diffusers.ipynb #89dbe7f4
 def _set_default(
     model: Any, # with `set_default_attn_processor`
 ):
@@ -246,7 +246,7 @@ def _set_default(
     note_switch(model, _SETTING, None)
     type(model).set_default_attn_processor(model)
 
-# %% ../../nbs/14e_diffusers.ipynb #89dbe7f4
+
 def _set_processors(model: Any, processor: Any):
     "What the model itself does; no call is expected of layers that got their own kind back."
     type(model).set_attn_processor(model, processor)
@@ -292,6 +292,15 @@ def _calls(
     last = {name: noted[name] for name in ("settings", "include", "exclude")}
     return [*noted.get("earlier", []), last]
 
+
+def _note_call(
+    model: Any, # with a configuration
+    call: dict[str, Any], # settings, include, exclude
+):
+    "Adds a call to the note of a model."
+    for_all = call["include"] == "*" and not call["exclude"]
+    earlier = [] if for_all else _calls(noted_switch(model, _SETTING))
+    note_switch(model, _SETTING, call | (dict(earlier=earlier) if earlier else {}))
 
 # %% ../../nbs/14e_diffusers.ipynb #fa9d4a70
 @dataclass(frozen=True)
@@ -392,11 +401,11 @@ def use_hilbert_processor(
 
     Raises `ValueError`, before anything is changed, where a layer cannot take it, or where none
     is found; the first forward raises `RuntimeError` where a layer is not used."""
-    settings = settings_from(settings, options)
+    settings = HilbertSettings.from_either(settings, options)
     owners: dict[int, Geometry] = {}
     found = _found_layers(model, include, exclude)
     prefix = settings.prefix_tokens
-    places = {name: _layer_geometry(model, name, prefix, owners) for name in found}
+    places: Any = {name: _layer_geometry(model, name, prefix, owners) for name in found}
     reasons = {name: _why_not(layer, places[name]) for name, layer in found.items()}
     refuse_layers("take this processor", reasons)
     if not found:
@@ -404,12 +413,8 @@ def use_hilbert_processor(
             f"{type(model).__name__} has no self-attention with a processor, "
             f"among include={include!r}, exclude={exclude!r}")
     found = _switched(found, settings)
-    known = {name: geometry for name, geometry in places.items() if geometry is not None}
-    Switch(model, found, known, type(model).__name__)
+    Switch(model, found, places, type(model).__name__)
     Guard(model)
     _know_the_way_back(model)
-    noted = noted_switch(model, _SETTING)
-    earlier = [call for call in _calls(noted) if include != "*" or exclude]
-    call = dict(settings=settings.to_dict(), include=include, exclude=exclude)
-    note_switch(model, _SETTING, call | (dict(earlier=earlier) if earlier else {}))
+    _note_call(model, dict(settings=settings.to_dict(), include=include, exclude=exclude))
     return list(found)

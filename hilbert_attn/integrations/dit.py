@@ -10,7 +10,7 @@ __all__ = ['LAYOUTS', 'WAYS', 'DiTSettings', 'joint_attention', 'latent_grid', '
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from math import isfinite, prod
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..calls import check_curve
-from ..common import hide_masked, whole_number
+from ..common import check_names, hide_masked, whole_number
 from ..backends import check_backend_name
 from ..curves import as_grid, curve_order, inverse_order
 from ..local import (
@@ -35,8 +35,9 @@ from ..local import (
 from .diffusers import KEEPERS, Keeper, note_switch
 from .settings import ModelSettings, plain_numbers, plain_value
 from ..schedule import LayerSchedule, Rules, schedule_from
-from .switch import (
-    Geometry, Site, Switch, in_backward, register_switch, release, remove_hooks, remove_switch)
+from hilbert_attn.integrations.switch import (
+    Geometry, Site, Switch, check_one_grid, in_backward, register_switch, release, remove_hooks,
+    remove_switch)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e011
 _PATTERNS = ("tiles", "segment_size", "window", "kernel_size")
@@ -132,28 +133,6 @@ def _check_reorder(settings: "DiTSettings"):
         raise ValueError(
             "reorder=True and kernel_size: a neighbourhood is of places on the grid, where the "
             "curve changes nothing; leave reorder out")
-
-# %% ../../nbs/14f_diffusion_transformers.ipynb #e13f81b8
-def _settings_from(
-    settings: ModelSettings | None,
-    options: Mapping[str, Any], # the fields, instead
-) -> DiTSettings:
-    "Settings from an object or from its fields. Raises `ValueError`."
-    if settings is None:
-        known = [field.name for field in fields(DiTSettings)]
-        unknown = ", ".join(repr(name) for name in options if name not in known)
-        if unknown:
-            raise ValueError(
-                f"{unknown}: no setting of a diffusion transformer. Known ones: "
-                f"{', '.join([*known, 'layers'])}")
-        return DiTSettings(**options)
-    if options:
-        raise ValueError(
-            f"settings are given, and so are {', '.join(options)}: give one or the other")
-    if not isinstance(settings, DiTSettings):
-        raise ValueError(
-            f"settings is a {type(settings).__name__}: diffusion transformers take DiTSettings")
-    return settings
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b1
 def _long_sides(
@@ -409,12 +388,10 @@ def _recalled(
     n: int,
 ) -> tuple[int, ...]: # the grid of a layer that runs again for its gradients
     "Raises `ValueError` where that is unsure."
-    grids = seen.get(n, set())
+    grids = seen.get(n)
     if not grids: raise ValueError(_RUNS_AGAIN)
-    if len(grids) == 1: return next(iter(grids))
-    raise ValueError(
-        f"gradient checkpointing, and inputs of {n} tokens on {sorted(grids)}: which "
-        "one runs again is unknown; use one of them, or no checkpointing")
+    check_one_grid(grids, n)
+    return next(iter(grids))
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #bd918806
 class Steps:
@@ -501,7 +478,7 @@ class Door:
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e002
 @dataclass(frozen=True)
 class Way:
-    "What the cells of an architecture pass outside of its layers."
+    "The modules of an architecture in which cells get, and lose, their order."
     into: str # module that makes tokens of them
     rotary: str = "" # module, or argument, of their rotary tables; "": positions are added
     dim: int = 0 # of these tables, along which tokens lie
@@ -895,11 +872,7 @@ def _with_rule(
     options: Mapping[str, Any], # of a rule
 ) -> DiTSettings:
     "Settings of one layer; a pattern takes the place of the model's. Raises `ValueError`."
-    for name in options:
-        if name in _OF_A_LAYER: continue
-        raise ValueError(
-            f"layers={{...: {dict(options)}}}: {name!r} is no setting of a layer. Known ones: "
-            f"{', '.join(_OF_A_LAYER)}")
+    check_names(options, _OF_A_LAYER, "setting of a layer")
     changes: Any = dict(options)
     if any(name in options for name in _PATTERNS):
         changes = dict.fromkeys(_PATTERNS) | changes
@@ -1008,7 +981,7 @@ def switch_diffusion(
 
     Raises `ValueError` where settings or model do not fit; the first forward raises `RuntimeError`
     where a layer goes on without us."""
-    settings = _settings_from(settings, options)
+    settings = DiTSettings.from_either(settings, options)
     parts = _parts(model)
     # A second transformer takes over late: its first steps are not the first ones.
     later = replace(settings, dense_steps=0)

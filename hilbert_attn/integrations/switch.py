@@ -7,7 +7,7 @@ __all__ = ['Geometry', 'remove_unasked', 'Site', 'Switch', 'register_switch', 's
 
 # %% ../../nbs/14b_switched_models.ipynb #c395ef60
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import prod
 from types import ModuleType
@@ -52,6 +52,17 @@ def in_backward() -> bool:
     "Is this a layer that runs again, for its gradients?"
     if torch.compiler.is_compiling(): return False
     return torch._C._current_graph_task_id() != -1
+
+
+def check_one_grid(
+    grids: Collection[tuple[int, ...]], # on which calls of so many tokens have been
+    n: int, # tokens
+):
+    "Raises `ValueError` for several, where a layer runs again."
+    if len(grids) == 1: return
+    raise ValueError(
+        f"gradient checkpointing, and inputs of {n} tokens on {sorted(grids)}: which one runs "
+        "again is unknown; use one of them, or no checkpointing")
 
 # %% ../../nbs/14b_switched_models.ipynb #67f911a5
 class Geometry:
@@ -103,12 +114,7 @@ class Geometry:
             raise ValueError(
                 "no patches were seen in this call: their grid is unknown")
         check_cells(settings, self.grid, self.prefix_tokens, n)
-        if in_backward() and len(self.seen[prod(self.grid)]) > 1:
-            grids = sorted(self.seen[prod(self.grid)])
-            raise ValueError(
-                "gradient checkpointing, and inputs of as many cells on "
-                f"{grids}: which one runs again is unknown; use one of them, or "
-                "no checkpointing")
+        if in_backward(): check_one_grid(self.seen[prod(self.grid)], n)
         return placed(settings, self.grid, self.prefix_tokens)
 
 # %% ../../nbs/14b_switched_models.ipynb #738c83e8

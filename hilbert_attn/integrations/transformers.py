@@ -30,7 +30,7 @@ from ..decoding import (
     KeyTable, attend_keys, decode_attention, overlap_keys, segment_keys, slide_keys)
 from .settings import (
     HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, can_overlap, cell_order,
-    few_attention, key_counts, layer_settings, prefix_attention, settings_from)
+    few_attention, key_counts, layer_settings, prefix_attention)
 from hilbert_attn.integrations.switch import (
     Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, release,
     switch_of)
@@ -83,7 +83,6 @@ _UNKNOWN = {
 
 def _refuse(
     name: str, # of the implementation
-    module: nn.Module, # the layer
     options: Mapping[str, Any], # that transformers passes
 ):
     "Raises `ValueError` for what this attention does not have."
@@ -92,11 +91,6 @@ def _refuse(
             raise ValueError(
                 f"{option}: {about}; attn_implementation={name!r} does not have "
                 "that, use 'eager' or 'sdpa'")
-    if _said_by(module, "is_encoder_decoder"):
-        raise ValueError(
-            "this is an encoder-decoder model: its cross-attention has keys "
-            "of another sequence, which has no segments in common; use "
-            "'eager' or 'sdpa'")
 
 # %% ../../nbs/14c_transformers.ipynb #df6fdbc4
 def _allowed(
@@ -314,6 +308,19 @@ def _transformers_mask(
         return mask if window is None else _with_window(mask, window, keys)
     return hilbert_mask
 
+# %% ../../nbs/14c_transformers.ipynb #14c0f001
+def _check_places(
+    settings: HilbertSettings,
+    m: int, # queries, the last of the tokens
+    n: int, # tokens so far
+):
+    "Raises `ValueError` where a new token would move the others."
+    if not settings.moved or settings.grid is not None: return
+    raise ValueError(
+        f"curve={settings.order_name!r}, shift={settings.shift} over a sequence that grows ({m} "
+        f"queries, {n} keys): each new token would move the others along the curve; set "
+        "curve=None and shift=0, or give the grid")
+
 # %% ../../nbs/14c_transformers.ipynb #48460532
 def _keys_in_reach(
     settings: HilbertSettings,
@@ -322,7 +329,7 @@ def _keys_in_reach(
 ) -> Tensor: # int64 (K,): token indices
     "Keys that may count for the last queries: nothing before the oldest segment, but the prefix."
     prefix, keys = settings.prefix_tokens, torch.arange(n, device="cpu")
-    if settings.order_name is not None or settings.shift: return keys
+    if settings.moved: return keys
     first = max(n - m - prefix, 0)  # position of the first query
     start = min(first // w * w for w in settings.branches[0]) - settings.before
     start = prefix + max(start, 0)
@@ -335,13 +342,7 @@ def _keys_of_last(
     n: int, # tokens so far
     num_heads: int, # H
 ) -> tuple[Tensor, Tensor]: # int64 (K,): token indices; int64 (H or 1, M, K): how often each counts
-    "The keys of the last queries. Raises `ValueError` where a new token would move the others."
-    curve, shift = settings.order_name, settings.shift
-    if settings.grid is None and (curve is not None or shift):
-        raise ValueError(
-            f"curve={curve!r}, shift={shift} over a sequence that grows ({m} "
-            f"queries, {n} keys): each new token would move the others along "
-            "the curve; set curve=None and shift=0, or give the grid")
+    "The keys of the last queries."
     keys, queries = _keys_in_reach(settings, m, n), torch.arange(n - m, n, device="cpu")
     counts = key_counts(settings, keys, queries, n, num_heads, causal=True)
     used = counts.any(1).any(0)
@@ -475,8 +476,7 @@ def _is_plain(
 ) -> bool:
     "One branch over tokens as they come, none of them moved, in a segment with all residues?"
     lengths, rates = settings.branches
-    if len(lengths) > 1 or settings.prefix_tokens or settings.shift: return False
-    if settings.order_name is not None: return False
+    if len(lengths) > 1 or settings.prefix_tokens or settings.moved: return False
     return rates[0] <= min(lengths[0], n)
 
 # %% ../../nbs/14c_transformers.ipynb #c1679e2a
@@ -509,13 +509,14 @@ def cached_attention(
     scale: Any, # a number or None, or `Scores`
     need_lse: bool = False, # False: nobody reads the second result
 ) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M)
-    "Causal attention of the last queries of a sequence; only the keys they need are read."
+    """Causal attention of the last queries of a sequence; only the keys they need are read.
+
+    Raises `ValueError` where a new token would move the others."""
     q, k, v = autocast_inputs(q, k, v)
+    _check_places(settings, q.shape[2], k.shape[2])
     starts, rest = _first_tokens(key_mask, settings), (dropout_p, scale, need_lse)
-    moving = settings.order_name is not None or settings.shift
-    growing = moving and settings.grid is None  # an error below
     together = settings.combine == "lse" or len(settings.branches[0]) == 1
-    if growing or q.shape[2] > _FEW or not together:
+    if q.shape[2] > _FEW or not together:
         return _row_by_row(q, k, v, settings, key_mask, starts, *rest)
     if key_mask is None and _is_plain(settings, k.shape[2]):
         return _plain_step(q, k, v, settings, *rest)
@@ -601,7 +602,7 @@ def _needed_window(
             "give it a cache that keeps all tokens, as DynamicCache()")
     if window is None or n <= window: return None
     lengths, _ = settings.branches
-    moved = settings.order_name is not None or settings.shift or settings.prefix_tokens
+    moved = settings.moved or settings.prefix_tokens
     if not moved and settings.segment_lengths is None: return window
     if not moved and max(lengths) + settings.before <= window and not gone: return None
     raise ValueError(
@@ -671,7 +672,7 @@ def _transformers_attention(
     def hilbert_attention_forward(module, query, key, value, attention_mask=None, dropout=0.0,
                                   scaling=None, is_causal=None, softcap=None, s_aux=None,
                                   **options):
-        _refuse(name, module, options)
+        _refuse(name, options)
         if getattr(module, "is_cross_attention", False):
             return dense(module, query, key, value, attention_mask, dropout=dropout,
                          scaling=scaling, is_causal=False, softcap=softcap, **options)
@@ -949,7 +950,7 @@ def register_hilbert_attention(
     _check_version(transformers, masks)
     _check_name(name)
     if settings is not None or options:
-        _DEFAULTS[name] = settings_from(settings, options)
+        _DEFAULTS[name] = HilbertSettings.from_either(settings, options)
     else: _DEFAULTS.setdefault(name, None)
     mask = _transformers_mask(masks.causal_mask_function, masks.bidirectional_mask_function)
     dense = transformers.AttentionInterface()["sdpa"]
@@ -1109,7 +1110,7 @@ def use_hilbert_attention(
             f"model is a {type(inner).__name__}: expected a "
             "transformers.PreTrainedModel; for other models see "
             "convert_attention and convert_vit")
-    values = _for_decoders(inner, settings_from(settings, options)).to_dict()
+    values = _for_decoders(inner, HilbertSettings.from_either(settings, options)).to_dict()
     register_hilbert_attention(name=name)
     with _undone_on_error(inner):
         for config in _configs(inner):

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..common import is_plain
 from ..curves import as_grid
 from .settings import (
-    HilbertOptions, HilbertSettings, PrefixAttention, is_dense, settings_from)
+    HilbertOptions, HilbertSettings, PrefixAttention, is_dense)
 from hilbert_attn.integrations.switch import (
     Geometry, Switch, check_schedule, check_stated, chosen, patch_layer, prefix_length,
     refuse_layers)
@@ -256,7 +256,7 @@ def _why_not_alike(
         f"{type(layer).__name__} has the parts of attention among tokens, and computes "
         "something else (attention among channels, or the like)")
 
-
+# %% ../../nbs/14d_vision.ipynb #14d0f002
 def _why_not(
     layer: nn.Module,
     parent: nn.Module,
@@ -343,22 +343,22 @@ def _replace(
     geometry: Geometry,
 ) -> list[str]: # names of those that were replaced
     "Replaces layers, and has the model prove that they are used."
-    numbers = {key: i for i, key in enumerate(dict.fromkeys(map(id, found.values())))}
-    check_schedule(settings, len(numbers))
-    kept = [key for key, i in numbers.items() if is_dense(settings, i, len(numbers))]
-    found = {name: layer for name, layer in found.items() if id(layer) not in kept}
-    new = {id(layer): _replacement(layer, settings.of_layer(numbers[id(layer)], len(numbers)))
-           for layer in found.values()}
+    layers = list(dict.fromkeys(found.values()))  # one in two places is one
+    check_schedule(settings, len(layers))
+    new: dict[nn.Module, Any] = {
+        layer: _replacement(layer, settings.of_layer(i, len(layers)))
+        for i, layer in enumerate(layers) if not is_dense(settings, i, len(layers))}
+    found = {name: layer for name, layer in found.items() if layer in new}
+    names: dict[nn.Module, str] = {}
     for name, layer in found.items():
         parent, _, own = name.rpartition(".")
-        setattr(model.get_submodule(parent), own, new[id(layer)])  # one in two places stays one
+        setattr(model.get_submodule(parent), own, new[layer])
+        names.setdefault(layer, name)
     for module in model.modules():
-        if not isinstance(module, nn.TransformerEncoder):
-            continue
-        ours = _SelfAttention in map(type, module.modules())
-        if ours: module.use_nested_tensor = False
-    first = {id(layer): name for name, layer in reversed(list(found.items()))}  # of its names
-    sites: dict[str, Any] = {name: new[key].attention for key, name in first.items()}
+        if not isinstance(module, nn.TransformerEncoder): continue
+        if any(isinstance(part, _SelfAttention) for part in module.modules()):
+            module.use_nested_tensor = False
+    sites = {name: new[layer].attention for layer, name in names.items()}
     Switch(model, sites, dict.fromkeys(sites, geometry), type(model).__name__)
     return list(found)
 
@@ -375,7 +375,7 @@ def convert_attention(
 
     Raises `ValueError`, before anything is changed, where a layer cannot be replaced, or none is
     found; the first forward raises `RuntimeError` where a layer is not used."""
-    settings = settings_from(settings, options)
+    settings = HilbertSettings.from_either(settings, options)
     found, patches = _found_layers(model, include, exclude), patch_layer(model)
     if patches is None: geometry = Geometry("sequence")
     else:
