@@ -22,12 +22,13 @@ from .common import check_names, check_word, shown, true_or_false, whole_number
 from .modules import grid_or_none, one_of, share
 from .options import Backend, Combine, Curve, Layout, Mode
 from .patterns import COMBINES, DILATION_MODES, SegmentPattern, branch_lists
+from .ring_plan import LAYOUTS
 
 # %% ../nbs/12f_config.ipynb #12f0a006
 _ALIASES = {
     "embed_dim": "dim", "hidden_dim": "dim", "num_heads": "heads", "checkpointing": "checkpoint",
 }
-_WORDS = {"combine": COMBINES, "dilation_mode": DILATION_MODES, "layout": ("contiguous", "zigzag")}
+_WORDS = {"combine": COMBINES, "dilation_mode": DILATION_MODES, "layout": LAYOUTS}
 
 # %% ../nbs/12f_config.ipynb #5efb6c34
 def known_fields(values: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ __all__ = ['hilbert_attention_everywhere']
 # %% ../../nbs/14h_any_model.ipynb #0db1fc98
 import sys
 from collections import Counter
+from math import prod
 from types import CodeType, FrameType, TracebackType
 from typing import Any, Self, Unpack
 
@@ -57,8 +58,7 @@ def _why_not_shapes(
     if why is not None: return why
     cells, prefix = n - settings.prefix_tokens, settings.prefix_tokens
     if settings.grid is None and cells > 0: return None
-    expected = 1 if settings.grid is None else torch.Size(settings.sides).numel()
-    if cells == expected: return None
+    if cells == prod(settings.sides): return None
     place = "no grid" if settings.grid is None else f"grid={settings.grid}"
     return f"{n} tokens: {place} and prefix_tokens={prefix} have others"
 

@@ -80,6 +80,7 @@ class _Meaning(ModelSettings):
     offsets: int | Sequence[int] | None
     grid: int | Sequence[int] | None
     curve: str | None
+    prefix_tokens: int
     shift: int
     overlap: int | str | None
 
@@ -116,6 +117,10 @@ class _Meaning(ModelSettings):
         "How many positions before its segment a token sees."
         if self.overlap != "segment": return int(self.overlap or 0)
         return 0 if self.segment_lengths is None else self.branches[0][0]
+
+    def cells(self, n: int) -> int: # at least 1
+        "Places for `n` tokens, prefix included: those of the grid, or one for each other token."
+        return max(n - self.prefix_tokens, 1) if self.grid is None else prod(self.sides)
 
     def pattern(self, cells: int, num_heads: int) -> DilatedPattern:
         "Who attends whom inside segments of the tokens behind the prefix, in curve positions."
@@ -346,8 +351,7 @@ def key_counts(
     causal: bool = False, # key token index <= query token index
 ) -> Tensor: # int64 (H or 1, M, K); 1 where heads are alike
     "How often each key counts for each query, straight from the definition."
-    prefix = settings.prefix_tokens
-    cells = max(n - prefix, 1) if settings.grid is None else prod(settings.sides)
+    prefix, cells = settings.prefix_tokens, settings.cells(n)
     if n - prefix > cells: _check_length(settings, n)
     key_at, query_at = (_positions(settings, x, cells) for x in (keys, queries))
     counts = settings.pattern(cells, num_heads).attends(query_at, key_at)

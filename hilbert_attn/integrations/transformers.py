@@ -430,8 +430,7 @@ def _tokens_seen(
     num_heads: int, # H
 ) -> KeyTable: # of tokens, counted likewise
     "The keys of some tokens: of all branches, and the prefix."
-    prefix, sides = settings.prefix_tokens, settings.sides
-    cells = prod(sides) if sides else max(n - prefix, 1)
+    prefix, cells = settings.prefix_tokens, settings.cells(n)
     position = (token - prefix).clamp(min=0)
     order = cell_order(settings, cells, token.device)
     if order is not None: position = inverse_order(order)[position]
@@ -562,18 +561,16 @@ def _text_attention(
     "Causal attention of texts of which each begins behind its padding."
     options: Any = dict(causal=True, dropout_p=dropout_p, scale=scale, return_lse=need_lse)
     starts, n = _first_tokens(key_mask, settings), q.shape[2]
-    known = not torch.compiler.is_compiling()
-    if not isinstance(starts, Tensor) or known and not bool(starts.any()):
-        found = prefix_attention(q, k, v, settings, key_mask=key_mask, **options)
-        return found if need_lse else (found, None)
-    place, late = torch.arange(n, device=q.device), starts[:, None]
-    there, back = (place + late) % n, (place - late) % n
-    q, k, v = (_moved(x, there) for x in (q, k, v))
-    seen = key_mask.gather(1, there)
-    found = prefix_attention(q, k, v, settings, key_mask=seen, **options)
-    if not need_lse: return _moved(found, back), None
-    out, lse = found
-    return _moved(out, back), _moved(lse[..., None], back)[..., 0]
+    late: Tensor | None = None # by how many places each text begins later
+    if isinstance(starts, Tensor) and (torch.compiler.is_compiling() or bool(starts.any())):
+        place, late = torch.arange(n, device=q.device), starts[:, None]
+        there, back = (place + late) % n, (place - late) % n
+        q, k, v = (_moved(x, there) for x in (q, k, v))
+        key_mask = key_mask.gather(1, there)
+    found = prefix_attention(q, k, v, settings, key_mask=key_mask, **options)
+    out, lse = found if need_lse else (found, None)
+    if late is None: return out, lse
+    return _moved(out, back), None if lse is None else _moved(lse[..., None], back)[..., 0]
 
 # %% ../../nbs/14c_transformers.ipynb #518f97ec
 def _held(
@@ -653,7 +650,7 @@ def _attend(
 ) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
     "A text that grows, texts behind padding, or a picture."
     n, rest = k.shape[2], (dropout_p, scale, need_lse)
-    whole = settings.prefix_tokens + max(prod(settings.sides), 1)
+    whole = settings.prefix_tokens + prod(settings.sides)
     if q.shape[2] < n or causal and n < whole:  # a sequence that grows
         return cached_attention(q, k, v, settings, key_mask, *rest)
     if causal and key_mask is not None:
