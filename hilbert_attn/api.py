@@ -21,7 +21,7 @@ from .backends import choose_backend, explain_backend, rejected_backends
 from .block_layers import BlockSparseAttention, RingBlockSparseAttention
 from .branched import DilatedAttention, HilbertDilatedAttention
 from .common import nearest, whole_number
-from .config import AttentionConfig, Settings, known_fields
+from .config import AttentionConfig, Settings
 from .curves import as_grid
 from .multihead import DilatedSelfAttention, MultiheadDilatedAttention
 from .ring_layers import RingDilatedAttention
@@ -143,7 +143,7 @@ def _blocks(config: AttentionConfig) -> dict[str, Any]:
     "Settings that all block-sparse types have."
     same = ("dropout", "causal", "grid", "checkpoint", "backend")
     options = {name: getattr(config, name) for name in same}
-    options["sparsity"] = 0.9 if config.sparsity is None else config.sparsity
+    if config.sparsity is not None: options["sparsity"] = config.sparsity
     options["curve"] = config.curve if config.use_hilbert else None
     return options | dict(block_size=max(config.tiles))
 
@@ -275,7 +275,7 @@ def _configured(
     attention_type: str, config: AttentionConfig | None, settings: Mapping[str, Any]
 ) -> tuple[AttentionType, AttentionConfig]:
     "The registered type and its configuration."
-    if config is None: config = AttentionConfig(**known_fields(settings))
+    if config is None: config = AttentionConfig.from_dict(settings)
     elif settings: config = config.replace(**settings)
     if attention_type != "auto": return _type_named(attention_type), config
     choice = explain_attention_type(config)
