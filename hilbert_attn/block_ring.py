@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -36,13 +37,22 @@ def lists_order(
     tokens = lists.query_tokens().flatten()
     return tokens[tokens >= 0]
 
+# %% ../nbs/10g_block_ring.ipynb #4b65746c
+def _positions(lists: BlockLists) -> Tensor: # int64 (N,)
+    "The position of each token: how many come before it in the slots."
+    n, slots, device = lists.num_queries, lists.q_tokens, lists.rows.index.device
+    if slots is None: return torch.arange(n, device=device)
+    there = slots >= 0
+    position = torch.empty(n + 1, dtype=torch.int64, device=device)  # the last: of empty slots
+    position[slots.long().where(there, n)] = there.cumsum(0) - 1
+    return position[:n]
+
 # %% ../nbs/10g_block_ring.ipynb #65d42527
 def _slot_positions(lists: BlockLists) -> tuple[np.ndarray, np.ndarray]:
     "The position in each slot of queries and of keys, by blocks; -1 where it is empty."
-    order = lists_order(lists).cpu().numpy()
-    position = np.full(len(order) + 1, -1, np.int64)  # the last one is for empty slots
-    position[order] = np.arange(len(order))
-    return position[lists.query_tokens().cpu().numpy()], position[lists.key_tokens().cpu().numpy()]
+    position = F.pad(_positions(lists), (0, 1), value=-1)  # the last one is for empty slots
+    q_slots, k_slots = position[lists.query_tokens()], position[lists.key_tokens()]
+    return q_slots.cpu().numpy(), k_slots.cpu().numpy()
 
 # %% ../nbs/10g_block_ring.ipynb #ad3a4a45
 @dataclass(frozen=True, eq=False)
@@ -113,18 +123,17 @@ def _describe(plan: BlockRingPlan):
 
 # %% ../nbs/10g_block_ring.ipynb #a6ddfc35
 def _local_lists(plan: BlockRingPlan, rank: int) -> BlockLists:
-    blocks, reads, (first, last) = plan.blocks(rank), plan.needed[rank], plan.edges[rank:rank + 2]
-    lists = take_blocks(plan.lists, *map(torch.from_numpy, blocks))
+    (first, last), reads, blocks = plan.edges[rank:rank + 2], plan.needed[rank], plan.blocks(rank)
     q_slots, k_slots = (slots[some] for slots, some in zip(plan.slots, blocks))
     inside = (q_slots >= first) & (q_slots < last)
     places = np.where(inside, q_slots - first, -1)
     rows = np.where(k_slots >= 0, np.searchsorted(reads, k_slots), -1)
-    q_tokens, k_tokens = (
-        torch.from_numpy(x.ravel().astype(np.int32)).to(lists.device) for x in (places, rows))
+    lists = take_blocks(plan.lists, *map(torch.from_numpy, blocks))
+    def tokens(x): return torch.from_numpy(x.ravel()).to(lists.device, torch.int32)
     lo, hi, at = _with_causality(lists)
     return replace(
         lists, num_queries=int(last - first), num_keys=len(reads), causal=False,
-        q_tokens=q_tokens, k_tokens=k_tokens, lo=lo, hi=hi, at=at)
+        q_tokens=tokens(places), k_tokens=tokens(rows), lo=lo, hi=hi, at=at)
 
 # %% ../nbs/10g_block_ring.ipynb #25e87273
 def _without_always(lo: Tensor, hi: Tensor, at: Tensor) -> Sequence[Tensor]: # lo, hi, at
@@ -256,16 +265,6 @@ def _common(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float | N
                 blocks=len(lists.rows.index), causal=lists.causal,
                 requires_grad=gradients and torch.is_grad_enabled())
 
-# %% ../nbs/10g_block_ring.ipynb #4b65746c
-def _positions(lists: BlockLists) -> Tensor: # int64 (N,)
-    "The position of each token: how many come before it in the slots."
-    n, slots, device = lists.num_queries, lists.q_tokens, lists.rows.index.device
-    if slots is None: return torch.arange(n, device=device)
-    there = slots >= 0
-    position = torch.empty(n + 1, dtype=torch.int64, device=device)  # the last: of empty slots
-    position[slots.long().where(there, n)] = there.cumsum(0) - 1
-    return position[:n]
-
 # %% ../nbs/10g_block_ring.ipynb #c0d8c884
 def _alone(q, k, v, lists: BlockLists, scale, backend: str, return_lse) -> Any:
     "A call of one rank, without plan and messages, as graphs can hold it."
@@ -312,9 +311,9 @@ def block_sparse_ring_attention(
 
     Differentiable in q, k, v through output and LSE; only needed blocks travel. Rules and errors as
     in `ring_attention`."""
-    options = group, scale, backend, return_lse
+    how = scale, backend, return_lse
     compiling = torch.compiler.is_compiling()
     without_data = compiling or isinstance(q, Tensor) and q.is_meta
-    if without_data and is_alone(group): return _alone(q, k, v, lists, *options[1:])
-    if not compiling: return _ring_round(q, k, v, lists, *options)
-    return torch.compiler.disable(_ring_round)(q, k, v, lists, *options)
+    if without_data and is_alone(group): return _alone(q, k, v, lists, *how)
+    ring_round = torch.compiler.disable(_ring_round) if compiling else _ring_round
+    return ring_round(q, k, v, lists, group, *how)

@@ -78,8 +78,8 @@ def reference_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
 @computes("sdpa_mask", "blocks")
 def sdpa_mask_blocks(call: Call) -> tuple[Tensor, Any]: # out, lse or None
     "SDPA with a mask."
-    options: Any = call.common | dict(need_lse=call.need_lse)
-    return block_sdpa_mask_attention(call.q, call.k, call.v, call.pattern, **options)
+    return block_sdpa_mask_attention(
+        call.q, call.k, call.v, call.pattern, **call.common, need_lse=call.need_lse)
 
 # %% ../nbs/10f_block_sparse.ipynb #6d05488b
 @computes("sdpa", "blocks")
@@ -121,15 +121,15 @@ def _check_block_mask(block_mask: Tensor, size: tuple[int, int], q: Tensor, k: T
     B, H, N, M = *q.shape[:3], k.shape[2]
     check_block_mask(block_mask, (-(-N // size[0]), -(-M // size[1])))
     shape, device = tuple(block_mask.shape), block_mask.device
-    groups = [(), (1,), (H,), *((b, h) for b in (1, B) for h in (1, H))]
-    if shape[:-2] in groups and device == q.device: return
+    fits = all(n in (1, most) for n, most in zip(shape[-3::-1], (H, B)))
+    if fits and device == q.device: return
     raise ValueError(
         f"block_mask is {shape} on {device}: expected B={B} and H={H} or 1 in front of the blocks, "
         f"on {q.device}")
 
 # %% ../nbs/10f_block_sparse.ipynb #62b3a614
 def _cut(size: tuple[int, int], N: int, M: int) -> tuple[int, int]:
-    "A block size that is not much longer than the sequences."
+    "The block size, cut to the sequences."
     if not known_now(N): return size
     rows, columns = (min(most, -(-n // 16) * 16) for n, most in zip((N, M), size))
     return rows, columns

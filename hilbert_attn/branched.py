@@ -8,15 +8,14 @@ __all__ = ['check_free', 'DilatedAttention', 'HilbertDilatedAttention', 'Hilbert
 
 # %% ../nbs/12b_branched.ipynb #12b0a004
 from collections.abc import Sequence
-from math import prod
 from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import Tensor
 
-from .calls import check_call, on_branches
+from .calls import check_call, check_cells, on_branches
 from .common import true_or_false
-from .curves import as_grid, curve_order
+from .curves import curve_order
 from .dilated import attend_branches
 from .modules import AttentionLayer, offsets_or_none
 from .options import Backend, Combine, Curve, Mode
@@ -34,6 +33,7 @@ class DilatedAttention(AttentionLayer):
     """Dilated attention with several branches, without projections. LongNet, arXiv 2307.02486.
 
     q, k, v (B, N, H, D) to (B, N, H, D)."""
+    setting_names = "segment_lengths", "dilation_rates", "combine", "dilation_mode", "offsets"
 
     def __init__(
         self,
@@ -60,9 +60,9 @@ class DilatedAttention(AttentionLayer):
             self.family = "heads" if combine == "heads" else "branches"
         self.dilation_mode = default_mode(combine) if dilation_mode is None else dilation_mode
         self.offsets = offsets_or_none(offsets)
-        own = self.offsets if isinstance(self.offsets, tuple) else ()
-        heads = len(own) if len(own) > 1 else len(self.segment_lengths)  # so many could fit
-        self.pairs(1, heads)  # names what does not
+        of_heads = self.offsets if isinstance(self.offsets, tuple) else ()
+        heads = len(of_heads) if len(of_heads) > 1 else len(self.segment_lengths)  # this many fit
+        self.pairs(1, heads)  # names what does not fit
 
     def forward(
         self,
@@ -101,10 +101,6 @@ class DilatedAttention(AttentionLayer):
         lists = self.segment_lengths, self.dilation_rates
         how: Any = dict(combine=self.combine, mode=self.dilation_mode, offsets=self.offsets)
         return DilatedPattern.for_heads(seq_len, num_heads, *lists, **how).pairs()
-
-    def settings(self) -> dict[str, Any]:
-        names = ("segment_lengths", "dilation_rates", "combine", "dilation_mode", "offsets")
-        return {name: getattr(self, name) for name in names}
 
 # %% ../nbs/12b_branched.ipynb #12b0a010
 class HilbertDilatedAttention(DilatedAttention):
@@ -149,11 +145,8 @@ class HilbertAttentionMixin:
     ) -> Tensor: # int64 (N,): token at each position
         "The order of the tokens along the curve."
         layer = _curve_of(self)
-        grid = as_grid(seq_len if layer.grid is None else layer.grid)
-        if prod(grid) != seq_len:
-            cells = f"grid={grid} with {prod(grid)} cells"
-            raise ValueError(f"seq_len={seq_len} and {cells}: they must agree")
-        return curve_order(grid, layer.curve or "row_major", device)
+        check_cells(layer.grid, seq_len)
+        return curve_order(layer.grid or seq_len, layer.curve or "row_major", device)
 
     def apply_hilbert_ordering(
         self,

@@ -201,7 +201,7 @@ def check_cells(
     if grid is None: return
     cells = prod(as_grid(grid))
     if cells != n:
-        raise ValueError(f"grid={grid!r} has {cells} cells and q has N={n} tokens: they must agree")
+        raise ValueError(f"grid={grid!r} has {cells} cells for {n} tokens: they must agree")
 
 # %% ../nbs/06b_calls.ipynb #502330ac
 @dataclass(eq=False)

@@ -18,9 +18,9 @@ from .backends import attend, computes, shortcut
 from .blocks.engine import attend_blocks, attend_blocks_backward, block_sdpa_attention
 from .blocks.lists import BlockLists
 from .blocks.planner import cross_lists
-from .calls import Call, check_curve, check_order
+from .calls import Call, check_cells, check_curve, check_order
 from .common import known_now, whole_number
-from .curves import as_grid, order_or_none
+from .curves import order_or_none
 from .local import check_with_registers
 from .operators import AttentionOperator
 from .patterns import CrossPattern
@@ -60,7 +60,7 @@ def _block_size(pattern: CrossPattern, triton: bool) -> tuple[int, int]: # queri
 def _lists_of(
     q: Tensor, k: Tensor, orders: tuple, segment_size: int, registers: int, triton: bool,
 ) -> BlockLists:
-    "The blocks of a call; cached where they are built."
+    "The blocks of a call."
     pattern = CrossPattern(q.shape[2], k.shape[2] - registers, segment_size)
     size, (order, key_order) = _block_size(pattern, triton), orders
     return cross_lists(
@@ -160,12 +160,12 @@ def _order(
     device: torch.device, # of q
 ) -> Tensor | None: # int64 (n,); None: as they lie
     "The order of one side. Raises `ValueError`."
-    if grid is not None and (cells := torch.Size(as_grid(grid)).numel()) != n:
-        raise ValueError(f"{name}grid={grid!r} has {cells} cells for {n} tokens: they must agree")
     check_curve(curve)
-    if order is None: return order_or_none(curve, grid, n, device)
-    try: return check_order(order, n, device)
+    try:
+        check_cells(grid, n)
+        if order is not None: return check_order(order, n, device)
     except ValueError as error: raise ValueError(f"{name}{error}") from None
+    return order_or_none(curve, grid, n, device)
 
 # %% ../nbs/11c_cross.ipynb #33d712b8
 @shortcut

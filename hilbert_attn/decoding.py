@@ -103,7 +103,7 @@ def _attend(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, # None: all keys
     scale: float | Scores | None, dropout_p: float, need_lse: bool,
 ) -> tuple[Tensor, Tensor | Any]: # out, lse or None
-    "Dense attention of few queries; with an LSE it is written out, in the precision of sums."
+    "Dense attention of few queries; written out, it is in the precision of sums."
     if not need_lse: return masked_sdpa(q, k, v, mask, scale, dropout_p), None
     if mask is None: mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
     wide = lse_dtype(q.dtype)
@@ -158,16 +158,16 @@ def _readable(x: Any) -> bool:
     return not torch.compiler.is_compiling() and is_plain(x) and x.device.type == "cpu"
 
 # %% ../nbs/11d_decoding.ipynb #06a6f40f
-def _check_lengths(starts: Any, lengths: Any, few: int, capacity: int, order: Tensor | None):
+def _check_lengths(starts: Any, lengths: Any, M: int, capacity: int, order: Tensor | None):
     "Raises `ValueError` for numbers that can be read here and do not fit."
     if not _readable(starts) or not _readable(lengths): return
-    fits = (starts >= 0) & (starts + few <= lengths) & (lengths <= capacity)
+    fits = (starts >= 0) & (starts + M <= lengths) & (lengths <= capacity)
     longest = capacity if order is None else len(order)
     fits = fits & (lengths - starts <= longest)
     if bool(fits.all() if isinstance(fits, Tensor) else fits): return
     starts, lengths = (x.tolist() if isinstance(x, Tensor) else x for x in (starts, lengths))
     raise ValueError(
-        f"starts={starts} and lengths={lengths}: each row needs start >= 0, start + {few} queries "
+        f"starts={starts} and lengths={lengths}: each row needs start >= 0, start + {M} queries "
         f"<= length <= {capacity}, the room of the cache, and at most {longest} tokens")
 
 
@@ -230,9 +230,9 @@ def _table_attention(
     call: Call, starts: Any, lengths: Any, pattern: Any, order: Tensor | None,
 ) -> tuple[Tensor, Any]: # out, lse or None
     "Attention to the keys of a table."
-    few, device = call.q.shape[2], call.q.device
+    M, device = call.q.shape[2], call.q.device
     starts, lengths = (torch.as_tensor(x, device=device).view(-1, 1) for x in (starts, lengths))
-    token = lengths - starts - few + torch.arange(few, device=device)  # of its own text
+    token = lengths - starts - M + torch.arange(M, device=device)  # counted in its own text
     keys, seen = _past_keys(token, pattern, order)
     table = KeyTable(keys + starts[..., None, None], seen)
     return attend_keys(
@@ -292,18 +292,18 @@ def decode_attention(
     call = check_call(
         q, k, v, crossed=True, dropout_p=dropout_p, scale=scale, softcap=softcap,
         sink_logits=sink_logits, return_lse=return_lse)
-    (batch, heads, few, _), room, device = call.q.shape, call.k.shape[2], call.q.device
-    starts = _numbers("starts", starts, batch, device)
-    lengths = _numbers("lengths", lengths, batch, device)
+    (B, H, M, _), room, device = call.q.shape, call.k.shape[2], call.q.device
+    starts, lengths = _numbers("starts", starts, B, device), _numbers("lengths", lengths, B, device)
     if order is not None: order = _check_order(order, window, overlap, device)
-    _check_lengths(starts, lengths, few, room, order)
+    _check_lengths(starts, lengths, M, room, order)
     segment = dict(segment_size=segment_size, dilation_rate=dilation_rate, mode=dilation_mode,
                    offsets=offsets)
     reach = room if order is None else len(order)
-    pattern = _pattern(reach, heads, segment, window, sinks, whole_number("overlap", overlap, 0))
-    known = few == 1 and order is None and not isinstance(starts + lengths, Tensor)
-    ranges = _ranges(lengths - starts - 1, pattern) if known else None
-    if ranges is not None: found = _range_attention(call, ranges, starts)
-    else: found = _table_attention(call, starts, lengths, pattern, order)
-    return call.result(found[0].to(call.q.dtype), found[1])
+    pattern = _pattern(reach, H, segment, window, sinks, whole_number("overlap", overlap, 0))
+    known = not isinstance(starts, Tensor) and not isinstance(lengths, Tensor)
+    one = known and M == 1 and order is None
+    ranges = _ranges(lengths - starts - 1, pattern) if one else None
+    if ranges is None: out, lse = _table_attention(call, starts, lengths, pattern, order)
+    else: out, lse = _range_attention(call, ranges, starts)
+    return call.result(out.to(call.q.dtype), lse)
 

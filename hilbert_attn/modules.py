@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
 from .backends import attend, check_backend_name, choose_backend, known_length
-from .calls import check_call, check_curve, on_segments
+from .calls import check_call, check_cells, check_curve, on_segments
 from .common import shown, true_or_false, whole_number, whole_numbers
 from .curves import as_grid, order_or_none
 from .options import Backend, Curve, Mode
@@ -116,6 +116,7 @@ class AttentionLayer(nn.Module):
     "What every attention layer keeps, checked when it is made. Raises `ValueError`."
     family = "segments" # what backends are asked to compute
     by_length = True # may the policy go by the number of tokens?
+    setting_names: tuple[str, ...] = () # of what a kind of layer keeps besides
 
     def __init__(
         self,
@@ -174,8 +175,8 @@ class AttentionLayer(nn.Module):
         return ", ".join(f"{name}={x!r}" for name, x in (self.settings() | other).items())
 
     def settings(self) -> dict[str, Any]: # name -> value
-        "What is the layer's own, for its `repr`."
-        return {}
+        "What this kind of layer keeps besides; its `repr` begins with it."
+        return {name: getattr(self, name) for name in self.setting_names}
 
 # %% ../nbs/12_modules.ipynb #5b1d0c16
 def _head_sizes(
@@ -215,6 +216,7 @@ class HilbertAttentionCore(AttentionLayer):
     """Self-attention in segments of a space-filling curve: projections around `hilbert_attention`.
 
     Tokens (B, N, E) to tokens (B, N, E)."""
+    setting_names = "segment_size", "dilation_rate", "dilation_mode", "offsets"
 
     def __init__(
         self,
@@ -276,10 +278,6 @@ class HilbertAttentionCore(AttentionLayer):
         place = dict(curve=curve, grid=self.grid if grid is None else grid)
         return self.run(_attend, self, x, self.backend_for(x), key_mask, place, rope)
 
-    def settings(self) -> dict[str, Any]:
-        names = ("segment_size", "dilation_rate", "dilation_mode", "offsets")
-        return {name: getattr(self, name) for name in names}
-
 # %% ../nbs/12_modules.ipynb #a0d18dd8
 def _check_inside(name: str, layer: nn.Module):
     "What a layer must not bring along where tokens are in curve order already."
@@ -318,9 +316,7 @@ class HilbertOrder(nn.Module):
         device: torch.device | str | None = None,
     ) -> Tensor | None: # int64 (N,): token at each position; None: tokens stay as they are
         "The order of the tokens inside."
-        if self.grid is not None and prod(self.grid) != seq_len:
-            cells = f"grid={self.grid} has {prod(self.grid)} cells"
-            raise ValueError(f"x has N={seq_len} tokens and {cells}: they must agree")
+        check_cells(self.grid, seq_len)
         return order_or_none(self.curve, self.grid, seq_len, device)
 
     def forward(
@@ -330,15 +326,15 @@ class HilbertOrder(nn.Module):
         key_mask: Tensor | None = None, # bool (B, N), True = attend
     ) -> Tensor: # tokens (B, N, E), in the order of x
         "Permutes, runs the layers, permutes back."
-        seq_len, order = x.shape[1], self.order(x.shape[1], x.device)
+        order = self.order(x.shape[1], x.device)
+        def placed(t, dim): return t if order is None else t.index_select(dim, order)
         options: dict[str, Any] = {}
-        if key_mask is not None:
-            options["key_mask"] = key_mask if order is None else key_mask[:, order]
+        if key_mask is not None: options["key_mask"] = placed(key_mask, 1)
         if self.rope_dim is not None:
-            place = seq_len if self.grid is None else self.grid
-            rope = rotary_embedding(place, self.rope_dim, device=x.device)
-            options["rope"] = rope if order is None else tuple(r[order] for r in rope)
-        inside = x if order is None else x.index_select(1, order)
+            grid = x.shape[1] if self.grid is None else self.grid
+            rope = rotary_embedding(grid, self.rope_dim, device=x.device)
+            options["rope"] = tuple(placed(angles, 0) for angles in rope)
+        inside = placed(x, 1)
         for layer in self.layers: inside = layer(inside, **options)
         if order is None: return inside
         return torch.empty_like(inside).index_copy(1, order, inside)

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .backends import attend, shortcut
 from .calls import check_call, check_order
-from hilbert_attn.common import (
-    Cache, check_word, define_operator, is_plain, is_whole, shown, true_or_false, whole_number,
-    whole_numbers)
+from .common import (
+    Cache, check_word, define_operator, described, is_plain, is_whole, shown, true_or_false,
+    whole_number, whole_numbers)
 from .curves import hilbert_decode
 from .local import LocalPattern
 from .patterns import AxisBounds, AxisPattern
@@ -80,12 +80,12 @@ def _make_table(ndim: int) -> tuple[Tensor, int]: # int64 (turns * cells,), wher
     "By turn and Morton code of some levels: the next turn, and the place of the cell."
     width, (turns, inside) = _LEVELS[ndim] * ndim, _find_turns(ndim)
     place = torch.arange(1 << width, device="cpu")
-    walk = _morton_codes(hilbert_decode(place, _LEVELS[ndim], ndim))
-    plain = _morton_codes(hilbert_decode(place[:1 << ndim], 1, ndim))
-    corners = torch.empty_like(turns).index_copy_(1, plain, turns) # where turns take a corner
-    code = _turn_codes(corners, walk, ndim)
-    then = _number_of(corners[:, inside], turns)
-    table = torch.empty_like(code).scatter_(1, code, then << width | place)
+    cells = _morton_codes(hilbert_decode(place, _LEVELS[ndim], ndim))  # of the plain walk
+    plain = _morton_codes(hilbert_decode(place[:1 << ndim], 1, ndim))  # its own turn
+    corners = torch.empty_like(turns).index_copy_(1, plain, turns)  # where turns take a corner
+    code = _turn_codes(corners, cells, ndim)
+    next_turn = _number_of(corners[:, inside], turns)
+    table = torch.empty_like(code).scatter_(1, code, next_turn << width | place)
     return table.flatten(), int(_number_of(plain, turns)) << width
 
 # %% ../nbs/11b_points.ipynb #399e2a36
@@ -130,9 +130,7 @@ def _curve_codes(
 def _sizes_of_batch(batch: Tensor, n: int) -> tuple[int, ...]:
     "Points of each cloud that has any; a `ValueError` for what does not fit."
     if not isinstance(batch, Tensor) or not is_whole(batch) or batch.shape != (n,):
-        given = type(batch).__name__
-        if isinstance(batch, Tensor): given = f"{batch.dtype} {tuple(batch.shape)}"
-        raise ValueError(f"batch is {given}: expected whole numbers of shape ({n},)")
+        raise ValueError(f"batch is {described(batch)}: expected whole numbers of shape ({n},)")
     return tuple(batch.unique(return_counts=True)[1].tolist())
 
 
@@ -222,11 +220,12 @@ def _boxes(
     count: int, # clouds
 ) -> tuple[Tensor, Tensor]: # float64 (clouds, ndim): lowest and highest corner
     "The box of each cloud."
-    if cloud is None: return x.amin(0, keepdim=True).double(), x.amax(0, keepdim=True).double()
-    to = cloud[:, None].expand(x.shape)
-    def reduced(how):
-        return x.new_zeros(count, x.shape[1]).scatter_reduce(0, to, x, how, include_self=False)
-    return reduced("amin").double(), reduced("amax").double()
+    if cloud is None: low, high = x.aminmax(dim=0, keepdim=True)
+    else:
+        to, none = cloud[:, None].expand(x.shape), x.new_empty(count, x.shape[1])
+        low, high = (none.scatter_reduce(0, to, x, how, include_self=False)
+                     for how in ("amin", "amax"))
+    return low.double(), high.double()
 
 # %% ../nbs/11b_points.ipynb #9fa38a5a
 _FINEST = 1 << 16  # cells along the longest side of a cloud, where no size is given
@@ -241,15 +240,13 @@ def _cells(
     "The cell of each point."
     if grid_size is None and not coords.is_floating_point(): return coords.long()
     low, high = _boxes(coords, cloud, count)
-    if grid_size is None:
-        size = (high - low).amax(1, keepdim=True) / (_FINEST - 1)
-        size = size.masked_fill(size == 0, 1)
-    else: size = torch.full_like(low[:, :1], grid_size)
-    if not bool(((high - low) / size < 2.0 ** 62).all()):
+    side = (high - low).amax(1, keepdim=True)
+    size = side / (_FINEST - 1) if grid_size is None else torch.full_like(side, grid_size)
+    size = size.masked_fill(size == 0, 1)  # all points of a cloud in one place
+    if not bool((side / size < 2.0 ** 62).all()):
         raise ValueError("coords span more cells than can be counted: take a larger grid_size")
 
-    def cells(x, own):
-        return ((x.double() - low[own]) / size[own]).floor().long()
+    def cells(x, own): return ((x.double() - low[own]) / size[own]).floor().long()
 
     if cloud is None: return _in_chunks(lambda x: cells(x, 0), coords)
     return _in_chunks(cells, coords, cloud)
@@ -371,11 +368,7 @@ def _by_size(order: Tensor, sizes: tuple[int, ...]) -> tuple[Tensor, tuple[int, 
     "The same clouds, larger ones behind smaller ones."
     if torch.compiler.is_compiling() or not is_plain(order): return order, sizes
 
-    def move():
-        old, size = np.argsort(sizes, kind="stable"), np.sort(sizes)
-        shift = np.cumsum(sizes)[old] - np.cumsum(size)
-        place = np.arange(len(order)) + np.repeat(shift, size)
-        return order[torch.from_numpy(place).to(order.device)], tuple(size.tolist())
+    def move(): return torch.cat(sorted(order.split(sizes), key=len)), tuple(sorted(sizes))
 
     return _moved.get(sizes, move, order)
 

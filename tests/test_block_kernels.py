@@ -502,7 +502,7 @@ def test_errors_name_what_is_wrong():
         (replace(lists, lo=torch.zeros(5, lists.num_blocks[0] * lists.block_size[0])),
          r"bounds of 5 axes.*backend='sdpa'"),
         (random_lists(30, groups=(1, 2)), r"groups=\(1, 2\).*H=3"),
-        (lists.to("meta"), "on meta.*lists.to"),
+        (lists.to("meta"), r"on meta.*BlockLists\.to"),
     ):
         with pytest.raises(ValueError, match=words): block_triton_attention(q, q, q, others)
 

@@ -50,7 +50,7 @@ BAD_TENSORS = [
     (dict(v=X.to("meta")), "on cpu, cpu, meta: they must be on one device"),
 ]
 BAD_PATTERNS = [
-    (dict(grid=(3, 5)), r"grid=\(3, 5\) has 15 cells and q has N=12 tokens"),
+    (dict(grid=(3, 5)), r"grid=\(3, 5\) has 15 cells for 12 tokens"),
     (dict(grid=(3, -4)), "each at least 1"),
     (
         dict(curve="peano"),

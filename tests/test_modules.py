@@ -197,7 +197,7 @@ def test_bad_tokens():
     m = layer(segment_size=30, grid=(7, 11))
     with pytest.raises(ValueError, match=r"x has shape \(2, 77, 40\): expected \(B, N, 48\)"):
         m(tokens()[..., :40])
-    with pytest.raises(ValueError, match=r"grid=\(7, 11\) has 77 cells and q has N=70"):
+    with pytest.raises(ValueError, match=r"grid=\(7, 11\) has 77 cells for 70 tokens"):
         m(tokens()[:, :70])
 
 

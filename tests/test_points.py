@@ -207,7 +207,7 @@ BAD_ORDERS = [
     (dict(grid_size=0), "grid_size=0: expected a positive number"),
     (dict(grid_size="1"), "grid_size='1': expected a positive number"),
     (dict(curve="hilbert_trans"), "curve='hilbert_trans': known curves are 'hilbert', 'hilb"),
-    (dict(batch=torch.zeros(4)), r"batch is torch.float32 \(4,\): expected whole numbers of shape"),
+    (dict(batch=torch.zeros(4)), r"batch is torch.float32 \(4,\) on cpu: expected whole numbers"),
     (dict(batch=torch.zeros(3, dtype=torch.int64)), r"expected whole numbers of shape \(4,\)"),
     (dict(batch=[0, 0, 1, 1]), "batch is list"),
     (dict(cu_seqlens=(0, 2)), r"cu_seqlens=\(0, 2\): expected 0, the end of each cloud, and at l"),

@@ -23,22 +23,17 @@ def _mask_mod(lists: BlockLists):
     "The function that FlexAttention asks about a pair of slots."
     kinds = lists.kinds().unflatten(0, lists.groups)  # (g, g, nQ, nK)
     q_tokens, k_tokens = lists.query_tokens().flatten(), lists.key_tokens().flatten()
-    late = k_tokens.masked_fill(k_tokens >= lists.num_queries, -1)
-    bounds: tuple[Any, ...] = lists.lo, lists.hi, lists.at
-
-    def inside(q, k):
-        result = k_tokens[k] >= 0
-        for lo, hi, at in zip(*bounds):
-            result = result & (lo[q] <= at[k]) & (at[k] <= hi[q])
-        return result | (lists.at[0][k] == ALWAYS)
+    since = k_tokens.masked_fill(k_tokens >= lists.num_queries, -1)  # the first token that sees it
+    axes: Any = () if lists.at is None else tuple(zip(lists.lo, lists.hi, lists.at))
 
     def mask_mod(b, h, q, k):
         block = q // lists.block_size[0], k // lists.block_size[1]
         kind = kinds[b % lists.groups[0], h % lists.groups[1], *block]
-        attended = (q_tokens[q] >= 0) & (k_tokens[k] >= 0)
-        if lists.at is not None: attended = attended & inside(q, k)
-        if lists.causal: attended = attended & (late[k] <= q_tokens[q])
-        return (kind == 2) | ((kind == 1) & attended)
+        there = attended = (q_tokens[q] >= 0) & (k_tokens[k] >= 0)
+        for lo, hi, at in axes: attended = attended & (lo[q] <= at[k]) & (at[k] <= hi[q])
+        if axes: attended = attended | there & (axes[0][2][k] == ALWAYS)
+        if lists.causal: attended = attended & (since[k] <= q_tokens[q])
+        return (kind == 2) | (kind == 1) & attended
 
     # for the way back; a function around this one may have its attributes, but is another one
     vars(mask_mod)["block_lists"] = ref(mask_mod), lists
@@ -76,12 +71,10 @@ def is_flex(
 # %% ../../nbs/10d_block_flex.ipynb #d3fdf87c
 def _table(count: Tensor, index: Tensor, width: int) -> Tensor: # bool (B * H, nQ, width)
     "Which blocks the lists (B, H, nQ, entries) of a `BlockMask` name."
-    B, H, nQ, entries = index.shape
-    there = torch.arange(entries, device=index.device) < count[..., None]
-    b, h, i, place = there.nonzero(as_tuple=True)
-    result = torch.zeros(B * H, nQ, width, dtype=torch.bool, device=index.device)
-    result[b * H + h, i, index[b, h, i, place].long()] = True
-    return result
+    there = torch.arange(index.shape[-1], device=index.device) < count[..., None]
+    result = there.new_zeros(*count.shape, width + 1)  # the last column is for what is not meant
+    result.scatter_(-1, index.long().where(there, width), True)
+    return result[..., :width].flatten(0, 1)
 
 # %% ../../nbs/10d_block_flex.ipynb #4c2fcb43
 def _flex_tables(
@@ -100,21 +93,21 @@ def _flex_tables(
 # %% ../../nbs/10d_block_flex.ipynb #e90d56ef
 def _flex_pairs(
     block_mask: "BlockMask", blocks: tuple[Tensor, ...],
-) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Evaluates the `mask_mod` on blocks (group, row, column), some at a time: which of them, slots
-    of queries and of keys, pairs."""
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]]:
+    """Evaluates the `mask_mod` on blocks (group, row, column), some at a time: these, slots of
+    queries and of keys, pairs."""
     (BM, BN), (N, M) = block_mask.BLOCK_SIZE, block_mask.seq_lengths
     device, heads = blocks[0].device, block_mask.kv_num_blocks.shape[1]
     size = max(1, (1 << 22) // (BM * BN))
     for first in range(0, len(blocks[0]), size):
-        part = slice(first, first + size)
-        group, row, column = (x[part, None, None] for x in blocks)
+        some = tuple(x[first:first + size] for x in blocks)
+        group, row, column = (x[:, None, None] for x in some)
         q = row * BM + torch.arange(BM, device=device)[:, None]
         k = column * BN + torch.arange(BN, device=device)
         shape = torch.broadcast_shapes(q.shape, k.shape)
         indices = group // heads, group % heads, q.clamp(max=N - 1), k.clamp(max=M - 1)
         pairs = torch.vmap(block_mask.mask_mod)(*(x.expand(shape).flatten() for x in indices))
-        yield part, q, k, pairs.view(shape) & (q < N) & (k < M)
+        yield some, q, k, pairs.view(shape) & (q < N) & (k < M)
 
 # %% ../../nbs/10d_block_flex.ipynb #3cd627e8
 _NO_INTERVAL = (
@@ -137,12 +130,11 @@ def _intervals(
     for _, q, k, pairs in found:
         lo.scatter_reduce_(0, q.flatten(), torch.where(pairs, k, NEVER).amin(-1).flatten(), "amin")
         hi.scatter_reduce_(0, q.flatten(), torch.where(pairs, k, -1).amax(-1).flatten(), "amax")
-    partial, (N, M) = partial.clone(), block_mask.seq_lengths
-    for part, q, k, pairs in found:
-        interval = (lo[q] <= k) & (k <= hi[q]) & (q < N) & (k < M)
-        if not torch.equal(pairs, interval): raise ValueError(_NO_INTERVAL)
-        partial[tuple(x[part] for x in blocks)] = pairs.any(2).any(1)
-    return lo, hi, partial
+    held = partial.clone()
+    for some, q, k, pairs in found:
+        if not torch.equal(pairs, (lo[q] <= k) & (k <= hi[q])): raise ValueError(_NO_INTERVAL)
+        held[some] = pairs.any(2).any(1)
+    return lo, hi, held
 
 # %% ../../nbs/10d_block_flex.ipynb #d269e79c
 def _attend_all(lo: Tensor, hi: Tensor, partial: Tensor, ragged: Tensor, size: int, keys: int):

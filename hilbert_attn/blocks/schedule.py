@@ -7,26 +7,21 @@ __all__ = ['PATTERN_TYPES', 'SparsePatternConfig', 'permute_blocks', 'PostPatter
 
 # %% ../../nbs/10e_block_schedule.ipynb #8d7e86ec
 from dataclasses import dataclass
-from functools import reduce
 from math import prod
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..calls import check_order
-from hilbert_attn.blocks.lists import (
-    LIST_TENSORS,
-    BlockLists,
-    BlockRows,
-    as_block_size,
-    check_block_mask,
-    lists_from_block_mask,
-    take_blocks,
-)
+from .lists import (
+    LIST_TENSORS, BlockLists, as_block_size, check_block_mask, lists_from_block_mask,
+    lists_from_operands, take_blocks)
 from .planner import BlockPattern, block_lists
-from ..common import (
-    Cache, define_operator, is_plain, known_now, outside_graphs, whole_number, whole_numbers)
+from hilbert_attn.common import (
+    Cache, check_word, define_operator, is_plain, known_now, outside_graphs, whole_number,
+    whole_numbers)
 from ..curves import curve_order, inverse_order
 from ..patterns import AxisPattern
 
@@ -37,9 +32,7 @@ PATTERN_TYPES = ("local_window", "dilated_sparse", "global_local", "mask")
 def _check_config(config: "SparsePatternConfig"):
     "Raises `ValueError` for what does not fit together."
     kind = config.pattern_type
-    if kind not in PATTERN_TYPES:
-        raise ValueError(
-            f"pattern_type={kind!r}: known types are {', '.join(map(repr, PATTERN_TYPES))}")
+    check_word("pattern_type", kind, PATTERN_TYPES, "types")
     if (kind == "mask") != (config.block_mask is not None):
         given = "missing" if config.block_mask is None else "given"
         raise ValueError(
@@ -90,7 +83,7 @@ class SparsePatternConfig:
         reach = self.window // 2
         if self.pattern_type == "dilated_sparse":
             steps = [within(reach * r) & ((q - k) // BM % r == 0) for r in self.dilation_rates]
-            return reduce(torch.logical_or, steps)
+            return torch.stack(steps).any(0)
         if self.pattern_type == "local_window": return within(reach)
         return within(reach) | (q < self.global_tokens) | (k < self.global_tokens)
 
@@ -157,10 +150,10 @@ class PostPatternHilbertOptimizer:
         if not self.enabled: return lists
         tokens = lists.query_tokens()
         q_order = curve_order(lists.num_blocks[0], self.curve, lists.device)
-        last = lists.num_queries  # registers, and empty blocks, stay behind
-        place = torch.full((lists.num_keys + 1,), last, device=lists.device)
+        behind = lists.num_queries  # all places: there are registers, and empty slots (token -1)
+        place = torch.full((lists.num_keys + 1,), behind, device=lists.device)
         place[tokens] = inverse_order(q_order)[:, None].expand(tokens.shape)
-        place[-1] = last
+        place[-1] = behind
         k_order = place[lists.key_tokens()].amin(1).argsort(stable=True)
         return permute_blocks(lists, q_order, k_order)
 
@@ -180,15 +173,13 @@ def _mask_lists(block_mask: Tensor, *rest) -> tuple[Tensor, ...]:
     lists = _lists_of_mask(block_mask, *rest)
     most, found = lists.num_groups * prod(lists.num_blocks), []
     for side in (lists.rows, lists.columns):
-        index = side.index.new_zeros(most)
-        index[:len(side.index)] = side.index
-        found += [side.start, index, side.full]
+        found += [side.start, F.pad(side.index, (0, most - len(side.index))), side.full]
     tokens = lists.query_tokens(), lists.key_tokens()
     return *found, *(x.flatten().to(torch.int32) for x in tokens)
 
 # %% ../../nbs/10e_block_schedule.ipynb #dd6ba435
 def _mask_lists_fake(block_mask, order, num_queries, num_keys, sizes, *_):
-    "The same without numbers."
+    "Results without numbers: rows, columns, tokens."
     *groups, nQ, nK = block_mask.shape
     def empty(*shape): return block_mask.new_empty(shape, dtype=torch.int32)
     found = []
@@ -224,16 +215,13 @@ def mask_lists(
     curve: str | None = None, # lays out whole blocks: a name in `CURVES`; None: as they lie
 ) -> BlockLists: # cached by mask and order: do not write into it
     "Block lists of a given mask, in graphs and transforms too."
-    rest = order, num_queries, num_keys, list(block_size), causal, curve or ""
+    how = order, num_queries, num_keys, list(block_size), causal, curve or ""
     if _has_numbers(block_mask, order) and known_now(num_queries):
         key = num_queries, num_keys, tuple(block_size), causal, curve
         def make():
-            with outside_graphs(): return _lists_of_mask(block_mask, *rest)
+            with outside_graphs(): return _lists_of_mask(block_mask, *how)
         return _of_masks.get(key, make, block_mask, order)
-    *rows, q_tokens, k_tokens = torch.ops.hilbert_attn.mask_lists(block_mask, *rest)
-    sides, own = (BlockRows(*rows[:3]), BlockRows(*rows[3:])), tuple(block_mask.shape[:-2])
-    groups: Any = (1,) * (2 - len(own)) + own
-    BM, BN = block_size
-    return BlockLists(
-        (BM, BN), num_queries, num_keys, q_tokens, k_tokens, *sides, groups,
-        causal=causal)
+    found = torch.ops.hilbert_attn.mask_lists(block_mask, *how)
+    groups = (1, 1, *block_mask.shape[:-2])[-2:]
+    sizes = *block_size, num_queries, num_keys, *groups
+    return lists_from_operands(*found, None, None, None, sizes, causal)  # without bounds
