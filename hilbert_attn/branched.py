@@ -78,8 +78,7 @@ class DilatedAttention(AttentionLayer):
         "Attends. Raises `ValueError` where q, k, v do not fit."
         check_free(q, k, v)
         who = dict(causal=self.causal or true_or_false("is_causal", is_causal), key_mask=key_mask)
-        place = dict(curve=self.curve if true_or_false("use_hilbert", use_hilbert) else None,
-                     grid=self.grid if grid is None else grid)
+        place = self.place_of(grid, use_hilbert)
         return self.run(self._attend, q, k, v, self.backend_for(q), who, place)
 
     def _attend(

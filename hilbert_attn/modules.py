@@ -159,6 +159,15 @@ class AttentionLayer(nn.Module):
         "The backend of a call; to be asked outside of what checkpointing repeats."
         return choose_backend(**self.task(x.device, known_length(x, 1)))[0]
 
+    def place_of(
+        self,
+        grid: int | Sequence[int] | None, # of the call; None: the layer's own
+        use_hilbert: bool, # False: no curve
+    ) -> dict[str, Any]: # curve and grid
+        "How the tokens of a call lie."
+        curve = self.curve if true_or_false("use_hilbert", use_hilbert) else None
+        return dict(curve=curve, grid=self.grid if grid is None else grid)
+
     def run(
         self,
         attend: Callable[..., Tensor], # computes the layer
@@ -274,8 +283,7 @@ class HilbertAttentionCore(AttentionLayer):
         "Attends. Raises `ValueError` where `x` does not fit the module or the grid."
         if x.ndim != 3 or x.shape[2] != self.hidden_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, N, {self.hidden_dim})")
-        curve = self.curve if true_or_false("use_hilbert", use_hilbert) else None
-        place = dict(curve=curve, grid=self.grid if grid is None else grid)
+        place = self.place_of(grid, use_hilbert)
         return self.run(_attend, self, x, self.backend_for(x), key_mask, place, rope)
 
 # %% ../nbs/12_modules.ipynb #a0d18dd8

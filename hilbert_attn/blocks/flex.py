@@ -24,7 +24,8 @@ def _mask_mod(lists: BlockLists):
     kinds = lists.kinds().unflatten(0, lists.groups)  # (g, g, nQ, nK)
     q_tokens, k_tokens = lists.query_tokens().flatten(), lists.key_tokens().flatten()
     since = k_tokens.masked_fill(k_tokens >= lists.num_queries, -1)  # the first token that sees it
-    axes: Any = () if lists.at is None else tuple(zip(lists.lo, lists.hi, lists.at))
+    bounds: Any = lists.lo, lists.hi, lists.at
+    axes = () if lists.at is None else tuple(zip(*bounds))
 
     def mask_mod(b, h, q, k):
         block = q // lists.block_size[0], k // lists.block_size[1]
