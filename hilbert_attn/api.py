@@ -24,6 +24,7 @@ from .common import nearest, whole_number
 from .config import AttentionConfig, Settings
 from .curves import as_grid
 from .multihead import DilatedSelfAttention, MultiheadDilatedAttention
+from .ring_exchange import group_size
 from .ring_layers import RingDilatedAttention
 
 # %% ../nbs/13_api.ipynb #8fe47e7a
@@ -75,6 +76,10 @@ def _branched(config: AttentionConfig, combine: str) -> dict[str, Any]:
             "checkpoint", "backend")
     return dict(combine=config.combine or combine) | {name: getattr(config, name) for name in same}
 
+# %% ../nbs/13_api.ipynb #acaea292
+def _is_shared(config: AttentionConfig) -> bool:
+    return config.ring_size > 1 or config.group is not None
+
 # %% ../nbs/13_api.ipynb #cb6c969a
 def _shared(config: AttentionConfig) -> dict[str, Any]:
     "Settings of types whose processes share a sequence."
@@ -82,10 +87,15 @@ def _shared(config: AttentionConfig) -> dict[str, Any]:
 
 # %% ../nbs/13_api.ipynb #cd181b0c
 def _one_process(config: AttentionConfig, name: str):
-    if config.ring_size == 1: return
+    if not _is_shared(config): return
+    given = f"ring_size={config.ring_size}"
+    if config.ring_size == 1:
+        processes = group_size(config.group)
+        if processes == 1: return
+        given = f"a group of {processes} processes"
     able = ", ".join(repr(t.name) for t in ATTENTION_TYPES.values() if t.shares_sequence)
     raise ValueError(
-        f"ring_size={config.ring_size}: type {name!r} runs in one process; "
+        f"{given}: type {name!r} runs in one process; "
         f"types that share a sequence are {able}, and 'hilbert'"
     )
 
@@ -125,7 +135,7 @@ def _ring_layer(config: AttentionConfig, curve: str | None) -> nn.Module:
 )
 def _hilbert(config: AttentionConfig) -> nn.Module:
     curve = config.curve if config.use_hilbert else None
-    if config.ring_size > 1: return _ring_layer(config, curve)
+    if _is_shared(config): return _ring_layer(config, curve)
     return HilbertDilatedAttention(**_branched(config, "lse"), curve=curve)
 
 # %% ../nbs/13_api.ipynb #d82db587
@@ -177,10 +187,6 @@ class AutoRule:
     reason: str # in words
     holds: Callable[[AttentionConfig], bool] = field(repr=False)
 
-# %% ../nbs/13_api.ipynb #acaea292
-def _is_shared(config: AttentionConfig) -> bool:
-    return config.ring_size > 1 or config.group is not None
-
 # %% ../nbs/13_api.ipynb #1700307f
 def _is_picture(config: AttentionConfig) -> bool:
     return config.use_hilbert and config.grid is not None and len(as_grid(config.grid)) > 1
@@ -192,7 +198,7 @@ AUTO_RULES = (
     AutoRule("block_sparse", "a sparsity is asked for", lambda c: c.sparsity is not None),
     AutoRule("hilbert", "several processes share tokens on a grid of two or more axes: "
              "along the curve a shard is a region of the picture",
-             lambda c: _is_picture(c) and c.ring_size > 1),
+             lambda c: _is_picture(c) and _is_shared(c)),
     AutoRule("ring", "several processes share the sequence", _is_shared),
     AutoRule("hilbert", "tokens lie on a grid of two or more axes: "
              "along the curve a segment is a patch", _is_picture),

@@ -6,6 +6,7 @@
 __all__ = ['lists_order', 'BlockRingPlan', 'plan_block_ring', 'block_sparse_ring_attention']
 
 # %% ../nbs/10g_block_ring.ipynb #a13b3dd8
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -26,7 +27,7 @@ from .calls import check_call
 from .common import lse_dtype
 from .curves import inverse_order
 from .ring import is_alone
-from .ring_exchange import Ring, begin, begin_call, digest, swap
+from .ring_exchange import Ring, begin, begin_call, swap
 from .ring_plan import shard_sizes
 
 # %% ../nbs/10g_block_ring.ipynb #40464e3b
@@ -70,6 +71,15 @@ class BlockRingPlan:
 
     @cached_property
     def slots(self) -> tuple[np.ndarray, np.ndarray]: return _slot_positions(self.lists)
+
+    @cached_property
+    def fingerprint(self) -> str: # of the lists: of equal ones the same in every process
+        own = self.lists
+        tensors = own.query_tokens(), own.key_tokens(), own.lo, own.hi, own.at
+        numbers = [x.cpu().numpy() for x in tensors if x is not None]
+        found = hashlib.sha256(repr(own.groups).encode())
+        for x in (*self.entries, *numbers): found.update(x.tobytes())
+        return found.hexdigest()[:16]
 
     @cached_property
     def edges(self) -> np.ndarray: return np.cumsum([0, *self.sizes])
@@ -256,14 +266,14 @@ def _check_shard(q: Tensor, lists: BlockLists, sizes: Sequence[int], rank: int):
                      f" are for {lists.num_queries} tokens, of which this rank holds {sizes[rank]}")
 
 # %% ../nbs/10g_block_ring.ipynb #13817af3
-def _common(q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, scale: float | None) -> dict:
-    "What has to be the same on every rank."
-    gradients = any(x.requires_grad for x in (q, k, v))
+def _common(q: Tensor, k: Tensor, v: Tensor, plan: BlockRingPlan, scale: float | None) -> dict:
+    "What has to be the same on every rank; gradients of queries never travel."
+    lists, keys_require_grad = plan.lists, k.requires_grad or v.requires_grad
     return dict(seq_len=lists.num_queries, batch=q.shape[0], heads=q.shape[1],
                 kv_heads=k.shape[1], head_dim=q.shape[3], dtype=q.dtype, device=q.device.type,
-                scale=scale, order=digest(lists_order(lists)), block_size=lists.block_size,
-                blocks=len(lists.rows.index), causal=lists.causal,
-                requires_grad=gradients and torch.is_grad_enabled())
+                scale=scale and float(scale), block_size=lists.block_size,
+                blocks=len(lists.rows.index), causal=lists.causal, lists=plan.fingerprint,
+                keys_require_grad=keys_require_grad and torch.is_grad_enabled())
 
 # %% ../nbs/10g_block_ring.ipynb #c0d8c884
 def _alone(q, k, v, lists: BlockLists, scale, backend: str, return_lse) -> Any:
@@ -286,7 +296,7 @@ def _ring_round(q, k, v, lists: BlockLists, group, scale, backend: str, return_l
         check_backend_name(backend)
         plan, own = _planned(lists, ring.size, ring.rank)
         _check_shard(call.q, lists, plan.sizes, ring.rank)
-        common = _common(call.q, call.k, call.v, lists, scale)
+        common = _common(call.q, call.k, call.v, plan, scale)
         return common, call.q.shape[2], (call, plan, own)
 
     work, _, (call, plan, own) = begin_call(group, _NAME, check)

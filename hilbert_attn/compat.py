@@ -29,6 +29,7 @@ from .modules import HilbertAttentionCore, one_of
 from .multihead import DilatedSelfAttention
 from .options import Curve, Layout, Mode
 from .patterns import branch_lists
+from .ring_exchange import refuse
 from .ring_layers import RingDilatedAttention
 
 # %% ../nbs/13b_compat.ipynb #13b0a007
@@ -183,7 +184,8 @@ class RingDilatedAttentionHilbertOptimizedFixed(RingDilatedAttention):
         "Attends. Raises `ValueError` where q does not have the sizes that were announced."
         if q.ndim != 4 or (q.shape[2], q.shape[2] * q.shape[3]) != (self.heads, self.dim):
             expected = f"(B, n, {self.heads}, {self.dim // self.heads})"
-            raise ValueError(f"q has shape {tuple(q.shape)}: expected {expected}")
+            error = ValueError(f"q has shape {tuple(q.shape)}: expected {expected}")
+            refuse(self.group, "ring_dilated_attention", error)
         return super().forward(q, k, v, is_causal, **options)
 
 # %% ../nbs/13b_compat.ipynb #13b0a014

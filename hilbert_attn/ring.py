@@ -8,6 +8,7 @@ __all__ = ['Call', 'DenseRing', 'Exchange', 'SharedSegments', 'OnTheWayBack', 'P
 
 # %% ../nbs/09d_ring.ipynb #557e8985
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from math import log
 from typing import Any
@@ -34,7 +35,8 @@ from hilbert_attn.ring_blocks import (
     rows_of,
     shared_work,
 )
-from .ring_exchange import Flight, Ring, Together, begin, begin_call, digest
+from .ring_exchange import (
+    Flight, Ring, Together, begin, begin_call, digest, is_known)
 from hilbert_attn.ring_plan import (
     Parcel,
     Part,
@@ -68,18 +70,20 @@ class Call:
 
     def blocks(self, tasks: Sequence) -> Blocks: return Blocks(tasks, self.order, self.scale)
 
-    def begin_backward(self, branch: int = -1) -> Together: # -1: the branches that exchange rows
-        return begin(self.ring, f"{self.work.what}, backward", self.work.number, branch=branch)
+    # branch -1: those that exchange rows
+    def begin_backward(self, error: Exception | None, branch: int = -1) -> Together:
+        what = f"{self.work.what}, backward"
+        return begin(self.ring, what, self.work.number, error, branch=branch)
 
-    def meet(self) -> Together:
+    def meet(self, error: Exception | None) -> Together:
         "The backward of segments that ranks share begins, on all ranks."
-        self.open.append(self.begin_backward())
+        self.open.append(self.begin_backward(error))
         return self.open[-1]
 
-    def leave(self):
+    def leave(self, error: Exception | None):
         "It has ended on all ranks, or raises the same error on all of them."
-        if self.open:
-            with self.open.pop(): return
+        with self.open.pop() if self.open else nullcontext():
+            if error: raise error
 
     def round(self, direction: str): return self.ring.round(f"{self.work.what}, {direction}")
 
@@ -169,6 +173,14 @@ def _backward_turn(
     _go_around(call, branch, turn, home.like, meet)
     home.expected = turn, sums, returning
 
+# %% ../nbs/09d_ring.ipynb #7be6c1a3
+def _saved(ctx: Any) -> tuple[Sequence[Tensor], Exception | None]:
+    "What the forward has kept, or why it is lost: written into, let go, no memory for it."
+    try: return ctx.saved_tensors, None
+    except Exception as error:
+        if is_known(error): raise  # of a checkpoint that all ranks repeated
+        return (), error
+
 # %% ../nbs/09d_ring.ipynb #c27d487f
 class DenseRing(torch.autograd.Function):
     "Dense attention of a branch; in turns, each of them once around the ring."
@@ -189,9 +201,10 @@ class DenseRing(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dout, dlse):
-        q, k, v, out, lse = ctx.saved_tensors
+        saved, error = _saved(ctx)
         call = ctx.call
-        with call.begin_backward(ctx.branch) as work, call.round("backward"):
+        with call.begin_backward(error, ctx.branch) as work, call.round("backward"):
+            q, k, v, out, lse = saved
             queries, home = Queries.after(q, out, lse, dout, dlse), _Home((k, v))
             for turn in call.plan.turns(ctx.branch):
                 _backward_turn(call, work, ctx.branch, turn, queries.of(turn), home)
@@ -275,9 +288,9 @@ class SharedSegments(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor | None):
         exchange, count = ctx.exchange, len(upstream) // 2
-        saved, begins = ctx.saved_tensors, range(0, 5 * count, count)
-        qs, ks, vs, outs, lses = (saved[i:i + count] for i in begins)
-        work = exchange.call.meet()
+        saved, error = _saved(ctx)
+        work = exchange.call.meet(error)
+        qs, ks, vs, outs, lses = (saved[i:i + count] for i in range(0, 5 * count, count))
         with exchange.call.round("backward"):
             sides = qs, outs, lses, upstream[:count], upstream[count:]
             rows = [Queries.after(*five) for five in zip(*sides)]
@@ -316,7 +329,7 @@ class OnTheWayBack(torch.autograd.Function):
     "The identity; on the way back it calls something first."
 
     @staticmethod
-    def forward(ctx, then: Callable[[], Any], *tensors: Tensor):
+    def forward(ctx, then: Callable[[Exception | None], Any], *tensors: Tensor):
         ctx.then = then
         ctx.save_for_backward(tensors[0].new_empty(0))  # a checkpoint repeats the call to give it
         ctx.set_materialize_grads(False)
@@ -325,8 +338,7 @@ class OnTheWayBack(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream: Tensor | None):
-        _ = ctx.saved_tensors
-        ctx.then()
+        ctx.then(_saved(ctx)[1])
         return None, *upstream
 
 # %% ../nbs/09d_ring.ipynb #ed765606
@@ -551,8 +563,8 @@ class Request:
     def common(self) -> dict:
         "What has to be the same on every rank."
         gradients = any(x.requires_grad for x in (self.q, self.k, self.v))
-        return dict(**self.shape(), **self.pattern(), combine=self.combine, scale=self.scale,
-                    order=digest(self.order),
+        return dict(**self.shape(), **self.pattern(), combine=self.combine,
+                    scale=self.scale and float(self.scale), order=digest(self.order),
                     requires_grad=gradients and torch.is_grad_enabled())
 
 # %% ../nbs/09d_ring.ipynb #caf9530e

@@ -429,6 +429,7 @@ class Blocks:
         "Task, indices of its queries and of its keys, (K, V), (triangle, bias)."
         for task in self.tasks:
             part, columns = queries[task.part], rows_of(task.keys)
+            if not part.q.numel(): continue  # a batch of nothing
             for rows, triangle, bias in self._masks(task, part.lse):
                 for heads, kv_heads in _few_heads(task.heads, part.q, task.queries):
                     keys = slice(None), kv_heads, columns

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['GroupState', 'Lost', 'Ring', 'ring_of', 'group_size', 'Flight', 'swap', 'Notes', 'agree', 'Together', 'begin',
-           'begin_call', 'share_errors', 'digest', 'shard_sequence', 'unshard_sequence']
+           'begin_call', 'refuse', 'is_known', 'share_errors', 'digest', 'shard_sequence', 'unshard_sequence']
 
 # %% ../nbs/09b_ring_exchange.ipynb #2caa1a74
 import hashlib
@@ -12,11 +12,12 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.distributed.device_mesh import DeviceMesh
 
 from .calls import check_order
@@ -215,7 +216,8 @@ def agree(
     ring.check_usable()
     fingerprint = -1 if error else _fingerprint(repr((what, sorted(common.items()))))
     described = (type(error).__name__, str(error)) if error else None
-    with ring.round(f"{what}, comparing notes"), _contact():
+    talk = ring.round(f"{what}, comparing notes")
+    with temporarily_clear_interpreter_stack(), talk, _contact():
         fingerprints, sizes = zip(*_gather_words(ring, fingerprint, rows))
         if fingerprint >= 0 and len(set(fingerprints)) == 1: return sizes
         everybody = _gather_notes(ring, Notes(what, common, ring.state.calls, described))
@@ -315,11 +317,18 @@ def begin(
     ring: Ring, # of this rank
     what: str, # function, for messages
     number: int, # of the call
+    error: Exception | None = None, # of this rank
     **common, # has to be the same on every rank
 ) -> Together:
     "All ranks begin the same work of the same call, or raise the same error."
-    agree(ring, what, dict(call=number, stage="begin", **common))
+    agree(ring, what, dict(call=number, stage="begin", **common), error=error)
     return Together(ring, what, number)
+
+# %% ../nbs/09b_ring_exchange.ipynb #7be6c1a1
+def _refuse_transforms():
+    if torch._C._functorch.peek_interpreter_stack() is None: return
+    rule = "have no way over other ranks: use torch.autograd.grad, and loop instead of vmap"
+    raise NotImplementedError(f"the transforms of torch.func {rule}")
 
 # %% ../nbs/09b_ring_exchange.ipynb #59f45e8b
 def begin_call(
@@ -333,13 +342,28 @@ def begin_call(
     ring, rows, rest, error = ring_of(group), 0, None, None
     common: dict[str, Any] = {}
     number = ring.next_call()
-    try: common, rows, rest = check(ring)
+    try:
+        if ring.size > 1: _refuse_transforms()
+        common, rows, rest = check(ring)
     except Exception as found: error = found
     sizes = agree(ring, what, dict(call=number, stage="begin", **common), rows, error)
     return Together(ring, what, number), sizes, rest
 
+# %% ../nbs/09b_ring_exchange.ipynb #7be6c1a2
+def refuse(
+    group: "dist.ProcessGroup | DeviceMesh | None", # as in `ring_attention`
+    what: str, # function that the other ranks call, for messages
+    error: Exception, # of this rank, found before it could call it
+) -> NoReturn:
+    "Raises an error, also on the ranks that wait in the call."
+    def check(ring: Ring): raise error
+    begin_call(group, what, check)
+    raise error
+
 # %% ../nbs/09b_ring_exchange.ipynb #90b0104d
-def _is_known(error: BaseException | None) -> bool:
+def is_known(
+    error: BaseException | None,
+) -> bool:
     "Have all ranks raised it already?"
     while error is not None:
         if _EVERYWHERE in getattr(error, "__notes__", ()): return True
@@ -355,7 +379,7 @@ def share_errors(
     ring = ring_of(group)
     try: yield
     except Exception as error:
-        if _is_known(error) or ring.state.broken: raise
+        if is_known(error) or ring.state.broken: raise
         agree(ring, "share_errors", {}, error=error)
     else: agree(ring, "share_errors", dict(call=ring.state.calls, stage="end"))
 

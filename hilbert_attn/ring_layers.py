@@ -20,7 +20,7 @@ from .common import true_or_false, whole_number
 from .curves import order_or_none
 from .options import Layout
 from .ring import ring_dilated_attention
-from .ring_exchange import group_size, shard_sequence, unshard_sequence
+from .ring_exchange import group_size, refuse, shard_sequence, unshard_sequence
 
 # %% ../nbs/12d_ring_layers.ipynb #12d0a007
 class GroupHolder:
@@ -84,15 +84,17 @@ class RingLayer:
         seq_len: int | None = None, # N; needed where the layer has no grid to tell it
     ) -> Tensor: # the whole sequence, in token order, on every rank
         "Puts the shards of all ranks together, in token order."
-        order = self._order_back(x.shape[dim], seq_len, x.device)
+        try: order = self._order_back(x.shape[dim], seq_len, x.device)
+        except Exception as error: refuse(self.group, "unshard_sequence", error)
         return unshard_sequence(x, self.group, dim, order, self.layout)
 
 # %% ../nbs/12d_ring_layers.ipynb #c21d21b2
-def check_ring_call(
-    layer: RingLayer,
-    key_mask: Tensor | None, # must be None
+def _check_ring_call(
+    layer: RingLayer, q: Tensor, k: Tensor, v: Tensor, is_causal: bool, key_mask: Tensor | None
 ):
     "Is the group as large as the layer was told, and the call one that a ring can do?"
+    check_free(q, k, v)
+    true_or_false("is_causal", is_causal)
     if key_mask is not None:
         raise ValueError("key_mask: attention over a ring has none; shorten the sequence instead")
     expected, size = layer.ring_size, layer.processes
@@ -100,6 +102,16 @@ def check_ring_call(
     there = f"the process group has {size} process{'es' * (size != 1)}"
     start = f"start {expected} with torchrun and torch.distributed.init_process_group"
     raise RuntimeError(f"ring_size={expected}, and {there}: {start}, or leave ring_size out")
+
+# %% ../nbs/12d_ring_layers.ipynb #7be6c1a4
+def check_ring_call(
+    layer: RingLayer,
+    what: str, # function that the layer calls
+    *arguments: Any, # q, k, v, is_causal and key_mask of the call
+):
+    "Raises what is wrong with a call, also on the ranks that have begun theirs."
+    try: _check_ring_call(layer, *arguments)
+    except Exception as error: refuse(layer.group, what, error)
 
 # %% ../nbs/12d_ring_layers.ipynb #12d0a011
 class RingDilatedAttention(RingLayer, DilatedAttention):
@@ -155,17 +167,17 @@ class RingDilatedAttention(RingLayer, DilatedAttention):
         key_mask: Tensor | None = None, # must be None
     ) -> Tensor: # (B, n, H, D)
         "Attends, together with the other ranks. Raises `ValueError` where q, k, v do not fit."
-        check_free(q, k, v)
-        check_ring_call(self, key_mask)
-        causal = self.causal or true_or_false("is_causal", is_causal)
+        check_ring_call(self, "ring_dilated_attention", q, k, v, is_causal, key_mask)
+        causal = self.causal or is_causal
         # Every rank repeats its messages in the backward, in the same turn.
         return self.run(_attend_ring, self, q, k, v, self.backend_for(q), causal)
 
 # %% ../nbs/12d_ring_layers.ipynb #91638c26
-def _order_of_time(layer: RingDilatedAttention, device) -> Tensor | None:
-    "What 'earlier' means to a causal ring along a curve."
+def _order_of_time(layer: RingDilatedAttention, causal: bool, device) -> Tensor | None:
+    "What 'earlier' means to a causal ring along a curve; to others, how many tokens there are."
     if layer.curve in (None, "row_major"): return None
     if layer.grid is not None: return layer.order(prod(layer.grid), device)
+    if not causal: return None
     rule = "'earlier' means the token's index in the whole sequence"
     raise ValueError(f"causal with curve={layer.curve!r} needs the grid: {rule}")
 
@@ -174,7 +186,7 @@ def _attend_ring(
     layer: RingDilatedAttention, q: Tensor, k: Tensor, v: Tensor, backend: str, causal: bool
 ) -> Tensor: # (B, n, H, D)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    order = _order_of_time(layer, q.device) if causal else None
+    order = _order_of_time(layer, causal, q.device)
     options: Any = dict(group=layer.group, layout=layer.layout, overlap=layer.overlap)
     options |= layer.settings() | dict(causal=causal, order=order, backend=backend)
     out: Any = ring_dilated_attention(q, k, v, **options)

@@ -348,7 +348,7 @@ TURN_BYTES = dict(cpu=1 << 20, cuda=1 << 25)
 
 def _cuts(n: int, most: int) -> list[tuple[int, int]]:
     "[first, last) of as few even parts as there can be, none larger than `most`."
-    return list(pairwise(accumulate(even_sizes(n, -(-n // most)), initial=0)))
+    return list(pairwise(accumulate(even_sizes(n, max(1, -(-n // most))), initial=0)))
 
 # %% ../nbs/09_ring_plan.ipynb #3f8bfacd
 def _turns(plan: RingPlan, branch: int) -> tuple[Turn, ...]:

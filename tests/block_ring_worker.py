@@ -126,12 +126,32 @@ def faults(results, rank, world):
         error = MemoryError("no memory left")
         with mock.patch.object(block_ring, "attend", side_effect=error): return call()
 
+    def learned(): # keys on the others, queries alone here
+        queries, keys = q.detach(), q.detach().clone()
+        learning = queries if odd else keys
+        learning.requires_grad_()
+        x = queries, keys, keys
+        block_sparse_ring_attention(*x, lists).sum().backward()
+
+    # as many blocks, others; bounds of pairs alone
+    def blocks(mask): return lists_from_block_mask(mask, N, N, (16, 16))
+    rows, columns = torch.zeros(2, 5, 5, dtype=torch.bool)
+    rows[0] = columns[:, 0] = True
+    def slide(width):
+        order = torch.arange(N)
+        return block_lists(SlidePattern(N, width), order=order, block_size=16)
+    narrow, wide = slide(3), slide(5)
+    assert len(narrow.rows.index) == len(wide.rows.index)
+
     def orders():
         outs = [call() for _ in range(2)]
         for out in outs[::-1] if odd else outs: out.sum().backward()
 
     calls = {
         "other lists": lambda: call(given["everything"] if rank == 0 else lists),
+        "other blocks": lambda: call(blocks(rows if odd else columns)),
+        "other bounds": lambda: call(narrow if odd else wide),
+        "other gradients": learned,
         "a short shard": lambda: call(q=q[:, :, :-1] if odd else q),
         "no memory": attend,
         "no number": lambda: call(scale="1" if odd else None),

@@ -7,14 +7,19 @@ from datetime import timedelta
 from functools import partial
 from unittest import mock
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from ring_processes import attempt, main, outcome
+from torch.utils.checkpoint import checkpoint
 
 from hilbert_attn import ring, ring_blocks
+from hilbert_attn.block_layers import RingBlockSparseAttention
+from hilbert_attn.compat import RingDilatedAttentionHilbertOptimizedFixed
 from hilbert_attn.reference import masked_attention
 from hilbert_attn.ring import ring_attention, ring_dilated_attention
 from hilbert_attn.ring_exchange import share_errors, unshard_sequence
+from hilbert_attn.ring_layers import RingDilatedAttention
 
 FORWARD, BACKWARD = (ring_blocks, "block_forward"), (ring_blocks, "block_backward")
 INSIDE, MERGE = (ring, "hilbert_attention"), (ring, "merge_attention")
@@ -81,9 +86,68 @@ def mismatches(results, rank, world):
         no_backend=lambda: strange(backend="bogus"),
         no_tensor=lambda: ring_attention(*([[1.0]] * 3 if odd else tensors())),
         cannot_run=lambda: call(segment_size=4, backend="triton" if odd else "sdpa"))
-    for name, function in calls.items():
+    for name, function in (calls | layer_calls(odd)).items():
         attempt(results, name, outcome, function)
         attempt(results, name + ", then usable", works)
+    attempt(results, "numbers alike", numbers_alike, odd)
+    attempt(results, "batch of nothing", batch_of_nothing)
+
+
+def layer_calls(odd):
+    "What layers find out, while others are in the call already; what is no tensor of now."
+    world = dist.get_world_size()
+    branches = (8,), (1,)
+    layer = RingDilatedAttention(*branches, curve="hilbert")
+    whole = RingDilatedAttention(*branches, curve="hilbert", grid=(N, 1))
+    sized = RingDilatedAttentionHilbertOptimizedFixed(32, 2, *branches)
+    blocks = RingBlockSparseAttention(grid=N * world, block_size=4)
+
+    def tokens(heads=2):
+        return [x.transpose(1, 2) for x in tensors(heads=heads)]
+
+    def one_less():
+        found = tokens()
+        return [x[0] for x in found] if odd else found
+
+    def masked():
+        if not odd: return None
+        return torch.ones(1, N, dtype=torch.bool)
+
+    def loss(q):
+        _, k, v = tensors()
+        return ring_attention(q, k, v).sum()
+
+    def unshard():
+        x = tokens()[0]
+        layer.unshard(x, seq_len=None if odd else N * world)
+
+    return dict(
+        layer_shape=lambda: layer(*one_less()),
+        layer_mask=lambda: layer(*tokens(), key_mask=masked()),
+        layer_switch=lambda: layer(*tokens(), "no" if odd else False),
+        layer_sizes=lambda: sized(*tokens(4 if odd else 2)),
+        layer_length=unshard,
+        layer_grid=lambda: whole(*tokens()),
+        block_layer_shape=lambda: blocks(*one_less()),
+        block_layer_mask=lambda: blocks(*tokens(), key_mask=masked()),
+        transform=lambda: torch.func.grad(loss)(tensors()[0]))
+
+
+def numbers_alike(odd):
+    "Equal scales are equal, whatever they are written as."
+    half = 0.5, np.float64(0.5)
+    for scales in (half, (1, 1.0)):
+        x = tensors()
+        ring_attention(*x, scale=scales[odd])
+
+
+def batch_of_nothing():
+    for size in (None, 12, 4):
+        x = tensors(batch=0)
+        out = ring_attention(*x, segment_size=size)
+        backward(out)
+        for t in x:
+            assert t.grad.shape == t.shape
 
 
 def backward(out): out.sum().backward()
@@ -110,6 +174,30 @@ def around(odd, dense):
     return {"code before a call": before, "code after a call": after, "code at the end": at_the_end}
 
 
+def repeated(odd, call):
+    "One rank alone fails where a checkpoint repeats its code."
+    runs = []
+    def code(*x):
+        runs.append(1)
+        if odd and len(runs) == 2: no_memory()
+        return call(*x)
+    return lambda: backward(checkpoint(code, *tensors(), use_reentrant=False))
+
+
+def unsaved(odd, call):
+    "One rank alone has lost what the forward had kept."
+    def unpack(x):
+        if odd: no_memory()
+        return x
+
+    def run():
+        hooks = torch.autograd.graph.saved_tensors_hooks
+        with hooks(lambda x: x, unpack):
+            out = call()
+        backward(out)
+    return run
+
+
 def errors(results, rank, world):
     "Rank 1 has no memory left: while it computes, before, after, forward, backward."
     odd = rank == 1
@@ -119,6 +207,7 @@ def errors(results, rank, world):
         arguments = (4, 24, 24), (1, 1, 2)
         return ring_dilated_attention(*tensors(), *arguments, dilation_mode="residue")
     def inside(): return ring_attention(*tensors(), segment_size=4)
+    def across(): return ring_attention(*tensors(), segment_size=12)
 
     def during(call, place, which=1):
         def run():
@@ -137,6 +226,9 @@ def errors(results, rank, world):
         "segments before a ring": during(two_rings, INSIDE),
         "a ring before an exchange": during(two_rings, FORWARD),
         "segments inside": during(inside, INSIDE),
+        "dense, backward, repeated": repeated(odd, ring_attention),
+        "dense, backward, tensors kept": unsaved(odd, dense),
+        "exchange, backward, tensors kept": unsaved(odd, across),
     } | around(odd, dense)
     for name, function in calls.items():
         attempt(results, name, outcome, function)

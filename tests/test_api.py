@@ -485,11 +485,25 @@ GROUP = dict(group="of processes")
     (dict(sparsity=0.5) | GROUP, "block_sparse_ring"),
     (dict(grid=(4, 6)), "hilbert"),
     (dict(grid=(4, 6), use_hilbert=False), "standard"),
+    (dict(grid=(4, 6)) | GROUP, "hilbert"),
 ])
 def test_auto_goes_by_its_rules(settings, kind):
     "A group of processes shares the sequence, as a ring size says it."
     config = hilbert_attn.AttentionConfig(**settings)
     assert next(rule.type for rule in AUTO_RULES if rule.holds(config)) == kind
+
+
+def test_a_group_is_never_left_out(monkeypatch):
+    "A type that shares a sequence takes it, the others say that they cannot."
+    monkeypatch.setattr("hilbert_attn.api.group_size", lambda group: 2)
+    create = hilbert_attn.create_dilated_attention
+    layer = create("hilbert", **GROUP)
+    assert layer.group == GROUP["group"]
+    assert layer.curve == "hilbert"
+    for name in ("standard", "improved", "block_sparse"):
+        message = f"a group of 2 processes: type '{name}' runs in one"
+        with pytest.raises(ValueError, match=message):
+            create(name, **GROUP)
 
 
 WINDOWS = [(0.0, 640), (0.5, 256), (0.6, 256), (0.7, 128), (0.8, 128), (0.9, 0)]

@@ -38,6 +38,9 @@ def test_against_the_oracle_and_the_plan(exact, world, name):
 @pytest.mark.timeout(200)
 @pytest.mark.parametrize("name, kind, text", [
     ("other lists", "ValueError", "blocks is "),
+    ("other blocks", "ValueError", "lists is "),
+    ("other bounds", "ValueError", "lists is "),
+    ("other gradients", "ValueError", "keys_require_grad is "),
     ("a short shard", "ValueError", "this rank holds"),
     ("no memory", "MemoryError", "no memory left (on rank 1)"),
     ("no number", "ValueError", "scale='1'"),

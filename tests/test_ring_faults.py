@@ -47,7 +47,15 @@ MISMATCHES = dict(
     no_whole_number="segment_size=2.5: expected a whole number (on rank 1)",
     no_switch="causal='False': expected True or False (on rank 1)",
     no_backend="backend='bogus': known backends are",
-    no_tensor="q is a list: expected a tensor (on rank 1)")
+    no_tensor="q is a list: expected a tensor (on rank 1)",
+    layer_shape="expected (B, N, H, D) (on rank 1)",
+    layer_mask="shorten the sequence instead (on rank 1)",
+    layer_switch="is_causal='no': expected True or False (on rank 1)",
+    layer_sizes="expected (B, n, 2, 16) (on rank 1)",
+    layer_length="seq_len is missing",
+    layer_grid="expected an int64 tensor of shape (24,)",
+    block_layer_shape="expected (B, N, H, D) (on rank 1)",
+    block_layer_mask="shorten the sequence instead (on rank 1)")
 
 
 @pytest.mark.timeout(200)
@@ -64,11 +72,26 @@ def test_a_backend_that_one_rank_cannot_run(shared):
 
 
 @pytest.mark.timeout(200)
+def test_transforms_of_functions_are_refused_before_anything_is_sent(shared):
+    kind, message = same_error(shared, "mismatches", "transform")
+    assert kind == "NotImplementedError"
+    assert "torch.func have no way over other ranks" in message
+
+
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize("name", ["numbers alike", "batch of nothing"])
+def test_unusual_arguments_are_right(shared, name):
+    said(shared, "mismatches", name, RANKS)
+
+
+@pytest.mark.timeout(200)
 @pytest.mark.parametrize("name", [
     "dense, first step", "dense, last step", "dense, backward, first step",
     "dense, backward, last step", "exchange", "exchange, backward", "segments beside an exchange",
     "merge after an exchange", "segments before a ring", "a ring before an exchange",
-    "segments inside", "code before a call", "code after a call", "code at the end"])
+    "segments inside", "dense, backward, repeated", "dense, backward, tensors kept",
+    "exchange, backward, tensors kept",
+    "code before a call", "code after a call", "code at the end"])
 def test_an_error_on_one_rank_is_raised_on_all(shared, name):
     kind, message = same_error(shared, "errors", name)
     assert kind == "MemoryError" and "no memory left (on rank 1)" in message
