@@ -1,6 +1,7 @@
 """The demo on photos of all kinds: what it reads, refuses and writes, and its page in a browser."""
 import base64
 import json
+import os
 import re
 import shutil
 
@@ -150,6 +151,14 @@ def test_kinds_of_images(tmp_path, mode, file):
     assert photo.pixels.std() > 10
 
 
+def test_depths_may_be_unknown(tmp_path):
+    depth = np.asarray(picture(32, 32, "F")).copy()
+    depth[0, :3] = np.inf, -np.inf, np.nan
+    Image.fromarray(depth).save(tmp_path / "a.tiff")
+    pixels = load_photo(tmp_path / "a.tiff").pixels[..., 0]
+    assert pixels[0, :3].tolist() == [255, 0, 0] and pixels[1:].std() > 10
+
+
 def test_transparency_is_white(tmp_path):
     Image.new("RGBA", (16, 16), (255, 0, 0, 0)).save(tmp_path / "a.png")
     assert (load_photo(tmp_path / "a.png").pixels == 255).all()
@@ -172,6 +181,12 @@ def test_large_photos_are_scaled_down(tmp_path):
     assert 150 <= rows * cols <= 200 and abs(cols / rows - 10 / 7) < 0.15
     assert "800 x 560" in photo.note
     assert load_photo(tmp_path / "a.png").note == ""
+
+
+def test_a_strip_is_scaled_down_too(tmp_path):
+    Image.new("L", (16_000, 16)).save(tmp_path / "a.png")
+    photo = load_photo(tmp_path / "a.png", max_patches=200)
+    assert photo.grid == (2, 100) and "800 x 16" in photo.note
 
 
 @pytest.mark.parametrize("most", [60_001, 3, 2.5, True])
@@ -206,6 +221,29 @@ def test_the_smallest_photo(tmp_path):
     result = run_demo(tmp_path / "tiny.png", tmp_path)
     assert result.photo.grid == (2, 2) and result.segment_size == 1
     assert result.rows[0]["pairs"] == 4
+    assert "<dt>0&times;" not in result.files["report.html"].read_text()  # slower, not nothing
+
+
+def test_a_file_that_may_not_be_read(tmp_path, monkeypatch):
+    def refuse(path): raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.png").touch()
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(ValueError, match="a.png': you may not read this file"):
+        load_photo(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("name", [b"@data@ @photo@ {0}.png", b"caf\xe9.png"])
+def test_odd_names_stand_in_the_report_as_they_are(tmp_path, name):
+    path = tmp_path / os.fsdecode(name)
+    picture(16, 16).save(path)
+    result = run_demo(path, tmp_path / "out", seed=3)
+    shown = name.decode(errors="replace")
+    page = result.files["report.html"].read_text(encoding="utf-8")
+    assert f"<title>Attention along a curve: {shown}</title>" in page
+    assert f'<p class="lede">{shown} is 2 rows' in page and page.count('"rows": 2') == 1
+    assert "--segment-size 1 --patch 1 1 --seed 3</code>" in page
+    assert str(result).startswith(f"{shown}: 2 x 2")
 
 
 BAD = [
@@ -310,3 +348,17 @@ def test_report_in_a_browser(result, browser_page):
     assert abs(float(re.search(r"hilbert ([\d.]+)%", readout)[1]) - 100 * kept) < 2
     assert shown.evaluate("document.documentElement.scrollWidth") <= 390
     assert not complaints
+
+
+@pytest.mark.browser
+def test_a_strip_in_a_browser(tmp_path, browser_page):
+    picture(16, 4000).save(tmp_path / "strip.png")
+    report = run_demo(tmp_path / "strip.png", tmp_path).files["report.html"]
+    shown, _ = browser_page
+    shown.goto(report.as_uri())
+    wait_for_patch(shown, 250, 1)
+    drawn = """canvas => {
+        const pen = canvas.getContext('2d'), x = canvas.width / 2, y = canvas.height / 2;
+        return pen.getImageData(x, y, 1, 1).data[3];
+    }"""
+    assert shown.locator("canvas[data-view=walk]").first.evaluate(drawn) == 255

@@ -10,6 +10,7 @@ __all__ = ['PATCH', 'GRACE_HOPPER', 'CHEEK', 'Photo', 'needs', 'load_photo', 'ph
 from dataclasses import dataclass
 from importlib.util import find_spec
 from math import sqrt
+from os import fsencode
 from pathlib import Path
 
 import numpy as np
@@ -44,8 +45,9 @@ def _to_rgb(image):
     image = ImageOps.exif_transpose(image)
     if image.mode[0] in "FI":  # 16 bits and more: stretched to what there is
         values = np.asarray(image, np.float64)
-        values = (values - values.min()) / max(np.ptp(values), 1e-9)
-        return Image.fromarray(np.uint8(255 * values)).convert("RGB")
+        known = values[np.isfinite(values)]  # depths can be infinite, or NaN
+        values = ((values - known.min()) / max(np.ptp(known), 1e-9)).clip(0, 1)
+        return Image.fromarray(np.uint8(255 * np.nan_to_num(values))).convert("RGB")
     if image.mode in _TRANSPARENT or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
@@ -63,6 +65,7 @@ def _open_image(path: str | Path):
         with Image.open(path) as image: return _to_rgb(image)
     except Image.DecompressionBombError:
         raise ValueError(f"{what}: too many pixels to be a photo") from None
+    except PermissionError: raise ValueError(f"{what}: you may not read this file") from None
     except (OSError, SyntaxError, ValueError):
         reasons = "not an image, or damaged, or of a kind that Pillow cannot read"
         raise ValueError(f"{what}: {reasons}") from None
@@ -74,8 +77,8 @@ def _shrunk(image, max_patches: int):
     width, height = image.size
     patches = (width // PATCH) * (height // PATCH)
     if patches <= max_patches: return image, ""
-    factor = sqrt(max_patches / patches)
-    sides = [max(2 * PATCH, round(side * factor)) for side in image.size]
+    factor, longest = sqrt(max_patches / patches), max(2, max_patches // 2) * PATCH
+    sides = [min(longest, max(2 * PATCH, round(side * factor))) for side in image.size]
     small = image.resize(sides, Image.Resampling.LANCZOS)
     was = f"{width} x {height} pixels would be {patches:,} patches"
     return small, f"{was}: scaled down to {small.width} x {small.height}"
@@ -97,7 +100,7 @@ def load_photo(
 ) -> Photo: # cut to whole patches
     "Reads a photo; a `ValueError` that says what is wrong with a file that is none."
     needs("PIL", "reads photos with Pillow")
-    name = GRACE_HOPPER if path is None else Path(path).name
+    name = GRACE_HOPPER if path is None else fsencode(Path(path).name).decode(errors="replace")
     if path is None:
         from matplotlib.cbook import get_sample_data
         path = get_sample_data("grace_hopper.jpg", asfileobj=False)

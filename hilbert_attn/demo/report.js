@@ -1,6 +1,6 @@
 const data = JSON.parse(document.getElementById('data').textContent), photo = document.getElementById('photo');
 const bytes = text => Uint8Array.from(atob(text), c => c.charCodeAt(0)).buffer;
-const {rows, cols} = data, side = Math.max(8, Math.ceil(480 / cols)), count = rows * cols, orders = {}, segments = {dense: new Uint16Array(count)};
+const {rows, cols} = data, side = Math.min(Math.max(8, Math.ceil(480 / cols)), Math.floor(16384 / Math.max(rows, cols))), count = rows * cols, orders = {}, segments = {dense: new Uint16Array(count)};
 for (const [name, text] of Object.entries(data.orders)) {
   orders[name] = new Uint16Array(bytes(text));
   segments[name] = new Uint16Array(count);

@@ -10,6 +10,7 @@ import base64
 import html
 import io
 import json
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -272,6 +273,7 @@ def write_report(
     patch: tuple[int, int], # (row, column) that is looked at first
     pictures: dict[str, Path], # curve.png, segments.png and attention.png, from `run_demo`
     env: dict, # from `environment`
+    seed: int = 0, # of the random projections
 ) -> Path: # the file
     "Writes the demo's one-page report: self-contained, with a photo to point at."
     inside = {Path(name).stem: _data_uri(file, quality=82) for name, file in pictures.items()}
@@ -280,6 +282,7 @@ def write_report(
         segment_size=segment_size,
         segments=ceil(prod(photo.grid) / segment_size),
         patch=patch,
+        seed=seed,
         **_about_photo(photo, q),
         **_facts(rows, q.shape[1]),
         **_photos(photo, segment_size, inside),
@@ -298,7 +301,8 @@ def write_report(
         script=_part("report.js"),
     )
     page = _part("page.html")
-    for mark, text in marks.items(): page = page.replace(f"@{mark}@", text)
+    # in one go: a name or a picture may hold what looks like a mark
+    page = re.sub("@([a-z]+)@", lambda mark: marks[mark[1]], page)
     Path(path).write_text(page, encoding="utf-8")
     return Path(path)
 
@@ -400,6 +404,6 @@ def run_demo(
         written = _draw_all(drawings, folder, tell)
         tell("writing report.html")
         report = folder / "report.html"
-        write_report(report, picture, q, rows, w, place, written, environment())
+        write_report(report, picture, q, rows, w, place, written, environment(), seed)
     written["report.html"] = report
     return DemoResult(picture, w, rows, written, time.perf_counter() - began)
