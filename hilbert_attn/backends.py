@@ -18,6 +18,7 @@ from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
+from numbers import Real
 from types import MappingProxyType
 from typing import Any, TypeVar, Unpack, get_type_hints
 
@@ -29,7 +30,7 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from .calls import Call, check_call, check_order, on_segments
-from .common import Cache, check_word, is_plain
+from .common import Cache, check_word, is_plain, shown, whole_number, whole_numbers
 from .patterns import DilatedPattern, SegmentPattern
 from .reference import PatternOptions, reference_attention
 from .sdpa import (
@@ -656,7 +657,7 @@ class ExplainOptions(PatternOptions, total=False):
     sink_logits: Tensor | None
 
 # %% ../nbs/07_backends.ipynb #db2faf98
-_ONE_BRANCH = ("segment_size", "dilation_rate")
+_ONE_BRANCH = ("segment_size", "dilation_rate", "bias")
 _BRANCHES = ("segment_lengths", "dilation_rates", "combine")
 
 
@@ -668,12 +669,13 @@ def _check_options(options: Mapping[str, Any]):
     for option, value in options.items():
         if option in known: continue
         listed = ", ".join(known)
-        raise ValueError(f"{option}={value!r}: {name} has no such argument; known are {listed}")
+        given = f"{option}={shown(value)}"
+        raise ValueError(f"{given}: no such argument of {name} is known here, only {listed}")
 
 # %% ../nbs/07_backends.ipynb #81913ecb
 def _shaped(x: Tensor | Sequence[int], dtype: torch.dtype) -> Tensor: # without data
     if isinstance(x, Tensor): return x.to("meta")
-    return torch.empty(tuple(x), dtype=dtype, device="meta")
+    return torch.empty(whole_numbers("shape", x, 0), dtype=dtype, device="meta")
 
 # %% ../nbs/07_backends.ipynb #652f1c8a
 def _pattern(options: Mapping[str, Any], n: int, heads: int) -> SegmentPattern | DilatedPattern:
@@ -720,8 +722,11 @@ def _training(
     ranks: int | None,
 ) -> dict[str, Any]: # fields of `BackendChoice`
     "How to train, and what that needs."
-    if ranks is None: ranks = _ranks()
+    layers = whole_number("layers", layers, 1)
+    ranks = _ranks() if ranks is None else whole_number("ranks", ranks, 1)
     at_hand = _memory_at_hand(device) if memory is None else memory
+    if not isinstance(at_hand, Real) or at_hand < 0:
+        raise ValueError(f"memory={shown(memory)}: expected a number of bytes, or None")
     needs = training_memory(q.shape, kv_heads, q.element_size(), layers, ranks)
     if ranks == 1: needs.pop("ring")
     strategy, reason = _strategy(needs, at_hand, ranks)

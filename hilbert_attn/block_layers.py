@@ -27,7 +27,7 @@ from .blocks.schedule import (
 from .branched import LayerOptions, check_free
 from .calls import check_cells
 from .common import (
-    check_word, known_now, outside_graphs, true_or_false, whole_number)
+    check_word, known_now, outside_graphs, shown, true_or_false, whole_number)
 from .curves import order_or_none
 from .modules import AttentionLayer, share
 from .options import Backend, Curve, Placement
@@ -144,8 +144,11 @@ PLACEMENTS = ("global", "post_pattern")
 
 def _check_placement(placement: str, pattern: Any):
     check_word("placement", placement, PLACEMENTS)
-    of_blocks = pattern is None or isinstance(pattern, SparsePatternConfig)
-    if of_blocks or placement == "post_pattern": return
+    if pattern is None or isinstance(pattern, SparsePatternConfig): return
+    if not isinstance(pattern, BlockPattern):
+        expected = "expected a SparsePatternConfig, which takes a block_mask, or a WindowPattern"
+        raise ValueError(f"pattern={shown(pattern)}: {expected} or another one of tokens")
+    if placement == "post_pattern": return
     rule = "is defined on the grid, so the curve can only lay it out: give placement='post_pattern'"
     raise ValueError(f"pattern={pattern!r} {rule}")
 

@@ -36,6 +36,7 @@ def _bench(args):
     from hilbert_attn.bench.suites import format_run, report_run, run_suite
     # before anything is measured, and before this run is added to the file
     old = load_run(args.against, args.suite) if args.against else None
+    if args.out: os.makedirs(args.out, exist_ok=True)
     run = run_suite(args.suite, args.quick)
     if args.out or not args.quick:  # a toy run is kept only where it was asked for
         path = save_run(run, args.out)
@@ -67,8 +68,7 @@ def _check_explain(args):
     from hilbert_attn.common import whole_number
     if min(args.shape) < 1:
         raise ValueError(f"shape={tuple(args.shape)}: B, H, N and D must be at least 1")
-    whole_number("layers", args.layers, 1)
-    if args.ranks is not None: whole_number("ranks", args.ranks, 1)
+    if args.kv_heads is not None: whole_number("kv_heads", args.kv_heads, 1)
     if args.memory is not None and not 0 < args.memory < float("inf"):
         raise ValueError(f"memory={args.memory}: must be positive, in GB")
 
@@ -242,6 +242,8 @@ def main(
     argv: Sequence[str] | None = None, # arguments without the program's name; None: the process's
 ) -> int: # exit code: 0, or 2 after a message on stderr
     "The program `hilbert-attn`."
+    # what a terminal cannot write, as in the name of a photo, must not cost the results
+    if hasattr(sys.stdout, "reconfigure"): sys.stdout.reconfigure(errors="backslashreplace")
     try:
         args = _parser().parse_args(argv)
         args.run(args)

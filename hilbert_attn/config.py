@@ -46,6 +46,13 @@ def _dtype(value: Any) -> torch.dtype | None:
     known = "expected a floating-point torch.dtype or its name, 'auto', or None for float32"
     raise ValueError(f"dtype={shown(value)}: {known}")
 
+
+def _device(value: Any) -> str:
+    "The name of a device; a `ValueError` for anything else."
+    try: return str(torch.device(value))
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device={shown(value)}: {str(error).splitlines()[0]}") from None
+
 # %% ../nbs/12f_config.ipynb #a1ec34af
 def _checked_sizes(values: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"ring_size": whole_number("ring_size", values["ring_size"], 1)}
@@ -69,7 +76,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     found["dropout"] = share("dropout", values["dropout"])
     if values["sparsity"] is not None: found["sparsity"] = share("sparsity", values["sparsity"])
     if values["dtype"] != "auto": found["dtype"] = _dtype(values["dtype"])
-    if values["device"] is not None: found["device"] = str(torch.device(values["device"]))
+    if values["device"] is not None: found["device"] = _device(values["device"])
     check_curve(values["curve"])
     check_backend_name(values["backend"])
     return found

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as _checkpoint
 
 from .backends import attend, check_backend_name, choose_backend, known_length
-from .calls import check_call, check_cells, check_curve, on_segments
+from .calls import (
+    check_call, check_cells, check_curve, check_key_mask, on_segments)
 from .common import shown, true_or_false, whole_number, whole_numbers
 from .curves import as_grid, order_or_none
 from .options import Backend, Curve, Mode
@@ -337,6 +338,7 @@ class HilbertOrder(nn.Module):
         order = self.order(x.shape[1], x.device)
         def placed(t, dim): return t if order is None else t.index_select(dim, order)
         options: dict[str, Any] = {}
+        check_key_mask(key_mask, tuple(x.shape[:2]), "(B, N)", x.device)
         if key_mask is not None: options["key_mask"] = placed(key_mask, 1)
         if self.rope_dim is not None:
             grid = x.shape[1] if self.grid is None else self.grid

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .branched import CurveLayerOptions, DilatedAttention
 from .calls import check_key_mask
-from .common import described, true_or_false, whole_number
+from .common import described, is_whole, true_or_false, whole_number
 from .modules import apply_rotary, one_of
 
 # %% ../nbs/12c_multihead.ipynb #2a29b837
@@ -82,9 +82,10 @@ def _check_tokens(embed_dim: int, query: Tensor, key: Tensor, value: Tensor):
 # %% ../nbs/12c_multihead.ipynb #5179949d
 def _asks_causal(attn_mask: Tensor | None, n: int) -> bool:
     if attn_mask is None: return False
-    if is_causal_mask(attn_mask, n): return True
+    known = isinstance(attn_mask, Tensor) and not is_whole(attn_mask)
+    if known and is_causal_mask(attn_mask, n): return True
     raise ValueError(
-        f"attn_mask of shape {tuple(attn_mask.shape)} is not the causal mask: "
+        f"attn_mask is {described(attn_mask)}, not the causal mask in bool or float: "
         "the pattern of this layer is set by segment_lengths and dilation_rates; "
         "leave attn_mask out")
 
@@ -134,6 +135,10 @@ class _Projections(nn.Module):
         return [x.unflatten(-1, (self.num_heads, -1)) for x in parts]
 
 # %% ../nbs/12c_multihead.ipynb #34ae9c25
+_BRANCHES = dict(  # their defaults
+    segment_lengths=(2048, 4096, 8192), dilation_rates=(1, 2, 4), dropout=0.0)
+
+
 def _attention_inside(
     num_heads: int, # H
     attention: nn.Module | None, # that was given
@@ -145,9 +150,9 @@ def _attention_inside(
         made = DilatedAttention(*branches, **options)
         made.pairs(1, num_heads)  # names what does not fit so many heads
         return made
-    if not options: return attention
-    given = ", ".join(options)
-    raise ValueError(f"attention is given, and so are {given}: these belong to it")
+    given = [name for name, x in zip(_BRANCHES, branches) if x != _BRANCHES[name]] + [*options]
+    if not given: return attention
+    raise ValueError(f"attention is given, and so are {', '.join(given)}: these belong to it")
 
 # %% ../nbs/12c_multihead.ipynb #0e34fd3c
 _NO_WEIGHTS = ("need_weights=True: attention weights are never formed here; leave it out, "

@@ -21,6 +21,7 @@ from .curves import order_or_none
 from .options import Layout
 from .ring import ring_dilated_attention
 from .ring_exchange import group_size, refuse, shard_sequence, unshard_sequence
+from .ring_plan import check_layout
 
 # %% ../nbs/12d_ring_layers.ipynb #12d0a007
 class GroupHolder:
@@ -138,6 +139,7 @@ class RingDilatedAttention(RingLayer, DilatedAttention):
         if not self.use_custom_backward:
             rule = "attention over a ring has its own backward, since gradients travel too"
             raise ValueError(f"use_custom_backward=False: {rule}")
+        check_layout(layout)
         self.layout, self.overlap = layout, true_or_false("overlap", overlap)
 
     def order(

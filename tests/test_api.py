@@ -368,6 +368,12 @@ def test_settings_are_what_they_seem(name, values):
             create_dilated_attention("standard", **{name: value})
 
 
+@pytest.mark.parametrize("device", ["gpu", 1.5])
+def test_a_device_has_a_known_name(device):
+    with pytest.raises(ValueError, match=f"device={device!r}: "):
+        StandardizedRingConfig(device=device)
+
+
 def test_which_when_is_the_policy():
     text = which_when()
     for row in POLICY: assert row.reason in text and f"`{row.backend}`" in text
@@ -379,6 +385,10 @@ def test_which_when_is_the_policy():
 def test_unknown_types_and_settings():
     with pytest.raises(ValueError, match=r"did you mean 'hilbert'\? Known types:\n  'standard'"):
         create_dilated_attention("hilbrt")
+    with pytest.raises(ValueError, match=r"='x' is not known\. Known types:\n"):
+        create_dilated_attention("x")
+    with pytest.raises(ValueError, match=r"'x' is no setting\. Known ones: dim, "):
+        create_dilated_attention("standard", x=1)
     with pytest.raises(ValueError, match="did you mean 'segment_lengths'"):
         create_dilated_attention("standard", segment_length=[8])
     with pytest.raises(ValueError, match="dim is missing"):
@@ -468,7 +478,10 @@ def test_pytorchs_fast_path_does_not_bypass_it():
     [
         (dict(kdim=16), "kdim=16"), (dict(add_bias_kv=True), "add_bias_kv=True"),
         (dict(embed_dim=30), "no multiple"),
-        (dict(attention=nn.Identity(), causal=True), "belong to it")])
+        (dict(attention=nn.Identity(), causal=True), "belong to it"),
+        (dict(attention=nn.Identity(), dropout=0.5), "given, and so are dropout: "),
+        (dict(attention=nn.Identity(), segment_lengths=[8], dilation_rates=[1], causal=True),
+         "so are segment_lengths, dilation_rates, causal: ")])
 def test_multihead_says_what_it_cannot(options, message):
     with pytest.raises(ValueError, match=message):
         MultiheadDilatedAttention(**{**dict(embed_dim=32, num_heads=4), **options})

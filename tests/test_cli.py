@@ -1,5 +1,6 @@
 """The program `hilbert-attn`: exit codes, messages, and that its commands do what functions do."""
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -59,6 +60,7 @@ MISTAKES = {
     "explain --shape 1 0 64 64": "shape=(1, 0, 64, 64)",
     f"{SMALL} --segment-size 8 --dilation-rate 9": "dilation_rate=9: must not exceed",
     "explain --shape 1 4 64 64 --kv-heads 3": "4 heads",
+    "explain --shape 1 4 64 64 --kv-heads -4": "kv_heads=-4: must be at least 1",
     f"{SMALL} --backend cudnn": "'cudnn'",
     f"{SMALL} --combine lse": "--combine is for several branches",
     f"{SMALL} --dilation-rates 1 2": "--dilation-rates is for several branches",
@@ -221,6 +223,14 @@ def test_bench_against_an_earlier_run(capsys, tmp_path, instead):
     assert changes == ["slower", *["within the spread"] * 17]
 
 
+def test_bench_looks_for_its_folder_first(capsys, tmp_path, monkeypatch):
+    never = replace(SUITES["cpu"], run=lambda quick: pytest.fail("measured"))
+    monkeypatch.setitem(SUITES, "cpu", never)
+    (tmp_path / "file").touch()
+    code, _, err = run_words(capsys, "bench", "--out", tmp_path / "file")
+    assert code == 2 and "File exists" in err
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_bench_gpu_without_one(capsys):
     code, out, err = run(capsys, "bench gpu")
@@ -236,3 +246,24 @@ def test_as_a_program():
     done = subprocess.run(command, capture_output=True, text=True)
     said = "hilbert-attn: photo='x.jpg': there is no such file\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", said)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_results_reach_a_terminal_of_few_letters(tmp_path, encoding):
+    Image = pytest.importorskip("PIL.Image")
+    photo = tmp_path / "日.png"
+    Image.linear_gradient("L").resize((16, 16)).save(photo)
+    program = [sys.executable, "-m", "hilbert_attn"]
+    env = os.environ | dict(
+        PYTHONIOENCODING=encoding,
+    )
+    done = subprocess.run(
+        [*program, "demo", photo, "--out", tmp_path],
+        capture_output=True,
+        env=env,
+    )
+    assert done.returncode == 0
+    assert not done.stderr
+    first = "日.png: 2 x 2 = 4"
+    how = encoding, "backslashreplace"
+    assert done.stdout.startswith(first.encode(*how))

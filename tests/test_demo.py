@@ -358,7 +358,12 @@ def test_a_strip_in_a_browser(tmp_path, browser_page):
     shown.goto(report.as_uri())
     wait_for_patch(shown, 250, 1)
     drawn = """canvas => {
-        const pen = canvas.getContext('2d'), x = canvas.width / 2, y = canvas.height / 2;
-        return pen.getImageData(x, y, 1, 1).data[3];
+        const pen = canvas.getContext('2d');
+        const x = canvas.width / 2;
+        const y = canvas.height / 2;
+        const cell = [x, y, 1, 1];
+        return pen.getImageData(...cell).data[3];
     }"""
-    assert shown.locator("canvas[data-view=walk]").first.evaluate(drawn) == 255
+    walk = "canvas[data-view=walk]"
+    canvas = shown.locator(walk).first
+    assert canvas.evaluate(drawn) == 255

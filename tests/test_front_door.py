@@ -362,15 +362,44 @@ def test_explain_backend():
     [
         (
             dict(segmentsize=4),
-            "segmentsize=4: hilbert_attention has no such argument; known are .*segment_size"),
+            "segmentsize=4: no such argument of hilbert_attention is known here, .*segment_size"),
         (
             dict(segment_size=4, dilation_rates=[2]),
-            r"dilation_rates=\[2\]: hilbert_attention has no such argument"),
+            r"dilation_rates=\[2\]: no such argument of hilbert_attention"),
         (
             dict(segment_lengths=[4], dilation_rates=[1], segment_size=4),
-            "segment_size=4: dilated_attention has no such argument"),])
+            "segment_size=4: no such argument of dilated_attention"),
+        (
+            dict(segment_lengths=[4], dilation_rates=[1], bias=torch.zeros(2, 191)),
+            r"bias=<Tensor float32 \(2, 191\)>: no such argument of dilated_attention"),
+        (
+            dict(return_lse=True),
+            "return_lse=True: no such argument of hi")])
 def test_explain_backend_knows_its_options(options, message):
     with pytest.raises(ValueError, match=message): explain_backend((1, 2, 96, 8), **options)
+
+
+@pytest.mark.parametrize(
+    "name, value, rule",
+    [
+        ("layers", 0, "=0: must be at least 1"),
+        ("layers", 1.5, "=1.5: expected a whole"),
+        ("ranks", 0, "=0: must be at least 1"),
+        ("ranks", -2, "=-2: must be at least 1"),
+        ("memory", -1, "=-1: expected a number"),
+        ("memory", "16 GB", "='16 GB': expected"),
+        ("k", (1, -2, 96, 8), "at least 0"),
+        ("k", (1, 2.0, 96, 8), "whole numbers"),
+        ("k", 2, "4 dimensions"),
+    ],
+)
+def test_explain_backend_counts(name, value, rule):
+    own = "" if name == "k" else name
+    with pytest.raises(ValueError, match=own + rule):
+        explain_backend(
+            (1, 2, 96, 8),
+            **{name: value},
+        )
 
 
 REFUSED = (

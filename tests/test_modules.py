@@ -8,6 +8,7 @@ import torch
 from hilbert_attn import (
     DilatedAttention,
     HilbertAttentionCore,
+    HilbertOrder,
     MultiheadDilatedAttention,
     NeighborhoodPattern,
     SparsePatternConfig,
@@ -352,6 +353,10 @@ LISTS = dict(segment_lengths=[8, 16, 32], dilation_rates=[1, 2, 4])
     (lambda: BRANCHED(**LISTS, offsets=1, dilation_mode="residue"), "'residue' has no offsets"),
     (lambda: BRANCHED(**LISTS, offsets=(1, 2), combine="heads"), "each branch needs a head"),
     (lambda: MultiheadDilatedAttention(32, 2, **LISTS, combine="heads"), "3 branches and 2 heads"),
+    (lambda: RingDilatedAttention(layout="zig"), "layout='zig': known layouts are 'contiguous'"),
+    (lambda: BlockSparseAttention("local"), "pattern='local': expected a SparsePatternConfig"),
+    (lambda: BlockSparseAttention(torch.ones(4, 4, dtype=torch.bool), placement="post_pattern"),
+     "pattern=<Tensor bool .*: expected a SparsePatternConfig, which takes a block_mask"),
     (lambda: MultiheadDilatedAttention(32, 4, **LISTS, offsets=[0, 1, 2]), "offsets has 3 entries"),
 ])
 def test_misfits_are_named_when_a_layer_is_made(make, message):
@@ -416,3 +421,18 @@ def test_numbers_of_numpy_are_numbers():
     assert (
         module.segment_size, module.dropout, module.causal, module.grid) == (16, 0.5, True, (7, 11))
     assert DilatedAttention(np.array([8, 16]), [np.int32(1), 2]).segment_lengths == (8, 16)
+
+
+@pytest.mark.parametrize("seen", [10, 14])
+def test_a_mask_of_other_tokens_is_refused_at_the_door(seen):
+    model = HilbertOrder(layer(segment_size=4, curve=None), (3, 4))
+    mask = torch.ones(2, seen, dtype=torch.bool)
+    with pytest.raises(ValueError, match=r"key_mask is .*: expected bool of shape \(B, N\)"):
+        model(torch.randn(2, 12, 48), key_mask=mask)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(6, 6).triu(1).int(), "causal"])
+def test_a_causal_mask_is_bool_or_float(mask):
+    m, x = MultiheadDilatedAttention(48, 4), torch.randn(6, 1, 48)
+    with pytest.raises(ValueError, match="not the causal mask in bool or float"):
+        m(x, x, x, attn_mask=mask)
