@@ -27,7 +27,7 @@ from .blocks.schedule import (
 from .branched import LayerOptions, check_free
 from .calls import check_cells
 from .common import (
-    check_word, known_now, outside_graphs, shown, true_or_false, whole_number)
+    check_word, known_now, outside_graphs, refuse_jit_trace, shown, true_or_false, whole_number)
 from .curves import order_or_none
 from .modules import AttentionLayer, share
 from .options import Backend, Curve, Placement
@@ -105,6 +105,7 @@ class KeepsLists(AttentionLayer):
         use_hilbert: bool = True, # False: tokens and blocks as they lie
     ) -> BlockLists: # kept: do not write into it
         "The pattern for so many tokens."
+        refuse_jit_trace()
         causal = self.causal or true_or_false("causal", causal)
         rest = torch.device(device), causal, true_or_false("use_hilbert", use_hilbert)
         if not known_now(seq_len):
@@ -112,12 +113,13 @@ class KeepsLists(AttentionLayer):
             if fixed is None: return _build_lists(self, seq_len, *rest)  # when the graph runs
             seq_len = fixed  # for others, this is an error of the call's
         key = seq_len, *rest, self._writes()
-        if key in self._lists: return self._lists[key]
+        found = self._lists.get(key)
+        if found is not None: return found
         if torch.compiler.is_compiling():
             return _compiled_lists(self._handle, seq_len, str(device), *rest[1:])
         if len(self._lists) > 15: self._lists.clear()
-        with outside_graphs(): self._lists[key] = _build_lists(self, seq_len, *rest)
-        return self._lists[key]
+        with outside_graphs(): found = self._lists[key] = _build_lists(self, seq_len, *rest)
+        return found  # another thread may have cleared the lists meanwhile
 
     def _writes(self) -> int | None:
         "How often a mask was written into; a graph keeps it as it was."

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import peek_interpreter_stack
 from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import attend, check_backend_name
@@ -323,7 +324,8 @@ def block_sparse_ring_attention(
     in `ring_attention`."""
     how = scale, backend, return_lse
     compiling = torch.compiler.is_compiling()
-    without_data = compiling or isinstance(q, Tensor) and q.is_meta
-    if without_data and is_alone(group): return _alone(q, k, v, lists, *how)
+    traced = compiling or peek_interpreter_stack() is not None
+    traced = traced or isinstance(q, Tensor) and q.is_meta
+    if traced and is_alone(group): return _alone(q, k, v, lists, *how)
     ring_round = torch.compiler.disable(_ring_round) if compiling else _ring_round
     return ring_round(q, k, v, lists, group, *how)

@@ -19,9 +19,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from hilbert_attn.common import (
-    define_operator, described, hide_masked, is_plain, known_now, lse_dtype, shown,
-    true_or_false)
+from .common import (
+    define_operator, described, hide_masked, is_plain, known_now, lse_dtype, refuse_jit_trace,
+    shown, true_or_false)
 from .curves import (
     _parse_curve, as_grid, known_permutation, order_or_none, permutation)
 from .operators import draw_seeds
@@ -88,6 +88,7 @@ def check_tensors(
     widths: bool = False, # may values have other columns than queries and keys?
 ):
     "Shapes, dtypes and devices that fit each other; a `ValueError` for others."
+    refuse_jit_trace()
     for name, x in (("q", q), ("k", k), ("v", v)): _check_each(name, x)
     _check_values(k, v, widths)
     _check_shapes(q, k, registers, crossed)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['shown', 'described', 'whole_number', 'whole_numbers', 'is_whole', 'true_or_false', 'check_word', 'nearest',
-           'check_names', 'unit_stride', 'hide_masked', 'lse_dtype', 'is_plain', 'known_now', 'outside_graphs', 'Cache',
-           'remembered', 'define_operator', 'after_import']
+           'check_names', 'unit_stride', 'hide_masked', 'lse_dtype', 'is_plain', 'known_now', 'refuse_jit_trace',
+           'outside_graphs', 'Cache', 'remembered', 'define_operator', 'after_import']
 
 # %% ../nbs/00a_common.ipynb #afb463c6
 import os
@@ -186,6 +186,14 @@ def known_now(
     if not torch.compiler.is_compiling(): return not isinstance(n, torch.SymInt)
     from torch.fx.experimental.symbolic_shapes import has_static_value  # takes long to import
     return has_static_value(n)
+
+# %% ../nbs/00a_common.ipynb #6a17c0d2
+def refuse_jit_trace():
+    "A `RuntimeError` under `torch.jit.trace`."
+    if not torch.jit.is_tracing(): return
+    raise RuntimeError(
+        "attention was called under torch.jit.trace, whose graph keeps the plan of one number of "
+        "tokens for all others: use torch.export.export or torch.compile")
 
 # %% ../nbs/00a_common.ipynb #e3fd4dea
 @contextmanager

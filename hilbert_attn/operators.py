@@ -157,7 +157,10 @@ def _define_part(
 ) -> tuple[Any, torch.library.Library]: # the operator, and what keeps it alive
     "Defines one operator; whatever it is given has whole rows when the engine sees it."
     def readable(x): return unit_stride(x) if isinstance(x, Tensor) and x.ndim == 4 else x
-    def implementation(*arguments): return engine(*map(readable, arguments))
+    def implementation(*arguments):
+        # a result that is a view could not be written into
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return engine(*map(readable, arguments))
 
     library = define_operator(name, schema)
     library.impl(name, implementation, device)

@@ -16,6 +16,7 @@ from torch.func import functionalize, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hilbert_attn as h
+from hilbert_attn import block_layers
 
 GRID, N = (9, 11), 99
 
@@ -135,6 +136,19 @@ def test_threads(name):
     for thread in threads: thread.start()
     for thread in threads: thread.join(120)
     assert not failures and not any(thread.is_alive() for thread in threads)
+
+
+def test_lists_that_another_thread_throws_away(monkeypatch):
+    "A layer that has kept many lengths begins anew, while a thread still asks for one of them."
+    layer = h.BlockSparseAttention(block_size=16)
+
+    @contextmanager
+    def interrupted():
+        yield
+        layer._lists.clear()  # what a thread does that is switched to here
+
+    monkeypatch.setattr(block_layers, "outside_graphs", interrupted)
+    assert layer.block_lists(40).num_queries == 40
 
 
 FORKED = ("hilbert", "neighborhood")

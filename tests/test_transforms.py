@@ -59,6 +59,33 @@ def test_gradients(name, n):
     close([row[1] for row in two], [2 * row for row in expected])
 
 
+@pytest.mark.parametrize("name", [x for x in LAYERS if "checkpoint" not in x])
+def test_gradients_of_layers(name):
+    module, make = layer_case(name)
+    def run(*x):
+        out = module(*x)
+        return out[0] if isinstance(out, tuple) else out
+    x = make(40)
+    close(grad(loss_of(run), tuple(range(len(x))))(*x), gradients(run, x))
+
+
+@pytest.mark.parametrize("name", DROPPING)
+def test_outputs_may_be_written_into(name):
+    q, k, v = inputs(96, requires_grad=True)
+    out, lse = DROPPING[name](q, k, v, backend="sdpa", return_lse=True)
+    expected = out + 1, lse - 1
+    close((out.add_(1), lse.sub_(1)), expected)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("case, name", [
+    *((function_case, name) for name in FUNCTIONS), *((layer_case, name) for name in LAYERS)])
+def test_jit_trace_is_refused(case, name):
+    module, make = case(name)
+    with pytest.raises(RuntimeError, match="use torch.export.export"):
+        torch.jit.trace(module, tuple(make(96)), check_trace=False)
+
+
 @each_function
 @each_length
 def test_vmap(name, n):
