@@ -478,7 +478,7 @@ def _is_short(q: Any, k: Any, v: Any, backend: Any) -> bool:
     if type(backend) is not str or backend != "auto": return False
     if not (type(q) is type(k) is type(v) is Tensor): return False
     if not (q.is_cpu and k.is_cpu and v.is_cpu): return False
-    if q.ndim != 4 or q.shape[2] > LONGEST_KEPT: return False
+    if q.is_nested or q.ndim != 4 or q.shape[2] > LONGEST_KEPT: return False
     if forward_ad._current_level >= 0 or peek_interpreter_stack() is not None: return False
     return not torch.is_autocast_enabled("cpu") and _nobody_forces()
 

@@ -36,6 +36,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def _check_each(name: str, x: Any):
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor")
+    if x.is_nested or x.layout != torch.strided:
+        raise ValueError(
+            f"{name} is nested or of layout {x.layout}: expected a dense tensor; sequences of "
+            "different lengths go one behind the other, see cu_seqlens of dilated_attention")
     if x.ndim != 4:
         shape = tuple(x.shape)
         raise ValueError(f"{name} has shape {shape}: expected 4 dimensions (B, H, N, D)")

@@ -190,7 +190,7 @@ def known_now(
 # %% ../nbs/00a_common.ipynb #6a17c0d2
 def refuse_jit_trace():
     "A `RuntimeError` under `torch.jit.trace`."
-    if not torch.jit.is_tracing(): return
+    if torch._C._get_tracing_state() is None: return
     raise RuntimeError(
         "attention was called under torch.jit.trace, whose graph keeps the plan of one number of "
         "tokens for all others: use torch.export.export or torch.compile")

@@ -32,12 +32,15 @@ from hilbert_attn.patterns import attention_mask
 from hilbert_attn.reference import masked_attention
 
 X = torch.zeros(2, 4, 12, 8)
+JAGGED = torch.nested.nested_tensor([X[0], X[0]], layout=torch.jagged)
 REAL_POLICY = True
 
 
 BAD_TENSORS = [
     (dict(q=X[0]), r"q has shape \(4, 12, 8\): expected 4 dimensions"),
     (dict(q=[1]), "q is a list: expected a tensor"),
+    (dict(k=X.to_sparse()), "k is nested or of layout torch.sparse_coo: expected a dense tensor"),
+    (dict(q=JAGGED), "q is nested or of layout torch.jagged: .* see cu_seqlens"),
     (dict(q=X.long()), "q has dtype torch.int64: expected one of"),
     (dict(v=X[:, :2]), "k has shape .* and v .*: they must agree"),
     (dict(q=X[:1]), "B, N and D must agree"), (dict(q=X[:, :, :6]), "B, N and D must agree"),
@@ -130,6 +133,13 @@ def test_numpy_numbers_are_numbers():
         scale=np.float64(0.5), grid=np.array([8, 12]))
     plain = dict(segment_size=24, dilation_rate=2, causal=True, scale=0.5, grid=(8, 12))
     assert torch.equal(hilbert_attention(x, x, x, **options), hilbert_attention(x, x, x, **plain))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_without_sizes_are_refused():
+    q = torch.nested.nested_tensor([X[0], X[1, :, :5]])
+    with pytest.raises(ValueError, match="q is nested or of layout torch.strided"):
+        hilbert_attention(q, q, q)
 
 
 @pytest.mark.parametrize(
