@@ -56,6 +56,9 @@ def described(
     return f"{x.dtype} {tuple(x.shape)} on {x.device}"
 
 # %% ../nbs/00a_common.ipynb #3a6a32ee
+_END = 1 << 63 # of int64, as tensors and operators hold whole numbers
+
+
 def whole_number(
     name: str, # of the argument, for the message
     value: Any, # an int, a NumPy integer, or a symbolic size
@@ -67,7 +70,8 @@ def whole_number(
     number: Any = value if isinstance(value, (int, torch.SymInt)) else int(value)
     if least is not None and number < least:
         raise ValueError(f"{name}={shown(value)}: must be at least {least}")
-    return number
+    if -_END <= number < _END: return number
+    raise ValueError(f"{name}={shown(value)}: must be at least -2^63 and less than 2^63")
 
 # %% ../nbs/00a_common.ipynb #492de914
 def whole_numbers(

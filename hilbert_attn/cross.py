@@ -160,12 +160,12 @@ def _order(
     device: torch.device, # of q
 ) -> Tensor | None: # int64 (n,); None: as they lie
     "The order of one side. Raises `ValueError`."
-    check_curve(curve)
     try:
         check_cells(grid, n)
-        if order is not None: return check_order(order, n, device)
+        check_curve(curve)
+        if order is None: return order_or_none(curve, grid, n, device)
+        return check_order(order, n, device)
     except ValueError as error: raise ValueError(f"{name}{error}") from None
-    return order_or_none(curve, grid, n, device)
 
 # %% ../nbs/11c_cross.ipynb #33d712b8
 @shortcut

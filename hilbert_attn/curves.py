@@ -257,7 +257,7 @@ def as_grid(
 def _parse_curve(curve: str) -> tuple[str, tuple[int, ...]]:
     "`'tile:16'` -> `('tile', (16,))`; a `ValueError` that lists the known names otherwise."
     name, _, side = str(curve).removesuffix(TRANSPOSED).partition(":")
-    sized = name == "tile" and side.isdigit() and int(side) >= 1
+    sized = name == "tile" and side.isdecimal() and 1 <= int(side) < 1 << 63
     if name in _CURVES and (sized or not side):
         return name, (int(side or 8),) if name == "tile" else ()
     known = ", ".join(map(repr, _CURVES))
@@ -318,7 +318,7 @@ def curve_order(
     the Hilbert walk exchanges its two longest.
 
     A `ValueError` for a bad grid or an unknown curve."""
-    grid, device = as_grid(grid), torch.device(device or "cpu")
+    grid, device = as_grid(grid), torch.device("cpu" if device is None else device)
     _parse_curve(curve)
     if torch.compiler.is_compiling():
         return torch.ops.hilbert_attn.curve_order(grid, curve, device)
@@ -439,7 +439,7 @@ def locality(
 
     A `ValueError` for a bad grid, an unknown curve, or segments without tokens."""
     dims = as_grid(grid)
-    if segment_size < 1: raise ValueError(f"segment_size={segment_size}: expected at least 1")
+    whole_number("segment_size", segment_size, 1)
     order = curve_order(dims, curve).numpy()
     coords = np.stack(np.unravel_index(order, dims), 1).astype(float)  # (N, ndim), in curve order
     step = np.linalg.norm(np.diff(coords, axis=0), axis=1)

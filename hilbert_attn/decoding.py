@@ -144,12 +144,12 @@ def attend_keys(
 # %% ../nbs/11d_decoding.ipynb #a0ff725a
 def _numbers(name: str, values: Any, batch: int, device: torch.device) -> Any: # int, int64 (B,)
     "One whole number for all rows, or one of each. Raises `ValueError`."
-    if not isinstance(values, Tensor): return whole_number(name, values, 0)
-    whole = values.dtype in (torch.int32, torch.int64)
+    if not hasattr(values, "__len__"): return whole_number(name, values, 0)
+    whole = isinstance(values, Tensor) and values.dtype in (torch.int32, torch.int64)
     if whole and values.shape == (batch,) and values.device == device: return values.long()
     raise ValueError(
-        f"{name} is {described(values)}: expected whole numbers of shape (B,) = ({batch},) on "
-        f"{device}")
+        f"{name} is {described(values)}: expected one whole number, or a tensor of whole numbers "
+        f"of shape (B,) = ({batch},) on {device}")
 
 # %% ../nbs/11d_decoding.ipynb #181fadbd
 def _readable(x: Any) -> bool:
@@ -197,11 +197,11 @@ def _pattern(room: int, heads: int, segment: dict, window, sinks, overlap) -> An
 
 
 # %% ../nbs/11d_decoding.ipynb #7a98c0ad
-def _check_order(order: Any, window: int | None, overlap: int, device: torch.device) -> Tensor:
+def _check_order(order: Any, window: int | None, overlap: int, room: int, device) -> Tensor:
     "A permutation, int64, of segments. Raises `ValueError`."
     if window is not None: raise ValueError(f"window={window} with an order: give segments")
     if overlap: raise ValueError(f"overlap={overlap} with an order: give segments without")
-    return check_order(order, order.numel() if isinstance(order, Tensor) else 0, device)
+    return check_order(order, order.numel() if isinstance(order, Tensor) else room, device)
 
 # %% ../nbs/11d_decoding.ipynb #e9174db7
 def _grid_keys(token: Tensor, pattern: SegmentPattern, order: Tensor) -> KeyTable: # of tokens
@@ -294,7 +294,7 @@ def decode_attention(
         sink_logits=sink_logits, return_lse=return_lse)
     (B, H, M, _), room, device = call.q.shape, call.k.shape[2], call.q.device
     starts, lengths = _numbers("starts", starts, B, device), _numbers("lengths", lengths, B, device)
-    if order is not None: order = _check_order(order, window, overlap, device)
+    if order is not None: order = _check_order(order, window, overlap, room, device)
     _check_lengths(starts, lengths, M, room, order)
     segment = dict(segment_size=segment_size, dilation_rate=dilation_rate, mode=dilation_mode,
                    offsets=offsets)

@@ -233,7 +233,7 @@ class SegmentPattern:
     ) -> Tensor: # bool (heads, N, N) in token order
         "The dense mask, for tests and pictures."
         position = torch.arange(self.seq_len, device="cpu")
-        if order is not None: position = inverse_order(order)
+        if order is not None: position = inverse_order(order).long()
         return self.attends(position, position)
 
 # %% ../nbs/01_patterns.ipynb #7329bc85
@@ -550,9 +550,9 @@ class WindowPattern(AxisPattern):
         "The borders of each coordinate's box."
         n, window, shift = self.grid[axis], self.window[axis], self.shift[axis]
         place = np.arange(n)
-        begin = (place - shift) // window * window + shift
-        last = np.minimum(begin + window - 1, place[-1])  # not n, which may be a symbol of a graph
-        return place, begin.clip(0), last
+        inside = (place - shift) % window  # of the box; sums with a window may leave int64
+        last = place + np.minimum(window - 1 - inside, place[-1] - place)
+        return place, (place - inside).clip(0), last
 
 # %% ../nbs/01_patterns.ipynb #75b7bf90
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from .curves import curve_order
+from .common import shown
+from .curves import as_grid, curve_order
 
 # %% ../nbs/00c_plots.ipynb #d8403c6a
 PALETTE = (
@@ -62,6 +63,7 @@ def plot_curve(
 ):
     "Draws the curve through the cells of a 2-D grid, from blue to red."
     from matplotlib.collections import LineCollection
+    if len(as_grid(grid)) != 2: raise ValueError(f"grid={shown(grid)}: expected (H, W)")
     rows, columns = np.divmod(curve_order(grid, curve).numpy(), grid[1])
     middle = np.stack([columns + 0.5, rows + 0.5], 1) * cell
     steps = np.stack([middle[:-1], middle[1:]], 1)

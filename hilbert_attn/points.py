@@ -238,7 +238,8 @@ def _cells(
     count: int, # clouds
 ) -> Tensor: # int64 (N, ndim)
     "The cell of each point."
-    if grid_size is None and not coords.is_floating_point(): return coords.long()
+    if not coords.is_floating_point(): coords = coords.long()
+    if grid_size is None and not coords.is_floating_point(): return coords
     low, high = _boxes(coords, cloud, count)
     side = (high - low).amax(1, keepdim=True)
     size = side / (_FINEST - 1) if grid_size is None else torch.full_like(side, grid_size)
@@ -326,11 +327,12 @@ class PatchPattern(AxisPattern):
     def axis_bounds(self, axis: int) -> AxisBounds:
         "The patch of each position; at the end of a cloud its last `patch_size` positions."
         sizes, place = np.array(self.sizes), np.arange(self.seq_len)
+        size = min(self.patch_size, self.seq_len)  # sums stay in int64
         end = np.cumsum(sizes)
         begin, end = np.repeat(end - sizes, sizes), np.repeat(end, sizes)
-        patch = begin + (place - begin) // self.patch_size * self.patch_size
-        first = np.minimum(patch, np.maximum(end - self.patch_size, begin))
-        return place, first, np.minimum(first + self.patch_size, end) - 1
+        patch = begin + (place - begin) // size * size
+        first = np.minimum(patch, np.maximum(end - size, begin))
+        return place, first, np.minimum(first + size, end) - 1
 
 # %% ../nbs/11b_points.ipynb #634b885a
 _checked = Cache(max_entries=64, tensors=lambda value: ())
@@ -445,7 +447,7 @@ class OrderSchedule:
         generator: torch.Generator | None = None, # None: torch's own
     ) -> LayerSchedule:
         "The same, drawn once: rules that a configuration file keeps."
-        names = self.names(layers, generator)
+        names = self.names(whole_number("layers", layers, 1), generator)
         return LayerSchedule({":": [{"curve": name} for name in names]})
 
     def orders(

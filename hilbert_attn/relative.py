@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import described, lse_dtype
+from .common import described, lse_dtype, whole_number
 from .curves import as_grid
 
 # %% ../nbs/06a_relative_bias.ipynb #6a00000a
@@ -101,8 +101,14 @@ def alibi_bias(
     slopes: int | Tensor, # (H,), or the number of heads: 2^(-8 h / H)
     seq_len: int, # N
 ) -> Tensor: # (H, 2 N - 1)
-    "The table of attention with linear biases, arXiv 2108.12409."
+    "The table of attention with linear biases, arXiv 2108.12409. Raises `ValueError`."
+    whole_number("seq_len", seq_len, 1)
     if not isinstance(slopes, Tensor):
+        whole_number("slopes", slopes, 1)
         slopes = 2.0 ** (-8 * torch.arange(1, slopes + 1) / slopes)
+    elif slopes.ndim != 1 or not slopes.is_floating_point():
+        raise ValueError(
+            f"slopes is {described(slopes)}: expected floating-point numbers of shape (H,), "
+            "or the number of heads")
     distance = torch.arange(1 - seq_len, seq_len, device=slopes.device).abs()
     return -slopes[:, None] * distance

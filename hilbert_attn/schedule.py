@@ -131,7 +131,7 @@ class LayerSchedule:
         layers: int, # how many the model has
     ) -> dict[str, Option] | None: # options; {} where no rule is about it; None is dense
         "What one layer does. Raises `ValueError` for a layer that the model has not."
-        if not 0 <= layer < layers:
+        if not 0 <= whole_number("layer", layer) < layers:
             raise ValueError(f"layer={layer}: a model of {layers} has 0 … {layers - 1}")
         found: dict[str, Option] | None = {}
         for names, does in self.rules.items():
@@ -145,7 +145,7 @@ class LayerSchedule:
         **base: Option, # options of all layers
     ) -> list[dict[str, Option] | None]: # None is dense
         "What each layer does."
-        found = [self.at(layer, whole_number("layers", layers, 1)) for layer in range(layers)]
+        found = [self.at(i, layers) for i in range(whole_number("layers", layers, 1))]
         return [None if options is None else base | options for options in found]
 
     def orders(

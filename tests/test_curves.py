@@ -24,6 +24,7 @@ from hilbert_attn.curves import (
     segment_map,
 )
 from hilbert_attn.patterns import SlidePattern, attention_mask
+from hilbert_attn.plots import plot_curve
 
 
 def is_permutation(order):
@@ -239,6 +240,17 @@ def test_inverse_without_data_and_in_graphs():
     assert inverse_order(order.int()).dtype == torch.int32
 
 
+@pytest.mark.parametrize("size", [0, "3", 2.0, 1 << 63])
+def test_sizes_of_segments_are_checked(size):
+    for measure in (locality, segment_map):
+        with pytest.raises(ValueError, match="segment_size="): measure((4, 4), size)
+
+
+def test_a_picture_of_a_curve_has_two_axes():
+    for grid in (16, (2, 3, 4)):
+        with pytest.raises(ValueError, match=r"grid=.*: expected \(H, W\)"): plot_curve(None, grid)
+
+
 def test_segments_have_tokens():
     with pytest.raises(ValueError, match="segment_size=0: must be at least 1"):
         segment_map((4, 4), 0)
@@ -269,6 +281,12 @@ def test_device():
         curve_order((3, 4), device="cpu").device.type == "cpu"
         and curve_order((3, 4), device="meta").device.type == "meta"
     )
+
+
+def test_a_device_may_be_a_number():
+    if torch.accelerator.is_available(): assert curve_order(4, device=0).device == torch.device(0)
+    else:
+        with pytest.raises(RuntimeError): curve_order(4, device=0)
 
 
 def test_orders_made_under_inference_mode_can_be_used_in_training():
@@ -331,6 +349,7 @@ def test_coordinates_and_positions_are_checked(call, message):
         float("nan"),
         np.array([2.0, 3.0]),
         (2, "3"),
+        1 << 63,
     ],
 )
 def test_bad_grids(grid):
@@ -338,7 +357,8 @@ def test_bad_grids(grid):
         as_grid(grid)
 
 
-@pytest.mark.parametrize("curve", ["peano", "hilbert:3", "tile:0", "tile:x", "", None])
+@pytest.mark.parametrize("curve", [
+    "peano", "hilbert:3", "tile:0", "tile:x", "tile:²", "tile:9" + 30 * "0", "", None])
 def test_unknown_curves_list_the_known_ones(curve):
     with pytest.raises(ValueError, match="'row_major', 'snake', 'tile', 'morton', 'hilbert'"):
         curve_order(4, curve)

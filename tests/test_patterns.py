@@ -237,6 +237,9 @@ def test_tiles_shared(rest, shared, offset, data):
         lambda: OverlapPattern(4, 2, -1),
         lambda: TilesSharedPattern(4, 5),
         lambda: TilesSharedPattern(4, 1, 0, 4),
+        lambda: SegmentPattern(9, 1 << 63),
+        lambda: WindowPattern(9, 1 << 63),
+        lambda: SlidePattern(9, (1, 1 << 63)),
     ],
 )
 def test_bad_grid_patterns(bad):
@@ -271,10 +274,19 @@ def test_reaches_and_offsets_that_no_sequence_has():
     for offset in (-most, most):
         same = TilesSharedPattern(10, 3, offset % 10)
         assert torch.equal(TilesSharedPattern(10, 3, offset).mask(), same.mask())
+    for shift in (0, 3, 5, most - 1):
+        wide, same = WindowPattern(5, most, shift), WindowPattern(5, 10, min(shift, 9))
+        assert torch.equal(wide.mask(), same.mask()) and wide.pairs() == same.pairs()
     x = torch.randn(1, 2, 40, 8)
     whole = hilbert_attention(x, x, x)
     for size in (most, 1 << 61):
         torch.testing.assert_close(hilbert_attention(x, x, x, segment_size=size), whole)
+
+
+@pytest.mark.parametrize("size", [(1 << 32) + 2, 1 << 62])
+def test_segments_longer_than_an_order_of_32_bits_can_count(size):
+    p, order = SegmentPattern(9, size, 2), curve_order(9)
+    assert torch.equal(p.mask(order.int()), p.mask(order))
 
 
 @pytest.mark.parametrize("shape", ((6,), (1, 5), (2, 1), (1, 1, 6)))

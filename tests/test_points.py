@@ -184,6 +184,14 @@ def test_clouds_in_any_order():
     assert point_order(cells, batch=batch).equal(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_whole_numbers_without_a_sign(dtype):
+    coords = torch.randint(0, 99, (50, 3), generator=torch.Generator().manual_seed(0))
+    for size in (None, 2):
+        ordered = point_order(coords.to(dtype), grid_size=size)
+        assert ordered.equal(point_order(coords, grid_size=size))
+
+
 @pytest.mark.full
 def test_a_million_points_in_half_a_second():
     points, times = torch.rand(1_000_000, 3, generator=torch.Generator().manual_seed(0)), []
@@ -346,6 +354,14 @@ def test_no_pair_is_computed_in_vain(sizes, w):
     assert pattern.pairs() == mask_in_words(torch.arange(sum(sizes)), sizes, w).sum()
 
 
+@pytest.mark.parametrize("backend", ["reference", "sdpa_mask", "sdpa"])
+def test_patches_that_no_cloud_fills(backend):
+    q, k, v = torch.randn(3, 1, 2, 20, 8).unbind()
+    call = partial(point_attention, q, k, v, None, cu_seqlens=(0, 7, 20), return_lse=True)
+    for ours, exact in zip(call(patch_size=sys.maxsize, backend=backend), call(patch_size=13)):
+        torch.testing.assert_close(ours, exact)
+
+
 def test_clouds_of_one_size_are_one_tile():
     sizes = (3, 4) * 30
     order, by_size = points._by_size(torch.arange(sum(sizes)), sizes)
@@ -466,6 +482,10 @@ def test_schedules_of_points_and_images():
     assert all(x.equal(point_order(points, name)) for x, name in zip(orders, POINT_CURVES))
     orders = OrderSchedule(CURVES).orders(partial(curve_order, (5, 6)), len(CURVES))
     assert all(x.equal(curve_order((5, 6), name)) for x, name in zip(orders, CURVES))
+
+
+def test_no_schedule_is_drawn_for_no_layer():
+    with pytest.raises(ValueError, match="layers=0: must be at least 1"): OrderSchedule().drawn(0)
 
 
 @pytest.mark.parametrize("options, words", [

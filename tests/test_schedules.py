@@ -102,6 +102,14 @@ def test_a_layer_that_no_model_has_is_an_error(layer):
         HilbertSettings(segment_size=8, layers=RULES).of_layer(layer, 5)
 
 
+def test_numbers_of_layers_are_whole():
+    schedule = LayerSchedule({":": "dense"})
+    for layer in (1.5, "1", True):
+        with pytest.raises(ValueError, match="layer="): schedule.at(layer, 3)
+    for layers in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match="layers="): schedule.each(layers)
+
+
 def test_rules_are_copied():
     given = {"0": [{"segment_lengths": [4, 8]}]}
     schedule = LayerSchedule(given)
