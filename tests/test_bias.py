@@ -394,11 +394,18 @@ def test_alibi_of_a_number_of_heads():
 
 
 @pytest.mark.parametrize("slopes, n, message", [
-    (0, 5, "slopes=0"), (2.5, 5, "slopes=2.5"), (True, 5, "slopes=True"), ([0.5], 5, "slopes="),
-    (torch.ones(2, 1), 5, r"slopes is torch.float32 \(2, 1\)"), (torch.arange(2), 5, "int64"),
-    (2, 0, "seq_len=0"), (2, 2.5, "seq_len=2.5")])
+    (0, 5, "slopes=0"),
+    (2.5, 5, "slopes=2.5"),
+    (True, 5, "slopes=True"),
+    ([0.5], 5, "slopes="),
+    (torch.ones(2, 1), 5, r"slopes is .* \(2, 1\)"),
+    (torch.arange(2), 5, "int64"),
+    (2, 0, "seq_len=0"),
+    (2, 2.5, "seq_len=2.5"),
+])
 def test_alibi_of_what_are_no_slopes(slopes, n, message):
-    with pytest.raises(ValueError, match=message): alibi_bias(slopes, n)
+    with pytest.raises(ValueError, match=message):
+        alibi_bias(slopes, n)
 
 
 BAD = [

@@ -240,20 +240,23 @@ def test_inverse_without_data_and_in_graphs():
     assert inverse_order(order.int()).dtype == torch.int32
 
 
-@pytest.mark.parametrize("size", [0, "3", 2.0, 1 << 63])
-def test_sizes_of_segments_are_checked(size):
-    for measure in (locality, segment_map):
-        with pytest.raises(ValueError, match="segment_size="): measure((4, 4), size)
+@pytest.mark.parametrize("measure", [locality, segment_map])
+@pytest.mark.parametrize("size, words", [
+    (0, "segment_size=0: must be at least 1"),
+    ("3", "segment_size='3'"),
+    (2.0, "segment_size=2.0"),
+    (1 << 63, "segment_size=9"),
+])
+def test_sizes_of_segments_are_checked(measure, size, words):
+    with pytest.raises(ValueError, match=words):
+        measure((4, 4), size)
 
 
-def test_a_picture_of_a_curve_has_two_axes():
-    for grid in (16, (2, 3, 4)):
-        with pytest.raises(ValueError, match=r"grid=.*: expected \(H, W\)"): plot_curve(None, grid)
-
-
-def test_segments_have_tokens():
-    with pytest.raises(ValueError, match="segment_size=0: must be at least 1"):
-        segment_map((4, 4), 0)
+@pytest.mark.parametrize("grid", [16, (2, 3, 4)])
+def test_a_picture_of_a_curve_has_two_axes(grid):
+    words = r"grid=.*: expected \(H, W\)"
+    with pytest.raises(ValueError, match=words):
+        plot_curve(None, grid)
 
 
 def test_cache_gives_back_the_same_tensor_and_notices_writes():
@@ -284,9 +287,12 @@ def test_device():
 
 
 def test_a_device_may_be_a_number():
-    if torch.accelerator.is_available(): assert curve_order(4, device=0).device == torch.device(0)
+    if torch.accelerator.is_available():
+        order = curve_order(4, device=0)
+        assert order.device == torch.device(0)
     else:
-        with pytest.raises(RuntimeError): curve_order(4, device=0)
+        with pytest.raises(RuntimeError):
+            curve_order(4, device=0)
 
 
 def test_orders_made_under_inference_mode_can_be_used_in_training():

@@ -485,7 +485,9 @@ def test_schedules_of_points_and_images():
 
 
 def test_no_schedule_is_drawn_for_no_layer():
-    with pytest.raises(ValueError, match="layers=0: must be at least 1"): OrderSchedule().drawn(0)
+    words = "layers=0: must be at least 1"
+    with pytest.raises(ValueError, match=words):
+        OrderSchedule().drawn(0)
 
 
 @pytest.mark.parametrize("options, words", [

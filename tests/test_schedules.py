@@ -105,9 +105,11 @@ def test_a_layer_that_no_model_has_is_an_error(layer):
 def test_numbers_of_layers_are_whole():
     schedule = LayerSchedule({":": "dense"})
     for layer in (1.5, "1", True):
-        with pytest.raises(ValueError, match="layer="): schedule.at(layer, 3)
+        with pytest.raises(ValueError, match="layer="):
+            schedule.at(layer, 3)
     for layers in (0, -1, 2.0, True):
-        with pytest.raises(ValueError, match="layers="): schedule.each(layers)
+        with pytest.raises(ValueError, match="layers="):
+            schedule.each(layers)
 
 
 def test_rules_are_copied():
