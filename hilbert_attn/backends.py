@@ -109,10 +109,6 @@ def detect_gpu_architecture(
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return _architecture(_capability(device), _interpreted())
 
-# %% ../nbs/07_backends.ipynb #29a01b2a
-def _runs_anywhere(device: torch.device, capability: tuple[int, int] | None) -> str | None:
-    return None
-
 # %% ../nbs/07_backends.ipynb #c1195d37
 @dataclass(frozen=True)
 class Backend:
@@ -121,7 +117,7 @@ class Backend:
     about: str # how it computes
     functions: dict[str, Callable[[Call], tuple[Tensor, Any]]] # by family, see `computes`
     # why it cannot run on a device of a compute capability, or None
-    why_not: Callable[[torch.device, tuple[int, int] | None], str | None] = _runs_anywhere
+    why_not: Callable[[torch.device, tuple[int, int] | None], str | None] = lambda *_: None
     drawback: str = "is not the policy's first choice here" # why another is preferred
     has_expression: bool = True # can PyTorch differentiate it without its own backward?
 

@@ -273,8 +273,7 @@ class RingBlockSparseAttention(RingLayer, BlockSparseAttention):
         key_mask: Tensor | None = None, # must be None
     ) -> Tensor: # (B, n, H, D)
         "Attends, together with the other ranks. Raises `ValueError` where q, k, v do not fit."
-        what = "block_sparse_ring_attention"
-        check_ring_call(self, what, q, k, v, is_causal, key_mask)
+        check_ring_call(self, "block_sparse_ring_attention", q, k, v, is_causal, key_mask)
         return super().forward(q, k, v, is_causal)
 
     def block_lists(

@@ -12,10 +12,10 @@ import torch.nn as nn
 
 from hilbert_attn.common import hide_masked
 from hilbert_attn.curves import curve_order, inverse_order
+from hilbert_attn.integrations import caches as of_caches
 from hilbert_attn.integrations import diffusers as of_diffusers
 from hilbert_attn.integrations import dit as of_dit
 from hilbert_attn.integrations import settings as of_settings
-from hilbert_attn.integrations import transformers as of_transformers
 from hilbert_attn.reference import masked_attention
 
 EXACT, NOT_APPLICABLE = "exact", "not applicable"
@@ -98,7 +98,7 @@ def joint_by_mask(q, k, v, settings, grid, *, text_first, offset, key_mask, drop
 
 
 SEAMS = {
-    "prefix_attention": (of_transformers, of_settings, of_diffusers),
+    "prefix_attention": (of_caches, of_settings, of_diffusers),
     "joint_attention": (of_dit,)}
 BY_MASK = dict(prefix_attention=by_mask, joint_attention=joint_by_mask)
 

@@ -308,7 +308,7 @@ def test_nothing_is_imported_that_is_not_needed():
     dict(grid=(4, 4), shift=3, segment_lengths=(4, 8), dilation_rates=(1, 2)),
     dict(grid=(4, 4), shift=3, segment_size=4, prefix_tokens=2)])
 def test_steps_over_a_cache_know_the_shift(how):
-    from hilbert_attn.integrations.transformers import cached_attention
+    from hilbert_attn.integrations.caches import cached_attention
     torch.manual_seed(0)
     settings = HilbertSettings(**how)
     n = settings.prefix_tokens + settings.sides[0] * settings.sides[1]
@@ -321,7 +321,7 @@ def test_steps_over_a_cache_know_the_shift(how):
 
 
 def test_a_shift_without_a_grid_is_refused_where_a_sequence_grows():
-    from hilbert_attn.integrations.transformers import cached_attention
+    from hilbert_attn.integrations.caches import cached_attention
     q, k, v = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, 9, 8)
     with pytest.raises(ValueError, match="would move the others"):
         cached_attention(q, k, v, HilbertSettings(segment_size=4, shift=2), None, 0.0, None)
@@ -329,7 +329,7 @@ def test_a_shift_without_a_grid_is_refused_where_a_sequence_grows():
 
 def test_masked_tokens_of_a_grid_stay_where_they_are():
     "A text begins behind its padding; a grid does not."
-    from hilbert_attn.integrations.transformers import _text_attention
+    from hilbert_attn.integrations.caches import _text_attention
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 42, 8, dtype=torch.float64)
     mask = torch.arange(42)[None] >= 3

@@ -15,6 +15,7 @@ from model_cases import DOWN, UP, unet
 
 import hilbert_attn as h
 from hilbert_attn.integrations import HilbertAttnProcessor, HilbertSettings
+from hilbert_attn.integrations import caches as of_caches
 from hilbert_attn.integrations import diffusers as of_diffusers
 from hilbert_attn.integrations import settings as of_settings
 from hilbert_attn.integrations import transformers as of_transformers
@@ -56,9 +57,9 @@ def calls(monkeypatch):
 
         monkeypatch.setattr(module, name, count)
 
-    for module in (of_transformers, of_settings, of_diffusers):
+    for module in (of_caches, of_settings, of_diffusers):
         counted(module, "prefix_attention")
-    counted(of_transformers, "cached_attention")
+    counted(of_caches, "cached_attention")
     return found
 
 

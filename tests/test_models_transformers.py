@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn as nn
 
-import hilbert_attn.integrations.transformers as of_transformers
+import hilbert_attn.integrations.caches as of_caches
+import hilbert_attn.integrations.masks as of_masks
 from hilbert_attn.integrations import (
     HilbertSettings,
     register_hilbert_attention,
@@ -347,7 +348,7 @@ def test_a_step_leaves_out_what_is_masked_between(hf):
     settings, keys = HilbertSettings(segment_size=8), torch.ones(2, 22, dtype=torch.bool)
     keys[1, 17:19] = False
     q, k, v = rand(2, 4, 1, 16), rand(2, 2, 22, 16, seed=1), rand(2, 2, 22, 16, seed=2)
-    found, _ = of_transformers.cached_attention(q, k, v, settings, keys, 0.0, None)
+    found, _ = of_caches.cached_attention(q, k, v, settings, keys, 0.0, None)
     mask = (torch.arange(22) >= 16) & keys[:, None, None]
     assert torch.allclose(found, masked_attention(q, k, v, mask)[0], atol=1e-5)
 
@@ -488,8 +489,8 @@ NATIVE = {
 @pytest.mark.parametrize("padding", (None, "left", "right"))
 @pytest.mark.parametrize("name", NATIVE)
 def test_native_windows_caps_and_sinks(hf, name, padding, monkeypatch):
-    windows, own = [], of_transformers.hilbert_slide_attention
-    monkeypatch.setattr(of_transformers, "hilbert_slide_attention",
+    windows, own = [], of_caches.hilbert_slide_attention
+    monkeypatch.setattr(of_caches, "hilbert_slide_attention",
                         lambda *x, **o: (windows.append(x[4]), own(*x, **o))[1])
     inputs, keep = texts(30, padding)
     eager = results(build(hf, *NATIVE[name]), keep, **inputs)
@@ -537,11 +538,11 @@ def test_chunks_are_no_windows():
     def window(b, h, q, k): return (k <= q) & (k > q - 8)
     keys = torch.ones(1, 30, dtype=torch.bool)
     def both_ways(b, h, q, k): return abs(q - k) <= 8
-    assert of_transformers._window_of(window, 8, keys) == (True, 8)
-    assert of_transformers._window_of(window, 8, keys[:, :8]) == (True, None)
-    assert of_transformers._window_of(both_ways, 8, keys) == (False, 9)
+    assert of_masks._window_of(window, 8, keys) == (True, 8)
+    assert of_masks._window_of(window, 8, keys[:, :8]) == (True, None)
+    assert of_masks._window_of(both_ways, 8, keys) == (False, 9)
     with pytest.raises(ValueError, match="a chunk of 8"):
-        of_transformers._window_of(chunked, 8, keys)
+        of_masks._window_of(chunked, 8, keys)
 
 
 # windows that only the mask has, or only the layer

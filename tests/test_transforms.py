@@ -21,7 +21,7 @@ from transform_cases import (
 
 import hilbert_attn as ha
 from hilbert_attn.curves import _orders
-from hilbert_attn.integrations.transformers import _keys_of_last
+from hilbert_attn.integrations.caches import _keys_of_last
 from hilbert_attn.patterns import Progression
 from hilbert_attn.ring_plan import shard_positions
 

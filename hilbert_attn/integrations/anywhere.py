@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from .settings import (
     HilbertOptions, HilbertSettings, prefix_attention)
-from .transformers import split_mask
+from .masks import split_mask
 
 # %% ../../nbs/14h_any_model.ipynb #6e1b83d0
 def _why_not_heads(

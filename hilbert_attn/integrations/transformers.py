@@ -10,32 +10,26 @@ import inspect
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import wraps
 from inspect import signature
-from math import prod
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
-from ..calls import autocast_inputs
-from ..common import hide_masked
-from ..curves import inverse_order
-from ..decoding import (
-    KeyTable, attend_keys, decode_attention, overlap_keys, segment_keys, slide_keys)
+from .caches import (
+    attend_text, held_keys, needed_window, own_window_attention)
+from .masks import (
+    said_by, transformers_mask, who_attends, without_window)
 from .settings import (
-    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, can_overlap, cell_order,
-    few_attention, key_counts, layer_settings, prefix_attention)
+    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, can_overlap, layer_settings)
 from hilbert_attn.integrations.switch import (
     Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, release,
     switch_of)
-from ..local import hilbert_slide_attention
-from ..patterns import OverlapPattern, SlidePattern
 from ..reference import Scores, score_rule, with_sinks
 from ..schedule import frozen
 
@@ -54,18 +48,13 @@ def _parse_settings(
         _PARSED[key] = HilbertSettings.from_dict(values)
     return _PARSED[key]
 
-# %% ../../nbs/14c_transformers.ipynb #ef4518db
-def _said_by(module: nn.Module, name: str, default: Any = None) -> Any:
-    "What the configuration of a layer's model says."
-    return getattr(getattr(module, "config", None), name, default)
-
 # %% ../../nbs/14c_transformers.ipynb #feffc7d9
 def _settings_of(
     module: nn.Module, # a layer
     name: str, # of the implementation
 ) -> HilbertSettings:
     "The settings of the model that a layer belongs to."
-    own = _said_by(module, _SETTING)
+    own = said_by(module, _SETTING)
     settings = _DEFAULTS.get(name) if own is None else _parse_settings(own)
     if settings is not None: return settings
     raise ValueError(
@@ -92,436 +81,6 @@ def _refuse(
                 f"{option}: {about}; attn_implementation={name!r} does not have "
                 "that, use 'eager' or 'sdpa'")
 
-# %% ../../nbs/14c_transformers.ipynb #df6fdbc4
-def _allowed(
-    mask: Tensor, # (B or 1, H or 1, M or 1, N), bool, or 0 and very negative
-) -> Tensor: # bool (B or 1, 1, M or 1, N)
-    "A mask of four dimensions, as booleans that all heads share. Raises `ValueError`."
-    if mask.requires_grad:
-        raise ValueError(
-            "attention_mask requires a gradient: a learned bias on the "
-            "scores is not supported")
-    allowed = mask
-    if mask.dtype != torch.bool:
-        allowed = mask == 0
-        if not bool((allowed | (mask <= -1e4)).all()):
-            raise ValueError(
-                "attention_mask has values other than 0 and very negative ones: "
-                "a bias on the scores is not supported")
-    if allowed.shape[1] > 1 and bool((allowed[:, :1] != allowed).any()):
-        raise ValueError(
-            "attention_mask differs between heads: only masks of keys are "
-            "supported")
-    return allowed[:, :1]
-
-# %% ../../nbs/14c_transformers.ipynb #ed548905
-def _is_triangle(
-    allowed: Tensor, # bool (B, M, N)
-) -> bool: # causal; False: all rows alike
-    "Is each row the last one, under a triangle or not? Raises `ValueError` if neither."
-    m, n = allowed.shape[1:]
-    rows = allowed[:, -1:].expand(allowed.shape)
-    lower = torch.ones(m, n, dtype=torch.bool, device=allowed.device).tril(n - m)
-    if bool((allowed == (rows & lower)).all()):
-        return True
-    if bool((allowed == rows).all()): return False
-    raise ValueError(
-        f"attention_mask of {m} queries and {n} keys is neither causal "
-        "nor a mask of keys: this attention sets its own pattern by "
-        "segments, and cannot follow another one (packed sequences, "
-        "sliding windows, prefixes, ...)")
-
-# %% ../../nbs/14c_transformers.ipynb #138c6a64
-def split_mask(
-    mask: Tensor, # (B, N) of our own mask function, or of four dimensions
-    m: int, # queries
-    n: int, # keys
-    causal: bool, # what the layer says
-) -> tuple[bool, Tensor | None]: # causal, and the key mask (B or 1, N)
-    "A mask as transformers hands it over. Raises `ValueError` where it is more than that."
-    if mask.ndim == 2 and mask.shape[1] == n:
-        return causal, mask.bool()
-    if mask.shape == (1, 1, 1, 1): return False, None  # of our own: everybody attends all
-    if mask.ndim != 4 or mask.shape[-1] != n or mask.shape[-2] not in (1, m):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}: expected (B, 1, "
-            f"{m}, {n})")
-    allowed = _allowed(mask)[:, 0]  # (B, M or 1, N)
-    keys = allowed[:, -1]
-    if m > 1:  # rows that are alike mask keys, nothing else
-        causal = allowed.shape[1] > 1 and _is_triangle(allowed)
-    return causal, keys
-
-# %% ../../nbs/14c_transformers.ipynb #9e02c03a
-def _who_attends(
-    module: nn.Module, # the layer
-    query: Tensor, # (B, H, M, D)
-    n: int, # keys
-    mask: Tensor | None, # as transformers hands it over
-    is_causal: bool | None, # None: what the layer says
-) -> tuple[bool, Tensor | None]: # causal, and the key mask (B, N)
-    "Which way a layer looks, and which keys count. Raises `ValueError` for cross-attention."
-    batch, m = query.shape[0], query.shape[2]
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(causal) and _said_by(module, "is_causal", True)
-    keys = None
-    if mask is not None:
-        causal, keys = split_mask(mask, m, n, causal)
-    if m > n or m < n and not causal:
-        raise ValueError(
-            f"{m} queries and {n} keys, not causal: keys of another sequence "
-            "have no segments in common with the queries; use 'eager' or "
-            "'sdpa'")
-    return causal, None if keys is None else keys.expand(batch, n)
-
-# %% ../../nbs/14c_transformers.ipynb #d5354775
-def _neighbours_apart(
-    mask_function: Callable, # (batch, head, query, key) -> attends
-    keys: Tensor, # bool (B, N): no padding
-) -> bool:
-    "Are there neighbours, neither of them padding, of which the later does not see the earlier?"
-    batch, n = keys.shape
-    if n < 2: return False
-    rows = torch.arange(batch, device=keys.device)[:, None]
-    at = torch.arange(1, n, device=keys.device)[None]
-    sees = mask_function(rows, torch.zeros_like(rows), at, at - 1)
-    return bool((~sees & keys[:, 1:] & keys[:, :-1]).any())
-
-# %% ../../nbs/14c_transformers.ipynb #918781ff
-def _reach(
-    sees: Callable, # (query, key) -> attends
-    window: int, # what the model calls its window or chunk
-    n: int, # keys
-) -> int | None: # tokens; None: it slides not
-    "How far back the first query that cannot see everything sees, if the last one does, too."
-    for reach in (window - 1, window):  # the query itself counts, or does not
-        ends = [query for query in (reach + 1, n - 1) if reach < query < n]
-        if all(sees(x, x - reach) and not sees(x, x - reach - 1) for x in ends): return reach
-    return None
-
-# %% ../../nbs/14c_transformers.ipynb #953a2da3
-def _window_of(
-    mask_function: Callable, # (batch, head, query, key) -> attends
-    window: int, # what the model calls its window or chunk
-    keys: Tensor, # bool (B, N): no padding
-) -> tuple[bool, int | None]: # causal; tokens in sight with the query's own, None: all
-    "Which way a window looks, and how far. Raises `ValueError` for chunks and documents."
-    n, zero = keys.shape[1], torch.zeros((), dtype=torch.int64, device=keys.device)
-    def sees(query, key): return bool(mask_function(zero, zero, zero + query, zero + key))
-    reach = _reach(sees, window, n) if n > window else None
-    if n > window and reach is None:
-        raise ValueError(
-            f"a chunk of {window} and {n} keys: segments are the "
-            "pattern here, and a chunk another; use 'eager' or 'sdpa', or "
-            f"at most {window} tokens")
-    if _neighbours_apart(mask_function, keys):
-        raise ValueError(_PACKED)
-    return not sees(0, 1), None if reach is None else reach + 1
-
-# %% ../../nbs/14c_transformers.ipynb #2dacbe2a
-_PACKED = (
-    "several documents packed into a row, or an overlay on the mask: this attention sets "
-    "its own pattern by segments, and the documents would see each other; "
-    "give each document a row of its own, padded, or use 'eager' or 'sdpa'")
-_STATIC = (
-    "a static cache under torch.compile: how far it is filled cannot be read in a graph; "
-    "use a cache that grows, or compile nothing")
-_UNSEEN = (
-    "under torch.compile transformers cannot see whether a row holds several documents: "
-    "where each row holds one, pass attention_mask=torch.ones_like(input_ids); "
-    "where it holds several, use 'eager' or 'sdpa'")
-
-# %% ../../nbs/14c_transformers.ipynb #f0eab5b6
-def _tokens_so_far(
-    q_length: int, kv_length: int, q_offset: Any, kv_offset: int,
-) -> int:
-    """Tokens up to the last query. Of a static cache, the keys behind them are not there yet; a
-    sliding one has let go of `kv_offset`. Raises `ValueError` for other caches."""
-    if not isinstance(q_offset, Tensor): n = q_offset + q_length
-    elif torch.compiler.is_compiling(): raise ValueError(_STATIC)
-    else: n = int(q_offset) + q_length
-    room = kv_offset + kv_length
-    if n == room or n < room and not kv_offset: return n
-    raise ValueError(
-        f"{q_length} queries from {q_offset}, {kv_length} keys from "
-        f"{kv_offset}: the queries must be the last of the keys (a cache "
-        "that grows, as DynamicCache, or a static one)")
-
-# %% ../../nbs/14c_transformers.ipynb #5be847e5
-def _padded_keys(
-    attention_mask: Tensor | None, # (B, N) or longer or shorter
-    batch: int, # B
-    n: int, # keys
-    device: Any,
-) -> Tensor: # bool (B, n): no padding
-    "The key mask that a user gave, for the keys of this call."
-    if attention_mask is None:
-        return torch.ones(batch, n, dtype=torch.bool, device=device)
-    keys = attention_mask[:, :n].bool()
-    return nn.functional.pad(keys, (0, n - keys.shape[1]))
-
-# %% ../../nbs/14c_transformers.ipynb #7d1c5a03
-def _with_window(
-    mask: Tensor | None, # of our own
-    window: int, # tokens, the query's own included
-    keys: Tensor, # bool (B, N)
-) -> Tensor: # with three dimensions in front, of which the first is the window
-    "A mask that says its window; one without rows has no padding."
-    if mask is None: mask = keys[:0]
-    return mask.expand(window, 1, 1, *mask.shape)
-
-
-# %% ../../nbs/14c_transformers.ipynb #7d1c5a04
-def _without_window(
-    mask: Tensor | None, # as the layer gets it
-) -> tuple[Tensor | None, int | None]: # the mask, and its window in tokens, None: it has none
-    "Takes off what `_with_window` put in front."
-    if mask is None or mask.ndim <= 4: return mask, None
-    window, mask = mask.shape[0], mask[0, 0, 0]
-    return (mask if len(mask) else None), window
-
-
-# %% ../../nbs/14c_transformers.ipynb #53abf519
-def _transformers_mask(
-    causal_function: Callable, # transformers' plain causal mask
-    both_ways_function: Callable, # transformers' plain mask of everything
-) -> Callable:
-    "The mask function to register."
-    def hilbert_mask(batch_size, q_length, kv_length, q_offset=0, kv_offset=0,
-                     mask_function=causal_function, attention_mask=None, local_size=None,
-                     use_vmap=False, device="cpu", **options):
-        plain, slides = mask_function is causal_function, local_size is not None
-        n = kv_length  # of another sequence, maybe
-        if plain or slides: n = _tokens_so_far(q_length, kv_length, q_offset, kv_offset)
-        attention_mask, _ = _without_window(attention_mask)  # generation may ask twice
-        keys = _padded_keys(attention_mask, batch_size, n, device)
-        compiling, window = torch.compiler.is_compiling(), None
-        if slides: causal, window = _window_of(mask_function, local_size, keys)
-        elif use_vmap or mask_function not in (causal_function, both_ways_function):
-            raise ValueError(_UNSEEN if compiling else _PACKED)
-        else: causal = plain
-        full = attention_mask is None or not compiling and bool(keys.all())
-        if n != kv_length: mask = keys  # which tells the layer how many there are
-        # a layer that gets None, and does not say which way it looks, counts as causal
-        elif full: mask = None if causal else keys.new_ones(1, 1, 1, 1)
-        else: mask = keys if causal else keys[:, None, None, :]
-        return mask if window is None else _with_window(mask, window, keys)
-    return hilbert_mask
-
-# %% ../../nbs/14c_transformers.ipynb #14c0f001
-def _check_places(
-    settings: HilbertSettings,
-    m: int, # queries, the last of the tokens
-    n: int, # tokens so far
-):
-    "Raises `ValueError` where a new token would move the others."
-    if not settings.moved or settings.grid is not None: return
-    raise ValueError(
-        f"curve={settings.order_name!r}, shift={settings.shift} over a sequence that grows ({m} "
-        f"queries, {n} keys): each new token would move the others along the curve; set "
-        "curve=None and shift=0, or give the grid")
-
-# %% ../../nbs/14c_transformers.ipynb #48460532
-def _keys_in_reach(
-    settings: HilbertSettings,
-    m: int, # queries, the last of the tokens
-    n: int, # tokens so far
-) -> Tensor: # int64 (K,): token indices
-    "Keys that may count for the last queries: nothing before the oldest segment, but the prefix."
-    prefix, keys = settings.prefix_tokens, torch.arange(n, device="cpu")
-    if settings.moved: return keys
-    first = max(n - m - prefix, 0)  # position of the first query
-    start = min(first // w * w for w in settings.branches[0]) - settings.before
-    start = prefix + max(start, 0)
-    return torch.cat([keys[:prefix], keys[start:]])
-
-# %% ../../nbs/14c_transformers.ipynb #6f647b8a
-def _keys_of_last(
-    settings: HilbertSettings,
-    m: int, # queries, the last of the tokens
-    n: int, # tokens so far
-    num_heads: int, # H
-) -> tuple[Tensor, Tensor]: # int64 (K,): token indices; int64 (H or 1, M, K): how often each counts
-    "The keys of the last queries."
-    keys, queries = _keys_in_reach(settings, m, n), torch.arange(n - m, n, device="cpu")
-    counts = key_counts(settings, keys, queries, n, num_heads, causal=True)
-    used = counts.any(1).any(0)
-    return keys[used], counts[..., used]
-
-# %% ../../nbs/14c_transformers.ipynb #ea98776a
-def _chunk_attention(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    settings: HilbertSettings,
-    key_mask: Tensor | None, # bool (B, N)
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool, # it costs nothing here
-) -> tuple[Tensor, Tensor]: # out (B, H, M, D), lse (B, H, M)
-    "Causal attention of many last queries, which share the keys that any of them needs."
-    keys, counts = _keys_of_last(settings, q.shape[2], k.shape[2], q.shape[1])
-    counts, index = counts.to(q.device)[None], keys.to(k.device)
-    k, v = k.index_select(2, index), v.index_select(2, index)
-    if key_mask is not None:
-        key_mask = key_mask.index_select(1, index)
-        k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
-        counts = counts * key_mask[:, None, None, :]
-    out, lse = few_attention(q, k, v, counts, dropout_p, scale)
-    return out.to(q.dtype), lse
-
-# %% ../../nbs/14c_transformers.ipynb #bb41db2e
-def _first_tokens(
-    key_mask: Tensor | None, # bool (B, N)
-    settings: HilbertSettings,
-) -> Tensor | int: # int64 (B,), or 0 for all
-    "Where each row begins: behind its padding, where a sequence has no grid."
-    if key_mask is None or settings.order_name is not None or settings.grid is not None: return 0
-    return key_mask.to(torch.int64).argmax(1)
-
-# %% ../../nbs/14c_transformers.ipynb #7163d8d5
-def _row_by_row(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    settings: HilbertSettings,
-    key_mask: Tensor | None, # bool (B, N)
-    starts: Tensor | int, # where each row begins
-    *rest: Any, # dropout_p, scale, need_lse
-) -> tuple[Tensor, Tensor]: # out (B, H, M, D), lse (B, H, M)
-    "Rows that begin at one place together; queries that are padding give 0."
-    if not isinstance(starts, Tensor): return _chunk_attention(q, k, v, settings, key_mask, *rest)
-    outs, lses, places, (m, n) = [], [], [], (q.shape[2], k.shape[2])
-    for start in starts.unique().tolist():
-        rows, few = (starts == start).nonzero()[:, 0], min(m, n - start)
-        keys, values = (x[rows, :, start:] for x in (k, v))
-        seen = None if key_mask is None else key_mask[rows, start:]
-        out, lse = _chunk_attention(q[rows, :, m - few:], keys, values, settings, seen, *rest)
-        outs.append(nn.functional.pad(out, (0, 0, m - few, 0)))
-        lses.append(nn.functional.pad(lse, (m - few, 0), value=-torch.inf))
-        places.append(rows)
-    back = torch.cat(places).argsort()
-    return torch.cat(outs)[back], torch.cat(lses)[back]
-
-# %% ../../nbs/14c_transformers.ipynb #17a00021
-_FEW = 8  # queries that each read their own keys
-
-
-def _keys_of_segments(
-    settings: HilbertSettings,
-    position: Tensor, # int64 (B, M): of the queries
-    cells: int, # tokens behind the prefix
-    num_heads: int, # H
-) -> Iterator[KeyTable]: # of positions, later ones too
-    "The keys of each branch, as often as they count; or of segments that overlap."
-    if settings.before:
-        yield overlap_keys(
-            position, OverlapPattern(cells, settings.branches[0][0], settings.before))
-        return
-    for branch in settings.pattern(cells, num_heads).branches:
-        table = segment_keys(position, branch.pattern)
-        for _ in range(branch.copies): yield table
-
-# %% ../../nbs/14c_transformers.ipynb #68a6f519
-def _tokens_seen(
-    settings: HilbertSettings,
-    token: Tensor, # int64 (B, M): of the queries, counted from the start of each row
-    n: int, # tokens so far
-    num_heads: int, # H
-) -> KeyTable: # of tokens, counted likewise
-    "The keys of some tokens: of all branches, and the prefix."
-    prefix, cells = settings.prefix_tokens, settings.cells(n)
-    position = (token - prefix).clamp(min=0)
-    order = cell_order(settings, cells, token.device)
-    if order is not None: position = inverse_order(order)[position]
-    own, late = token[:, None, :, None], (token >= prefix)[:, None, :, None]
-    first = torch.arange(prefix, device=token.device).expand(*own.shape[:3], -1)
-    table = KeyTable(first, first <= own)
-    for keys, seen in _keys_of_segments(settings, position, cells, num_heads):
-        if order is not None: keys = order[keys.clamp(max=cells - 1)]
-        keys = keys + prefix
-        table = table.and_also(KeyTable(keys, seen & late & (keys <= own)))
-    return table
-
-# %% ../../nbs/14c_transformers.ipynb #2594ee49
-def _step_attention(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens, few
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    settings: HilbertSettings,
-    key_mask: Tensor | None, # bool (B, N)
-    starts: Tensor | int, # where each row begins
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool, # False: None in its place
-) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
-    "Attention of a few last queries, each to its own keys."
-    (_, heads, m, _), n, device = q.shape, k.shape[2], q.device
-    starts = torch.as_tensor(starts, device=device).view(-1, 1)
-    token = torch.arange(n - m, n, device=device) - starts
-    keys, seen = _tokens_seen(settings, token, n, heads)
-    rows = (keys + starts[..., None, None]).clamp(0, n - 1)
-    if key_mask is not None:
-        rows = rows.expand(len(q), -1, -1, -1)
-        seen = seen & key_mask.gather(1, rows.flatten(1)).view(rows.shape)
-    options: Any = dict(scale=scale, dropout_p=dropout_p, need_lse=need_lse)
-    out, lse = attend_keys(q, k, v, KeyTable(rows, seen), **options)
-    return out.to(q.dtype), lse
-
-# %% ../../nbs/14c_transformers.ipynb #61570422
-def _is_plain(
-    settings: HilbertSettings,
-    n: int, # tokens so far
-) -> bool:
-    "One branch over tokens as they come, none of them moved, in a segment with all residues?"
-    lengths, rates = settings.branches
-    if len(lengths) > 1 or settings.prefix_tokens or settings.moved: return False
-    return rates[0] <= min(lengths[0], n)
-
-# %% ../../nbs/14c_transformers.ipynb #c1679e2a
-def _plain_step(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens, few
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    settings: HilbertSettings,
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool, # False: None in its place
-) -> tuple[Any, Any]: # out (B, H, M, D), lse (B, H, M) or None
-    "A step in segments of one branch, without padding."
-    (w,), (r,), n = *settings.branches, k.shape[2]
-    how: Any = dict(
-        segment_size=min(w, n), dilation_rate=r, dilation_mode=settings.dilation_mode,
-        offsets=settings.offsets, overlap=settings.before, dropout_p=dropout_p, scale=scale)
-    if not need_lse: return decode_attention(q, k, v, n, **how), None
-    out, lse = decode_attention(q, k, v, n, return_lse=True, **how)
-    return out, lse
-
-# %% ../../nbs/14c_transformers.ipynb #ce5a4928
-def cached_attention(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    settings: HilbertSettings,
-    key_mask: Tensor | None, # bool (B, N)
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool = False, # False: nobody reads the second result
-) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M)
-    """Causal attention of the last queries of a sequence; only the keys they need are read.
-
-    Raises `ValueError` where a new token would move the others."""
-    q, k, v = autocast_inputs(q, k, v)
-    _check_places(settings, q.shape[2], k.shape[2])
-    starts, rest = _first_tokens(key_mask, settings), (dropout_p, scale, need_lse)
-    together = settings.combine == "lse" or len(settings.branches[0]) == 1
-    if q.shape[2] > _FEW or not together:
-        return _row_by_row(q, k, v, settings, key_mask, starts, *rest)
-    if key_mask is None and _is_plain(settings, k.shape[2]):
-        return _plain_step(q, k, v, settings, *rest)
-    return _step_attention(q, k, v, settings, key_mask, starts, *rest)
-
-
 # %% ../../nbs/14c_transformers.ipynb #629d5899
 def _enter(
     module: nn.Module, # the layer
@@ -539,127 +98,6 @@ def _enter(
             "predictor, cannot be: skip_predictor=True)")
     return site.enter(settings.of_layer(*site.number), n)
 
-# %% ../../nbs/14c_transformers.ipynb #14c3db55
-def _moved(
-    x: Tensor, # (B, H, N, D)
-    index: Tensor, # int64 (B, N)
-) -> Tensor:
-    "The rows of each entry of the batch at their places."
-    return x.gather(2, index[:, None, :, None].expand_as(x))
-
-
-def _text_attention(
-    q: Tensor, # queries (B, H, N, D)
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    settings: HilbertSettings,
-    key_mask: Tensor, # bool (B, N)
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool = False, # False: None in its place
-) -> tuple[Tensor, Any]: # out (B, H, N, D), lse (B, H, N) or None
-    "Causal attention of texts of which each begins behind its padding."
-    options: Any = dict(causal=True, dropout_p=dropout_p, scale=scale, return_lse=need_lse)
-    starts, n = _first_tokens(key_mask, settings), q.shape[2]
-    late: Tensor | None = None # by how many places each text begins later
-    if isinstance(starts, Tensor) and (torch.compiler.is_compiling() or bool(starts.any())):
-        place, late = torch.arange(n, device=q.device), starts[:, None]
-        there, back = (place + late) % n, (place - late) % n
-        q, k, v = (_moved(x, there) for x in (q, k, v))
-        key_mask = key_mask.gather(1, there)
-    found = prefix_attention(q, k, v, settings, key_mask=key_mask, **options)
-    out, lse = found if need_lse else (found, None)
-    if late is None: return out, lse
-    return _moved(out, back), None if lse is None else _moved(lse[..., None], back)[..., 0]
-
-# %% ../../nbs/14c_transformers.ipynb #518f97ec
-def _held(
-    key: Tensor, # (B, H_kv, N, D)
-    value: Tensor, # (B, H_kv, N, D)
-    mask: Tensor | None, # (B, tokens so far) of our own, where they are not N
-) -> tuple[Tensor, Tensor, Tensor | None, int]: # ..., and how many tokens are gone
-    "The keys that are there, and their mask."
-    n = key.shape[2]
-    if mask is None or mask.ndim != 2 or mask.shape[1] == n: return key, value, mask, 0
-    tokens = mask.shape[1]
-    if tokens < n: return key[:, :, :tokens], value[:, :, :tokens], mask, 0
-    return key, value, mask[:, tokens - n:], tokens - n
-
-# %% ../../nbs/14c_transformers.ipynb #244a7ed4
-def _needed_window(
-    settings: HilbertSettings,
-    window: int | None, # tokens, the query's own included; None: the mask has none
-    n: int, # tokens so far
-    gone: int, # that a cache has let go
-) -> int | None: # None: segments allow no more
-    "The window in place of segments. Raises `ValueError` for a pattern between the two."
-    if window is None and gone:
-        raise ValueError(
-            f"{gone} of {n} tokens are no longer in the cache, and the layer has no window: "
-            "give it a cache that keeps all tokens, as DynamicCache()")
-    if window is None or n <= window: return None
-    lengths, _ = settings.branches
-    moved = settings.moved or settings.prefix_tokens
-    if not moved and settings.segment_lengths is None: return window
-    if not moved and max(lengths) + settings.before <= window and not gone: return None
-    raise ValueError(
-        f"sliding_window={window} with {n} tokens and {settings.to_dict()}: a layer with a window "
-        "can be dense, which leaves it its window, or have segments that are no longer, without "
-        "curve, shift and prefix, and with a cache that keeps all tokens; else use 'eager' or "
-        f"'sdpa', or at most {window} tokens")
-
-# %% ../../nbs/14c_transformers.ipynb #d26cdbca
-def _window_attention(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    window: tuple[int, int], # tokens before and after
-    key_mask: Tensor | None, # bool (B, N)
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool, # False: None in its place
-) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
-    "A layer's own window; a step reads its own keys."
-    q, k, v = autocast_inputs(q, k, v)
-    m, n = q.shape[2], k.shape[2]
-    options: Any = dict(scale=scale, dropout_p=dropout_p)
-    if m < n and m <= _FEW:
-        token = torch.arange(n - m, n, device=q.device)[None]
-        keys, seen = slide_keys(token, SlidePattern(n, window))
-        seen = seen & (keys <= token[:, None, :, None])
-        rows = keys.clamp(0, n - 1)
-        if key_mask is not None: seen = seen & key_mask[:, rows[0, 0]][:, None]
-        out, lse = attend_keys(q, k, v, KeyTable(rows, seen), **options, need_lse=need_lse)
-        return out.to(q.dtype), lse
-    if m < n: q = nn.functional.pad(q, (0, 0, n - m, 0))  # queries whose results nobody reads
-    out, lse = hilbert_slide_attention(
-        q, k, v, n, window, curve=None, key_mask=key_mask, **options, return_lse=True)
-    return out[:, :, n - m:], lse[:, :, n - m:]
-
-# %% ../../nbs/14c_transformers.ipynb #505ae28b
-def _attend(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    settings: HilbertSettings,
-    causal: bool,
-    key_mask: Tensor | None, # bool (B, N)
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool, # False: None in its place
-) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
-    "A text that grows, texts behind padding, or a picture."
-    n, rest = k.shape[2], (dropout_p, scale, need_lse)
-    whole = settings.prefix_tokens + prod(settings.sides)
-    if q.shape[2] < n or causal and n < whole:  # a sequence that grows
-        return cached_attention(q, k, v, settings, key_mask, *rest)
-    if causal and key_mask is not None:
-        return _text_attention(q, k, v, settings, key_mask, *rest)
-    found = prefix_attention(
-        q, k, v, settings, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
-        return_lse=need_lse)
-    return found if need_lse else (found, None)
-
 # %% ../../nbs/14c_transformers.ipynb #be8da988
 def _transformers_attention(
     name: str, # registered
@@ -673,18 +111,18 @@ def _transformers_attention(
         if getattr(module, "is_cross_attention", False):
             return dense(module, query, key, value, attention_mask, dropout=dropout,
                          scaling=scaling, is_causal=False, softcap=softcap, **options)
-        attention_mask, own = _without_window(attention_mask)  # whatever `sliding_window` says
-        key, value, attention_mask, gone = _held(key, value, attention_mask)
+        attention_mask, own = without_window(attention_mask)  # whatever `sliding_window` says
+        key, value, attention_mask, gone = held_keys(key, value, attention_mask)
         n = key.shape[2]
         settings = _enter(module, name, n)
-        causal, key_mask = _who_attends(module, query, n, attention_mask, is_causal)
+        causal, key_mask = who_attends(module, query, n, attention_mask, is_causal)
         if softcap is not None: scaling = Scores(score_rule(scaling, query).scale, softcap)
         rest = dropout, scaling, s_aux is not None
-        window = _needed_window(settings, own, n + gone, gone)
+        window = needed_window(settings, own, n + gone, gone)
         if window is not None:
             reach = window - 1, 0 if causal else window - 1
-            out, lse = _window_attention(query, key, value, reach, key_mask, *rest)
-        else: out, lse = _attend(query, key, value, settings, causal, key_mask, *rest)
+            out, lse = own_window_attention(query, key, value, reach, key_mask, *rest)
+        else: out, lse = attend_text(query, key, value, settings, causal, key_mask, *rest)
         if s_aux is not None: out, _ = with_sinks(out, lse, s_aux)
         return out.transpose(1, 2).contiguous(), None  # (B, N, H, D), and no weights
     return hilbert_attention_forward
@@ -817,7 +255,7 @@ def _switch(
             "other's: call this for its parts, each with settings of its "
             "own")
     geometry = _model_geometry(model)
-    own = _said_by(model, _SETTING)
+    own = said_by(model, _SETTING)
     if own is not None:
         settings = _parse_settings(own)  # so that torch.compile finds them checked
         if geometry.kind == "stated" and complete:
@@ -833,7 +271,7 @@ def _switch_parts(
     "Switches the outermost models inside one whose configuration names this attention."
     base = sys.modules["transformers.modeling_utils"].PreTrainedModel
     for layer in model.modules():
-        own = _said_by(layer, "_attn_implementation", model.config._attn_implementation)
+        own = said_by(layer, "_attn_implementation", model.config._attn_implementation)
         if "hilbert_site" in vars(layer) and own not in _DEFAULTS: release(layer)
     done: list[str] = []
     for name, part in model.named_modules():
@@ -882,7 +320,7 @@ def _warn_if_dense(
 ):
     "Warns where a configuration has settings for an attention that it does not use."
     name = model.config._attn_implementation
-    if name in _DEFAULTS or _said_by(model, _SETTING) is None: return
+    if name in _DEFAULTS or said_by(model, _SETTING) is None: return
     warnings.warn(f"the configuration of {type(model).__name__} has settings for "
                   f"{_SETTING}, but attn_implementation={name!r}: they do nothing; pass "
                   "attn_implementation='hilbert', or call use_hilbert_attention(model, ...)",
@@ -949,7 +387,7 @@ def register_hilbert_attention(
     if settings is not None or options:
         _DEFAULTS[name] = HilbertSettings.from_either(settings, options)
     else: _DEFAULTS.setdefault(name, None)
-    mask = _transformers_mask(masks.causal_mask_function, masks.bidirectional_mask_function)
+    mask = transformers_mask(masks.causal_mask_function, masks.bidirectional_mask_function)
     dense = transformers.AttentionInterface()["sdpa"]
     transformers.AttentionInterface.register(name, _transformers_attention(name, dense))
     transformers.AttentionMaskInterface.register(name, mask)
@@ -993,7 +431,7 @@ def _note_in_adapters(
 ):
     "Writes the settings of the base model beside its adapters."
     base = peft_model.get_base_model()
-    name = _said_by(base, "_attn_implementation")
+    name = said_by(base, "_attn_implementation")
     if name not in _DEFAULTS: return
     values = _settings_of(base, name).to_dict()
     for adapter in peft_model.peft_config:
@@ -1052,7 +490,7 @@ def _is_decoder(
     model: Any, # a `transformers.PreTrainedModel`
 ) -> bool:
     "Does it read one row of words, each of which sees those before it?"
-    if not _reads_text(model) or not _said_by(model, "is_causal", True): return False
+    if not _reads_text(model) or not said_by(model, "is_causal", True): return False
     return any(getattr(x, "is_causal", False) for x in model.modules() if _is_attention(x))
 
 # %% ../../nbs/14c_transformers.ipynb #17a00014
@@ -1071,7 +509,7 @@ def _for_decoders(
     settings: HilbertSettings,
 ) -> HilbertSettings: # with an overlap, where segments can have one and nobody says otherwise
     "The first token of a segment would see itself alone."
-    sparse, window = _each_kind(settings), _said_by(model, "sliding_window")
+    sparse, window = _each_kind(settings), said_by(model, "sliding_window")
     if settings.overlap is not None or not sparse or not all(map(can_overlap, sparse)):
         return settings
     reach = 2 * max(x.branches[0][0] for x in sparse)
