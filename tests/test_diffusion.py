@@ -529,7 +529,7 @@ def test_unknown_models_are_refused(diffusers):
 
 @pytest.mark.parametrize("first", [(0, 0, 0), (3, 5, 7)])
 def test_a_box_of_ids_may_lie_anywhere(first):
-    from hilbert_attn.integrations.dit import _box
+    from hilbert_attn.integrations.cells import _box
     ids = torch.cartesian_prod(*map(torch.arange, (2, 3, 4))) + torch.tensor(first)
     assert _box(ids) == ((2, 3, 4), True)
     assert _box(ids.flip(0)) == _box(ids.roll(1, 0)) == ((2, 3, 4), False)

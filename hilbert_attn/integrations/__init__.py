@@ -1,12 +1,14 @@
 """Models that exist already: of transformers, PyTorch, timm, torchvision and diffusers."""
 from hilbert_attn.integrations.anywhere import hilbert_attention_everywhere
+from hilbert_attn.integrations.cells import (
+    DiTSettings,
+    joint_attention,
+)
 from hilbert_attn.integrations.diffusers import (
     HilbertAttnProcessor,
     use_hilbert_processor,
 )
 from hilbert_attn.integrations.dit import (
-    DiTSettings,
-    joint_attention,
     use_dense_attention,
 )
 from hilbert_attn.integrations.settings import (

@@ -43,9 +43,8 @@ def _is_triangle(
     m, n = allowed.shape[1:]
     rows = allowed[:, -1:].expand(allowed.shape)
     lower = torch.ones(m, n, dtype=torch.bool, device=allowed.device).tril(n - m)
-    if bool((allowed == (rows & lower)).all()):
-        return True
-    if bool((allowed == rows).all()): return False
+    if torch.equal(allowed, rows & lower): return True
+    if torch.equal(allowed, rows): return False
     raise ValueError(
         f"attention_mask of {m} queries and {n} keys is neither causal "
         "nor a mask of keys: this attention sets its own pattern by "
@@ -87,7 +86,7 @@ def who_attends(
     is_causal: bool | None, # None: what the layer says
 ) -> tuple[bool, Tensor | None]: # causal, and the key mask (B, N)
     "Which way a layer looks, and which keys count. Raises `ValueError` for cross-attention."
-    batch, m = query.shape[0], query.shape[2]
+    batch, _, m, _ = query.shape
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     causal = bool(causal) and said_by(module, "is_causal", True)
     keys = None
