@@ -138,7 +138,9 @@ def numbers_alike(odd):
     half = 0.5, np.float64(0.5)
     for scales in (half, (1, 1.0)):
         x = tensors()
-        ring_attention(*x, scale=scales[odd])
+        mixed = ring_attention(*x, scale=scales[odd])
+        alike = ring_attention(*x, scale=scales[0])
+        assert torch.equal(mixed, alike)
 
 
 def batch_of_nothing():
