@@ -81,10 +81,9 @@ def whole_numbers(
 ) -> tuple[int, ...]: # at least one
     "One size or several; a `ValueError` for anything else."
     if isinstance(values, (int, torch.SymInt)): return (whole_number(name, values, least),)
-    if isinstance(values, str) or not (isinstance(values, Sequence) or hasattr(values, "tolist")):
-        return (whole_number(name, values, least),)
     items = values.tolist() if hasattr(values, "tolist") else values
-    if not isinstance(items, Sequence): return (whole_number(name, items, least),)
+    if isinstance(items, str) or not isinstance(items, Sequence):
+        return (whole_number(name, items, least),)
     if not len(items):
         raise ValueError(f"{name}={shown(values)}: expected at least one whole number")
     for item in items:
@@ -271,7 +270,6 @@ class Cache:
             self.entries[key] = value, watched, _writes(watched)
             self.entries.move_to_end(key)
             while self._too_much(): self.entries.popitem(last=False)
-
 
     def _too_much(self) -> bool:
         if len(self.entries) == 1: return False
