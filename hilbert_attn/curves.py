@@ -24,7 +24,8 @@ _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def _check_bits(bits: int, ndim: int):
-    if whole_number("bits", bits) >= 1 <= whole_number("ndim", ndim) and bits * ndim <= 62: return
+    least = min(whole_number("bits", bits), whole_number("ndim", ndim))
+    if least >= 1 and bits * ndim <= 62: return
     raise ValueError(
         f"bits={bits} and ndim={ndim}: both must be at least 1, "
         "and bits * ndim at most 62 to fit int64")
@@ -242,6 +243,16 @@ def curve_in_words(
     words = (_CURVES[curve].__doc__ or curve).partition(":")[0].rstrip(".")
     return words[:1].lower() + words[1:]
 
+# %% ../nbs/00b_curves.ipynb #c0de6002
+TRANSPOSED = "-trans"
+
+
+def _transposed(sides: tuple[int, ...], name: str, options: tuple[int, ...]) -> np.ndarray:
+    "The same walk with all axes reversed; the Hilbert walk exchanges its two longest."
+    if name == "hilbert": return _hilbert(sides, turned=True)
+    token = np.arange(prod(sides)).reshape(sides).T.ravel()
+    return token[_CURVES[name](sides[::-1], *options)]
+
 # %% ../nbs/00b_curves.ipynb #465ef398
 def as_grid(
     grid: int | Sequence[int], # N, (N,), (H, W) or (T, H, W)
@@ -265,17 +276,6 @@ def _parse_curve(curve: str) -> tuple[str, tuple[int, ...]]:
         f"curve={shown(curve)}: known curves are {known} and 'tile:S' for tiles of side S; "
         f"{TRANSPOSED!r} behind a name is the same walk with its axes exchanged")
 
-# %% ../nbs/00b_curves.ipynb #c0de6002
-TRANSPOSED = "-trans"
-
-
-def _transposed(sides: tuple[int, ...], curve: str) -> np.ndarray:
-    "The same walk with all axes reversed; the Hilbert walk exchanges its two longest."
-    name, options = _parse_curve(curve)
-    if name == "hilbert": return _hilbert(sides, turned=True)
-    token = np.arange(prod(sides)).reshape(sides).T.ravel()
-    return token[_CURVES[name](sides[::-1], *options)]
-
 # %% ../nbs/00b_curves.ipynb #25760730
 def _fold(n: int) -> tuple[int, int]:
     "The near-square grid (rows, columns) that a sequence of `n` tokens is folded onto."
@@ -285,10 +285,9 @@ def _fold(n: int) -> tuple[int, int]:
 # %% ../nbs/00b_curves.ipynb #b32c394c
 def _compute_order(grid: tuple[int, ...], curve: str) -> np.ndarray:
     sides = grid if len(grid) > 1 else _fold(grid[0])
-    if str(curve).endswith(TRANSPOSED): order = _transposed(sides, curve)
-    else:
-        name, options = _parse_curve(curve)
-        order = _CURVES[name](sides, *options)
+    name, options = _parse_curve(curve)
+    if str(curve).endswith(TRANSPOSED): order = _transposed(sides, name, options)
+    else: order = _CURVES[name](sides, *options)
     return order if len(grid) > 1 else order[order < grid[0]]
 
 # %% ../nbs/00b_curves.ipynb #7340588e
