@@ -29,8 +29,8 @@ from .common import define_operator, lse_dtype
 from .curves import as_grid, inverse_order, order_or_none
 from .operators import AttentionOperator
 from .patterns import (
-    AxisPattern, Lattice, NeighborhoodPattern, OverlapPattern, SlidePattern, StretchPattern,
-    TilesSharedPattern, WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)
+    AxisPattern, Lattice, NeighborhoodPattern, OverlapPattern, SlidePattern, TilesSharedPattern,
+    WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)
 from .reference import (
     Scores, masked_attention, reference_attention, score_rule)
 from .sdpa import masked_sdpa, sdpa_mask_attention
@@ -371,13 +371,6 @@ def _moved(run: _Run, name: str, i: int, count: int) -> dict[str, Any]:
     (q, q_stride, M), (k, k_stride, J) = run.q, run.k
     return dict(tiles=count, q=(q + i * q_stride, q_stride, M), k=(k + i * k_stride, k_stride, J))
 
-# %% ../nbs/11_local.ipynb #d23a6576
-def _shared_unit(pattern: AxisPattern) -> _Unit:
-    "The queries of the shared tokens, and all cells."
-    cells = prod(pattern.grid)
-    rows, columns = (cells, 0, pattern.shared), (0, 0, cells)
-    return _Unit((cells,), (_Run(0, 1, 1, 1, rows, columns, None),))
-
 # %% ../nbs/11_local.ipynb #ee63b497
 @lru_cache(maxsize=64)
 def _chunks(pattern: AxisPattern, group: int, most: int) -> tuple[_Unit, ...]:
@@ -561,6 +554,13 @@ _tiles_attention = AttentionOperator(
     "local", _forward_op, _backward_op, ["order", "key_mask", "seed"],
     f"{_PATTERN}, float[] scale, float dropout_p",
     pairs=lambda q, k, v, order, key_mask, seed, *rest: _pairs_of(q, k, *rest[:2]))
+
+# %% ../nbs/11_local.ipynb #d23a6576
+def _shared_unit(pattern: AxisPattern) -> _Unit:
+    "The queries of the shared tokens, and all cells."
+    cells = prod(pattern.grid)
+    rows, columns = (cells, 0, pattern.shared), (0, 0, cells)
+    return _Unit((cells,), (_Run(0, 1, 1, 1, rows, columns, None),))
 
 # %% ../nbs/11_local.ipynb #f5a6ff5d
 def _tiles_op(order, kind, numbers, group, most, keys, device) -> list[Tensor]:
@@ -926,12 +926,9 @@ def hilbert_window_attention(
         q, k, v, registers, key_mask, dropout_p=dropout_p, scale=scale, softcap=softcap,
         bias=bias, sink_logits=sink_logits, return_lse=return_lse)
     pattern = OverlapPattern(call.q.shape[2], window, overlap, causal)
-    if pattern.overlap or pattern.causal: return _attend(call, pattern, grid, curve, backend)
-    window = pattern.window
-    if registers is not None:
-        stretches = StretchPattern((call.q.shape[2],), (window,))
-        return _attend(call, stretches, grid, curve, backend)
-    call = on_segments(call, window, 1, None, None, grid=grid, curve=curve)
+    if pattern.overlap or pattern.causal or registers is not None:
+        return _attend(call, pattern, grid, curve, backend)
+    call = on_segments(call, pattern.window, 1, None, None, grid=grid, curve=curve)
     return call.result(*attend(call, backend, "segments"))
 
 # %% ../nbs/11_local.ipynb #51d74ef1

@@ -23,9 +23,9 @@ from hilbert_attn import (
 from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import (
     NeighborhoodPattern,
+    OverlapPattern,
     SegmentPattern,
     SlidePattern,
-    StretchPattern,
     WindowPattern,
     attention_mask,
 )
@@ -92,7 +92,7 @@ class Biased:
             how, near = dict(grid=grid, kernel_size=kernel), tuple(k - 1 for k in kernel)
             return neighborhood_attention, how, NeighborhoodPattern(grid, kernel).mask(), near
         if self.name == "stretches":
-            mask = StretchPattern((n,), (w,)).mask(curve_order(grid))
+            mask = OverlapPattern(n, w).mask(curve_order(grid))
             return hilbert_window_attention, dict(grid=grid, window=w), mask, whole
         if self.name == "slide":
             mask = SlidePattern(n, w).mask(curve_order(grid))
