@@ -121,13 +121,15 @@ def _all_pairs(q: Tensor, k: Tensor, *rest: Any) -> int:
     return q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2]
 
 
-def _formula(flops: int, pairs: Callable, before: int, skipped: slice) -> Callable:
-    "FLOPs of an operator; its arguments are those of the forward, with `before` of them in front."
-    def formula(*arguments, out_val=None):
-        own = list(arguments[before:])
-        del own[skipped]
-        return flops * own[0].shape[3] * pairs(*own)
-    return formula
+def _formulae(pairs: Callable) -> tuple[Callable, Callable]: # of the forward, of the backward
+    "FLOPs of the two operators of an engine, from their arguments."
+    def forward(q, *rest, out_val=None):
+        return _FORWARD_FLOPS * q.shape[3] * pairs(q, *rest)
+
+    def backward(dout, dlse, q, k, v, out, lse, *rest, out_val=None):
+        return _BACKWARD_FLOPS * q.shape[3] * pairs(q, k, v, *rest)
+
+    return forward, backward
 
 # %% ../nbs/02b_operators.ipynb #3a28f80c
 def _tell_counters(formulae: dict[Any, Callable]):
@@ -167,6 +169,15 @@ def _define_part(
     torch.library.register_fake(f"hilbert_attn::{name}", fake, lib=library)
     return getattr(torch.ops.hilbert_attn, name).default, library
 
+# %% ../nbs/02b_operators.ipynb #734715f8
+def _register(
+    op: Any, library: torch.library.Library, setup: Callable, backward: Callable,
+) -> Any: # the `Function` for transforms
+    "Autograd of an operator in both forms, and its rule of `vmap`."
+    torch.library.register_autograd(op, backward, setup_context=setup, lib=library)
+    _register_vmap(op, library)
+    return _differentiable(op, setup, backward)
+
 # %% ../nbs/02b_operators.ipynb #87b525e6
 class AttentionOperator:
     "The operators `hilbert_attn::NAME_forward` and `NAME_backward` of an engine."
@@ -188,12 +199,13 @@ class AttentionOperator:
             f"{name}_forward", there, forward, _fake_forward, device)
         self.backward_op, self._backward_library = _define_part(
             f"{name}_backward", back, backward, _fake_backward, device)
-        count = pairs or _all_pairs
-        self._formulae = {
-            self.forward_op._overloadpacket: _formula(_FORWARD_FLOPS, count, 0, slice(0)),
-            self.backward_op._overloadpacket: _formula(_BACKWARD_FLOPS, count, 2, slice(3, 5))}
+        packets = self.forward_op._overloadpacket, self.backward_op._overloadpacket
+        self._formulae = dict(zip(packets, _formulae(pairs or _all_pairs)))
         _tell_counters(self._formulae)
-        self._register()
+        self._forward_step = _register(
+            self.forward_op, self._forward_library, self._save, self._gradients)
+        self._backward_step = _register(
+            self.backward_op, self._backward_library, _save_nothing, _refuse_second)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
         "Output and log-sum-exp; raises `RuntimeError` for forward-mode inputs."
@@ -203,17 +215,6 @@ class AttentionOperator:
             if peek_interpreter_stack() is not None:
                 return self._forward_step.apply(q, k, v, *rest)
         return self.forward_op(q, k, v, *rest)
-
-    def _register(self):
-        "Autograd in both forms, and the rules of `vmap`."
-        self._forward_step = _differentiable(self.forward_op, self._save, self._gradients)
-        self._backward_step = _differentiable(self.backward_op, _save_nothing, _refuse_second)
-        for op, library, setup, backward in (
-            (self.forward_op, self._forward_library, self._save, self._gradients),
-            (self.backward_op, self._backward_library, _save_nothing, _refuse_second),
-        ):
-            torch.library.register_autograd(op, backward, setup_context=setup, lib=library)
-            _register_vmap(op, library)
 
     def _save(self, ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]):
         kept = 3 + len(self.tensors)

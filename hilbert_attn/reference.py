@@ -34,7 +34,8 @@ class Scores(NamedTuple):
     bias: Any = None # what is added last: a tensor (..., N, M), or what makes one; None: nothing
 
     @property
-    def by_kernels(self) -> bool: return self.softcap is None and self.bias is None
+    def by_kernels(self) -> bool: # no cap, no bias: all that a kernel needs is the scale
+        return self.softcap is None and self.bias is None
 
     @property
     def numbers(self) -> list[float]: # scale, and the cap where there is one
@@ -328,9 +329,6 @@ def _judged(
     return OracleReport(errors, baseline, allowed)
 
 # %% ../nbs/02_reference.ipynb #0c520d02
-_DRAWS = 6 # upstream gradients that SDPA is measured with, where one is not enough
-
-
 def _measured(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: Any, # of `compare_to_oracle`
     upstream: list[Tensor], # gradients of out, and of the LSE
@@ -346,6 +344,9 @@ def _measured(
     return oracle, {name: x + (sdpa[name] - plain[name]) for name, x in oracle.items()}
 
 # %% ../nbs/02_reference.ipynb #b373f4f2
+_DRAWS = 6 # upstream gradients that SDPA is measured with, where one is not enough
+
+
 def compare_to_oracle(
     attention: Callable, # attention(q, k, v) -> (out, lse)
     q: Tensor, # queries (B, H, N, D), any strides: `attention` gets them as they are
