@@ -43,7 +43,7 @@ def block_forward(
     q, k, v = (x.to(wide) for x in (q, k, v))
     if q.device.type != "cpu": return _plain_forward(q, k, v, triangle, bias, scale)
     whole = None if bias is None else bias.expand(*q.shape[:2], *bias.shape)
-    out, lse = _flash(q, k, v, 0.0, triangle, attn_mask=whole, scale=scale)
+    out, lse = _flash(q, k, v, triangle, whole, scale)
     if bias is not None: lse = lse.masked_fill((bias == -torch.inf).all(-1), -torch.inf)
     return out, lse
 

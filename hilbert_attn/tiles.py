@@ -53,17 +53,15 @@ def flash(
     q: Tensor, # (outer, inner, M, D), any strides
     k: Tensor, # (outer, inner, J, D)
     v: Tensor, # (outer, inner, J, D)
-    dropout_p: float = 0.0, # as the kernel takes it: 0
     triangular: bool = False, # key place <= query place
-    *,
-    attn_mask: Tensor | None = None, # bias: 0 or -inf, (outer, inner, M, J)
+    bias: Tensor | None = None, # 0 or -inf, (outer, inner, M, J)
     scale: float | None = None, # of the scores; None is 1 / sqrt(D)
 ) -> tuple[Tensor, Tensor]: # out, lse; 0 and 0 for rows without keys
     "PyTorch's flash attention on the CPU, for tensors of any layout and content."
     q, k, v = rows_apart(q), unit_stride(k), unit_stride(v)
-    out, lse = _aten_flash(q, k, v, dropout_p, triangular, attn_mask=attn_mask, scale=scale)
+    out, lse = _aten_flash(q, k, v, 0.0, triangular, attn_mask=bias, scale=scale)
     if k.shape[2] < _VECTOR and bool((lse == 0).any()):
-        return _with_nan(out, lse, q, k, triangular, attn_mask)
+        return _with_nan(out, lse, q, k, triangular, bias)
     return out, lse
 
 # %% ../nbs/05b_tiles.ipynb #be0535c0
@@ -304,12 +302,9 @@ def attend_tiles(
     rule, written = _who_forms(scale, q, dropout)
     for tile in tiles:
         (queries,), (keys, values) = tile.read([q], [k, v])
-        bias = tile.bias()
-        if written is not None:
-            part, part_lse = written.attend(
-                queries, keys, values, tile.triangular, bias, rule)
-        else: part, part_lse = flash(
-            queries, keys, values, 0.0, tile.triangular, attn_mask=bias, scale=rule.scale)
+        given = queries, keys, values, tile.triangular, tile.bias()
+        if written is not None: part, part_lse = written.attend(*given, rule)
+        else: part, part_lse = flash(*given, rule.scale)
         if copies > 1: part_lse = part_lse + log(copies)
         empty = tile.empty()
         if empty is not None: part_lse = part_lse.masked_fill(empty, -torch.inf)
@@ -319,7 +314,7 @@ def attend_tiles(
         else:
             out = tile.put_queries(out, part, q)
             lse = tile.put_queries(lse, part_lse, lse)
-        del queries, keys, values, bias, part  # the next tile takes their place in the cache
+        del given, queries, keys, values, part  # the next tile takes their place in the cache
     return out, lse
 
 # %% ../nbs/05b_tiles.ipynb #4f9d556b
