@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'REGISTRY', 'BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'Backend',
-           'computes', 'PolicyRow', 'MemoryRow', 'check_backend_name', 'set_backend', 'known_length', 'choose_backend',
-           'rejected_backends', 'attend', 'shortcut', 'hilbert_attention', 'training_memory', 'BackendChoice',
-           'ExplainOptions', 'family_of', 'explain_backend']
+           'computes', 'PolicyRow', 'check_backend_name', 'set_backend', 'known_length', 'choose_backend',
+           'rejected_backends', 'attend', 'shortcut', 'hilbert_attention', 'training_memory', 'MemoryRow',
+           'BackendChoice', 'ExplainOptions', 'family_of', 'explain_backend']
 
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
@@ -194,7 +194,7 @@ def computes(
     "Tells the registry, from the notebook of a family, how a backend computes it."
     def register(function: Callable[[Call], tuple[Tensor, Any]]) -> Callable:
         REGISTRY[backend].functions[family] = function
-        _short_calls.clear()
+        _short_calls.clear()  # what calls came down to before, see below
         return function
     return register
 
@@ -233,23 +233,6 @@ POLICY = (
     PolicyRow("cuda", "triton", "fused kernels gather through the order themselves: "
               "no permuted copy of q, k, v"),
     PolicyRow("any", "sdpa", "dense kernels on the groups run on every device"),
-)
-
-# %% ../nbs/07_backends.ipynb #a71b2803
-@dataclass(frozen=True)
-class MemoryRow:
-    "One line of the policy for training: take this strategy if it leaves room enough."
-    strategy: str # "store", "checkpoint" or "ring"
-    share: float # of the memory at hand that it may take
-    reason: str # for `explain_backend`
-
-
-MEMORY_POLICY = (
-    MemoryRow("store", 0.5, "q, k, v, output and log-sum-exp of every layer fit: "
-              "nothing is computed twice"),
-    MemoryRow("checkpoint", 0.55, "each layer keeps only its input and repeats its forward "
-              "in the backward"),
-    MemoryRow("ring", 0.55, "each process of the group holds its share of the sequence"),
 )
 
 # %% ../nbs/07_backends.ipynb #fb6774c3
@@ -596,6 +579,23 @@ def training_memory(
     recomputed = one * heads * layers + stored + gradients
     shared = -(-recomputed // ranks)
     return {"store": stored * layers + gradients, "checkpoint": recomputed, "ring": shared}
+
+# %% ../nbs/07_backends.ipynb #a71b2803
+@dataclass(frozen=True)
+class MemoryRow:
+    "One line of the policy for training: take this strategy if it leaves room enough."
+    strategy: str # "store", "checkpoint" or "ring"
+    share: float # of the memory at hand that it may take
+    reason: str # for `explain_backend`
+
+
+MEMORY_POLICY = (
+    MemoryRow("store", 0.5, "q, k, v, output and log-sum-exp of every layer fit: "
+              "nothing is computed twice"),
+    MemoryRow("checkpoint", 0.55, "each layer keeps only its input and repeats its forward "
+              "in the backward"),
+    MemoryRow("ring", 0.55, "each process of the group holds its share of the sequence"),
+)
 
 # %% ../nbs/07_backends.ipynb #dbe6895b
 def _strategy(memory: dict[str, int], at_hand: int, ranks: int) -> tuple[str, str]:

@@ -55,9 +55,9 @@ _MOST = 1 << 22 # entries for a head; a key that is nowhere is further away from
 _NOWHERE = -(1 << 23) # the number of a key without a place
 
 
-def _check_table(bias: Any, grid: tuple[int, ...], reach: tuple[int, ...], heads: int, device):
+def _check_table(bias: Any, reach: tuple[int, ...], heads: int, device: torch.device):
     "A `ValueError` for what is no table of differences that a pattern can have."
-    if isinstance(bias, Tensor) and _is_table(bias, len(grid), heads, device):
+    if isinstance(bias, Tensor) and _is_table(bias, len(reach), heads, device):
         if _covers(bias.shape[1:], reach): return
     least = ", ".join(str(2 * far + 1) for far in reach)
     raise ValueError(
@@ -90,7 +90,7 @@ def relative_bias(
     grid = as_grid(grid)
     widest = [side - 1 for side in grid]
     far = tuple(map(min, widest if reach is None else reach, widest))
-    _check_table(bias, grid, far, heads, device)
+    _check_table(bias, far, heads, device)
     queries, keys = (x.to(device) for x in place_numbers(grid, bias.shape[1:]))
     keys = F.pad(keys, (0, registers), value=_NOWHERE)
     every = torch.arange(heads, device=device)
