@@ -147,15 +147,22 @@ class BlockLists:
         def to_flex(self) -> "BlockMask": ...
 
 # %% ../../nbs/10_block_lists.ipynb #56ff430a
-def _pair_test(lists: BlockLists) -> Tensor: # bool (nQ, BM, nK, BN)
-    q, k = lists.query_tokens()[:, :, None, None], lists.key_tokens()
+def _attended(lists: BlockLists, row: Tensor, block: Tensor) -> Tensor: # bool (entries, BM, BN)
+    "The test of the pairs of some blocks, by their numbers."
+    (BM, BN), (nQ, nK) = lists.block_size, lists.num_blocks
+    q, k = lists.query_tokens()[row][:, :, None], lists.key_tokens()[block][:, None]
     attended = (q >= 0) & (k >= 0)
     if lists.at is not None:
-        lo, hi = (x.view(x.shape[0], *q.shape) for x in (lists.lo, lists.hi))
-        at = lists.at.view(len(lists.at), 1, 1, *k.shape)
-        inside = (lo <= at) & (at <= hi)
-        attended = attended & ((at[0] == ALWAYS) | inside.all(0))
+        lo, hi = (x.view(-1, nQ, BM, 1)[:, row] for x in (lists.lo, lists.hi))
+        at = lists.at.view(-1, nK, 1, BN)[:, block]
+        attended &= (at[0] == ALWAYS) | ((lo <= at) & (at <= hi)).all(0)
     return attended & ((k <= q) | (k >= lists.num_queries)) if lists.causal else attended
+
+# %% ../../nbs/10_block_lists.ipynb #56ff430b
+def _pair_test(lists: BlockLists) -> Tensor: # bool (nQ, BM, nK, BN)
+    nQ, nK = lists.num_blocks
+    number = torch.arange(nQ * nK, device=lists.device)
+    return _attended(lists, number // nK, number % nK).unflatten(0, (nQ, nK)).transpose(1, 2)
 
 # %% ../../nbs/10_block_lists.ipynb #ad2cc4ef
 def _mask(lists: BlockLists) -> Tensor: # bool (G, num_queries, num_keys)
@@ -356,18 +363,6 @@ def check_place(
         raise ValueError(
             f"the block lists are on {device} and q on {q.device}: they must be on one device; see "
             "BlockLists.to")
-
-# %% ../../nbs/10_block_lists.ipynb #c202219d
-def _attended(lists: BlockLists, row: Tensor, block: Tensor) -> Tensor: # bool (entries, BM, BN)
-    "The test of `pair_test`, for some blocks."
-    (BM, BN), (nQ, nK) = lists.block_size, lists.num_blocks
-    q, k = lists.query_tokens()[row][:, :, None], lists.key_tokens()[block][:, None]
-    attended = (q >= 0) & (k >= 0)
-    if lists.at is not None:
-        lo, hi = (x.view(-1, nQ, BM, 1)[:, row] for x in (lists.lo, lists.hi))
-        at = lists.at.view(-1, nK, 1, BN)[:, block]
-        attended &= (at[0] == ALWAYS) | ((lo <= at) & (at <= hi)).all(0)
-    return attended & ((k <= q) | (k >= lists.num_queries)) if lists.causal else attended
 
 # %% ../../nbs/10_block_lists.ipynb #0bd035f6
 _AT_A_TIME = 1 << 22 # pairs

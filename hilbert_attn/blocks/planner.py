@@ -383,6 +383,12 @@ def _along(order: Tensor | None, count: int) -> np.ndarray: # int64 (count,)
         f"order is a {type(order).__name__} on {order.device} without numbers, as in a trace: "
         "build block lists from a tensor that has them, outside")
 
+# %% ../../nbs/10a_block_planner.ipynb #89cd9f82
+def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slots,)
+    "Token in each slot; None where slot i holds token i."
+    if (tokens[:count] == np.arange(count)).all(): return None
+    return torch.from_numpy(tokens.astype(np.int32))
+
 # %% ../../nbs/10a_block_planner.ipynb #c401ea54
 def _built(
     plan: _Plan, sizes: tuple[int, int], block_size, causal, registers: int, shared: int,
@@ -420,12 +426,6 @@ def _plan_cross(pattern: CrossPattern, orders, block_size) -> _Plan:
     tokens = [_side_by_side(*side) for side in zip(orders, sections, sizes, starts, block_size)]
     own = [section[np.argsort(order)] for section, order in zip(sections, orders)]  # by token
     return _sectioned(tokens, own, block_size, False)
-
-# %% ../../nbs/10a_block_planner.ipynb #89cd9f82
-def _unless_plain(tokens: np.ndarray, count: int) -> Tensor | None: # int32 (slots,)
-    "Token in each slot; None where slot i holds token i."
-    if (tokens[:count] == np.arange(count)).all(): return None
-    return torch.from_numpy(tokens.astype(np.int32))
 
 # %% ../../nbs/10a_block_planner.ipynb #7109f369
 BlockPattern: TypeAlias = AxisPattern | SegmentPattern
