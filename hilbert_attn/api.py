@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 
 from .backends import MEMORY_POLICY, POLICY, REGISTRY, BackendChoice
-from .backends import choose_backend, explain_backend, rejected_backends
+from .backends import explain_backend, explain_choice
 from .block_layers import BlockSparseAttention, RingBlockSparseAttention
 from .branched import DilatedAttention, HilbertDilatedAttention
 from .common import nearest, whole_number
@@ -240,9 +240,7 @@ def _explained(
     device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     options: Any = dict(dtype=config.parameter_dtype, device=device, ranks=config.ring_size)
     choice = explain_backend(shape, **options, **memory, backend=config.backend)
-    task = layer.task(device, seq_len)
-    name, reason = choose_backend(**task)
-    rejected = rejected_backends(name, reason, **task)
+    name, reason, rejected = explain_choice(**layer.task(device, seq_len))
     choice = replace(choice, backend=name, reason=reason, rejected=rejected)
     pairs = batch * layer.pairs(seq_len, heads)
     density = pairs / (batch * heads * seq_len ** 2)

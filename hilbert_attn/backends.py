@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'REGISTRY', 'BACKENDS', 'POLICY', 'MEMORY_POLICY', 'GPUArchitecture', 'detect_gpu_architecture', 'Backend',
            'computes', 'PolicyRow', 'check_backend_name', 'set_backend', 'known_length', 'choose_backend',
-           'rejected_backends', 'attend', 'shortcut', 'hilbert_attention', 'training_memory', 'MemoryRow',
-           'BackendChoice', 'ExplainOptions', 'family_of', 'explain_backend']
+           'explain_choice', 'attend', 'shortcut', 'hilbert_attention', 'training_memory', 'MemoryRow', 'BackendChoice',
+           'ExplainOptions', 'family_of', 'explain_backend']
 
 # %% ../nbs/07_backends.ipynb #dbaaa906
 import importlib.util
@@ -417,16 +417,15 @@ def choose_backend(
     return name, f"forced by {source}"
 
 # %% ../nbs/07_backends.ipynb #5a1d0c41
-def rejected_backends(
-    name: str, # from `choose_backend`
-    reason: str, # from `choose_backend`
-    backend: str, # unused: so that both functions take the same arguments
-    device: torch.device, # from here on as for `choose_backend`
+def explain_choice(
+    backend: str, # as for `choose_backend`, all of them
+    device: torch.device,
     tokens: int | None = None,
     custom_backward: bool = True,
     family: str = "segments",
-) -> dict[str, str]: # name -> reason
-    "Why each of the others was not chosen."
+) -> tuple[str, str, dict[str, str]]: # name, reason, and of each other one why not
+    "The backend to use, and why each of the others is not. Raises as `choose_backend` does."
+    name, reason = choose_backend(backend, device, tokens, custom_backward, family)
     others = {b.name: b.drawback for b in REGISTRY.values()}
     if reason.startswith("forced"): others = dict.fromkeys(REGISTRY, f"{name!r} was forced")
     elif name == "sdpa_mask":
@@ -434,7 +433,7 @@ def rejected_backends(
     task = _Task(device, tokens, custom_backward, family)
     blocked = {b.name: task.why_not(b) for b in REGISTRY.values()}
     others |= {b: why for b, why in blocked.items() if why}
-    return {b: why for b, why in others.items() if b != name}
+    return name, reason, {b: why for b, why in others.items() if b != name}
 
 # %% ../nbs/07_backends.ipynb #e28e77a1
 def attend(
@@ -756,11 +755,8 @@ def explain_backend(
     widths = _about_widths(q.shape[3], v.shape[3])
     q, k, pattern = call.q, call.k, call.pattern
     batch, heads, n, d = q.shape
-    task: dict[str, Any] = dict(
-        backend=backend, device=device, tokens=n, family=family_of(pattern),
-        custom_backward=call.custom_backward)
-    name, reason = choose_backend(**task)
-    rejected = rejected_backends(name, reason, **task)
+    family = family_of(pattern)
+    name, reason, rejected = explain_choice(backend, device, n, call.custom_backward, family)
     pairs = batch * pattern.pairs(heads)
     moved = q.element_size() * 2 * (q.numel() + k.numel()) + 4 * batch * heads * n
     training: dict[str, Any] = {}
