@@ -128,22 +128,24 @@ def _share_on_kernels(
     if grads is None: return [x.to(lse_dtype(x.dtype)) for x in share]
     return [grad.add_(x) for grad, x in zip(grads, share)]
 
+
+def _share_on_tiles(
+    dout, dlse, q, k, v, out, lse, order, key_mask, seeds, mixture, pattern, i, grads):
+    share = attend_segments_backward(
+        dout, dlse, q, k, v, out, lse, order, key_mask, pattern, mixture.causal, mixture.scale,
+        grads, mixture.dropout(seeds, i))
+    return [x.to(lse_dtype(x.dtype)) for x in share]
+
 # %% ../nbs/08_dilated.ipynb #cafad43d
 def _shares(
     dout, dlse, q, k, v, out, lse, order, key_mask, seeds, mixture: _Mixture) -> list[Tensor]:
     "Gradients of all branches, in the precision of sums."
-    order = mixture.where(q, order)
+    share = _share_on_kernels if mixture.triton else _share_on_tiles
+    rest = mixture.where(q, order), key_mask, seeds, mixture
     grads: Any = None  # of the branches so far
     for i, (pattern, copies) in enumerate(mixture.branches(q)):
         own = lse - log(copies)
-        if mixture.triton:
-            grads = _share_on_kernels(
-                dout, dlse, q, k, v, out, own, order, key_mask, seeds, mixture, pattern, i, grads)
-            continue
-        share = attend_segments_backward(
-            dout, dlse, q, k, v, out, own, order, key_mask, pattern, mixture.causal, mixture.scale,
-            grads, mixture.dropout(seeds, i))
-        grads = [x.to(lse_dtype(x.dtype)) for x in share]
+        grads = share(dout, dlse, q, k, v, out, own, *rest, pattern, i, grads)
     return grads
 
 # %% ../nbs/08_dilated.ipynb #5f0c2a01
