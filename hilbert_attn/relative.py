@@ -57,19 +57,14 @@ _NOWHERE = -(1 << 23) # the number of a key without a place
 
 def _check_table(bias: Any, reach: tuple[int, ...], heads: int, device: torch.device):
     "A `ValueError` for what is no table of differences that a pattern can have."
-    if isinstance(bias, Tensor) and _is_table(bias, len(reach), heads, device):
-        if _covers(bias.shape[1:], reach): return
+    if isinstance(bias, Tensor) and bias.is_floating_point() and bias.device == device:
+        known = bias.shape[:1] == (heads,) and bias.ndim == 1 + len(reach)
+        if known and _covers(bias.shape[1:], reach): return
     least = ", ".join(str(2 * far + 1) for far in reach)
     raise ValueError(
         f"bias is {described(bias)}: expected floating-point numbers on {device} of shape "
         f"(H, differences of each axis, query - key) = ({heads}, {least}) or more, "
         f"odd sizes, at most {_MOST} for a head")
-
-# %% ../nbs/06a_relative_bias.ipynb #0aefe198
-def _is_table(bias: Tensor, axes: int, heads: int, device: torch.device) -> bool:
-    "Floating-point numbers of each head, and of differences along so many axes?"
-    if not bias.is_floating_point() or bias.device != device: return False
-    return bias.shape[:1] == (heads,) and bias.ndim == 1 + axes
 
 # %% ../nbs/06a_relative_bias.ipynb #c5032198
 def _covers(sizes: Sequence[int], reach: Sequence[int]) -> bool:
