@@ -36,6 +36,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def _check_each(name: str, x: Any):
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} is a {type(x).__name__}: expected a tensor")
+    if hasattr(x, "to_local"):
+        raise ValueError(
+            f"{name} is a {type(x).__name__}: expected a plain tensor; give each process its part, "
+            "x.to_local(), or shards of a sequence to ring_attention")
     if x.is_nested or x.layout != torch.strided:
         raise ValueError(
             f"{name} is nested or of layout {x.layout}: expected a dense tensor; sequences of "
@@ -66,10 +70,10 @@ def _check_shapes(q: Tensor, k: Tensor, registers: int | None, crossed: bool):
     if min(n, m) < 1 or q.shape[3] < 1:
         shapes = f"q has shape {tuple(q.shape)} and k {tuple(k.shape)}"
         raise ValueError(f"{shapes}: N and D must be at least 1")
-    if k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+    if min(q.shape[1], k.shape[1]) < 1 or q.shape[1] % k.shape[1]:
         raise ValueError(
             f"q has {q.shape[1]} heads and k {k.shape[1]}: "
-            "the query heads must be a multiple of the key/value heads")
+            "the query heads must be a multiple of the key/value heads, at least one of each")
 
 # %% ../nbs/06b_calls.ipynb #1de165d7
 def _check_values(k: Tensor, v: Tensor, widths: bool):

@@ -39,7 +39,8 @@ class CrossPlace:
 
     def mask(self, device: torch.device) -> Tensor: # bool (1, 1, N, M + R)
         "The dense mask."
-        mask = self.pattern.mask(self.order, self.key_order)
+        orders = (self.order, self.key_order) if device.type != "meta" else ()
+        mask = self.pattern.mask(*orders)
         return F.pad(mask, (0, self.registers), value=True)[None].to(device)
 
 # %% ../nbs/11c_cross.ipynb #f377a5ff

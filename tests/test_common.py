@@ -176,6 +176,18 @@ def test_unit_stride_copies_only_what_needs_it():
     assert unit_stride(None) is None
 
 
+def test_unit_stride_of_rows_that_overlap():
+    "`empty_like` may put another dim innermost."
+    x = torch.arange(40.0)
+    one = x.as_strided((2, 2, 3, 8), (1, 1, 1, 1))
+    window = x[None, None].unfold(2, 8, 1)
+    for y in (one, one[:, :, :1], window):
+        whole = unit_stride(y)
+        alike = torch.empty_like(whole)
+        assert torch.equal(whole, y)
+        assert whole.stride(-1) == alike.stride(-1) == 1
+
+
 def test_masked_rows_hold_nothing_and_have_no_gradient():
     x = torch.randn(2, 3, 6, 4)
     mask = torch.rand(2, 6) < 0.5

@@ -51,7 +51,12 @@ from hilbert_attn.kernels.forward import (
 )
 from hilbert_attn.kernels.tuning import Tile, TileCache, Workload, default_tile, split_head_dim
 from hilbert_attn.patterns import DILATION_MODES, SegmentPattern, attention_mask
-from hilbert_attn.reference import Scores, assert_matches_oracle, masked_attention
+from hilbert_attn.reference import (
+    Scores,
+    assert_matches_oracle,
+    masked_attention,
+    reference_attention,
+)
 
 pytestmark = RUNS
 
@@ -149,6 +154,26 @@ def test_odd_sizes(n, w, r, mode):
 def test_odd_sizes_without_an_order(causal):
     tile = Tile(128, 64, overlap=True)
     check(SegmentPattern(1000, 700, 3), heads([(1, 1000)] * 3), tile, causal=causal)
+
+
+def test_rows_that_overlap():
+    "Their results have rows in one piece."
+    sizes, strides = (2, 2, 3, 8), (1, 1, 1, 1)
+    flat = [x.as_strided(sizes, strides) for x in randn(3, 40)]
+    leaves = [x.detach() for x in flat]
+    copies = [x.double().contiguous() for x in leaves]
+    for x in (*leaves, *copies): x.requires_grad_()
+    pattern, found = SegmentPattern(3, 2), []
+    for attention, own in (
+        (triton_attention, leaves),
+        (reference_attention, copies),
+    ):
+        out = attention(*own, pattern)[0]
+        grads = torch.autograd.grad(out.sum(), own)
+        found.append([out.double(), *grads])
+    for x, y in zip(*found):
+        x = x.double()
+        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
 
 
 @pytest.mark.usefixtures("poisoned")
