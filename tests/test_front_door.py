@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hilbert_attn
-from hilbert_attn import backends
+from hilbert_attn import (
+    backends,
+    dilated_attention,
+    hilbert_cross_attention,
+    hilbert_slide_attention,
+    tiles_shared_attention,
+)
 from hilbert_attn.backends import (
     Backend,
     _architecture,
@@ -61,6 +67,9 @@ BAD_PATTERNS = [
     (dict(dilation_rate=0), "dilation_rate=0: must be at least 1"),
     (dict(segment_size=4, dilation_rate=5), "dilation_rate=5: must not exceed segment_size=4"),
     (dict(segment_size=0), "segment_size=0: must be at least 1"),
+    (
+        dict(dilation_mode=["keys"]),
+        r"dilation_mode=\['keys'\] is no word: known"),
     (
         dict(dilation_mode="both"),
         "dilation_mode='both': known modes are 'residue', 'keys', 'longnet'"),
@@ -133,6 +142,100 @@ def test_numpy_numbers_are_numbers():
         scale=np.float64(0.5), grid=np.array([8, 12]))
     plain = dict(segment_size=24, dilation_rate=2, causal=True, scale=0.5, grid=(8, 12))
     assert torch.equal(hilbert_attention(x, x, x, **options), hilbert_attention(x, x, x, **plain))
+
+
+ON_META = {
+    "segments": (
+        hilbert_attention,
+        dict(segment_size=4)),
+    "branches": (
+        dilated_attention,
+        dict(
+            segment_lengths=[4, 8],
+            dilation_rates=[1, 2])),
+    "heads": (
+        dilated_attention,
+        dict(
+            segment_lengths=[4, 8],
+            dilation_rates=[1, 2],
+            combine="heads")),
+    "slide": (
+        hilbert_slide_attention,
+        dict(grid=(3, 4), window=4)),
+    "tiles": (
+        tiles_shared_attention,
+        dict(tiles=3, shared=2)),
+    "cross": (
+        hilbert_cross_attention,
+        dict(segment_size=4)),
+}
+EVERYWHERE = ("auto", "sdpa", "sdpa_mask", "reference")
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
+@pytest.mark.parametrize("name", ON_META)
+def test_meta_tensors_give_shapes(name, backend):
+    q = torch.empty(2, 2, 12, 4, device="meta")
+    q.requires_grad_()
+    attention, how = ON_META[name]
+    how = how | dict(return_lse=True)
+    out, lse = attention(q, q, q, backend=backend, **how)
+    assert out.is_meta and out.shape == q.shape
+    assert lse.is_meta and lse.shape == q.shape[:3]
+    (grad,) = torch.autograd.grad(out.sum(), q)
+    assert grad.shape == q.shape
+
+
+class DTensor(torch.Tensor):
+    "As of torch.distributed.tensor, without a group."
+    def to_local(self):
+        return self.as_subclass(torch.Tensor)
+
+
+def test_a_tensor_of_several_processes_is_refused():
+    q = torch.randn(1, 2, 6, 4)
+    k = q.as_subclass(DTensor)
+    said = r"k is a DTensor: expected a plain tensor"
+    with pytest.raises(ValueError, match=said):
+        hilbert_attention(q, k, q)
+
+
+@pytest.mark.parametrize("kv_heads", (0, 1))
+@pytest.mark.parametrize("size", (None, 4))
+def test_no_heads_are_refused(kv_heads, size):
+    q = torch.randn(1, 0, 6, 4)
+    k = torch.randn(1, kv_heads, 6, 4)
+    how = dict(segment_size=size, backend="sdpa")
+    said = "q has 0 heads and k .*at least one of each"
+    with pytest.raises(ValueError, match=said):
+        hilbert_attention(q, k, k, **how)
+
+
+def learning_segments(leaves, backend):
+    "Output and gradients."
+    how = dict(segment_size=12, backend=backend)
+    out = hilbert_attention(*leaves, **how)
+    grads = torch.autograd.grad(out.sum(), leaves)
+    return out, *grads
+
+
+@pytest.mark.parametrize("backend", EVERYWHERE)
+@pytest.mark.parametrize(
+    "dtype", (torch.bfloat16, torch.float32))
+def test_rows_that_overlap(dtype, backend):
+    "oneDNN refuses such keys in bfloat16."
+    dice = torch.Generator().manual_seed(0)
+    lines = torch.randn(3, 1, 2, 48, generator=dice)
+    windows = lines.to(dtype).unfold(3, 16, 1)
+    leaves = [x.detach() for x in windows]
+    copies = [x.double().contiguous() for x in leaves]
+    for x in (*leaves, *copies): x.requires_grad_()
+    assert leaves[0].stride()[2:] == (1, 1)
+    found = learning_segments(leaves, backend)
+    wanted = learning_segments(copies, "reference")
+    limit = dict(rtol=0, atol=16 * torch.finfo(dtype).eps)
+    for x, y in zip(found, wanted):
+        torch.testing.assert_close(x.double(), y, **limit)
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

@@ -159,6 +159,14 @@ def test_merge_arguments():
         merge_attention([torch.zeros(1, 1)] * 2, [torch.zeros(1)])
     with pytest.raises(ValueError, match="at least one"):
         merge_attention([], [])
+    out, lse = torch.zeros(2, 3, 4), torch.zeros(2, 3)
+    said = r"out of shape \(2, 3, 4\) with an lse of shape"
+    for other in (lse[:1], out):
+        with pytest.raises(ValueError, match=said):
+            merge_attention([out, out], [lse, other])
+    said = r"out of shape \(2, 1, 4\)"
+    with pytest.raises(ValueError, match=said):
+        merge_attention([out, out[:, :1]], [lse, lse[:, :1]])
 
 
 def mistakes():
