@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import attend, check_backend_name
 from .blocks.lists import (
-    ALWAYS, NEVER, BlockLists, check_place, take_blocks)
+    ALWAYS, NEVER, BlockLists, check_lists, check_place, take_blocks)
 from .calls import check_call
 from .common import lse_dtype
 from .curves import inverse_order
@@ -240,24 +240,25 @@ class _Fetch(torch.autograd.Function):
         return *total.to(dk.dtype), None
 
 # %% ../nbs/10g_block_ring.ipynb #619cdb33
-_Known = dict[tuple[int, int], tuple[BlockRingPlan, BlockLists]] # (world size, rank) -> plan, lists
+_Known = dict[tuple, tuple[BlockRingPlan, BlockLists]] # (size, rank, writes) -> plan, lists
 _plans = WeakKeyDictionary[BlockLists, _Known]()
 
 
 def _planned(lists: BlockLists, size: int, rank: int) -> tuple[BlockRingPlan, BlockLists]:
     "The plan, and the lists of this rank."
-    known = _plans.setdefault(lists, {})
-    if (size, rank) not in known:
+    known, key = _plans.setdefault(lists, {}), (size, rank, *lists.writes())
+    if key not in known:
         plan = plan_block_ring(lists, size)
         copy = BlockRingPlan(lists.to("cpu"), plan.sizes)  # the key itself would keep itself alive
-        known[size, rank] = copy, plan.local_lists(rank)
-    return known[size, rank]
+        known[key] = copy, plan.local_lists(rank)
+    return known[key]
 
 # %% ../nbs/10g_block_ring.ipynb #7ae8ab35
 def _check_lists(q: Tensor, lists: Any):
     if not isinstance(lists, BlockLists):
         raise ValueError(f"lists is a {type(lists).__name__}: expected BlockLists of the whole"
                          " sequence")
+    check_lists(lists)
     check_place(lists, q)
 
 # %% ../nbs/10g_block_ring.ipynb #1d9cc8eb

@@ -16,7 +16,7 @@ from .backends import attend, computes, shortcut
 from .blocks.engine import block_sdpa_attention
 from .blocks.flex import from_flex, is_flex
 from .blocks.lists import (
-    BlockLists, as_block_size, check_block_mask, check_place)
+    BlockLists, as_block_size, check_block_mask, check_lists, check_place)
 from .blocks.planner import block_lists
 from .blocks.schedule import mask_lists
 from .calls import Call, check_call, check_order
@@ -98,6 +98,7 @@ def triton_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
 # %% ../nbs/10f_block_sparse.ipynb #47812f7b
 def _check_lists(lists: BlockLists, block_size, order, causal: bool, q: Tensor, k: Tensor):
     "Lists that fit a call; a `ValueError` for others."
+    check_lists(lists)
     if block_size is not None and as_block_size(block_size) != lists.block_size:
         raise ValueError(
             f"block_size={block_size}: the block lists have {lists.block_size}; leave it out")

@@ -7,7 +7,8 @@ from block_ring_worker import NAMES
 from ring_cases import WORLDS
 from ring_processes import run_ranks, said
 
-from hilbert_attn.block_ring import lists_order, plan_block_ring
+from hilbert_attn.block_ring import _planned, lists_order, plan_block_ring
+from hilbert_attn.blocks.lists import lists_from_block_mask
 from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
 from hilbert_attn.patterns import NeighborhoodPattern, TilesSharedPattern, WindowPattern
@@ -87,3 +88,11 @@ def test_shared_tokens_stay_causal(tiling, shared, block):
         queries = order[plan.edges[rank]:plan.edges[rank + 1]]
         reads = order[torch.from_numpy(plan.needed[rank])]
         assert torch.equal(plan.local_lists(rank).mask()[0], mask[queries][:, reads])
+
+
+def test_a_plan_follows_a_write_into_the_lists():
+    lists = lists_from_block_mask(torch.eye(4, dtype=torch.bool), 64, 64, (16, 16))
+    before = _planned(lists, 2, 0)
+    assert _planned(lists, 2, 0) is before and before[0].rows_received(0) == 0
+    for rows in (lists.rows, lists.columns): rows.index.copy_(rows.index.flip(0))
+    assert _planned(lists, 2, 0)[0].rows_received(0) == 32

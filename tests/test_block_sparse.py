@@ -2,7 +2,7 @@
 import re
 import time
 import tracemalloc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from math import prod
 
@@ -1011,6 +1011,84 @@ def test_bad_arguments_are_named(text, options):
 def test_what_does_not_go_with_lists_is_named(text, options):
     with pytest.raises(ValueError, match=re.escape(text)):
         block_sparse_attention(q=Q, k=Q, v=Q, **options)
+
+
+_ROWS, _COLUMNS = OF_MASK.rows, OF_MASK.columns
+_BOUNDS = torch.zeros(1, 12, dtype=torch.int32)
+_TOKENS = torch.arange(12, dtype=torch.int32)
+_LAST_IS_EMPTY = _TOKENS.masked_fill(_TOKENS == 11, -1)
+
+
+def rows(**fields): return dict(rows=replace(_ROWS, **fields))
+def columns(**fields):
+    return dict(columns=replace(_COLUMNS, **fields))
+
+
+@pytest.mark.parametrize("text, fields", [
+    ("block_size=0: must be", dict(block_size=(0, 4))),
+    ("block_size=4 of the", dict(block_size=4)),
+    ("groups=(1,) of the", dict(groups=(1,))),
+    ("num_queries=12.0:", dict(num_queries=12.0)),
+    ("causal='no':", dict(causal="no")),
+    ("rows=None of the", dict(rows=None)),
+    ("rows.index=[0, 1] of", rows(index=[0, 1])),
+    ("expected an int32 tensor", rows(full=_ROWS.full.long())),
+    ("columns.start=", columns(start=_COLUMNS.start[0])),
+    ("two axes", columns(start=_COLUMNS.start[0])),
+    ("columns.full=", columns(full=_COLUMNS.full[0])),
+    ("expected shape (1, 3)", columns(full=_COLUMNS.full[0])),
+    ("expected it on cpu", dict(q_tokens=_TOKENS.to("meta"))),
+    ("expected shape (12,)", dict(q_tokens=_TOKENS[1:])),
+    ("expected shape (2, 4)", dict(groups=(1, 2))),
+    ("expected all of lo", dict(at=_BOUNDS)),
+    ("q_tokens=None of the", dict(block_size=(3, 4))),
+    ("places of rows", rows(start=_ROWS.start.flip(1))),
+    ("places of rows", rows(start=_ROWS.start + 1)),
+    ("from 0 to <= 5", rows(index=_ROWS.index[:5])),
+    ("at most as many", rows(full=_ROWS.full + 1)),
+    ("blocks 0 to 2", rows(index=_ROWS.index - 1)),
+    ("blocks 0 to 2", columns(index=_COLUMNS.index + 1)),
+    ("each block once", rows(index=_ROWS.index * 0)),
+    ("transpose of rows", columns(full=_COLUMNS.full * 0)),
+    ("empty key slots", dict(k_tokens=_LAST_IS_EMPTY)),
+    ("each once", dict(q_tokens=_TOKENS * 0)),
+    ("one of 12 tokens", dict(k_tokens=_TOKENS + 1)),
+    ("one of 12 tokens", dict(q_tokens=_TOKENS - 2)),
+    ("coordinates >= 0",
+     dict(lo=_BOUNDS, hi=_BOUNDS, at=_BOUNDS - 2)),
+])
+def test_what_is_wrong_with_lists_made_by_hand_is_named(
+    text, fields,
+):
+    made = replace(OF_MASK, **fields)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        block_sparse_attention(Q, Q, Q, made)
+
+
+def test_lists_made_by_hand_need_no_order_and_not_all_tokens():
+    sizes = _ROWS.start.diff()[0].tolist()
+    parts = [x.flip(0) for x in _ROWS.index.split(sizes)]
+    made = replace(
+        OF_MASK, q_tokens=_LAST_IS_EMPTY,
+        **rows(index=torch.cat(parts)))
+    q = torch.randn(Q.shape)
+    expected = block_sparse_attention(q, q, q, OF_MASK)
+    expected[:, :, 11] = 0
+    for backend in ("sdpa", "sdpa_mask", "reference"):
+        out = block_sparse_attention(
+            q, q, q, made, backend=backend)
+        torch.testing.assert_close(out, expected)
+
+
+def test_a_write_into_lists_is_seen():
+    index = _ROWS.index.clone()
+    made = replace(OF_MASK, **rows(index=index))
+    block_sparse_attention(Q, Q, Q, made)
+    index[:2] = 0
+    with pytest.raises(ValueError, match="each block once"):
+        block_sparse_attention(Q, Q, Q, made)
+    index.copy_(_ROWS.index)
+    block_sparse_attention(Q, Q, Q, made)
 
 
 def of_blocks(mask): return SparsePatternConfig("mask", 4, block_mask=mask)
