@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack
 import torch
 from torch import Tensor
 
-from .calls import check_call, check_cells, on_branches
+from .calls import check_call, check_cells, check_tensor, on_branches
 from .common import true_or_false
 from .curves import curve_order
 from .dilated import attend_branches
@@ -24,6 +24,7 @@ from .patterns import DilatedPattern, branch_lists, default_mode
 # %% ../nbs/12b_branched.ipynb #71f96158
 def check_free(q: Tensor, k: Tensor, v: Tensor):
     "What layers without projections take."
+    for name, x in zip("qkv", (q, k, v)): check_tensor(name, x)
     if all(x.ndim == 4 for x in (q, k, v)): return
     given = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
     raise ValueError(f"q, k, v have shapes {given}: expected (B, N, H, D)")

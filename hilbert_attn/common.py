@@ -117,8 +117,10 @@ def check_word(
     kind: str = "ones", # what these are
 ):
     "A `ValueError` that lists the known words, for any other."
-    if value in known: return
-    raise ValueError(f"{name}={shown(value)}: known {kind} are {', '.join(map(repr, known))}")
+    is_word = isinstance(value, str)
+    if is_word and value in known: return
+    given = f"{name}={shown(value)}{'' if is_word else ' is no word'}"
+    raise ValueError(f"{given}: known {kind} are {', '.join(map(repr, known))}")
 
 # %% ../nbs/00a_common.ipynb #12f0c002
 def nearest(
@@ -152,8 +154,8 @@ def unit_stride(
 
     Dense kernels on the CPU take the first for granted, ours the second for what they write."""
     if x is None or x.shape[-1] == 1: return x
-    alike = x  # with the strides of `empty_like`: others only where dims are expanded
-    if 0 in x.stride(): alike = torch.empty_like(x, device="meta")
+    alike = x  # with the strides of `empty_like`: others only where rows overlap
+    if any(stride < 2 for stride in x.stride()[:-1]): alike = torch.empty_like(x, device="meta")
     return x if x.stride(-1) == alike.stride(-1) == 1 else x.contiguous()
 
 # %% ../nbs/00a_common.ipynb #042878a4

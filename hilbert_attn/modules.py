@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint as _checkpoint
 
 from .backends import attend, check_backend_name, choose_backend, known_length
 from .calls import (
-    check_call, check_cells, check_curve, check_key_mask, on_segments)
+    check_call, check_cells, check_curve, check_key_mask, check_tensor, on_segments)
 from .common import shown, true_or_false, whole_number, whole_numbers
 from .curves import as_grid, order_or_none
 from .options import Backend, Curve, Mode
@@ -282,6 +282,7 @@ class HilbertAttentionCore(AttentionLayer):
         rope: tuple[Tensor, Tensor] | None = None, # cos and sin (N, D / 2), in the order of x
     ) -> Tensor: # tokens (B, N, E), in the order of x
         "Attends. Raises `ValueError` where `x` does not fit the module or the grid."
+        check_tensor("x", x)
         if x.ndim != 3 or x.shape[2] != self.hidden_dim:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, N, {self.hidden_dim})")
         place = self.place_of(grid, use_hilbert)

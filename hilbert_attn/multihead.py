@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .branched import CurveLayerOptions, DilatedAttention
-from .calls import check_key_mask
+from .calls import check_key_mask, check_tensor
 from .common import described, is_whole, true_or_false, whole_number
 from .modules import apply_rotary, one_of
 
@@ -73,6 +73,7 @@ def _refuse_foreign_keys(embed_dim: int, widths: dict[str, Any], switches: dict[
 
 # %% ../nbs/12c_multihead.ipynb #12c0a011
 def _check_tokens(embed_dim: int, query: Tensor, key: Tensor, value: Tensor):
+    for name, x in zip(("query", "key", "value"), (query, key, value)): check_tensor(name, x)
     one_shape = query.shape == key.shape == value.shape
     if one_shape and query.ndim in (2, 3) and query.shape[-1] == embed_dim: return
     given = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
@@ -259,6 +260,7 @@ class DilatedSelfAttention(MultiheadDilatedAttention):
         **options: Any, # of the attention inside: grid, use_hilbert
     ) -> Tensor: # tokens (B, N, E)
         "Attends. Raises `ValueError` where `x` does not fit."
+        check_tensor("x", x)
         if x.ndim != 3:
             raise ValueError(f"x has shape {tuple(x.shape)}: expected (B, N, {self.embed_dim})")
         return super().forward(x, is_causal=is_causal, key_mask=key_mask, rope=rope, **options)[0]

@@ -272,6 +272,7 @@ def attention_mask(
     """Everything that decides whether a query sees a key, as one dense mask in token order.
 
     Raises `ValueError` for masks and orders that do not fit."""
+    if order is not None and order.is_meta: order = None  # it holds nothing; shapes are the same
     mask = (pattern.counts if hasattr(pattern, "counts") else pattern.mask)(order).to(device)
     if causal: mask = mask.tril()
     mask = mask[None]

@@ -117,11 +117,16 @@ def merge_attention(
     """Attention over the union of disjoint sets of keys; differentiable in both arguments.
 
     The step of an online softmax (arXiv 1805.02867). A `ValueError` unless there are as many of
-    each."""
+    each, of shapes that fit."""
     if len(outs) != len(lses) or not len(outs):
         raise ValueError(
             f"merge_attention got {len(outs)} outs and {len(lses)} lses: "
             "expected as many of each, at least one")
+    for out, lse in zip(outs, lses):
+        if out.shape == outs[0].shape and lse.shape == out.shape[:-1]: continue
+        raise ValueError(
+            f"merge_attention got an out of shape {tuple(out.shape)} with an lse of shape "
+            f"{tuple(lse.shape)}: expected (..., N, D), the same for all outs, and (..., N)")
     lses = torch.stack(tuple(lses))
     top = lses.detach().amax(0)
     # a shift by a constant: it cancels, and so does its gradient
@@ -143,8 +148,8 @@ def with_sinks(
     sink_logits: Tensor, # (H,), one score for each head
 ) -> tuple[Tensor, Tensor]: # out, and lse with the sinks in it
     "Attention whose softmax sums over one more score, which has no value; differentiable in all."
-    sinks = sink_logits.to(lse.dtype)[:, None]
-    empty = lse == -torch.inf
+    sinks, empty = sink_logits.to(lse.dtype)[:, None], lse == -torch.inf
+    sinks = sinks.masked_fill(sinks == -torch.inf, -torch.inf)  # that is none, and has no gradient
     known = lse.masked_fill(empty, 0)  # -inf - (-inf) is NaN
     weight = (known - sinks).sigmoid()[..., None]
     total = torch.where(empty, sinks, torch.logaddexp(known, sinks))

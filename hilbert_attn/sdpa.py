@@ -59,7 +59,7 @@ def _call_sdpa(
     if bias is not None and bias.dtype not in (dtype, torch.bool):
         q, k, v = (x.to(bias.dtype) for x in (q, k, v))
     out = F.scaled_dot_product_attention(
-        rows_apart(q), k, v, bias, dropout_p, scale=scale, enable_gqa=gqa)
+        rows_apart(q), rows_apart(k), v, bias, dropout_p, scale=scale, enable_gqa=gqa)
     if out.dtype != dtype: out = out.to(dtype)
     return out if empty is None else out.masked_fill(empty, 0)
 

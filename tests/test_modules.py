@@ -15,6 +15,7 @@ from hilbert_attn import (
     curve_order,
 )
 from hilbert_attn.block_layers import BlockSparseAttention, RingBlockSparseAttention
+from hilbert_attn.multihead import DilatedSelfAttention
 from hilbert_attn.patterns import SegmentPattern, attention_mask
 from hilbert_attn.reference import masked_attention
 from hilbert_attn.ring_layers import RingDilatedAttention
@@ -192,6 +193,27 @@ def test_names_of_sizes():
         (dict(dim=48, heads=4, dilation_mode="both"), "known modes")])
 def test_bad_settings(options, message):
     with pytest.raises(ValueError, match=message): HilbertAttentionCore(**options)
+
+
+@pytest.mark.parametrize("make", [
+    HilbertAttentionCore, MultiheadDilatedAttention,
+    DilatedSelfAttention,
+])
+@pytest.mark.parametrize("bad", ["tokens", [[1.0]], None])
+def test_tokens_are_a_tensor(make, bad):
+    text = f"is a {type(bad).__name__}: expected a tensor"
+    with pytest.raises(ValueError, match=text):
+        make(48, 4)(bad)
+
+
+@pytest.mark.parametrize("make", [
+    DilatedAttention, BlockSparseAttention,
+])
+def test_queries_keys_and_values_are_tensors(make):
+    q = torch.randn(1, 4, 2, 8)
+    text = "k is a NoneType: expected a tensor"
+    with pytest.raises(ValueError, match=text):
+        make()(q, None, q)
 
 
 def test_bad_tokens():

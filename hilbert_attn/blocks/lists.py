@@ -5,20 +5,23 @@
 # %% auto #0
 __all__ = ['ALWAYS', 'NEVER', 'LIST_TENSORS', 'LIST_ARGUMENTS', 'BlockRows', 'BlockLists', 'rows_and_columns', 'lists_from_kinds',
            'take_blocks', 'lists_from_bounds', 'as_block_size', 'check_block_mask', 'lists_from_block_mask',
-           'check_place', 'count_pairs', 'block_pairs', 'lists_to_operands', 'lists_from_operands']
+           'check_place', 'count_pairs', 'block_pairs', 'lists_to_operands', 'lists_from_operands', 'check_lists']
 
 # %% ../../nbs/10_block_lists.ipynb #5942111c
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from math import prod
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..common import is_plain, shown, whole_numbers
+from ..common import (
+    is_plain, outside_graphs, shown, true_or_false, whole_number, whole_numbers)
 
 if TYPE_CHECKING: from torch.nn.attention.flex_attention import BlockMask
 
@@ -112,6 +115,10 @@ class BlockLists:
 
     @property
     def nbytes(self) -> int: return sum(x.nbytes for x in self.tensors())
+
+    def writes(self) -> list[int | None]:
+        "How often each tensor was written into; None: it does not count."
+        return [None if x.is_inference() else x._version for x in self.tensors()]
 
     def to(self, device: torch.device | str) -> "BlockLists":
         "The same on another device."
@@ -416,3 +423,89 @@ def lists_from_operands(
     tokens, sides = (q_tokens, k_tokens), (BlockRows(*rows[:3]), BlockRows(*rows[3:]))
     return BlockLists(
         (BM, BN), num_queries, num_keys, *tokens, *sides, tuple(groups), lo, hi, at, causal)
+
+# %% ../../nbs/10_block_lists.ipynb #d1a70002
+_SIDES = "rows", "columns"
+_FIELDS = [f"{side}.{x}" for side in _SIDES for x in ("start", "index", "full")]
+_FIELDS += LIST_TENSORS[6:]
+_Rule = tuple[str, Any, str] # a field, whether it fits, what was expected
+
+
+def _shape_rules(lists: BlockLists) -> Iterator[_Rule]:
+    "Types and shapes."
+    for name in ("block_size", "groups"):
+        value = getattr(lists, name)
+        yield name, isinstance(value, tuple) and len(whole_numbers(name, value, 1)) == 2, "two"
+    for name in ("num_queries", "num_keys"): whole_number(name, getattr(lists, name), 1)
+    true_or_false("causal", lists.causal)
+    for name in _SIDES: yield name, isinstance(getattr(lists, name), BlockRows), "BlockRows"
+    fields = dict(zip(_FIELDS, lists_to_operands(lists)))
+    for name, x in fields.items():
+        there = isinstance(x, Tensor) and x.dtype == torch.int32
+        yield name, there or x is None and name in _FIELDS[6:], "an int32 tensor"
+        if name.endswith("start"): yield name, x.ndim == 2, "two axes"
+        yield name, x is None or x.device == lists.device, f"it on {lists.device}"
+    none = {x is None for x in (lists.lo, lists.hi, lists.at)}
+    yield "at", len(none) == 1, "all of lo, hi and at, or none"
+    slots = [n * size for n, size in zip(lists.num_blocks, lists.block_size)]
+    axes, shapes = 0 if lists.at is None else len(lists.at), []
+    for side, n in zip((lists.rows, lists.columns), lists.num_blocks):
+        shapes += [(lists.num_groups, n + 1), (side.index.numel(),), (lists.num_groups, n)]
+    shapes += [*((n,) for n in slots), *((axes, n) for n in (slots[0], *slots))]
+    for (name, x), shape in zip(fields.items(), shapes):
+        yield name, x is None or x.shape == shape, f"shape {shape}"
+
+# %% ../../nbs/10_block_lists.ipynb #d1a70006
+def _row_rules(name: str, rows: BlockRows, width: int) -> Iterator[_Rule]:
+    "What rows hold, one behind the other; `width`: blocks of the other side."
+    count, most = rows.start.diff(dim=1), len(rows.index)
+    begins = (count.flatten().cumsum(0) - count.flatten()).view_as(count)
+    fits = ((begins == rows.start[:, :-1]) & (count >= 0) & (rows.start[:, 1:] <= most)).all()
+    yield f"{name}.start", fits, f"places of rows, ascending from 0 to <= {most}"
+    fits = (rows.full >= 0) & (rows.full <= count)
+    yield f"{name}.full", fits.all(), "at most as many as the row has entries"
+    group, row, other, _ = rows.entries()
+    fits = (other >= 0) & (other < width)
+    yield f"{name}.index", fits.all(), f"blocks 0 to {width - 1}"
+    block = (group * rows.full.shape[1] + row) * width + other
+    yield f"{name}.index", len(block.unique()) == len(block), "each block once in its row"
+
+# %% ../../nbs/10_block_lists.ipynb #d1a70008
+def _rules(lists: BlockLists) -> Iterator[_Rule]:
+    "Types and shapes, then numbers, where there are any."
+    yield from _shape_rules(lists)
+    if not all(map(is_plain, lists.tensors())): return
+    nQ, nK = lists.num_blocks
+    yield from _row_rules("rows", lists.rows, nK)
+    yield from _row_rules("columns", lists.columns, nQ)
+    group, q, k, full = lists.rows.entries()
+    whole = (lists.key_tokens() >= 0).all(1)[k[full]]
+    yield "rows.full", whole.all(), "blocks with empty key slots among the partial ones"
+    named = ((group * nQ + q) * nK + k) * 2 + full
+    group, k, q, full = lists.columns.entries()
+    same = named.sort()[0].equal((((group * nQ + q) * nK + k) * 2 + full).sort()[0])
+    yield "columns", same, "the transpose of rows, full in both or in neither"
+    sides = (lists.query_tokens(), lists.num_queries), (lists.key_tokens(), lists.num_keys)
+    for name, (tokens, count) in zip(("q_tokens", "k_tokens"), sides):
+        there = tokens[tokens != -1].sort()[0]
+        fits = (there >= 0).all() and (there < count).all() and (there.diff() > 0).all()
+        fits = fits and (len(there) == count or getattr(lists, name) is not None)
+        yield name, fits, f"-1, or one of {count} tokens, each once; None: a slot for each"
+    fits = lists.at is None or (lists.at[:1] >= ALWAYS).all() and (lists.at[1:] >= 0).all()
+    yield "at", fits, "coordinates >= 0, ALWAYS in at[0] alone"
+
+# %% ../../nbs/10_block_lists.ipynb #d1a7000a
+_seen = WeakKeyDictionary[BlockLists, list[int | None]]()  # lists that fit -> writes into them
+
+
+def check_lists(
+    lists: BlockLists, # as a user made them
+):
+    "A `ValueError` unless lists are what `BlockLists` says. Looked at once, and after writes."
+    if torch.compiler.is_compiling() or lists in _seen and _seen[lists] == lists.writes(): return
+    with outside_graphs():
+        for name, fits, expected in _rules(lists):
+            if fits: continue
+            given = shown(attrgetter(name)(lists))
+            raise ValueError(f"{name}={given} of the block lists: expected {expected}")
+    _seen[lists] = lists.writes()
