@@ -624,9 +624,9 @@ class BackendChoice:
     memory_at_hand: int = 0 # bytes
 
     def __str__(self) -> str:
-        work = f"at least {self.flops / 1e9:.3g} GFLOP and {self.bytes / 1e6:.3g} MB forward"
+        work = f"{self.flops / 1e9:.3g} GFLOP, {self.bytes / 1e6:.3g} MB forward"
         lines = [f"{self.backend}: {self.reason}",
-                 f"  {self.pairs:,} pairs ({self.density:.2%} of dense), {work}"]
+                 f"  {self.pairs:,} pairs ({self.density:.2%} of dense) if not causal: {work}"]
         if self.memory:
             needs = ", ".join(f"{name} {x / 1e9:.3g} GB" for name, x in self.memory.items())
             sizes = f"(needs: {needs}; at hand: {self.memory_at_hand / 1e9:.3g} GB)"
