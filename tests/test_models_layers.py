@@ -89,6 +89,13 @@ def test_segments_are_a_mask():
     assert torch.allclose(sparse(x), dense(x, mask=~mask), atol=1e-5)
 
 
+@pytest.mark.filterwarnings(*NESTED)
+def test_nested_tensors_are_refused():
+    model = converted(encoder().eval(), segment_size=8)
+    with torch.no_grad(), pytest.raises(ValueError, match="expected padded ones"):
+        model(torch.nested.nested_tensor([rand(9, 32), rand(5, 32)]))
+
+
 def test_parameters_stay():
     model = encoder()
     before, names = dict(model.named_parameters()), list(model.state_dict())
