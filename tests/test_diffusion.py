@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
@@ -382,6 +383,28 @@ def test_two_threads_at_once(diffusers):
 
 
 @torch.no_grad()
+def test_a_thread_that_comes_in_while_another_does(diffusers):
+    "What the first one reads is noted after the other: that one must not take it."
+    model = use_hilbert_attention(built(diffusers, WAN), tiles=3)
+    door = model.blocks[0].attn1.processor.hilbert_seam.door
+    own = door.layout
+    first, second = given(WAN, 0), given(WAN, 1)
+    with ThreadPoolExecutor(1) as pool:
+
+        def slow(config, inputs):
+            door.layout = own
+            pool.submit(door.enter, model, (), second).result()
+            return own.grid(config, inputs)
+
+        door.layout = replace(own, grid=slow)
+        door.enter(model, (), first)
+        cells = math.prod(CASES[WAN].grids[0])
+        assert door.place(cells) == CASES[WAN].grids[0]
+        with pytest.raises(RuntimeError, match="two threads"):
+            pool.submit(door.place, cells).result()
+
+
+@torch.no_grad()
 def test_steps_are_counted_for_each_thread(diffusers):
     "Two runs take turns; each has one dense step."
     model = use_hilbert_attention(built(diffusers, WAN), tiles=3, dense_steps=1)
@@ -404,6 +427,31 @@ def test_a_denoising_step_that_runs_again_is_refused(diffusers):
     out = checkpoint(lambda x: model(x, **inputs).sample, x, use_reentrant=False)
     out.sum().backward()
     assert x.grad is not None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("skip_first", [True, False])
+def test_a_guidance_that_skips_scores(diffusers, skip_first):
+    "The layer gives values in place of attention, whichever was called first."
+    hooks, name = pytest.importorskip("diffusers.hooks"), "QwenImageTransformer2DModel"
+    scores = hooks.LayerSkipConfig(
+        indices=[0],
+        fqn="transformer_blocks",
+        skip_attention=False,
+        skip_ff=False,
+        skip_attention_scores=True,
+    )
+    own, model = built(diffusers, name), built(diffusers, name)
+    if not skip_first:
+        use_hilbert_attention(model, tiles=3)
+    for one in (own, model):
+        hooks.apply_layer_skip(one, scores)
+    if skip_first:
+        use_hilbert_attention(model, tiles=3)
+    inputs, last = given(name), masks(name, 0, 3, 0.0)[-1:]
+    with Masked(last) as dense: wanted = own(**inputs).sample
+    assert dense.calls
+    assert (model(**inputs).sample - wanted).norm() <= 1e-9 * wanted.norm()
 
 
 def test_two_transformers_or_none(diffusers):

@@ -23,6 +23,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 
 from ..common import check_names
 from ..curves import as_grid, curve_order, inverse_order
@@ -128,26 +129,29 @@ class Steps:
         self.now: int | None = None # None: none are counted
         self.runs: dict[int | None, tuple[int, float]] = {} # by thread: step, time
 
-    def enter(self, model: Any, thread: int | None, timestep: Any):
+    def enter(
+        self, model: Any, thread: int | None, timestep: Any,
+    ) -> int | None: # the step; None: none are counted
         "A call of the model. Raises `ValueError` where it is no step and no training."
-        if not self.counted: return
+        if not self.counted: return None
         if in_backward() and self.now is not None: raise ValueError(_RUNS_AGAIN)
         if not torch.is_grad_enabled():
-            self.count(thread, float(torch.as_tensor(timestep).max()))
-            return
+            return self.count(thread, float(torch.as_tensor(timestep).max()))
         self.now = None
         self.runs.pop(thread, None)
         if not model.training:
             raise ValueError(
                 "dense_steps and step_shift: denoising steps are counted under torch.no_grad(); "
                 "call model.train() to train, where every call is sparse")
+        return None
 
-    def count(self, thread: int | None, time: float):
+    def count(self, thread: int | None, time: float) -> int:
         "The number of a denoising step, from its timestep."
         if self.rises: time = -time
         step, last = self.runs.get(thread, (0, time))
-        self.now = 0 if time > last else step + (time < last)
-        self.runs[thread] = self.now, time
+        self.now = step = 0 if time > last else step + (time < last)
+        self.runs[thread] = step, time
+        return step
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b5
 class Door:
@@ -163,9 +167,9 @@ class Door:
         self.layout, self.layers = layout, tuple(layers)
         self.stated = None if settings.grid is None else as_grid(settings.grid)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
-        self.grid: tuple[int, ...] | None = None
+        # grid, thread (None: a graph) and step of the last call
+        self.last: tuple[tuple[int, ...] | None, int | None, int | None] = None, None, None
         self.seen: dict[int, set[tuple[int, ...]]] = {}
-        self.thread: int | None = None # of the last call; None: of a graph
         self.steps = Steps(settings.counts_steps, layout.rises)
         model.register_forward_pre_hook(self.enter, with_kwargs=True)
 
@@ -173,17 +177,22 @@ class Door:
         "Reads the grid and the step of a call."
         given = dict(zip(self.names, args)) | kwargs
         compiling = torch.compiler.is_compiling()
-        self.thread = None if compiling else get_ident()
+        thread = None if compiling else get_ident()
         _check_seams(model, self.layers)
         recorded = self.stated and compiling  # ids have no values in a graph
         read = None if recorded else self.layout.grid(model.config, given)
-        self.grid = _agreed(self.stated, read)
-        self.steps.enter(model, self.thread, given.get("timestep"))
+        grid = _agreed(self.stated, read)
+        self.last = grid, thread, self.steps.enter(model, thread, given.get("timestep"))
+
+    def here(self) -> tuple[tuple[int, ...] | None, int | None]: # grid, step
+        "Of the call that a layer is in. Raises `RuntimeError` where the last one is another."
+        grid, thread, step = self.last
+        _check_thread(thread)
+        return grid, step
 
     def now(self) -> int | None: # None: none are counted
         "The step of a layer's call; one that runs again is of a training."
-        step = self.steps.now
-        _check_thread(self.thread)  # behind the reading: it was still ours
+        _, step = self.here()
         return None if in_backward() else step
 
     def place(
@@ -191,8 +200,7 @@ class Door:
         n: int, # tokens of a layer's call
     ) -> tuple[int, ...]: # the grid of its cells
         "How they lie. Raises `ValueError` where that is unknown."
-        grid = _recalled(self.seen, n) if in_backward() else self.grid
-        _check_thread(self.thread)
+        grid = _recalled(self.seen, n) if in_backward() else self.here()[0]
         grid = _check_place(grid, n, self.layout)
         if not torch.compiler.is_compiling(): self.seen.setdefault(n, set()).add(grid)
         return grid
@@ -328,8 +336,7 @@ class Reordering:
 
     def order(self, x: Tensor) -> Tensor: # (cells,)
         "Of the cells of this call, where `x` is. Raises `ValueError` where their grid is unknown."
-        grid = self.door.grid
-        _check_thread(self.door.thread)  # behind the reading: it was still ours
+        grid, _ = self.door.here()
         if grid is None: raise ValueError(_NO_GRID)
         return curve_order(grid, self.curve, x.device)
 
@@ -397,6 +404,14 @@ def _check_options(options: Mapping[str, Any]):
             "cells cannot follow")
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #9981d6f6
+_SKIPS = "AttentionScoreSkipFunctionMode"  # of diffusers: values in place of attention
+
+
+def _scores_are_skipped() -> bool:
+    "Does a guidance of diffusers replace the attention of this layer in this call?"
+    return any(type(x).__name__ == _SKIPS for x in _get_current_function_mode_stack())
+
+
 class Seam:
     "The attention of one layer, as its processor calls it."
 
@@ -416,7 +431,7 @@ class Seam:
         "Is this a call for another sequence, or in a step that stays dense?"
         if query.shape[tokens] != key.shape[tokens]: return True
         step = self.door.now()
-        early = step is not None and step < self.settings.dense_steps
+        early = step is not None and step < self.settings.dense_steps or _scores_are_skipped()
         if early: self.site.excuse()
         return early
 
@@ -481,7 +496,9 @@ def rewired(
     kind: Any = type(processor)
     twin = copy(processor)
     call = _rewired(kind.__call__, seam)
-    twin.__class__ = type(kind.__name__, (kind,), {"__call__": call, "__reduce__": _reduced})
+    own = property(lambda processor: kind)  # diffusers looks up what it knows of a class
+    parts = {"__call__": call, "__reduce__": _reduced, "__class__": own}
+    twin.__class__ = type(kind.__name__, (kind,), parts)
     twin.hilbert_seam = seam
     return twin
 
