@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -315,6 +316,96 @@ def test_checkpointing_does_not_guess_the_grid(hf):
         both.backward()
 
 
+def test_each_size_runs_again_on_its_own_grid(hf):
+    "Pictures of several sizes before one backward, as of crops."
+    def gradients(checkpointed):
+        model = h.use_hilbert_attention(vit(hf), segment_size=6).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        outs = [
+            model(rand(1, 3, *size), interpolate_pos_encoding=True)[0]
+            for size in ((8, 32), (16, 24))
+        ]
+        sum(out.square().sum() for out in outs).backward()
+        grads = [p.grad for p in model.parameters()]
+        return [x for x in grads if x is not None]
+
+    for ours, own in zip(gradients(True), gradients(False), strict=True):
+        assert torch.equal(ours, own)
+
+
+def test_a_plain_sequence_runs_again_on_any_grid(hf):
+    model = built(hf, "Aimv2VisionModel", "Aimv2VisionConfig", IMAGE)
+    h.use_hilbert_attention(model, segment_size=6, curve=None).train()
+    model.gradient_checkpointing_enable()
+    patch = model.embeddings.patch_embed
+    model(rand(1, 3, 16, 16))
+    patch(rand(1, 3, 8, 32))
+    model(rand(1, 3, 16, 16))[0].sum().backward()
+
+
+# several threads, and calls without pictures
+
+
+def meanwhile(layer, model, x, **options):
+    "Another thread calls the model in front of a layer; its result is in the list."
+    found = []
+
+    def interrupt(*call):
+        handle.remove()
+        with ThreadPoolExecutor(1) as pool:
+            call = torch.no_grad()(model)
+            run = pool.submit(call, x, **options)
+            found.append(run.result()[0])
+
+    handle = layer.register_forward_pre_hook(interrupt)
+    return found
+
+
+@torch.no_grad()
+def test_each_thread_has_its_own_grid(hf):
+    model, how = vit(hf), dict(interpolate_pos_encoding=True)
+    h.use_hilbert_attention(model, segment_size=6)
+    one, two = rand(1, 3, 8, 32), rand(1, 3, 32, 8)
+    expected = [model(x, **how)[0] for x in (one, two)]
+    other = meanwhile(model.layers[0], model, two, **how)
+    assert torch.equal(model(one, **how)[0], expected[0])
+    assert torch.equal(other[0], expected[1])
+
+
+def test_threads_do_not_take_each_others_proof(hf):
+    "The first call of two at once: one is through a layer that the other is still in."
+    model = h.use_hilbert_attention(llama(hf), segment_size=6)
+    first, second = model.model.layers
+
+    def stop(*call):
+        raise InterruptedError
+
+    def interrupt(*call):
+        handle.remove()
+        stopped = second.register_forward_pre_hook(stop)
+        with ThreadPoolExecutor(1) as pool, pytest.raises(InterruptedError):
+            pool.submit(model, WORDS).result()
+        stopped.remove()
+
+    handle = first.self_attn.o_proj.register_forward_pre_hook(interrupt)
+    model(WORDS)
+    assert [layer.self_attn.hilbert_site.calls for layer in (first, second)] == [2, 1]
+
+
+@torch.no_grad()
+def test_the_grid_of_an_earlier_call_is_not_used(hf):
+    model = h.use_hilbert_attention(vit(hf), segment_size=6)
+    model(rand(1, 3, 8, 32), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="no patches were seen in this call"):
+        model.layers[0](rand(1, 17, 32))
+    patches = model.embeddings.patch_embeddings
+    patches.projection = nn.Conv2d(3, 32, 4, 4)
+    with pytest.raises(ValueError, match="switch it again if its patch layer was replaced"):
+        model(rand(1, 3, 16, 16))
+    h.use_hilbert_attention(model, segment_size=6)(rand(1, 3, 16, 16))
+
+
 class DynamicViT(nn.Module):
     "As timm's with `dynamic_img_size`: any picture, attributes of the one it was built for."
 
@@ -497,6 +588,16 @@ def test_a_name_and_settings_in_a_configuration_are_enough(hf, calls):
     config = hf.LlamaConfig(**GROUPED, hilbert_attention=dict(segment_size=4))
     hf.AutoModelForCausalLM.from_config(config, attn_implementation="hilbert")(WORDS)
     assert [s.segment_lengths for s in calls] == [4, 4]
+
+
+def test_settings_in_a_configuration_are_a_dict(hf):
+    model = h.use_hilbert_attention(llama(hf), segment_size=4)
+    settings = HilbertSettings(segment_size=6)
+    model.config.hilbert_attention = settings
+    with pytest.raises(ValueError, match="is a HilbertSettings: expected a dict"):
+        model(WORDS)
+    model.config.hilbert_attention = settings.to_dict()
+    model(WORDS)
 
 
 def test_settings_that_rest_are_worth_a_warning(hf):

@@ -103,7 +103,7 @@ class HilbertAttnProcessor:
         if site is not None:
             if spatial is not None:
                 site.geometry.read(spatial)
-            _check_grid(settings, site.geometry.grid)
+            _check_grid(settings, site.geometry.current(n))
             return site.enter(placed(settings, None, prefix), n)
         if spatial is not None:
             _check_grid(settings, spatial)

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from math import prod
+from threading import get_ident
 from types import ModuleType
 from typing import Any
 
@@ -65,6 +66,11 @@ def check_one_grid(
         "again is unknown; use one of them, or no checkpointing")
 
 # %% ../../nbs/14b_switched_models.ipynb #67f911a5
+_NO_PATCHES = (
+    "no patches were seen in this call: their grid is unknown; call the model as a whole, with "
+    "pixels, and switch it again if its patch layer was replaced since")
+
+
 class Geometry:
     "How the tokens of a model lie, from the shapes of each call."
 
@@ -77,7 +83,8 @@ class Geometry:
         on_input: bool = False, # listen to the source's input instead of its output
     ):
         self.kind, self.prefix_tokens, self.why = kind, prefix_tokens, why
-        self.grid: tuple[int, ...] | None = None
+        self.grid: tuple[int, ...] | None = None # of the last call
+        self.grids: dict[int, tuple[int, ...]] = {} # by thread
         self.seen: dict[int, set[tuple[int, ...]]] = {}
         if source is None: return
         if on_input:
@@ -96,9 +103,26 @@ class Geometry:
 
     def read(self, shape: Sequence[int]):
         "Takes the grid of a call."
-        self.grid = tuple(int(n) for n in shape)
-        if not torch.compiler.is_compiling():
-            self.seen.setdefault(prod(self.grid), set()).add(self.grid)
+        self.grid = grid = tuple(int(n) for n in shape)
+        if torch.compiler.is_compiling(): self.grids = {}
+        else:
+            self.grids[get_ident()] = grid
+            self.seen.setdefault(prod(grid), set()).add(grid)
+
+    def forget(self, model: nn.Module, args: tuple, output: Any):
+        "The call is over."
+        self.grid = None
+        if not torch.compiler.is_compiling(): self.grids.pop(get_ident(), None)
+
+    def current(self, n: int) -> tuple[int, ...] | None: # None: unknown
+        "The grid of a call of `n` tokens."
+        known = self.seen if self.kind == "cells" and in_backward() else {}
+        again = known.get(n - self.prefix_tokens)
+        if again:
+            check_one_grid(again, n)
+            return next(iter(again))
+        if torch.compiler.is_compiling() or not self.grids: return self.grid
+        return self.grids.get(get_ident())
 
     def settle(
         self,
@@ -107,15 +131,13 @@ class Geometry:
     ) -> HilbertSettings: # with grid and prefix of the call
         "Settings for a call. Raises `ValueError` where they and the shapes disagree."
         if self.kind == "sequence": return settings
+        grid = self.current(n)
         if self.kind == "stated":
-            check_stated(settings, self.grid, self.why)
+            check_stated(settings, grid, self.why)
             return settings
-        if self.grid is None:
-            raise ValueError(
-                "no patches were seen in this call: their grid is unknown")
-        check_cells(settings, self.grid, self.prefix_tokens, n)
-        if in_backward(): check_one_grid(self.seen[prod(self.grid)], n)
-        return placed(settings, self.grid, self.prefix_tokens)
+        if grid is None: raise ValueError(_NO_PATCHES)
+        check_cells(settings, grid, self.prefix_tokens, n)
+        return placed(settings, grid, self.prefix_tokens)
 
 # %% ../../nbs/14b_switched_models.ipynb #738c83e8
 def remove_hooks(
@@ -196,6 +218,10 @@ def check_cells(
             "model as it was before")
 
 # %% ../../nbs/14b_switched_models.ipynb #73c3f422
+def _this_thread() -> int | None: # None: a compiled graph, which knows none
+    return None if torch.compiler.is_compiling() else get_ident()
+
+
 class Site:
     "A layer's place in a switched model."
 
@@ -207,18 +233,21 @@ class Site:
     ):
         self.name, self.geometry, self.number = name, geometry, number
         self.calls = 0 # into the package, outside of compiled graphs
-        self.entered = self.inside = False # ever; since the layer began
+        self.entered = False # ever
+        self.inside: set[int | None] = set() # threads, since the layer began; None: a graph
         self.excused = False # was it dense on purpose?
 
     def mark(self):
         "The package is called."
-        self.entered = self.inside = True
+        self.entered = True
+        self.inside.add(_this_thread())
         if not torch.compiler.is_compiling():
             self.calls += 1
 
     def excuse(self):
         "The layer attends by itself in this call, as asked."
-        self.inside = self.excused = True
+        self.excused = True
+        self.inside.add(_this_thread())
 
     def enter(
         self,
@@ -250,13 +279,15 @@ class Switch:
             layer.register_forward_hook(self.layer_ran)
         remove_unasked(model)
         model.register_forward_hook(self.model_ran)
+        for geometry in dict.fromkeys(geometries.values()):
+            if geometry.kind != "sequence": model.register_forward_hook(geometry.forget)
 
     def layer_ran(self, layer: Any, args: tuple, output: Any):
         "Has the layer called the package?"
         site = layer.hilbert_site
-        if not site.inside:
-            self.complain([site.name], "ran without calling this package")
-        site.inside = False
+        here = {_this_thread(), None}
+        if not site.inside & here: self.complain([site.name], "ran without calling this package")
+        site.inside -= here
 
     def model_ran(self, model: nn.Module, args: tuple, output: Any):
         "Has every layer called the package?"
@@ -264,7 +295,8 @@ class Switch:
         missing = [site.name for site in absent if not site.excused]
         dropped = model.training and len(missing) < len(self.sites)
         if missing and not dropped:
-            self.complain(missing, "did not call this package")
+            self.complain(missing, "did not call this package (was a part of the model called? "
+                          "Then call the whole of it first)")
         if absent or torch.compiler.is_compiling():
             return
         for module in model.modules():

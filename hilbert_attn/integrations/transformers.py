@@ -43,6 +43,10 @@ def _parse_settings(
     values: Mapping[str, Any], # of a configuration
 ) -> HilbertSettings:
     "The settings in a model's configuration; each is checked once."
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"config.{_SETTING} is a {type(values).__name__}: expected a dict, as "
+            "HilbertSettings(...).to_dict() gives it")
     key = frozen(values)
     if key not in _PARSED:
         _PARSED[key] = HilbertSettings.from_dict(values)
