@@ -440,6 +440,15 @@ def test_other_masks_are_refused(hf, said):
 SHORT = dict(max_new_tokens=2, pad_token_id=0, eos_token_id=None)
 
 
+@pytest.mark.parametrize("shape", [(30,), (3, 30), (2, 1, 30), (2, 30, 30)])
+def test_masks_of_another_shape_are_refused(hf, shape):
+    keys = torch.ones(shape, dtype=torch.int64)
+    for fill in (1, 0):
+        keys[..., 20:] = fill
+        with pytest.raises(ValueError, match=r"expected a mask of keys \(2, tokens\)"):
+            switched(hf, segment_size=8)(IDS, attention_mask=keys)
+
+
 def test_packed_documents_are_refused(hf):
     positions = torch.arange(15).repeat(2)[None].expand(2, -1)
     with pytest.raises(ValueError, match="packed"):

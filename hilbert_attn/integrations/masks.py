@@ -182,6 +182,10 @@ def _padded_keys(
     "The key mask that a user gave, for the keys of this call."
     if attention_mask is None:
         return torch.ones(batch, n, dtype=torch.bool, device=device)
+    if attention_mask.ndim != 2 or attention_mask.shape[0] not in (1, batch):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}: expected a mask of keys "
+            f"({batch}, tokens), or one of four dimensions ({batch}, 1, queries, keys)")
     keys = attention_mask[:, :n].bool()
     return nn.functional.pad(keys, (0, n - keys.shape[1]))
 
