@@ -750,6 +750,29 @@ def test_a_saved_switch_is_restored(diffusers, tmp_path, options):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("reorder", [False, True])
+def test_a_model_from_the_configuration_of_a_switched_one(
+    diffusers, tmp_path, reorder
+):
+    "As averages of weights are: built, filled, saved, loaded."
+    how = dict(tiles=3, reorder=reorder)
+    model = use_hilbert_attention(built(diffusers, WAN), **how)
+    inputs, kind = given(WAN), type(model)
+    expected = model(**inputs).sample
+    twin = kind.from_config(model.config).double()
+    twin.load_state_dict(model.state_dict())
+    assert torch.equal(twin(**inputs).sample, expected)
+    twin.save_pretrained(tmp_path)
+    again = loaded(kind, tmp_path).double()
+    change = again(**inputs).sample - expected  # saved numbers are rounded
+    assert change.norm() <= 1e-5 * expected.norm()
+    assert len(sites(again)) == len(sites(model))
+    use_dense_attention(model)
+    dense = kind.from_config(model.config)
+    assert not sites(dense)
+
+
+@torch.no_grad()
 def test_a_saved_pipeline(diffusers, tmp_path, monkeypatch):
     "A note is forgotten where all processors were replaced since."
     monkeypatch.setattr(diffusers.WanTransformer3DModel, "_keep_in_fp32_modules", None)

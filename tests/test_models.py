@@ -845,6 +845,16 @@ def test_a_unet_on_latents_of_any_shape(diffusers, calls):
         model(rand(1, 4, 18, 12), 10, prompt)
 
 
+def test_a_unet_from_the_configuration_of_a_switched_one(diffusers, calls):
+    model = unet(diffusers)
+    count = len(h.use_hilbert_processor(model, segment_size=12))
+    twin = type(model).from_config(model.config)
+    twin(rand(1, 4, 8, 12), 3, rand(1, 5, 24))
+    assert len(calls) == count
+    other = diffusers.ControlNetModel.from_config(model.config)
+    assert not any(hasattr(m, "hilbert_site") for m in other.modules())
+
+
 def test_frames_are_no_grid(diffusers, calls):
     "The motion modules of AnimateDiff attend over frames."
     torch.manual_seed(0)

@@ -281,6 +281,7 @@ def note_switch(
 ):
     "Writes down in the configuration what a switch was asked for."
     if hasattr(model, "register_to_config") and (noted_switch(model, key) or values):
+        if values is not None: values = dict(values) | dict(model=type(model).__name__)
         model.register_to_config(**{key: values})
 
 # %% ../../nbs/14e_diffusers.ipynb #b40c7d19
@@ -350,16 +351,26 @@ KEEPERS.append(Keeper(_SETTING, _restore, _replaced_since))
 def extend_diffusers():
     "Adds to diffusers what its models need to be restored."
     base: Any = sys.modules["diffusers.models.modeling_utils"].ModelMixin
+    configured: Any = sys.modules["diffusers.configuration_utils"].ConfigMixin
     load, save = base.from_pretrained.__func__, base.save_pretrained
+    build = configured.from_config.__func__
+
+    def restored(result):
+        model = result[0] if isinstance(result, tuple) else result
+        name = type(model).__name__
+        for keeper in KEEPERS:
+            noted = noted_switch(model, keeper.key)
+            if noted and noted.get("model", name) == name: keeper.restore(model, noted)
+        return result
 
     @wraps(load)
     def from_pretrained(cls, *args, **options):
-        result = load(cls, *args, **options)
-        model = result[0] if isinstance(result, tuple) else result
-        for keeper in KEEPERS:
-            noted = noted_switch(model, keeper.key)
-            if noted: keeper.restore(model, noted)
-        return result
+        return restored(load(cls, *args, **options))
+
+    @wraps(build)
+    def from_config(cls, config=None, *args, **options):
+        result = build(cls, config, *args, **options)
+        return restored(result) if issubclass(cls, base) else result
 
     @wraps(save)
     def save_pretrained(self, *args, **options):
@@ -369,6 +380,7 @@ def extend_diffusers():
         return save(self, *args, **options)
 
     base.from_pretrained, base.save_pretrained = classmethod(from_pretrained), save_pretrained
+    configured.from_config = classmethod(from_config)
 
 # %% ../../nbs/14e_diffusers.ipynb #8ddc51c1
 def _switched(
