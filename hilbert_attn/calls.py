@@ -47,7 +47,8 @@ def check_tensor(
     if x.is_nested or x.layout != torch.strided:
         raise ValueError(
             f"{name} is nested or of layout {x.layout}: expected a dense tensor; sequences of "
-            "different lengths go one behind the other, see cu_seqlens of dilated_attention")
+            "different lengths are padded (x.to_padded_tensor(0.0)) and have a mask, or go one "
+            "behind the other, see cu_seqlens of dilated_attention")
 
 
 def _check_each(name: str, x: Any):

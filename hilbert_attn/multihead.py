@@ -74,9 +74,6 @@ def _refuse_foreign_keys(embed_dim: int, widths: dict[str, Any], switches: dict[
 # %% ../nbs/12c_multihead.ipynb #12c0a011
 def _check_tokens(embed_dim: int, query: Tensor, key: Tensor, value: Tensor):
     for name, x in zip(("query", "key", "value"), (query, key, value)): check_tensor(name, x)
-    if any(x.is_nested for x in (query, key, value)):
-        raise ValueError("a nested tensor among query, key and value: expected padded ones, with "
-                         "key_padding_mask; x.to_padded_tensor(0.0) makes one")
     one_shape = query.shape == key.shape == value.shape
     if one_shape and query.ndim in (2, 3) and query.shape[-1] == embed_dim: return
     given = ", ".join(str(tuple(x.shape)) for x in (query, key, value))
