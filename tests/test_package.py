@@ -285,3 +285,45 @@ def test_missing_extras_are_named(inside):
     code = "import torch, hilbert_attn as h; h.use_hilbert_attention(torch.nn.Identity())"
     assert "ImportError: " in (said := inside("python", "-c", code, status=1))
     assert "pip install 'hilbert_attn[transformers]'" in said
+
+
+PROGRAMS = [
+    path for path in (ROOT / "tools").glob("*.py")
+    if "__main__" in path.read_text()
+]
+
+
+def test_programs_read_their_arguments():
+    "Else `--help` draws or overwrites something."
+    unread = [
+        path.stem for path in PROGRAMS
+        if "parse_args()" not in path.read_text()
+    ]
+    # run_claims.py alone starts it
+    assert unread == ["claim_ring_worker"]
+
+
+WRONG = {
+    "weigh_site.py nowhere": "no site in nowhere",
+    "make_overloads.py --chek": "unrecognized",
+    "run_stories.py nobody": "some of video_dit",
+    "run_study.py --only photos/x --quick --out .":
+        "must be a task or one of",
+    "mutate.py -k unheard-of":
+        "no planted mistake has 'unheard-of'",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_arguments_of_programs(line, tmp_path):
+    program, *rest = line.split()
+    path = ROOT / "tools" / program
+    done = subprocess.run(
+        [sys.executable, path, *rest],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.returncode
+    assert WRONG[line] in done.stderr
+    assert "Traceback" not in done.stderr

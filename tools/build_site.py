@@ -5,6 +5,7 @@ them where it is installed, and Sphinx elsewhere (`sphinx_site`). Either way a w
 and nothing is run but what nbdev needs to document the exported names.
 """
 
+import argparse
 import json
 import re
 import shutil
@@ -112,4 +113,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -4,6 +4,7 @@ Writes nbs/results/ladder.json, which nbs/02cb_kernel_ladder.ipynb shows: for co
 9.0, registers, spilled bytes and shared memory of each rung, and the instructions that one turn of
 its innermost loop takes.
 """
+import argparse
 import ast
 import importlib.util
 import json
@@ -111,6 +112,7 @@ def measure() -> dict:
 
 if __name__ == "__main__":
     import os
+    argparse.ArgumentParser(description=__doc__).parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # a cached kernel comes without ptxas' words
         STORED.write_text(json.dumps(measure(), indent=1) + "\n")

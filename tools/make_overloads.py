@@ -6,8 +6,8 @@ Their result is a tensor, or a pair with the log-sum-exp, as `return_lse` says. 
 from overloads, three of each; they are made here from the signatures in the package, so that
 notebooks need not show them. `--check` writes nothing, and fails where the file is stale.
 """
+import argparse
 import ast
-import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent.parent / "hilbert_attn"
@@ -70,11 +70,13 @@ def overloads() -> str: # the text of the file
     return "\n\n".join([HEAD.rstrip("\n"), *parts]) + "\n"
 
 
-def main(arguments: list[str]):
-    text = overloads()
-    if "--check" not in arguments: TARGET.write_text(text)
+def main():
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if stale")
+    asked, text = parser.parse_args(), overloads()
+    if not asked.check: TARGET.write_text(text)
     elif not TARGET.exists() or TARGET.read_text() != text:
         raise SystemExit(f"{TARGET.name} is stale: run `python tools/make_overloads.py`")
 
 
-if __name__ == "__main__": main(sys.argv[1:])
+if __name__ == "__main__": main()

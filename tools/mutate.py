@@ -210,6 +210,7 @@ def options() -> argparse.Namespace:
 def main() -> int:
     given = options()
     mutations = [m for m in load() if given.k in m.name]
+    if not mutations: sys.exit(f"no planted mistake has {given.k!r} in its name")
     if gone := misplaced(mutations): sys.exit(f"not found exactly once: {', '.join(gone)}")
     found = stored(given.results)
     left = to_try(mutations, {} if given.again else found)

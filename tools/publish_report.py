@@ -3,6 +3,7 @@
 Without what it measures in time: that is for whoever runs `make demo`, on their machine.
 """
 
+import argparse
 import re
 from base64 import b64decode, b64encode
 from io import BytesIO
@@ -49,4 +50,5 @@ def smaller(picture: str, width: int = 4096) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

@@ -3,6 +3,7 @@
 With names of packages (transformers, timm, diffusers), these alone; rows of others stay. timm is no
 dependency: where it cannot be imported, its rows stay as they are, and the program says so."""
 
+import argparse
 import json
 import sys
 import warnings
@@ -10,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = "transformers", "timm", "diffusers"
 TABLE = ROOT / "nbs" / "results" / "models.json"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -38,7 +40,7 @@ def importable(package: str) -> bool:
 def main(packages: list[str]):
     stored = json.loads(TABLE.read_text()) if TABLE.exists() else dict(versions={}, rows=[])
     library = declare_torchvision()
-    for package in packages or ("transformers", "timm", "diffusers"):
+    for package in packages or PACKAGES:
         if not importable(package): continue
         rows = []
         for case in cases(package):
@@ -54,4 +56,9 @@ def main(packages: list[str]):
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    main(sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("packages", nargs="*", help=f"some of {', '.join(PACKAGES)}")
+    names = parser.parse_args().packages
+    if unknown := ", ".join(sorted(set(names) - set(PACKAGES))):
+        parser.error(f"no cases for {unknown}: take some of {', '.join(PACKAGES)}")
+    main(names)

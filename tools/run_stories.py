@@ -41,8 +41,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help=f"some of {', '.join(STORIES)}")
     parser.add_argument("--quick", action="store_true", help="a few steps, to see that it runs")
-    parser.add_argument("--results", type=Path, default=ROOT / "nbs" / "results")
+    parser.add_argument("--results", type=Path, default=ROOT / "nbs" / "results",
+                        help="folder of results instead of nbs/results")
     args = parser.parse_args()
+    if unknown := set(args.names) - set(STORIES):
+        parser.error(f"no story {', '.join(sorted(unknown))}: take some of {', '.join(STORIES)}")
     for name in args.names or STORIES: stored(name, args.quick, args.results)
 
 

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 from study.plan import FULL, QUICK, TASKS, Plan
-from study.runner import missing, needs_clean_code, reproduce, run_study
+from study.runner import missing, needs_clean_code, reproduce, run_study, wanted
 from study.store import load_stage, save_times, study_folder
 from study.timing import measure
 
@@ -66,6 +66,9 @@ def main() -> int:
         return 0
     if options.check is not None:
         return len(reproduce(plan, folder, options.check, options.draw, log))
+    cells = [cell for _, some in stages(plan)[:2 + options.explore] for cell in some]
+    try: wanted(cells, options.only)
+    except ValueError as error: sys.exit(str(error))
     run_study(plan, folder, options.only, log=log, explore=options.explore)
     return 0
 

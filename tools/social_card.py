@@ -1,5 +1,7 @@
 """Draw nbs/card.png: what a link to a page of the site looks like where it is shared."""
 
+import argparse
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.collections import LineCollection
@@ -27,4 +29,5 @@ def draw() -> plt.Figure:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     draw().savefig(NBS / "card.png", facecolor=GROUND)

@@ -3,9 +3,9 @@
     python tools/weigh_site.py [folder]    adds the weights to nbs/results/site.json
 """
 
+import argparse
 import json
 import re
-import sys
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -37,7 +37,10 @@ def weights(site: Path) -> dict:
 
 
 def main() -> None:
-    site = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "_docs"
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT / "_docs", help="of the site")
+    site = parser.parse_args().folder
+    if not (site / "index.html").exists(): parser.error(f"no site in {site}: `make docs` builds it")
     made = datetime.fromtimestamp((site / "index.html").stat().st_mtime, timezone.utc)
     found = {"date": f"{made:%Y-%m-%d %H:%M} UTC", **weights(site)}
     stored = json.loads(STORED.read_text()) if STORED.exists() else []
