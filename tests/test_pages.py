@@ -204,6 +204,49 @@ def test_faster_training_is_a_matter_of_every_task():
         assert verdict_of(4, dict(photos=photos, digits=digits)).startswith(verdict)
 
 
+@pytest.mark.parametrize("verdict, snake", {
+    "holds": (3, 6, 10),
+    "holds only when …": (3, 18, 18),
+    "does not hold": (18, 18, 18),
+}.items())
+def test_a_snake_may_be_as_good(verdict, snake):
+    "Claim 8, at every length, at some, at none."
+    spreads = dict(snake=snake, hilbert=(3, 6, 10))
+    rows = [
+        dict(
+            segment=w,
+            curve=curve,
+            spread=spread,
+            tokens_in_another_segment=0,
+            neighbors_kept=0.5,
+        )
+        for curve, all_of in spreads.items()
+        for w, spread in zip((64, 256, 512), all_of)
+    ]
+    assert verdict_of(8, dict(rows=rows)) == verdict
+
+
+def test_a_slice_by_hand_on_the_start_page():
+    runs = bench.load_runs("decode")
+    run = [run for run in runs if not run["quick"]][-1]
+    seconds = {
+        (row["setting"], row["name"]): row["median"]
+        for row in run["rows"]
+    }
+    times = [
+        seconds[w, "decode_attention"]
+        / seconds[w, "slice + SDPA"]
+        for w in (f"window {n:,}" for n in (128, 512, 2048))
+    ]
+    readme = (ROOT / "README.md").read_text()
+    said = re.search(
+        r"about 2,000 keys .* (\S+) to (\S+) times",
+        readme,
+    )
+    found = f"{min(times):.1f}", f"{max(times):.0f}"
+    assert said.groups() == found
+
+
 def test_the_verdict_on_lengths_follows_from_what_ran(monkeypatch):
     "Claim 9, with runs in which masks win to 8K, and nothing longer than was claimed was ever run."
     crossover = bench.load_runs("crossover")[-1]
