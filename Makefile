@@ -59,7 +59,7 @@ newcomer: $(BIN)/.runtime  ## time the path from a fresh clone to attention, pic
 	$(BIN)/python tools/newcomer.py $(ARGS)
 
 PART ?= 1
-gpu:  ## correctness, then speed, on an NVIDIA GPU: PART=1, 2 or 3, nine minutes each (needs only a python3 with torch and triton)
+gpu:  ## correctness, then speed, on an NVIDIA GPU: PART=1, 2 or 3, nine minutes each (needs only a python3 with torch, triton and numpy)
 	$(PYTHON) tools/gpu_run.py --part $(PART) $(ARGS)
 
 study: $(BIN)/.all  ## train what the reference study has not stored yet; goes on where it stopped (ARGS="--only photos/hilbert", "--status")

@@ -197,7 +197,8 @@ _COMMANDS: dict[str, tuple[Callable, Callable, str, str]] = {
     "bench": (
         _bench, _bench_options,
         "measure this machine",
-        "Measures this machine, suite by suite. Nothing is timed that does not match float64. "
+        "Measures this machine, suite by suite. Nothing is timed that does not match float64, or "
+        "(decode, dit) what it stands beside. "
         "Some minutes; best when nothing else runs. cpu: the backends, beside groups made by "
         "hand, masked SDPA, naive PyTorch and what the machine can do. memory: peak memory by "
         "length. curves: making an order. crossover: from which length on one backend is "
