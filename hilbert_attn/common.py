@@ -322,9 +322,8 @@ class _AfterImport(MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         "The spec of others, whose loader calls `then` at the end."
         if fullname != self.name: return None
-        def alike(finder): return isinstance(finder, _AfterImport) and finder.name == self.name
-        others = [finder for finder in sys.meta_path if not alike(finder)]
-        specs = (finder.find_spec(fullname, path, target) for finder in others
+        behind = sys.meta_path[sys.meta_path.index(self) + 1:]
+        specs = (finder.find_spec(fullname, path, target) for finder in behind
                  if hasattr(finder, "find_spec"))
         spec = next(filter(None, specs), None)
         if spec is None or spec.loader is None:

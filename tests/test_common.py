@@ -1,5 +1,7 @@
 """Arguments, tensors and caches: what every module leans on."""
+import importlib
 import os
+import sys
 import threading
 import time
 
@@ -12,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from hilbert_attn import hilbert_attention, window_attention
 from hilbert_attn.common import (
     Cache,
+    after_import,
     hide_masked,
     is_plain,
     shown,
@@ -198,3 +201,13 @@ def test_masked_rows_hold_nothing_and_have_no_gradient():
     seen = mask[:, None, :, None].expand_as(x)
     assert (y[~seen] == 0).all() and torch.equal(y[seen], x[seen])
     assert torch.equal(x.grad, seen.float())
+
+
+def test_a_module_may_be_waited_for_twice(monkeypatch):
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    called = []
+    after_import("colorsys", lambda: called.append("first"))
+    after_import("colorsys", lambda: called.append("second"))
+    importlib.import_module("colorsys")
+    assert called == ["first", "second"]
