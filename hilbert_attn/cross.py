@@ -37,9 +37,10 @@ class CrossPlace:
     key_order: Tensor | None # int64 (M,): key at each position
     registers: int # R
 
-    def mask(self, device: torch.device) -> Tensor: # bool (1, 1, N, M + R)
+    def mask(self, device: torch.device | str) -> Tensor: # bool (1, 1, N, M + R)
         "The dense mask."
-        orders = (self.order, self.key_order) if device.type != "meta" else ()
+        on_meta = torch.device(device).type == "meta"
+        orders = () if on_meta else (self.order, self.key_order)
         mask = self.pattern.mask(*orders)
         return F.pad(mask, (0, self.registers), value=True)[None].to(device)
 
