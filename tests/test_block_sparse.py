@@ -443,6 +443,17 @@ def any_lists(draw):
     return lists_from_kinds(one.kinds() * kept, groups=groups, **sizes, **layout)
 
 
+@pytest.mark.parametrize("rows, columns", [(0, 2), (2, 0), (0, 0)])
+def test_lists_without_a_slot_have_no_pairs(rows, columns):
+    def ints(*shape): return torch.zeros(shape, dtype=torch.int32)
+    tokens = torch.arange(2, dtype=torch.int32)
+    lists = lists_from_bounds(
+        2, 2, (1, 1), q_tokens=tokens[:rows], k_tokens=tokens[:columns],
+        lo=ints(3, rows), hi=ints(3, rows), at=ints(3, columns))
+    assert lists.pair_test().shape == (rows, 1, columns, 1)
+    assert not lists.mask().any()
+
+
 @examples(40, 300)
 @given(any_lists(), st.booleans())
 def test_any_lists_equal_the_oracle(lists, masked):
