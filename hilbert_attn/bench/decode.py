@@ -89,10 +89,13 @@ def _sparse_steps(config: dict) -> Iterator[_Calls]:
 def _ragged_steps(config: dict) -> Iterator[_Calls]:
     "The same where lengths are numbers on the device, with sinks."
     n, sinks, (q, k, v) = config["cached"], config["sinks"], _cache(config)
-    lengths = torch.tensor([n])
+    lengths, place = torch.tensor([n]), torch.arange(n)
     for w in config["windows"]:
         how = dict(window=w - 1, sinks=sinks)
-        calls = {STEP: partial(decode_attention, q, k, v, lengths, **how)}
+        def masked(w=w):
+            seen = (place < lengths) & ((place >= lengths - w) | (place < sinks))
+            return F.scaled_dot_product_attention(q, k, v, seen[None], enable_gqa=True)
+        calls = {STEP: partial(decode_attention, q, k, v, lengths, **how), MASKED: masked}
         expected = decode_attention(q, k, v, n, **how)
         about = dict(setting=f"window {w:,}, {sinks} sinks, lengths in a tensor", keys=w + sinks)
         yield about, calls, expected
@@ -301,14 +304,14 @@ def decode_tables(run: dict) -> list[Table]: # of the suite `decode`
     steps, crosses = [], []
     for place, times in _places(run, "keys"):
         us = {name: 1e6 * t for name, t in times.items()}
-        steps.append(dict(
-            setting=place["setting"], keys=place["keys"], us=us[STEP], sliced=us.get(SLICED),
-            dense=us.get(DENSE), per_key=1e3 * us[STEP] / place["keys"]))
+        steps.append(place | dict(
+            us=us[STEP], by_hand=us.get(SLICED, us.get(MASKED)), dense=us.get(DENSE),
+            per_key=1e3 * us[STEP] / place["keys"]))
     for place, times in _places(run, "pairs"):
         crosses.append(place | dict(ms=1e3 * times[CROSS], ratio=times[CROSS] / times[SELF]))
     others = _beside(run)
-    formats = dict(setting="", keys=",", us=".0f", sliced=".0f", dense=".0f", per_key=".1f")
-    titles = dict(us="µs", sliced=f"{SLICED}, µs", dense=f"{DENSE}, µs", per_key="ns a key")
+    formats = dict(setting="", keys=",", us=".0f", by_hand=".0f", dense=".0f", per_key=".1f")
+    titles = dict(us="µs", by_hand="by hand, µs", dense=f"{DENSE}, µs", per_key="ns a key")
     cross = dict(setting="", pairs=",", direction="", ms=".2f", ratio=".2f")
     other = dict(setting="", tokens=",", direction="", call="", ms=".2f", beside="", ratio=".2f")
     return [Table("step", steps, formats, titles),
