@@ -160,8 +160,8 @@ def _attended(lists: BlockLists, row: Tensor, block: Tensor) -> Tensor: # bool (
     q, k = lists.query_tokens()[row][:, :, None], lists.key_tokens()[block][:, None]
     attended = (q >= 0) & (k >= 0)
     if lists.at is not None:
-        lo, hi = (x.view(len(x), nQ, BM, 1)[:, row] for x in (lists.lo, lists.hi))
-        at = lists.at.view(len(lists.at), nK, 1, BN)[:, block]
+        lo, hi = (x.unflatten(1, (nQ, BM, 1))[:, row] for x in (lists.lo, lists.hi))
+        at = lists.at.unflatten(1, (nK, 1, BN))[:, block]
         attended &= (at[0] == ALWAYS) | ((lo <= at) & (at <= hi)).all(0)
     return attended & ((k <= q) | (k >= lists.num_queries)) if lists.causal else attended
 
