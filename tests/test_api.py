@@ -7,6 +7,7 @@ import pickle
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -366,6 +367,12 @@ def test_settings_are_what_they_seem(name, values):
             StandardizedRingConfig(**{name: value})
         with pytest.raises(ValueError, match=re.escape(f"{name}={value!r}: ")):
             create_dilated_attention("standard", **{name: value})
+
+
+def test_a_configuration_refuses_a_rate_beyond_its_segment():
+    for build in (StandardizedRingConfig, partial(create_dilated_attention, "standard")):
+        with pytest.raises(ValueError, match="dilation_rate=16: must not exceed segment_size=8"):
+            build(segment_lengths=(8,), dilation_rates=(16,))
 
 
 @pytest.mark.parametrize("device", ["gpu", 1.5])

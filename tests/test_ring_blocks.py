@@ -1,4 +1,5 @@
 """One block of keys, on every device: against the definition, or what a kernel would be given."""
+from itertools import combinations
 from unittest import mock
 
 import pytest
@@ -120,6 +121,18 @@ def rounds_of(plan, rank):
     parts = [torch.arange(part.start, part.stop) for _, part in work.parts]
     arriving = [(p.rows.positions(), list(p.kv_heads)) for p in work.arriving]
     return parts, [(work.tasks, [*((part, heads) for part in parts), *arriving])]
+
+
+@pytest.mark.parametrize("world", [3, 5])
+def test_two_runs_that_see_the_same_keys_are_one_call(world):
+    "In a zigzag ring both runs of a rank see the first half of what an earlier rank holds."
+    plan = plan_ring(61, world, heads=4, kv_heads=2, head_dim=8, causal=True, layout="zigzag")
+    (turn,) = plan.turns(0)
+    for src, rank in combinations(range(world), 2):
+        (task,) = ring_tasks(plan, 0, rank, src, turn)
+        start, stop = plan.runs[src][0]
+        assert task.visible == "all" and task.queries.count == plan.sizes[rank]
+        assert task.keys.count == stop - start
 
 
 def run_rounds(plan, rank, order, x, dout, dlse):
