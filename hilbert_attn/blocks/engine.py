@@ -488,9 +488,9 @@ def _block_expression(q, k, v, lists: BlockLists, key_mask, dropout_p: float, sc
     "The same as plain differentiable PyTorch, on any device: out, lse."
     dtype, hidden = q.dtype, (hide_masked(x, key_mask) for x in (k, v))
     q, k, v = (x.to(lse_dtype(dtype)).contiguous() for x in (q, *hidden))
-    always = torch.ones((1,), dtype=torch.bool, device=q.device)
+    always = torch.ones((), dtype=torch.bool, device=q.device)
     # ties results without keys to their inputs
-    nothing = (q.sum() + k.sum() + v.sum()).masked_fill(always[0], 0)
+    nothing = (q.sum() + k.sum() + v.sum()).masked_fill(always, 0)
     results = q.new_zeros(q.shape) + nothing, new_lse(q) + nothing
     for tile in _tiles(q, k, lists, key_mask, _all_buckets(lists), recorded=True):
         (queries,), keys = tile.read([q], [k, v])
