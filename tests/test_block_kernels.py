@@ -495,7 +495,7 @@ def test_exports():
 def test_errors_name_what_is_wrong():
     q, lists = randn(2, 3, 30, 16), random_lists(30)
     short = q[:, :, :20]
-    with pytest.raises(ValueError, match="30 queries and 30 keys, and q and k have 30 and 20"):
+    with pytest.raises(ValueError, match="30 queries and 30 keys; q has N=30 and k 20"):
         block_triton_attention(q, short, short, lists)
     for others, words in (
         (replace(lists, block_size=(24, 32)), r"block_size=\(24, 32\).*multiples of 16"),

@@ -15,19 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hilbert_attn.blocks.lists import (
-    ALWAYS,
-    LIST_TENSORS,
-    NEVER,
-    BlockLists,
-    BlockRows,
-    block_pairs,
-    count_pairs,
-    lists_from_operands,
-    lists_to_operands,
-)
+from .lists import (
+    ALWAYS, NEVER, BlockLists, BlockOperator, BlockRows, count_pairs)
 from ..common import hide_masked, lse_dtype
-from ..operators import AttentionOperator, draw_seeds
 from ..reference import Scores, masked_attention, score_rule
 from ..tiles import (
     Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
@@ -414,24 +404,20 @@ def _tiles(
             queries = _Reader(tokens, q.shape, piece.batches, heads, fold)
             yield _BlockTile(keys, queries, once)
 
-# %% ../../nbs/10c_block_engine.ipynb #a9806d9a
-def _unpacked(key_mask, seed, *rest) -> tuple:
-    "What the operator is given: lists, key mask, scale, dropout."
-    *tensors, scale, dropout_p, sizes, causal = rest
-    dropout = None if seed is None else Dropout(dropout_p, seed)
-    return lists_from_operands(*tensors, sizes, causal), key_mask, scale, dropout
-
 # %% ../../nbs/10c_block_engine.ipynb #b3706776
 def attend_blocks(
     q: Tensor, # (B, H, N, D)
     k: Tensor, # (B, H_kv, M, D)
     v: Tensor, # (B, H_kv, M, D)
     lists: BlockLists,
+    *,
     key_mask: Tensor | None, # bool (B, M)
     scale: float | Sequence[float], # of the scores; or scale and cap
-    dropout: Dropout | None, # drops weights
+    dropout_p: float, # probability of dropping an attention weight
+    seed: Tensor | None, # int64 (1,), where there is dropout
 ) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE, by gathered blocks."
+    dropout = None if seed is None else Dropout(dropout_p, seed)
     model, hidden = q, (hide_masked(x, key_mask) for x in (k, v))
     q, k, v = (x.to(lse_dtype(q.dtype)).contiguous() for x in (q, *hidden))
     tiles = _tiles(q, k, lists, key_mask, _all_buckets(lists))
@@ -442,19 +428,22 @@ def attend_blocks(
 
 # %% ../../nbs/10c_block_engine.ipynb #38d7220a
 def attend_blocks_backward(
-    dout: Tensor, # (B, H, N, D)
-    dlse: Tensor | None, # (B, H, N)
-    q: Tensor, # from here on as in the forward
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lists: BlockLists,
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # (B, H_kv, M, D)
+    v: Tensor, # (B, H_kv, M, D)
+    out: Tensor, # of the forward (B, H, N, D)
+    lse: Tensor, # of the forward (B, H, N)
+    dout: Tensor, # gradient of out (B, H, N, D)
+    dlse: Tensor | None, # gradient of lse (B, H, N), or None for 0
+    lists: BlockLists, # from here on as in the forward
+    *,
     key_mask: Tensor | None,
     scale: float | Sequence[float],
-    dropout: Dropout | None, # that of the forward, from its beginning
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, ...]: # dq, dk, dv
     "Gradients by the same blocks; dK and dV are summed in the order of the pieces."
+    dropout = None if seed is None else Dropout(dropout_p, seed)  # drops what the forward dropped
     models, wide = (q, k, v), lse_dtype(q.dtype)
     k, v = (hide_masked(x, key_mask) for x in (k, v))
     dout, q, k, v, out = (x.to(wide).contiguous() for x in (dout, q, k, v, out))
@@ -471,17 +460,7 @@ def attend_blocks_backward(
     return tuple(map(like, grads, models))
 
 # %% ../../nbs/10c_block_engine.ipynb #24a4327c
-def _block_forward(q, k, v, *rest): return attend_blocks(q, k, v, *_unpacked(*rest))
-
-
-def _block_backward(dout, dlse, q, k, v, out, lse, *rest):
-    return attend_blocks_backward(dout, dlse, q, k, v, out, lse, *_unpacked(*rest))
-
-
-_operator = AttentionOperator(
-    "block", _block_forward, _block_backward, ("key_mask", "seed", *LIST_TENSORS),
-    "float[] scale, float dropout_p, SymInt[] sizes, bool causal",
-    pairs=lambda q, k, v, *rest: block_pairs(q, _unpacked(*rest)[0]))
+_operator = BlockOperator("block", attend_blocks, attend_blocks_backward)
 
 # %% ../../nbs/10c_block_engine.ipynb #c87154dc
 def _block_expression(q, k, v, lists: BlockLists, key_mask, dropout_p: float, scale):
@@ -519,9 +498,7 @@ def block_sdpa_attention(
     rule = score_rule(scale, q)
     if q.device.type not in ("cpu", "meta") or not custom_backward:
         return _block_expression(q, k, v, lists, key_mask, dropout_p, rule)
-    *tensors, sizes, causal = lists_to_operands(lists)
-    tensors = [key_mask, draw_seeds(dropout_p, q.device), *tensors]
-    return _operator(q, k, v, *tensors, rule.numbers, float(dropout_p), sizes, causal)
+    return _operator.attend(q, k, v, lists, key_mask, dropout_p, rule)
 
 # %% ../../nbs/10c_block_engine.ipynb #a4e875a2
 @dataclass(frozen=True)

@@ -16,15 +16,12 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from hilbert_attn.blocks.lists import (
-    ALWAYS, LIST_TENSORS, BlockLists, BlockRows, block_pairs, check_place, lists_from_operands,
-    lists_to_operands)
+from ..blocks.lists import ALWAYS, BlockLists, BlockOperator, BlockRows, check_fit
 from ..common import unit_stride
 from . import launch, steps
 from .launch import Backward
 from .steps import Static, tl, triton
 from .tuning import Tile, capturing, default_tile, is_half
-from ..operators import AttentionOperator
 from ..reference import Scores, score_rule
 
 # %% ../../nbs/10b_block_kernels.ipynb #656c5e27
@@ -638,42 +635,20 @@ def block_attention_backward(
     with torch.cuda.device_of(q): x.run(call, dq, dkv, tiles, _keys_per_row(lists), tma)
     return x.gradients
 
-# %% ../../nbs/10b_block_kernels.ipynb #1a05ff0f
-def _split(rest: tuple) -> tuple[BlockLists, dict]:
-    "Lists and options, from what follows the tensors of an operator."
-    key_mask, seed, *tensors, scale, dropout_p, sizes, causal = rest
-    options = dict(key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
-    return lists_from_operands(*tensors, sizes, causal), options
-
-# %% ../../nbs/10b_block_kernels.ipynb #df7136de
-def _forward_engine(q, k, v, *rest):
-    lists, options = _split(rest)
-    return block_attention_forward(q, k, v, lists, **options)
-
 # %% ../../nbs/10b_block_kernels.ipynb #6b2dcba7
-def _backward_engine(dout, dlse, q, k, v, out, lse, *rest):
-    lists, options = _split(rest)
-    return block_attention_backward(q, k, v, out, lse, dout, dlse, lists, **options)
-
-
-_operator = AttentionOperator(
-    "block_triton", _forward_engine, _backward_engine, ("key_mask", "seed", *LIST_TENSORS),
-    "float[] scale, float dropout_p, SymInt[] sizes, bool causal", "CompositeExplicitAutograd",
-    lambda q, k, v, *rest: block_pairs(q, _split(rest)[0]))
+_operator = BlockOperator(
+    "block_triton", block_attention_forward, block_attention_backward,
+    "CompositeExplicitAutograd")
 
 # %% ../../nbs/10b_block_kernels.ipynb #46ccd30c
-def _check_lists(q: Tensor, k: Tensor, lists: BlockLists):
-    "A `ValueError` where lists and tensors don't fit."
-    N, M = q.shape[2], k.shape[2]
-    if (N, M) != (lists.num_queries, lists.num_keys): raise ValueError(
-        f"lists: they are over {lists.num_queries} queries and {lists.num_keys} keys, "
-        f"and q and k have {N} and {M}; both must agree")
+def _check_readable(q: Tensor, k: Tensor, lists: BlockLists):
+    "A `ValueError` where lists and tensors don't fit, or kernels can't read such lists."
     if any(size % 16 or size < 16 for size in lists.block_size): raise ValueError(
         f"block_size={lists.block_size}: both sides must be multiples of 16 for the triton backend")
     if lists.lo is not None and len(lists.lo) > 4: raise ValueError(
         f"lists: partial blocks have bounds of {len(lists.lo)} axes, and the kernels read 4 (three "
         "of a grid, and causality in a ring); use backend='sdpa'")
-    check_place(lists, q)
+    check_fit(lists, q, k)
 
 # %% ../../nbs/10b_block_kernels.ipynb #adc6de56
 def block_triton_attention(
@@ -690,13 +665,9 @@ def block_triton_attention(
 
     A `ValueError` where lists and tensors don't fit, a `RuntimeError` where Triton can't run.
     """
-    _check_lists(q, k, lists)
+    _check_readable(q, k, lists)
     rule = score_rule(scale, q)
     if rule.scale <= 0:
         q, positive = (-q, -rule.scale) if rule.scale < 0 else (q * 0, 1.0)
         rule = rule._replace(scale=positive)
-    seed = None
-    if dropout_p: seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device)
-    *tensors, sizes, causal = lists_to_operands(lists)
-    return _operator(
-        q, k, v, key_mask, seed, *tensors, rule.numbers, float(dropout_p), sizes, causal)
+    return _operator.attend(q, k, v, lists, key_mask, dropout_p, rule)
