@@ -39,7 +39,7 @@ from hilbert_attn.blocks.lists import (
 )
 from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
-from hilbert_attn.kernels import block_sparse, launch
+from hilbert_attn.kernels import launch, tuning
 from hilbert_attn.kernels.block_sparse import (
     BlockCall,
     block_attention_backward,
@@ -590,7 +590,7 @@ def test_turns_are_remembered_until_rows_change():
 def test_a_captured_graph_reads_known_turns_and_keeps_none(monkeypatch):
     rows = random_lists(64).rows
     known = turns_of(rows, False)
-    monkeypatch.setattr(block_sparse, "capturing", lambda device: True)
+    monkeypatch.setattr(tuning, "capturing", lambda device: True)
     assert turns_of(rows, False) is known  # otherwise each replay would compute them again
     fresh = replace(rows, start=rows.start.clone())
     assert torch.equal(turns_of(fresh, False), known)
