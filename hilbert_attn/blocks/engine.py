@@ -472,10 +472,10 @@ def _block_expression(q, k, v, lists: BlockLists, key_mask, dropout_p: float, sc
     nothing = (q.sum() + k.sum() + v.sum()).masked_fill(always, 0)
     results = q.new_zeros(q.shape) + nothing, new_lse(q) + nothing
     for tile in _tiles(q, k, lists, key_mask, _all_buckets(lists), recorded=True):
-        (queries,), keys = tile.read([q], [k, v])
+        (queries,), (keys, values) = tile.read([q], [k, v])
         attended = tile.keys.attended
         mask = always if attended is None else attended
-        parts = masked_attention(queries, *keys, mask, scale, dropout_p)
+        parts = masked_attention(queries, keys, values, mask, scale, dropout_p)
         for whole, part in zip(results, parts): tile.put_queries(whole, part, whole)
     out, lse = results
     return out.to(dtype), lse
