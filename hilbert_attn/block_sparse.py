@@ -16,7 +16,7 @@ from .backends import attend, computes, shortcut
 from .blocks.engine import block_sdpa_attention
 from .blocks.flex import from_flex, is_flex
 from .blocks.lists import (
-    BlockLists, as_block_size, check_block_mask, check_lists, check_place)
+    BlockLists, as_block_size, check_block_mask, check_fit, check_lists)
 from .blocks.planner import block_lists
 from .blocks.schedule import mask_lists
 from .calls import Call, check_call, check_order
@@ -96,7 +96,7 @@ def triton_blocks(call: Call) -> tuple[Tensor, Tensor]: # out, lse
     return block_triton_attention(call.q, call.k, call.v, call.pattern, **call.common)
 
 # %% ../nbs/10f_block_sparse.ipynb #47812f7b
-def _check_lists(lists: BlockLists, block_size, order, causal: bool, q: Tensor, k: Tensor):
+def _check_given_lists(lists: BlockLists, block_size, order, causal: bool, q: Tensor, k: Tensor):
     "Lists that fit a call; a `ValueError` for others."
     check_lists(lists)
     if block_size is not None and as_block_size(block_size) != lists.block_size:
@@ -109,12 +109,7 @@ def _check_lists(lists: BlockLists, block_size, order, causal: bool, q: Tensor, 
     if causal and not lists.causal:
         raise ValueError(
             "causal=True with block lists that are not causal: give causal=True to their builder")
-    N, M = q.shape[2], k.shape[2]
-    if (lists.num_queries, lists.num_keys) != (N, M):
-        raise ValueError(
-            f"the block lists are for {lists.num_queries} queries and {lists.num_keys} keys; q has "
-            f"N={N} and k {M}")
-    check_place(lists, q)
+    check_fit(lists, q, k)
 
 # %% ../nbs/10f_block_sparse.ipynb #821fa9d9
 def _check_block_mask(block_mask: Tensor, size: tuple[int, int], q: Tensor, k: Tensor):
@@ -143,7 +138,7 @@ def _resolve_lists(
     if not isinstance(block_mask, (BlockLists, Tensor)) and is_flex(block_mask):
         block_mask = from_flex(block_mask)
     if isinstance(block_mask, BlockLists):
-        _check_lists(block_mask, block_size, order, causal, q, k)
+        _check_given_lists(block_mask, block_size, order, causal, q, k)
         return block_mask
     if not isinstance(block_mask, Tensor):
         raise ValueError(

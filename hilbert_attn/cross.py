@@ -26,7 +26,7 @@ from .operators import AttentionOperator
 from .patterns import CrossPattern
 from .reference import masked_attention
 from .sdpa import KeptMask, attend_kept
-from .tiles import Dropout
+
 
 # %% ../nbs/11c_cross.ipynb #7db31bd9
 @dataclass(frozen=True, eq=False)
@@ -73,12 +73,9 @@ def _lists_of(
 def _forward(q, k, v, order, key_order, key_mask, seed, *settings) -> tuple[Tensor, Tensor]:
     segment_size, registers, scale, dropout_p, triton = settings
     lists = _lists_of(q, k, (order, key_order), segment_size, registers, triton)
-    if not triton:
-        dropout = None if seed is None else Dropout(dropout_p, seed)
-        return attend_blocks(q, k, v, lists, key_mask, scale, dropout)
-    from hilbert_attn.kernels.block_sparse import block_attention_forward
-    return block_attention_forward(
-        q, k, v, lists, key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+    engine = attend_blocks
+    if triton: from hilbert_attn.kernels.block_sparse import block_attention_forward as engine
+    return engine(q, k, v, lists, key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
 
 # %% ../nbs/11c_cross.ipynb #d2abc588
 def _backward(
@@ -86,12 +83,9 @@ def _backward(
 ) -> tuple[Tensor, ...]: # dq, dk, dv
     segment_size, registers, scale, dropout_p, triton = settings
     lists = _lists_of(q, k, (order, key_order), segment_size, registers, triton)
-    if not triton:
-        dropout = None if seed is None else Dropout(dropout_p, seed)
-        return attend_blocks_backward(
-            dout, dlse, q, k, v, out, lse, lists, key_mask, scale, dropout)
-    from hilbert_attn.kernels.block_sparse import block_attention_backward
-    return block_attention_backward(
+    engine = attend_blocks_backward
+    if triton: from hilbert_attn.kernels.block_sparse import block_attention_backward as engine
+    return engine(
         q, k, v, out, lse, dout, dlse, lists, key_mask=key_mask, scale=scale,
         dropout_p=dropout_p, seed=seed)
 

@@ -824,13 +824,13 @@ def attends_boxes(
 # %% ../nbs/01_patterns.ipynb #28023aba
 def encode_pattern(
     pattern: AxisPattern, # of a grid
-) -> tuple[str, list[int]]: # kind, whole numbers
+) -> tuple[str, list[int]]: # kind, whole numbers: of each field how many, and these
     "Its class by name and its fields, as an operator can take them."
     numbers: list[int] = []
     for field in fields(cast(Any, pattern)):
         value = getattr(pattern, field.name)
         values = value if isinstance(value, tuple) else (value,)
-        numbers += [int(x) if isinstance(x, bool) else x for x in values]
+        numbers += [len(values), *(int(x) if isinstance(x, bool) else x for x in values)]
     return pattern.kind, numbers
 
 # %% ../nbs/01_patterns.ipynb #2331fdce
@@ -838,17 +838,13 @@ def decode_pattern(
     kind: str, # of the class
     numbers: Sequence[int], # its fields, one after another
 ) -> AxisPattern:
-    "The pattern that was encoded; of a field per axis there are as many numbers as axes."
+    "The pattern that was encoded."
     if kind not in AxisPattern.kinds:  # a graph may be loaded before the module is
         import_module(kind.rpartition(".")[0])
     cls = cast(Any, AxisPattern.kinds[kind])
-    types = [field.type for field in fields(cls)]
-    single = sum(kind_of in (int, bool) for kind_of in types)
-    ndim = (len(numbers) - single) // max(1, len(types) - single)
-    rest = iter(numbers)
-    values: list[Any] = []
-    for kind_of in types:
-        value: Any = tuple(islice(rest, 1 if kind_of in (int, bool) else ndim))
-        if kind_of in (bool, tuple[bool, ...]): value = tuple(map(bool, value))
-        values.append(value[0] if kind_of in (int, bool) else value)
+    rest, values = iter(numbers), []
+    for field in fields(cls):
+        value: Any = tuple(islice(rest, next(rest)))
+        if field.type in (bool, tuple[bool, ...]): value = tuple(map(bool, value))
+        values.append(value[0] if field.type in (int, bool) else value)
     return cls(*values)

@@ -16,15 +16,16 @@ from torch import Tensor
 from .common import whole_number
 
 # %% ../nbs/00d_schedules.ipynb #b2a53d56
-def _numbers(
+def _slice(
     layers: str, # as between the brackets of a list
-) -> list[int | None]: # one number, or the two or three of a slice
+) -> slice: # of one layer where it is a number
     "A selection of layers, read. Raises `ValueError`."
     parts = layers.split(":")
     try: numbers = [int(part) if part.strip() else None for part in parts]
     except ValueError: numbers = []
-    single = len(numbers) == 1 and numbers[0] is not None
-    if single or len(numbers) in (2, 3) and numbers[2:] != [0]: return numbers
+    if len(numbers) == 1 and numbers[0] is not None:
+        return slice(numbers[0], numbers[0] + 1 or None)  # -1 is the last: up to the end
+    if len(numbers) in (2, 3) and numbers[2:] != [0]: return slice(*numbers)
     raise ValueError(
         f"layers={layers!r}: expected a number or a slice of Python, as '0', '-1', '2:' or '1::2'")
 
@@ -32,11 +33,9 @@ def _numbers(
 def _selected(
     layers: str, # as between the brackets of a list
     count: int, # layers of the model
-) -> Sequence[int]: # at least one
+) -> range: # at least one
     "The numbers of the layers that a rule is about. Raises `ValueError` where there are none."
-    numbers, every = _numbers(layers), range(count)
-    if len(numbers) > 1: found: Sequence[int] = every[slice(*numbers)]
-    else: found = [every[i] for i in numbers if i is not None and -count <= i < count]
+    found = range(count)[_slice(layers)]
     if found: return found
     raise ValueError(f"layers={layers!r}: a rule about no layer of a model that has {count}")
 
@@ -101,7 +100,7 @@ def _checked_rules(
     if len(own) < len(rules):
         raise ValueError(f"layers={rules!r}: a number and its text are one rule")
     for layers, does in own.items():
-        _numbers(layers)
+        _slice(layers)
         for options in _entries(layers, does): _check_aliases(layers, options or {})
     return own
 
@@ -135,7 +134,7 @@ class LayerSchedule:
             raise ValueError(f"layer={layer}: a model of {layers} has 0 … {layers - 1}")
         found: dict[str, Option] | None = {}
         for names, does in self.rules.items():
-            among, entries = list(_selected(names, layers)), _entries(names, does)
+            among, entries = _selected(names, layers), _entries(names, does)
             if layer in among: found = entries[among.index(layer) % len(entries)]
         return found
 

@@ -39,7 +39,7 @@ from hilbert_attn.blocks.lists import (
 )
 from hilbert_attn.blocks.planner import block_lists
 from hilbert_attn.curves import curve_order
-from hilbert_attn.kernels import block_sparse, launch
+from hilbert_attn.kernels import launch, tuning
 from hilbert_attn.kernels.block_sparse import (
     BlockCall,
     block_attention_backward,
@@ -495,7 +495,7 @@ def test_exports():
 def test_errors_name_what_is_wrong():
     q, lists = randn(2, 3, 30, 16), random_lists(30)
     short = q[:, :, :20]
-    with pytest.raises(ValueError, match="30 queries and 30 keys, and q and k have 30 and 20"):
+    with pytest.raises(ValueError, match="30 queries and 30 keys; q has N=30 and k 20"):
         block_triton_attention(q, short, short, lists)
     for others, words in (
         (replace(lists, block_size=(24, 32)), r"block_size=\(24, 32\).*multiples of 16"),
@@ -590,7 +590,7 @@ def test_turns_are_remembered_until_rows_change():
 def test_a_captured_graph_reads_known_turns_and_keeps_none(monkeypatch):
     rows = random_lists(64).rows
     known = turns_of(rows, False)
-    monkeypatch.setattr(block_sparse, "capturing", lambda device: True)
+    monkeypatch.setattr(tuning, "capturing", lambda device: True)
     assert turns_of(rows, False) is known  # otherwise each replay would compute them again
     fresh = replace(rows, start=rows.start.clone())
     assert torch.equal(turns_of(fresh, False), known)

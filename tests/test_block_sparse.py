@@ -1200,6 +1200,17 @@ def test_from_flex_by_batch_and_head():
         mask.flatten(0, 1).repeat_interleave(16, 1).repeat_interleave(8, 2)[:, :60, :60])
 
 
+def test_from_flex_of_a_row_with_a_partial_block_and_a_ragged_full_one():
+    one = torch.ones(1, 1, 1, dtype=torch.int32)
+    first, last = one[None] - 1, one[None]
+    lists = BlockLists.from_flex(
+        BlockMask.from_kv_blocks(
+            one, first, one, last, BLOCK_SIZE=(16, 16), seq_lengths=(16, 28),
+            mask_mod=lambda b, h, q, k: k >= q))
+    place = torch.arange(28)
+    assert torch.equal(lists.mask()[0], place >= place[:16, None])
+
+
 def test_from_flex_says_what_it_cannot():
     with pytest.raises(ValueError, match="no interval"):
         BlockLists.from_flex(

@@ -15,19 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hilbert_attn.blocks.lists import (
-    ALWAYS,
-    LIST_TENSORS,
-    NEVER,
-    BlockLists,
-    BlockRows,
-    block_pairs,
-    count_pairs,
-    lists_from_operands,
-    lists_to_operands,
-)
+from .lists import (
+    ALWAYS, NEVER, BlockLists, BlockOperator, BlockRows, count_pairs)
 from ..common import hide_masked, lse_dtype
-from ..operators import AttentionOperator, draw_seeds
 from ..reference import Scores, masked_attention, score_rule
 from ..tiles import (
     Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, without_empty_rows)
@@ -147,19 +137,15 @@ class _Test:
         self.key_mask = None  # bool (B, nK, BN)
         if key_mask is not None: self.key_mask = key_mask[:, self.k_tokens.clamp(min=0)]
 
-    def allowed(self, blocks: Tensor, batches: slice) -> Tensor | None: # bool (R, B, n * BN)
-        "Which keys of some lines of blocks the key mask leaves; None: all."
-        if self.key_mask is None: return None
-        return self.key_mask[batches][:, blocks].flatten(2).transpose(0, 1)
-
     def __call__(
-        self, bucket: _Bucket, allowed: Tensor | None,
+        self, bucket: _Bucket, batches: slice,
     ) -> Tensor | None: # bool (R, B or 1, M or 1, n * BN)
         """Which pairs of a bucket are attended; None: all. Pairs with an empty query slot may say
         anything. The next call writes over it."""
         result = None if bucket.full is None else self._tested(bucket)
-        if allowed is None: return result
-        return allowed[:, :, None] if result is None else result & allowed[:, :, None]
+        if self.key_mask is None: return result
+        allowed = self.key_mask[batches][:, bucket.blocks].flatten(2).transpose(0, 1)[:, :, None]
+        return allowed if result is None else result & allowed
 
     def _tested(self, bucket: _Bucket) -> Tensor: # bool (R, 1, BM, n * BN)
         "The test in partial blocks; the first so many, full in all rows, are skipped."
@@ -260,7 +246,6 @@ class _Reader:
     def __init__(
         self,
         tokens: Tensor, # int64 (R, S); -1: a hole
-        allowed: Tensor | None, # bool (R, B, S); where not, a hole too; None: everywhere
         shape: tuple[int, ...], # (B, heads, T, ...) of the tensors that are read
         batches: slice,
         heads: slice,
@@ -272,9 +257,8 @@ class _Reader:
         R, batch, held, S = index.shape
         self.shape = (R * batch, held, S) if fold else (R, batch * held, S)
         self.index, self.holes = index.view(-1), None
-        holes = (tokens < 0)[:, None]
-        if allowed is not None: holes = holes | ~allowed
-        if holes.any(): self.holes = holes[:, :, None].expand(index.shape).reshape(-1)
+        holes = (tokens < 0)[:, None, None]
+        if holes.any(): self.holes = holes.expand(index.shape).reshape(-1)
 
     @cached_property
     def turned(self) -> tuple[Tensor, Tensor | None]: # index and holes
@@ -283,13 +267,15 @@ class _Reader:
         return turn(self.index), None if self.holes is None else turn(self.holes)
 
     def read(
-        self, x: Tensor, scratch: _Scratch, name, turned: bool = False,
+        self, x: Tensor, scratch: _Scratch | None, name, turned: bool = False,
     ) -> Tensor: # (outer, inner, S, ...), 0 in holes
-        "Rows of `x` (B, heads, T, ...)."
+        "Rows of `x` (B, heads, T, ...); without memory for them, differentiable."
         index, holes = self.turned if turned else (self.index, self.holes)
-        source = x.view(-1, *x.shape[3:])
-        target = scratch.take(name, (len(index), *x.shape[3:]), x.dtype, x.device)
-        rows = torch.index_select(source, 0, index, out=target)
+        source = x.flatten(0, 2)
+        if scratch is None: rows = source[index]
+        else:
+            target = scratch.take(name, (len(index), *x.shape[3:]), x.dtype, x.device)
+            rows = torch.index_select(source, 0, index, out=target)
         if holes is not None: rows.masked_fill_(holes.view(-1, *(1,) * (rows.ndim - 1)), 0)
         if not turned: return rows.view(*self.shape, *x.shape[3:])
         outer, inner, size = self.shape
@@ -319,30 +305,39 @@ class _Reader:
 
 # %% ../../nbs/10c_block_engine.ipynb #099f029b
 class _Keys:
-    "The keys of a piece, which members of a group share, and the bias of its pairs."
+    "The keys of a piece, which members of a group share, and which of its pairs are attended."
 
-    def __init__(self, k: Tensor, piece: _Piece, test: _Test, fold: bool):
-        blocks, batches = piece.bucket.blocks, piece.batches
-        tokens, allowed = test.k_tokens[blocks].flatten(1), test.allowed(blocks, batches)
-        self.reader = _Reader(tokens, allowed, k.shape, batches, piece.kv_heads, fold)
-        self.scratch = test.scratch
+    def __init__(
+        self, k: Tensor, piece: _Piece, test: _Test, fold: bool, scratch: _Scratch | None,
+    ):
+        bucket, self.scratch, self.dtype = piece.bucket, scratch, k.dtype
+        tokens = test.k_tokens[bucket.blocks].flatten(1)
+        self.reader = _Reader(tokens, k.shape, piece.batches, piece.kv_heads, fold)
+        self.rows = bucket.rows.shape[1] * test.BM # M
         self.batches: list[Tensor] | None = None # what was read
-        self.bias: Tensor | None = None # 0 or -inf, (outer, inner, M, J)
-        self.dead: Tensor | None = None # bool, (outer, 1, M): queries without keys
-        attended = test(piece.bucket, allowed)
-        if attended is None: return
-        if fold: attended = attended.flatten(0, 1)[:, None]  # (R * B, 1, M, J)
-        rows = piece.bucket.rows.shape[1] * test.BM
-        self.dead = ~attended.any(-1)
-        bias = self.scratch.take("bias", attended.shape, k.dtype, k.device)
-        torch.where(attended, bias.new_zeros(()), bias.new_full((), -torch.inf), out=bias)
-        self.bias = bias.expand(-1, self.reader.shape[1], rows, -1)
+        self.attended = test(bucket, piece.batches) # bool (outer, 1, M or 1, J); None: all pairs
+        if fold and self.attended is not None: self.attended = self.attended.flatten(0, 1)[:, None]
+
+    @cached_property
+    def bias(self) -> Tensor | None: # 0 or -inf, (outer, inner, M, J)
+        "As the kernel takes it."
+        if self.attended is None or self.scratch is None: return None
+        shape, device = self.attended.shape, self.attended.device
+        bias = self.scratch.take("bias", shape, self.dtype, device)
+        torch.where(self.attended, bias.new_zeros(()), bias.new_full((), -torch.inf), out=bias)
+        return bias.expand(-1, self.reader.shape[1], self.rows, -1)
+
+    @cached_property
+    def dead(self) -> Tensor | None: # bool (outer, 1, M)
+        "Queries without keys."
+        return None if self.attended is None else ~self.attended.any(-1)
 
     def read(self, keys: Sequence[Tensor]) -> list[Tensor]:
         "Keys and values, read once for all members."
         if self.batches is None:
             self.batches = [self.reader.read(x, self.scratch, name) for x, name in zip(keys, "kv")]
         return self.batches
+
 
 # %% ../../nbs/10c_block_engine.ipynb #1f4fb269
 def _results(q: Tensor, lists: BlockLists) -> Tensor:
@@ -395,24 +390,19 @@ class _BlockTile(Tile):
 # %% ../../nbs/10c_block_engine.ipynb #57c93f76
 def _tiles(
     q: Tensor, k: Tensor, lists: BlockLists, key_mask: Tensor | None,
-    buckets: list[list[_Bucket]], once: bool = False,
+    buckets: list[list[_Bucket]], once: bool = False, recorded: bool = False,
 ) -> Iterator[_BlockTile]:
-    "The tiles of a call; `once`: each key is read by one of them."
-    test, fold = _Test(lists, key_mask, _Scratch()), key_mask is not None and q.shape[0] > 1
+    """The tiles of a call; `once`: each key is read by one of them; `recorded`: for autograd, whose
+    rows are not written over."""
+    scratch, fold = _Scratch(), key_mask is not None and q.shape[0] > 1
+    test = _Test(lists, key_mask, scratch)
     elements = lists.block_size[1] * q.shape[3]
     for piece in _pieces(buckets, lists.groups, q.shape[0], q.shape[1], k.shape[1], elements):
-        keys = _Keys(k, piece, test, fold)
+        keys = _Keys(k, piece, test, fold, None if recorded else scratch)
         tokens = test.q_tokens[piece.bucket.rows].flatten(1)
         for heads in piece.q_heads:
-            queries = _Reader(tokens, None, q.shape, piece.batches, heads, fold)
+            queries = _Reader(tokens, q.shape, piece.batches, heads, fold)
             yield _BlockTile(keys, queries, once)
-
-# %% ../../nbs/10c_block_engine.ipynb #a9806d9a
-def _unpacked(key_mask, seed, *rest) -> tuple:
-    "What the operator is given: lists, key mask, scale, dropout."
-    *tensors, scale, dropout_p, sizes, causal = rest
-    dropout = None if seed is None else Dropout(dropout_p, seed)
-    return lists_from_operands(*tensors, sizes, causal), key_mask, scale, dropout
 
 # %% ../../nbs/10c_block_engine.ipynb #b3706776
 def attend_blocks(
@@ -420,13 +410,16 @@ def attend_blocks(
     k: Tensor, # (B, H_kv, M, D)
     v: Tensor, # (B, H_kv, M, D)
     lists: BlockLists,
+    *,
     key_mask: Tensor | None, # bool (B, M)
     scale: float | Sequence[float], # of the scores; or scale and cap
-    dropout: Dropout | None, # drops weights
+    dropout_p: float, # probability of dropping an attention weight
+    seed: Tensor | None, # int64 (1,), where there is dropout
 ) -> tuple[Tensor, Tensor]: # out, lse
     "Output and LSE, by gathered blocks."
-    model = q
-    q, k, v = (x.to(lse_dtype(q.dtype)).contiguous() for x in (q, k, v))
+    dropout = None if seed is None else Dropout(dropout_p, seed)
+    model, hidden = q, (hide_masked(x, key_mask) for x in (k, v))
+    q, k, v = (x.to(lse_dtype(q.dtype)).contiguous() for x in (q, *hidden))
     tiles = _tiles(q, k, lists, key_mask, _all_buckets(lists))
     room = _results(q, lists), new_lse(q)
     out, lse = attend_tiles(tiles, q, k, v, *room, scale, dropout=dropout)
@@ -435,20 +428,24 @@ def attend_blocks(
 
 # %% ../../nbs/10c_block_engine.ipynb #38d7220a
 def attend_blocks_backward(
-    dout: Tensor, # (B, H, N, D)
-    dlse: Tensor | None, # (B, H, N)
-    q: Tensor, # from here on as in the forward
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    lists: BlockLists,
+    q: Tensor, # (B, H, N, D)
+    k: Tensor, # (B, H_kv, M, D)
+    v: Tensor, # (B, H_kv, M, D)
+    out: Tensor, # of the forward (B, H, N, D)
+    lse: Tensor, # of the forward (B, H, N)
+    dout: Tensor, # gradient of out (B, H, N, D)
+    dlse: Tensor | None, # gradient of lse (B, H, N), or None for 0
+    lists: BlockLists, # from here on as in the forward
+    *,
     key_mask: Tensor | None,
     scale: float | Sequence[float],
-    dropout: Dropout | None, # that of the forward, from its beginning
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, ...]: # dq, dk, dv
     "Gradients by the same blocks; dK and dV are summed in the order of the pieces."
+    dropout = None if seed is None else Dropout(dropout_p, seed)  # drops what the forward dropped
     models, wide = (q, k, v), lse_dtype(q.dtype)
+    k, v = (hide_masked(x, key_mask) for x in (k, v))
     dout, q, k, v, out = (x.to(wide).contiguous() for x in (dout, q, k, v, out))
     lse, dlse = without_empty_rows(lse, dlse)
     if dlse is not None: dlse = dlse.contiguous()
@@ -463,75 +460,26 @@ def attend_blocks_backward(
     return tuple(map(like, grads, models))
 
 # %% ../../nbs/10c_block_engine.ipynb #24a4327c
-def _block_forward(q, k, v, *rest): return attend_blocks(q, k, v, *_unpacked(*rest))
-
-
-def _block_backward(dout, dlse, q, k, v, out, lse, *rest):
-    return attend_blocks_backward(dout, dlse, q, k, v, out, lse, *_unpacked(*rest))
-
-
-_operator = AttentionOperator(
-    "block", _block_forward, _block_backward, ("key_mask", "seed", *LIST_TENSORS),
-    "float[] scale, float dropout_p, SymInt[] sizes, bool causal",
-    pairs=lambda q, k, v, *rest: block_pairs(q, _unpacked(*rest)[0]))
-
-# %% ../../nbs/10c_block_engine.ipynb #5ef32b2a
-def _rows_of(x: Tensor, heads: slice, tokens: Tensor, batches: slice) -> Tensor:
-    "Rows of `x` (B, heads, T, D) by token (R, S): (B, heads, R, S, D), 0 where there is none."
-    rows = x[batches, heads][:, :, tokens.clamp(min=0)]
-    return rows.masked_fill((tokens < 0)[..., None], 0)
-
-# %% ../../nbs/10c_block_engine.ipynb #3664bc57
-def _piece_attention(
-    q, k, v, attended, scale, dropout_p,
-) -> tuple[Tensor, Tensor]: # (B, heads, lines, M, D), (B, heads, lines, M)
-    """Masked attention of each line of a piece; q, k, v (B, heads, lines, M or J, D), attended bool
-    (lines, B or 1, M or 1, J)."""
-    shape = q.shape[:3]
-    def one_head(x): return x.flatten(0, 2)[:, None]
-    if attended is None:
-        mask = torch.ones(1, 1, q.shape[3], k.shape[3], dtype=torch.bool, device=q.device)
-    else:
-        attended = attended.transpose(0, 1)[:, None].expand(*shape, q.shape[3], k.shape[3])
-        mask = one_head(attended).clone()
-    out, lse = masked_attention(one_head(q), one_head(k), one_head(v), mask, scale, dropout_p)
-    return out.view(*shape, *out.shape[2:]), lse.view(*shape, lse.shape[2])
-
-# %% ../../nbs/10c_block_engine.ipynb #1a88aad3
-def _attend_piece(piece: _Piece, test: _Test, q, k, v, scale, dropout_p) -> Iterator[tuple]:
-    "Yields query heads, tokens, out and lse of a piece, for each member of a group."
-    bucket, batches = piece.bucket, piece.batches
-    attended = test(bucket, test.allowed(bucket.blocks, batches))
-    key_tokens = test.k_tokens[bucket.blocks].flatten(1)
-    keys, values = (_rows_of(x, piece.kv_heads, key_tokens, batches) for x in (k, v))
-    tokens = test.q_tokens[bucket.rows].flatten(1)
-    for heads in piece.q_heads:
-        queries = _rows_of(q, heads, tokens, batches)
-        yield heads, tokens, *_piece_attention(queries, keys, values, attended, scale, dropout_p)
-
-# %% ../../nbs/10c_block_engine.ipynb #d4839cf6
-def _put(whole: Tensor, part: Tensor, tokens: Tensor, batches: slice, heads: slice):
-    "Writes results of a piece (B, heads, R, S, ...) into those of all tokens (B, H, N, ...)."
-    slot, own = (tokens.flatten() >= 0).nonzero()[:, 0], whole[batches, heads]
-    rows = part.flatten(2, 3)[:, :, slot]
-    whole[batches, heads] = own.index_copy(2, tokens.flatten()[slot], rows)
+_operator = BlockOperator("block", attend_blocks, attend_blocks_backward)
 
 # %% ../../nbs/10c_block_engine.ipynb #c87154dc
 def _block_expression(q, k, v, lists: BlockLists, key_mask, dropout_p: float, scale):
     "The same as plain differentiable PyTorch, on any device: out, lse."
-    dtype, test = q.dtype, _Test(lists, key_mask, _Scratch())
-    k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
-    q, k, v = (x.to(lse_dtype(dtype)) for x in (q, k, v))
+    dtype, hidden = q.dtype, (hide_masked(x, key_mask) for x in (k, v))
+    q, k, v = (x.to(lse_dtype(dtype)).contiguous() for x in (q, *hidden))
     always = torch.ones((), dtype=torch.bool, device=q.device)
     # ties results without keys to their inputs
     nothing = (q.sum() + k.sum() + v.sum()).masked_fill(always, 0)
-    out, lse = q.new_zeros(q.shape) + nothing, new_lse(q) + nothing
-    buckets, elements = _all_buckets(lists), test.BN * q.shape[3]
-    for piece in _pieces(buckets, lists.groups, q.shape[0], q.shape[1], k.shape[1], elements):
-        for heads, tokens, *parts in _attend_piece(piece, test, q, k, v, scale, dropout_p):
-            for whole, part in zip((out, lse), parts):
-                _put(whole, part, tokens, piece.batches, heads)
+    results = q.new_zeros(q.shape) + nothing, new_lse(q) + nothing
+    for tile in _tiles(q, k, lists, key_mask, _all_buckets(lists), recorded=True):
+        (queries,), (keys, values) = tile.read([q], [k, v])
+        attended = tile.keys.attended
+        mask = always if attended is None else attended
+        parts = masked_attention(queries, keys, values, mask, scale, dropout_p)
+        for whole, part in zip(results, parts): tile.put_queries(whole, part, whole)
+    out, lse = results
     return out.to(dtype), lse
+
 
 # %% ../../nbs/10c_block_engine.ipynb #1f39b3ab
 def block_sdpa_attention(
@@ -550,9 +498,7 @@ def block_sdpa_attention(
     rule = score_rule(scale, q)
     if q.device.type not in ("cpu", "meta") or not custom_backward:
         return _block_expression(q, k, v, lists, key_mask, dropout_p, rule)
-    *tensors, sizes, causal = lists_to_operands(lists)
-    tensors = [key_mask, draw_seeds(dropout_p, q.device), *tensors]
-    return _operator(q, k, v, *tensors, rule.numbers, float(dropout_p), sizes, causal)
+    return _operator.attend(q, k, v, lists, key_mask, dropout_p, rule)
 
 # %% ../../nbs/10c_block_engine.ipynb #a4e875a2
 @dataclass(frozen=True)

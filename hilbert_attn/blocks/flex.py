@@ -81,7 +81,7 @@ def _table(count: Tensor, index: Tensor, width: int) -> Tensor: # bool (B * H, n
 def _flex_tables(
     block_mask: "BlockMask",
 ) -> tuple[Tensor, Tensor, Tensor]: # bool (B * H, nQ, nK) each
-    "Its partial blocks, its full ones, and full ones at a ragged end, which are partial here."
+    "Blocks to test, full ones, and those of the first that are full ones at a ragged end."
     (_, BN), (_, M) = block_mask.BLOCK_SIZE, block_mask.seq_lengths
     width = -(-M // BN)
     partial = _table(block_mask.kv_num_blocks, block_mask.kv_indices, width)
@@ -89,14 +89,15 @@ def _flex_tables(
     count, index = block_mask.full_kv_num_blocks, block_mask.full_kv_indices
     if count is not None and index is not None: full = _table(count, index, width)
     whole = (torch.arange(width, device=partial.device) + 1) * BN <= M
-    return partial & ~full, full & whole, full & ~whole
+    ragged = full & ~whole
+    return partial & ~full | ragged, full & whole, ragged
 
 # %% ../../nbs/10d_block_flex.ipynb #e90d56ef
 def _flex_pairs(
-    block_mask: "BlockMask", blocks: tuple[Tensor, ...],
+    block_mask: "BlockMask", blocks: tuple[Tensor, ...], ragged: Tensor,
 ) -> Iterator[tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor]]:
     """Evaluates the `mask_mod` on blocks (group, row, column), some at a time: these, slots of
-    queries and of keys, pairs."""
+    queries and of keys, pairs; all that exist of a `ragged` block."""
     (BM, BN), (N, M) = block_mask.BLOCK_SIZE, block_mask.seq_lengths
     device, heads = blocks[0].device, block_mask.kv_num_blocks.shape[1]
     size = max(1, (1 << 22) // (BM * BN))
@@ -108,26 +109,25 @@ def _flex_pairs(
         shape = torch.broadcast_shapes(q.shape, k.shape)
         indices = group // heads, group % heads, q.clamp(max=N - 1), k.clamp(max=M - 1)
         pairs = torch.vmap(block_mask.mask_mod)(*(x.expand(shape).flatten() for x in indices))
-        yield some, q, k, pairs.view(shape) & (q < N) & (k < M)
+        pairs = pairs.view(shape) | ragged[some][:, None, None]
+        yield some, q, k, pairs & (q < N) & (k < M)
 
 # %% ../../nbs/10d_block_flex.ipynb #3cd627e8
 _NO_INTERVAL = (
     "this BlockMask has partial blocks in which the keys of some query form no interval, the same "
     "in all batches and heads; that cannot be decided from bounds: build BlockLists from the "
     "pattern (block_lists), or use smaller blocks that are empty or full")
-_RAGGED = (
-    "this BlockMask has both partial blocks and a full block at a ragged end in one row: "
-    "pad the keys to whole blocks")
+
 
 # %% ../../nbs/10d_block_flex.ipynb #207c0c75
 def _intervals(
-    block_mask: "BlockMask", partial: Tensor,
+    block_mask: "BlockMask", partial: Tensor, ragged: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]: # lo, hi (slots,); partial blocks that hold a pair
     "The interval of keys of each query in partial blocks; a `ValueError` where it is none."
     blocks, slots = partial.nonzero(as_tuple=True), partial.shape[1] * block_mask.BLOCK_SIZE[0]
     lo = torch.full((slots,), NEVER, device=partial.device)
     hi = torch.full((slots,), -1, device=partial.device)
-    found = list(_flex_pairs(block_mask, blocks))
+    found = list(_flex_pairs(block_mask, blocks, ragged))
     for _, q, k, pairs in found:
         lo.scatter_reduce_(0, q.flatten(), torch.where(pairs, k, NEVER).amin(-1).flatten(), "amin")
         hi.scatter_reduce_(0, q.flatten(), torch.where(pairs, k, -1).amax(-1).flatten(), "amax")
@@ -135,23 +135,9 @@ def _intervals(
     for some, q, k, pairs in found:
         if not torch.equal(pairs, (lo[q] <= k) & (k <= hi[q])): raise ValueError(_NO_INTERVAL)
         held[some] = pairs.any(2).any(1)
-    return lo, hi, held
-
-# %% ../../nbs/10d_block_flex.ipynb #d269e79c
-def _attend_all(lo: Tensor, hi: Tensor, partial: Tensor, ragged: Tensor, size: int, keys: int):
-    """Gives the queries of full blocks at a ragged end all keys, in place; a `ValueError` where
-    they have partial blocks too."""
-    cut, tested = (x.any(0).any(-1).repeat_interleave(size) for x in (ragged, partial))
-    if (cut & tested).any(): raise ValueError(_RAGGED)
-    lo[cut], hi[cut] = 0, keys
-
-# %% ../../nbs/10d_block_flex.ipynb #e6b49a71
-def _bounds(lo: Tensor, hi: Tensor, slots: int) -> dict[str, Tensor]: # int32 (1, slots)
-    "The bounds of block lists, of intervals of slots; empty ones are 1 ... 0."
     none = lo > hi
-    at = torch.arange(slots, device=lo.device)
-    bounds = dict(lo=lo.masked_fill(none, 1), hi=hi.masked_fill(none, 0), at=at)
-    return {name: x[None].to(torch.int32) for name, x in bounds.items()}
+    lo[none], hi[none] = 1, 0
+    return lo, hi, held
 
 # %% ../../nbs/10d_block_flex.ipynb #fdea1b79
 def from_flex(
@@ -169,13 +155,13 @@ def from_flex(
             f"the BlockMask has {N} queries and {M} keys: expected at least as many keys as "
             "queries")
     partial, full, ragged = _flex_tables(block_mask)
-    lo, hi, held = _intervals(block_mask, partial)
-    if ragged.any(): _attend_all(lo, hi, partial, ragged, BM, M)
-    kinds = (held | ragged).to(torch.int8) + 2 * full.to(torch.int8)
+    lo, hi, held = _intervals(block_mask, partial, ragged)
+    at = torch.arange(partial.shape[-1] * BN, device=lo.device)
+    lo, hi, at = (x[None].to(torch.int32) for x in (lo, hi, at))
     return lists_from_kinds(
-        kinds, block_size=(BM, BN), num_queries=N, num_keys=M, q_tokens=None, k_tokens=None,
-        groups=tuple(block_mask.kv_num_blocks.shape[:2]),
-        **_bounds(lo, hi, partial.shape[-1] * BN))
+        held.to(torch.int8) + 2 * full.to(torch.int8), block_size=(BM, BN), num_queries=N,
+        num_keys=M, q_tokens=None, k_tokens=None, lo=lo, hi=hi, at=at,
+        groups=tuple(block_mask.kv_num_blocks.shape[:2]))
 
 # %% ../../nbs/10d_block_flex.ipynb #fbd5496e
 type.__setattr__(BlockLists, "to_flex", to_flex)

@@ -40,12 +40,11 @@ def _dq_kernel(
     keep_scale: tl.float64, threshold, S: tl.constexpr,
 ):
     "dq of one tile of queries, and for the next kernel their delta and base-2 LSE."
-    ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     tile, bundle, batch, head, batch_head = forward.turn(tiles, bundles, n_heads, S.CAUSAL)
     mask = at.mask
     if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
     at = forward.Places(at.order, mask, at.offset, at.seed)
-    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, ACC)
+    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, S)
     drop = steps.dropout_of(at.seed, batch_head, threshold, keep_scale, S)
 
     queries, keys = forward.locate(bundle, head, at.offset, n_tokens, segment_size, rate, S)
@@ -55,9 +54,9 @@ def _dq_kernel(
     token, valid = forward.tokens_of(queries, tile * S.BLOCK_M + queries.slot, at, S)  # [BM]
     stat = batch_head.to(tl.int64) * n_tokens + token
     own = steps.load_queries(
-        q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid, ACC, S)
+        q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid, S)
     steps.store_statistics(statistics, own, stat, valid)
-    total = steps.no_rows(S.BLOCK_M, ACC, S)
+    total = steps.no_rows(S.BLOCK_M, S)
 
     full = 0
     end = 1
@@ -122,6 +121,35 @@ def _dkv_of_head(sums, own, tile, keys, queries, q, do, statistics, at, drop, qk
                           S, True, False)
     return sums
 
+# %% ../../nbs/04_triton_backward.ipynb #de1f8b71
+@triton.jit
+def _keys_of(bundle, tile, k, v, at, batch, kv_head, n_tokens, segment_size, rate, stride_mask,
+             S: tl.constexpr):
+    "The groups of a program's keys and of their queries; the tile of keys, and which are there."
+    slot, group = forward.slots(bundle, S.BLOCK_N, S.PACK)
+    segment, residue = group // rate, group % rate
+    first, count = forward.progression(segment, residue, rate, n_tokens, segment_size)
+    keys = forward.Group(slot, group, first, rate, count)
+    token, stored = forward.tokens_of(keys, tile * S.BLOCK_N + slot, at, S)  # [BN]
+    own, valid = steps.load_keys(k, v, batch, kv_head, token, stored, at.mask, stride_mask, S)
+
+    q_slot, q_group = forward.slots(bundle, S.BLOCK_M, S.PACK)
+    q_step = rate
+    if S.MODE == "keys":
+        q_step = 1
+        first, count = forward.progression(segment, 0, 1, n_tokens, segment_size)
+    queries = forward.Group(q_slot, q_group, first, q_step, count)
+    return keys, queries, own, stored, valid
+
+
+@triton.jit
+def _active(queries, keys, head, at, rate, S: tl.constexpr):
+    "How many queries of a head attend keys of this residue."
+    count = queries.count
+    if S.MODE != "residue":
+        count = tl.where(keys.group % rate == tl.load(at.offset + head), count, 0)
+    return count
+
 # %% ../../nbs/04_triton_backward.ipynb #de1f8b75
 @triton.jit(do_not_specialize=forward.SIZES)
 def _dkv_kernel(
@@ -130,42 +158,30 @@ def _dkv_kernel(
     S: tl.constexpr,
 ):
     "dk and dv of one tile of keys, summed over the query heads that share it."
-    ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     tile, group, batch, kv_head, _ = forward.turn(tiles, bundles, n_heads // S.HEAD_GROUP, False)
-    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, ACC)
-    segment, residue = group // rate, group % rate  # a bundle is one group here
+    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, S)
+    keys, queries, own, stored, valid = _keys_of(
+        group, tile, k, v, at, batch, kv_head, n_tokens, segment_size, rate, stride_mask, S)
+    sums = steps.no_sums(S.BLOCK_N, S)
 
-    k_first, n_keys = forward.progression(segment, residue, rate, n_tokens, segment_size)
-    keys = forward.Group(tl.arange(0, S.BLOCK_N), group, k_first, rate, n_keys)
-    token, stored = forward.tokens_of(keys, tile * S.BLOCK_N + keys.slot, at, S)  # [BN]
-    own, valid = steps.load_keys(k, v, batch, kv_head, token, stored, at.mask, stride_mask, S)
-    sums = steps.no_sums(S.BLOCK_N, ACC, S)
-
-    q_step = rate
-    q_first = k_first
-    n_queries = n_keys
-    if S.MODE == "keys":
-        q_step = 1
-        q_first, n_queries = forward.progression(segment, 0, 1, n_tokens, segment_size)
     for g in range(S.HEAD_GROUP):
         head = kv_head * S.HEAD_GROUP + g
         batch_head = batch * n_heads + head
-        end = n_queries
-        if S.MODE != "residue":  # heads that attend this residue
-            end = tl.where(residue == tl.load(at.offset + head), n_queries, 0)
-        queries = forward.Group(tl.arange(0, S.BLOCK_M), group, q_first, q_step, end)
-        box = steps.box_of(batch, head, q_first, segment_size, rate)
+        active = forward.Group(
+            queries.slot, queries.group, queries.first, queries.step,
+            _active(queries, keys, head, at, rate, S))
+        box = steps.box_of(batch, head, queries.first, segment_size, rate)
         q_head = steps.Stream(steps.head_of(q, batch, head, S), q_desc, box)
         do_head = steps.Stream(steps.head_of(do, batch, head, S), do_desc, box)
         sums = _dkv_of_head(
-            sums, own, tile, keys, queries, q_head, do_head,
+            sums, own, tile, keys, active, q_head, do_head,
             steps.statistics_of(statistics, batch_head.to(tl.int64) * n_tokens), at,
             steps.dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, S)
-    steps.store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
+    steps.store_sums(sums, dk, dv, batch, kv_head, own.token, stored, valid, scale, S)
 
 # %% ../../nbs/04_triton_backward.ipynb #9a164ddb
 @triton.jit
-def _small_step(sums, own, rows, seen, drop, qk_scale, ACC: tl.constexpr, S: tl.constexpr):
+def _small_step(sums, own, rows, seen, drop, qk_scale, S: tl.constexpr):
     "The five products of a tile of queries: dk and dv so far, and its dq."
     s = steps.logits(own.k, rows.q, S)  # [BN, BM]
     dp = steps.scores(own.v, rows.do, S)  # [BN, BM]
@@ -174,26 +190,24 @@ def _small_step(sums, own, rows, seen, drop, qk_scale, ACC: tl.constexpr, S: tl.
     ds = steps.through_cap(p * (dp - rows.delta[None, :]), s, S).to(own.k.main.dtype)
     dv = steps.add_product(sums.dv, z, rows.do, S)
     dk = steps.add_product(sums.dk, ds, rows.q, S)
-    dq = steps.add_product(steps.no_rows(S.BLOCK_M, ACC, S), tl.trans(ds), own.k, S)
+    dq = steps.add_product(steps.no_rows(S.BLOCK_M, S), tl.trans(ds), own.k, S)
     return steps.Sums(dk, dv), dq
 
 # %% ../../nbs/04_triton_backward.ipynb #5c1e2d70
 @triton.jit
 def _small_head(sums, own, keys, seen, queries, active, end, q, do, out, dq, lse_ptr, dlse_ptr,
-                batch, head, first_stat, at, drop, qk_scale, scale, ACC: tl.constexpr,
-                S: tl.constexpr):
+                batch, head, first_stat, at, drop, qk_scale, scale, S: tl.constexpr):
     "The queries of one head below end, of which some are active: writes dq, adds to dk and dv."
     dq = steps.head_of(dq, batch, head, S)
     for i in tl.range(0, end, S.BLOCK_M):
         row = i + queries.slot
         token, stored = forward.tokens_of(queries, row, at, S)  # [BM]
         rows = steps.load_queries(
-            q, do, out, lse_ptr, dlse_ptr, batch, head, first_stat + token, token, row < active,
-            ACC, S)
+            q, do, out, lse_ptr, dlse_ptr, batch, head, first_stat + token, token, row < active, S)
         pairs = seen[:, None]
         if S.CAUSAL: pairs &= token[None, :] >= own.token[:, None]
         if S.PACK > 1: pairs &= keys.group[:, None] == queries.group[None, :]
-        sums, total = _small_step(sums, own, rows, pairs, drop, qk_scale, ACC, S)
+        sums, total = _small_step(sums, own, rows, pairs, drop, qk_scale, S)
         steps.store_rows(dq, token, stored, steps.scaled(total, scale, S), S)
     return sums
 
@@ -205,38 +219,24 @@ def _small_kernel(
     S: tl.constexpr,
 ):
     "dq, dk and dv of PACK whole groups, or of one group whose keys fit a tile."
-    ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     _, bundle, batch, kv_head, _ = forward.turn(1, bundles, n_heads // S.HEAD_GROUP, False)
-    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, ACC)
+    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, S)
 
-    slot, group = forward.slots(bundle, S.BLOCK_N, S.PACK)
-    segment, residue = group // rate, group % rate
-    first, count = forward.progression(segment, residue, rate, n_tokens, segment_size)
-    keys = forward.Group(slot, group, first, rate, count)
-    token, stored = forward.tokens_of(keys, slot, at, S)  # [BN]
-    own, valid = steps.load_keys(k, v, batch, kv_head, token, stored, at.mask, stride_mask, S)
-    sums = steps.no_sums(S.BLOCK_N, ACC, S)
+    keys, queries, own, stored, valid = _keys_of(
+        bundle, 0, k, v, at, batch, kv_head, n_tokens, segment_size, rate, stride_mask, S)
+    sums = steps.no_sums(S.BLOCK_N, S)
 
-    q_slot, q_group = forward.slots(bundle, S.BLOCK_M, S.PACK)
-    q_step = rate
-    if S.MODE == "keys":
-        q_step = 1
-        first, count = forward.progression(segment, 0, 1, n_tokens, segment_size)
-    queries = forward.Group(q_slot, q_group, first, q_step, count)
     for g in range(S.HEAD_GROUP):
         head = kv_head * S.HEAD_GROUP + g
         batch_head = batch * n_heads + head
-        active = count
-        if S.MODE != "residue":  # heads that attend this residue
-            active = tl.where(residue == tl.load(at.offset + head), count, 0)
-        end = 1  # SINGLE: all queries too are one tile
-        if not S.SINGLE: end = active if S.MODE == "keys" else count  # whose dq is written here
+        active = _active(queries, keys, head, at, rate, S)
+        end = 1  # SINGLE: all queries too are one tile; otherwise those whose dq is written here
+        if not S.SINGLE: end = active if S.MODE == "keys" else queries.count
         sums = _small_head(
             sums, own, keys, valid, queries, active, end, q, do, out, dq, lse_ptr, dlse_ptr, batch,
             head, batch_head.to(tl.int64) * n_tokens, at,
-            steps.dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, scale,
-            ACC, S)
-    steps.store_sums(sums, dk, dv, batch, kv_head, token, stored, valid, scale, S)
+            steps.dropout_of(at.seed, batch_head, threshold, keep_scale, S), qk_scale, scale, S)
+    steps.store_sums(sums, dk, dv, batch, kv_head, own.token, stored, valid, scale, S)
 
 # %% ../../nbs/04_triton_backward.ipynb #5d2e81c7
 def _multiplies_shared(capability: tuple[int, int]) -> bool:

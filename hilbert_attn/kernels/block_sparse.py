@@ -14,17 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from hilbert_attn.blocks.lists import (
-    ALWAYS, LIST_TENSORS, BlockLists, BlockRows, block_pairs, check_place, lists_from_operands,
-    lists_to_operands)
-from ..common import unit_stride
+from ..blocks.lists import ALWAYS, BlockLists, BlockOperator, BlockRows, check_fit
+from ..common import Cache, unit_stride
 from . import launch, steps
 from .launch import Backward
 from .steps import Static, tl, triton
-from .tuning import Tile, capturing, default_tile, is_half
-from ..operators import AttentionOperator
+from .tuning import Tile, default_tile, is_half, kept_outside_graphs
 from ..reference import Scores, score_rule
 
 # %% ../../nbs/10b_block_kernels.ipynb #656c5e27
@@ -239,7 +235,7 @@ def _attend_blocks(run, q, q_token, bounds, k, v, walk, slots, drop, qk_scale,
     return run
 
 # %% ../../nbs/10b_block_kernels.ipynb #fba99a60
-_known_turns = WeakTensorKeyDictionary()
+_known_turns = Cache()
 
 
 def _order_of_turns(start: Tensor, backwards: bool) -> Tensor:
@@ -257,17 +253,10 @@ def turns_of(
 ) -> Tensor: # int32 (1 + n,), on the device of the rows
     """How many rows are long, and all rows in the order of their turns.
 
-    The long ones come first, longest first, then the others. The answer is remembered, but for one
-    that a graph captures: it exists only when replayed.
+    The long ones come first, longest first, then the others.
     """
-    start = rows.start
-    if start.is_inference(): return _order_of_turns(start, backwards)
-    key = start._version, backwards
-    known = _known_turns.get(start)
-    if known and known[0] == key: return known[1]
-    with torch.no_grad(): turns = _order_of_turns(start, backwards)
-    if not capturing(start.device): _known_turns[start] = key, turns
-    return turns
+    def compute(): return _order_of_turns(rows.start, backwards)
+    return kept_outside_graphs(_known_turns, backwards, compute, rows.start)
 
 # %% ../../nbs/10b_block_kernels.ipynb #1d248653
 @triton.jit
@@ -305,18 +294,17 @@ def _block_forward_kernel(
     keep_scale: tl.float64, threshold, S: tl.constexpr,
 ):
     "out and lse of one tile of query slots: SPLIT_M tiles make a row of blocks."
-    ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     row, tile, batch_head = _row_in_turn(rows.turn, n_rows, S.SPLIT_M)
     batch, head = batch_head // n_heads, batch_head % n_heads
     if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
     slots = Slots(layout, mask, n_queries, n_keys, q_slots, k_slots)
     k, v = _streams(k, v, k_desc, v_desc, batch, head // S.HEAD_GROUP, S)
-    qk_scale, _, keep_scale = steps.scales_of(scale, keep_scale, ACC)
+    qk_scale, _, keep_scale = steps.scales_of(scale, keep_scale, S)
     drop = steps.dropout_of(seed, batch_head, threshold, keep_scale, S)
 
     token, valid = _owned_tokens(tile, layout.q_token, n_queries, S.BLOCK_M, S)  # [BM]
     q_tile = steps.load_rows(steps.head_of(q, batch, head, S), token, valid, S, True)
-    run = steps.start_softmax(q_tile, ACC, S)
+    run = steps.start_softmax(q_tile, S)
 
     full, partial = _walks(rows, batch, head, list_batches, list_heads, row, n_rows)
     run = _attend_blocks(
@@ -352,21 +340,20 @@ def _block_dq_kernel(
     list_heads, scale: tl.float64, keep_scale: tl.float64, threshold, S: tl.constexpr,
 ):
     "dq of one tile of query slots, and for the next kernel their delta and base-2 LSE."
-    ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     row, tile, batch_head = _row_in_turn(rows.turn, n_rows, S.SPLIT_M)
     batch, head = batch_head // n_heads, batch_head % n_heads
     if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
     slots = Slots(layout, mask, n_queries, n_keys, q_slots, k_slots)
     k, v = _streams(k, v, k_desc, v_desc, batch, head // S.HEAD_GROUP, S)
-    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, ACC)
+    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, S)
     drop = steps.dropout_of(seed, batch_head, threshold, keep_scale, S)
 
     token, valid = _owned_tokens(tile, layout.q_token, n_queries, S.BLOCK_M, S)  # [BM]
     stat = batch_head.to(tl.int64) * n_queries + token
     own = steps.load_queries(
-        q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid, ACC, S)
+        q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid, S)
     steps.store_statistics(statistics, own, stat, valid)
-    total = steps.no_rows(S.BLOCK_M, ACC, S)
+    total = steps.no_rows(S.BLOCK_M, S)
 
     full, partial = _walks(rows, batch, head, list_batches, list_heads, row, n_rows)
     total = _dq_blocks(total, own, None, k, v, full, slots, drop, qk_scale, S, False)
@@ -407,16 +394,15 @@ def _block_dkv_kernel(
 ):
     """dk and dv of one tile of key slots, summed over the query heads that share them. Here rows of
     blocks are columns of the pattern."""
-    ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     row, tile, batch_head = _row_in_turn(rows.turn, n_rows, S.SPLIT_N)
     kv_heads = n_heads // S.HEAD_GROUP
     batch, kv_head = batch_head // kv_heads, batch_head % kv_heads
-    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, ACC)
+    qk_scale, scale, keep_scale = steps.scales_of(scale, keep_scale, S)
 
     slots = Slots(layout, mask, n_queries, n_keys, q_slots, k_slots)
     token, stored = _owned_tokens(tile, layout.k_token, n_keys, S.BLOCK_N, S)  # [BN]
     own, valid = steps.load_keys(k, v, batch, kv_head, token, stored, mask, stride_mask, S)
-    sums = steps.no_sums(S.BLOCK_N, ACC, S)
+    sums = steps.no_sums(S.BLOCK_N, S)
     at = _load_axes(layout.at, tile * S.BLOCK_N, k_slots, S.BLOCK_N, S.AXES)
 
     for g in range(S.HEAD_GROUP):
@@ -638,42 +624,20 @@ def block_attention_backward(
     with torch.cuda.device_of(q): x.run(call, dq, dkv, tiles, _keys_per_row(lists), tma)
     return x.gradients
 
-# %% ../../nbs/10b_block_kernels.ipynb #1a05ff0f
-def _split(rest: tuple) -> tuple[BlockLists, dict]:
-    "Lists and options, from what follows the tensors of an operator."
-    key_mask, seed, *tensors, scale, dropout_p, sizes, causal = rest
-    options = dict(key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
-    return lists_from_operands(*tensors, sizes, causal), options
-
-# %% ../../nbs/10b_block_kernels.ipynb #df7136de
-def _forward_engine(q, k, v, *rest):
-    lists, options = _split(rest)
-    return block_attention_forward(q, k, v, lists, **options)
-
 # %% ../../nbs/10b_block_kernels.ipynb #6b2dcba7
-def _backward_engine(dout, dlse, q, k, v, out, lse, *rest):
-    lists, options = _split(rest)
-    return block_attention_backward(q, k, v, out, lse, dout, dlse, lists, **options)
-
-
-_operator = AttentionOperator(
-    "block_triton", _forward_engine, _backward_engine, ("key_mask", "seed", *LIST_TENSORS),
-    "float[] scale, float dropout_p, SymInt[] sizes, bool causal", "CompositeExplicitAutograd",
-    lambda q, k, v, *rest: block_pairs(q, _split(rest)[0]))
+_operator = BlockOperator(
+    "block_triton", block_attention_forward, block_attention_backward,
+    "CompositeExplicitAutograd")
 
 # %% ../../nbs/10b_block_kernels.ipynb #46ccd30c
-def _check_lists(q: Tensor, k: Tensor, lists: BlockLists):
-    "A `ValueError` where lists and tensors don't fit."
-    N, M = q.shape[2], k.shape[2]
-    if (N, M) != (lists.num_queries, lists.num_keys): raise ValueError(
-        f"lists: they are over {lists.num_queries} queries and {lists.num_keys} keys, "
-        f"and q and k have {N} and {M}; both must agree")
+def _check_readable(q: Tensor, k: Tensor, lists: BlockLists):
+    "A `ValueError` where lists and tensors don't fit, or kernels can't read such lists."
     if any(size % 16 or size < 16 for size in lists.block_size): raise ValueError(
         f"block_size={lists.block_size}: both sides must be multiples of 16 for the triton backend")
     if lists.lo is not None and len(lists.lo) > 4: raise ValueError(
         f"lists: partial blocks have bounds of {len(lists.lo)} axes, and the kernels read 4 (three "
         "of a grid, and causality in a ring); use backend='sdpa'")
-    check_place(lists, q)
+    check_fit(lists, q, k)
 
 # %% ../../nbs/10b_block_kernels.ipynb #adc6de56
 def block_triton_attention(
@@ -690,13 +654,9 @@ def block_triton_attention(
 
     A `ValueError` where lists and tensors don't fit, a `RuntimeError` where Triton can't run.
     """
-    _check_lists(q, k, lists)
+    _check_readable(q, k, lists)
     rule = score_rule(scale, q)
     if rule.scale <= 0:
         q, positive = (-q, -rule.scale) if rule.scale < 0 else (q * 0, 1.0)
         rule = rule._replace(scale=positive)
-    seed = None
-    if dropout_p: seed = torch.randint(2 ** 63 - 1, (1,), dtype=torch.int64, device=q.device)
-    *tensors, sizes, causal = lists_to_operands(lists)
-    return _operator(
-        q, k, v, key_mask, seed, *tensors, rule.numbers, float(dropout_p), sizes, causal)
+    return _operator.attend(q, k, v, lists, key_mask, dropout_p, rule)

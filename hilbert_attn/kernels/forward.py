@@ -17,7 +17,7 @@ from torch import Tensor
 from ..common import Cache, unit_stride
 from . import launch, steps
 from .steps import Static, tl, triton
-from .tuning import Tile, capturing, is_half, pow2
+from .tuning import Tile, capturing, is_half, kept_outside_graphs, pow2
 
 # %% ../../nbs/03_triton_forward.ipynb #731bc013
 class Places(NamedTuple):
@@ -133,22 +133,15 @@ def _sort_groups(order: Tensor, segment_size: int, rate: int) -> Tensor:
     found[group.argsort(stable=True)] = order[(group * len(order) + order).argsort()]
     return found
 
-# %% ../../nbs/03_triton_forward.ipynb #13c55d9a
-def _unknown(): raise LookupError
-
 # %% ../../nbs/03_triton_forward.ipynb #385185cf
 def ascending(
     order: Tensor, # int64 (N,): token at each position
     segment_size: int, # w
     rate: int, # r
 ) -> Tensor: # int64 (N,)
-    """An order with the same groups whose tokens ascend. Remembered, but for one that a graph
-    captures: it exists only when replayed."""
+    "An order with the same groups whose tokens ascend."
     def compute(): return _sort_groups(order, segment_size, rate)
-    key = segment_size, rate
-    if not capturing(order.device): return _sorted_orders.get(key, compute, order)
-    try: return _sorted_orders.get(key, _unknown, order)
-    except LookupError: return compute()
+    return kept_outside_graphs(_sorted_orders, (segment_size, rate), compute, order)
 
 # %% ../../nbs/03_triton_forward.ipynb #f69c4dc4
 @triton.jit
@@ -222,12 +215,11 @@ def _forward_kernel(
     tiles, bundles, scale: tl.float64, keep_scale: tl.float64, threshold, S: tl.constexpr,
 ):
     "out and lse of one tile of queries."
-    ACC: tl.constexpr = tl.float64 if q.ptr.dtype.element_ty == tl.float64 else tl.float32
     tile, bundle, batch, head, batch_head = turn(tiles, bundles, n_heads, S.CAUSAL)
     mask = at.mask
     if S.HAS_KEY_MASK: mask += batch.to(tl.int64) * stride_mask
     at = Places(at.order, mask, at.offset, at.seed)
-    qk_scale, _, keep_scale = steps.scales_of(scale, keep_scale, ACC)
+    qk_scale, _, keep_scale = steps.scales_of(scale, keep_scale, S)
     drop = steps.dropout_of(at.seed, batch_head, threshold, keep_scale, S)
 
     queries, keys = locate(bundle, head, at.offset, n_tokens, segment_size, rate, S)
@@ -241,7 +233,7 @@ def _forward_kernel(
     v = steps.Stream(v, v_desc, box)
     token, valid = tokens_of(queries, tile * S.BLOCK_M + queries.slot, at, S)  # [BM]
     q = _own_queries(steps.head_of(q, batch, head, S), queries, tile, token, valid, S)
-    run = steps.start_softmax(q, ACC, S)
+    run = steps.start_softmax(q, S)
 
     full = 0
     end = 1  # SINGLE: all keys of the group fit one tile

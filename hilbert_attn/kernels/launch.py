@@ -115,7 +115,8 @@ class Call:
             HEAD_DIM=self.D, BLOCK_D=block_d, BLOCK_E=block_e, BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n, HEAD_GROUP=self.H // self.kv_heads, HAS_ORDER=ordered,
             CAUSAL=self.causal, HAS_KEY_MASK=self.mask is not None, HAS_DROPOUT=self.dropout,
-            PRECISION=_precision(self.q.dtype), ALIGN=_alignment(tensors), CAPPED=self.capped)
+            PRECISION=_precision(self.q.dtype), DOUBLE=self.q.dtype == torch.float64,
+            ALIGN=_alignment(tensors), CAPPED=self.capped)
 
     def describable(
         self, *tensors: Tensor, order: Tensor | None, rate: int = 1, size: int = 1,

@@ -45,6 +45,7 @@ class Static:
     HAS_KEY_MASK: bool
     HAS_DROPOUT: bool
     PRECISION: str # of float32 products
+    DOUBLE: bool # float64 throughout
     ALIGN: int # divides every stride
     TMA: bool = False # through tensor descriptors
     PRODUCER: bool = False # warps that do nothing else load what the loop reads
@@ -52,6 +53,10 @@ class Static:
     EVEN: bool = False # no tile of the inner loop is cut off
     HAS_DLSE: bool = False # the LSE has a gradient
     CAPPED: float = 0.0 # scale / cap, where scores are capped: then the scale is the cap
+
+    @property
+    def ACC(self) -> Any: # the type of sums
+        return tl.float64 if self.DOUBLE else tl.float32
 
 # %% ../../nbs/02d_kernel_steps.ipynb #2ec94c2d
 class Operand(NamedTuple):
@@ -136,11 +141,10 @@ def store_rows(source, token, valid, tile, S: tl.constexpr):
 
 # %% ../../nbs/02d_kernel_steps.ipynb #43e7bef6
 @triton.jit
-def no_rows(ROWS: tl.constexpr, ACC: tl.constexpr, S: tl.constexpr):
+def no_rows(ROWS: tl.constexpr, S: tl.constexpr):
     "Zeros to add to. A second part that is not there takes one column, and no register."
-    MAIN: tl.constexpr = S.BLOCK_D
     REST: tl.constexpr = S.BLOCK_E if S.BLOCK_E > 0 else 1
-    return Columns(tl.zeros([ROWS, MAIN], ACC), tl.zeros([ROWS, REST], ACC))
+    return Columns(tl.zeros([ROWS, S.BLOCK_D], S.ACC), tl.zeros([ROWS, REST], S.ACC))
 
 # %% ../../nbs/02d_kernel_steps.ipynb #36ebbe23
 @triton.jit
@@ -177,11 +181,10 @@ def box_of(batch, head, first, segment_size, rate):
 def describe_rows(source, first, step, count, ROWS: tl.constexpr, S: tl.constexpr):
     """A descriptor of one group's rows, made by the program itself: PRODUCER needs it so. Rows past
     the last are 0."""
-    COLUMNS: tl.constexpr = S.BLOCK_D
     stride = source.stride.to(tl.int64)
     start = source.ptr + first.to(tl.int64) * stride
     return tl.make_tensor_descriptor(
-        start, [tl.maximum(count, 1), COLUMNS], [stride * step, 1], [ROWS, COLUMNS])
+        start, [tl.maximum(count, 1), S.BLOCK_D], [stride * step, 1], [ROWS, S.BLOCK_D])
 
 # %% ../../nbs/02d_kernel_steps.ipynb #43688471
 @triton.jit
@@ -213,8 +216,7 @@ def _dot(a, b, acc, S: tl.constexpr):
     if INTERPRETED and a.dtype == tl.bfloat16:  # numpy has no bfloat16; float32 holds it exactly
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    ACC: tl.constexpr = tl.float64 if a.dtype == tl.float64 else tl.float32
-    return tl.dot(a, b, acc, input_precision=S.PRECISION, out_dtype=ACC)
+    return tl.dot(a, b, acc, input_precision=S.PRECISION, out_dtype=S.ACC)
 
 # %% ../../nbs/02d_kernel_steps.ipynb #51d6e89c
 @triton.jit
@@ -287,12 +289,12 @@ def dropout_of(seed_ptr, head, threshold, keep_scale, S: tl.constexpr):
 
 # %% ../../nbs/02d_kernel_steps.ipynb #b3c0ce65
 @triton.jit
-def scales_of(scale, keep_scale, ACC: tl.constexpr):
+def scales_of(scale, keep_scale, S: tl.constexpr):
     """From float64 to the accumulator's type: the scale of scores to base 2, the scale itself, and
     that of weights that dropout keeps."""
     one = tl.full((), 1, tl.float64)
     to_base_2 = tl.full((), LOG2E, tl.float64) * scale
-    return to_base_2.to(ACC), (one * scale).to(ACC), (one * keep_scale).to(ACC)
+    return to_base_2.to(S.ACC), (one * scale).to(S.ACC), (one * keep_scale).to(S.ACC)
 
 # %% ../../nbs/02d_kernel_steps.ipynb #a285493e
 class Running(NamedTuple):
@@ -305,15 +307,13 @@ class Running(NamedTuple):
 
 # %% ../../nbs/02d_kernel_steps.ipynb #0e068106
 @triton.jit
-def start_softmax(q, ACC: tl.constexpr, S: tl.constexpr):
+def start_softmax(q, S: tl.constexpr):
     "Before the first tile. Weights that wait for the next tile take half the registers in half."
-    ROWS: tl.constexpr = S.BLOCK_M
-    KEYS: tl.constexpr = S.BLOCK_N
-    WEIGHTS: tl.constexpr = q.main.dtype if S.OVERLAP else ACC
-    m = tl.full([ROWS], -float("inf"), ACC)
-    p = tl.zeros([ROWS, KEYS], WEIGHTS)
-    alpha = tl.full([ROWS], 1, ACC)
-    return Running(no_rows(ROWS, ACC, S), m, tl.zeros([ROWS], ACC), p, alpha)
+    WEIGHTS: tl.constexpr = q.main.dtype if S.OVERLAP else S.ACC
+    m = tl.full([S.BLOCK_M], -float("inf"), S.ACC)
+    p = tl.zeros([S.BLOCK_M, S.BLOCK_N], WEIGHTS)
+    alpha = tl.full([S.BLOCK_M], 1, S.ACC)
+    return Running(no_rows(S.BLOCK_M, S), m, tl.zeros([S.BLOCK_M], S.ACC), p, alpha)
 
 # %% ../../nbs/02d_kernel_steps.ipynb #8a260f5f
 @triton.jit
@@ -371,11 +371,11 @@ class Statistics(NamedTuple):
 
 # %% ../../nbs/02d_kernel_steps.ipynb #7024b88d
 @triton.jit
-def _row_statistics(do, out, lse_ptr, dlse_ptr, stat, valid, ACC: tl.constexpr, S: tl.constexpr):
+def _row_statistics(do, out, lse_ptr, dlse_ptr, stat, valid, S: tl.constexpr):
     """The base-2 LSE of query rows and their delta. A row without keys gets +inf and 0:
     p = exp2(s - inf) = 0, and no NaN from its dlse."""
-    delta = tl.sum(do.main.to(ACC) * out.main.to(ACC), 1)  # [BM]
-    if S.BLOCK_E > 0: delta += tl.sum(do.rest.to(ACC) * out.rest.to(ACC), 1)
+    delta = tl.sum(do.main.to(S.ACC) * out.main.to(S.ACC), 1)  # [BM]
+    if S.BLOCK_E > 0: delta += tl.sum(do.rest.to(S.ACC) * out.rest.to(S.ACC), 1)
     if S.HAS_DLSE: delta -= tl.load(dlse_ptr + stat, mask=valid, other=0.)
     lse2 = tl.load(lse_ptr + stat, mask=valid, other=-float("inf")) * LOG2E
     empty = lse2 == -float("inf")
@@ -383,13 +383,12 @@ def _row_statistics(do, out, lse_ptr, dlse_ptr, stat, valid, ACC: tl.constexpr, 
 
 # %% ../../nbs/02d_kernel_steps.ipynb #b8cb04ad
 @triton.jit
-def load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid,
-                 ACC: tl.constexpr, S: tl.constexpr):
+def load_queries(q, do, out, lse_ptr, dlse_ptr, batch, head, stat, token, valid, S: tl.constexpr):
     "All that the backward needs to know of a tile of queries."
     q_tile = load_rows(head_of(q, batch, head, S), token, valid, S, True)  # [BM, BD], [BM, BE]
     do_tile = load_rows(head_of(do, batch, head, S), token, valid, S, True)
     out_tile = load_rows(head_of(out, batch, head, S), token, valid, S, True)
-    lse2, delta = _row_statistics(do_tile, out_tile, lse_ptr, dlse_ptr, stat, valid, ACC, S)
+    lse2, delta = _row_statistics(do_tile, out_tile, lse_ptr, dlse_ptr, stat, valid, S)
     return Queries(q_tile, do_tile, lse2, delta, token)
 
 # %% ../../nbs/02d_kernel_steps.ipynb #539bb2f7
@@ -432,9 +431,9 @@ class Sums(NamedTuple):
 
 # %% ../../nbs/02d_kernel_steps.ipynb #bf1a4008
 @triton.jit
-def no_sums(ROWS: tl.constexpr, ACC: tl.constexpr, S: tl.constexpr):
+def no_sums(ROWS: tl.constexpr, S: tl.constexpr):
     "Before the first tile."
-    return Sums(no_rows(ROWS, ACC, S), no_rows(ROWS, ACC, S))
+    return Sums(no_rows(ROWS, S), no_rows(ROWS, S))
 
 # %% ../../nbs/02d_kernel_steps.ipynb #fc90c246
 @triton.jit

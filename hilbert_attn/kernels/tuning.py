@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CANDIDATES', 'GATHERED', 'PRODUCERS', 'tile_cache', 'Tile', 'tiles', 'is_half', 'default_tile', 'pow2',
-           'split_head_dim', 'Workload', 'tile_cache_path', 'TileCache', 'time_launch', 'capturing', 'tuned_tile']
+           'split_head_dim', 'Workload', 'tile_cache_path', 'TileCache', 'time_launch', 'capturing',
+           'kept_outside_graphs', 'tuned_tile']
 
 # %% ../../nbs/02e_tile_choice.ipynb #41fd9513
 import json
@@ -14,10 +15,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..common import Cache
 from .steps import interpreted, triton
 
 # %% ../../nbs/02e_tile_choice.ipynb #4214c8f0
@@ -248,6 +251,18 @@ def capturing(
 ) -> bool:
     "Whether a CUDA graph is being captured: what is computed now exists only when it is replayed."
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+# %% ../../nbs/02e_tile_choice.ipynb #93d31f2f
+def kept_outside_graphs(
+    cache: Cache, # of what was computed before
+    key: Any, # hashable
+    compute: Callable[[], Tensor], # makes the value
+    source: Tensor, # that it is made from
+) -> Tensor:
+    "The value of a key: remembered, but for one that a graph captures."
+    if not capturing(source.device): return cache.get(key, compute, source)
+    found = cache.find(key, source)
+    return compute() if found is None else found[0]
 
 # %% ../../nbs/02e_tile_choice.ipynb #36ee24f3
 def _may_time(q: Tensor) -> bool:
