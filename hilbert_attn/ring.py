@@ -30,7 +30,6 @@ from hilbert_attn.ring_blocks import (
     Blocks,
     Queries,
     SharedWork,
-    add_to,
     ring_tasks,
     rows_of,
     shared_work,
@@ -68,7 +67,8 @@ class Call:
     @property
     def ring(self) -> Ring: return self.work.ring
 
-    def blocks(self, tasks: Sequence) -> Blocks: return Blocks(tasks, self.order, self.scale)
+    def blocks(self, tasks: Sequence, batch: Sequence[int | None] = (None,)) -> Blocks:
+        return Blocks(tasks, self.order, self.scale, batch)
 
     # branch -1: those that exchange rows
     def begin_backward(self, error: Exception | None, branch: int = -1) -> Together:
@@ -114,7 +114,8 @@ def _go_around(
     for step in range(size):
         src, last = (rank - step) % size, step == size - 1
         if not last: ahead, flight = call.pass_on(here, sizes[src - 1])
-        meet(call.blocks(ring_tasks(call.plan, branch, rank, src, turn)), here, src)
+        tasks = ring_tasks(call.plan, branch, rank, src, turn)
+        meet(call.blocks(tasks, turn.batch), here, src)
         if last: return
         flight.wait()
         here = ahead
@@ -152,7 +153,7 @@ def _backward_turn(
     work: Together, # of the way back
     branch: int,
     turn: Turn,
-    queries: Queries, # of the turn
+    queries: Queries,
     home: _Home,
 ):
     "K and V of some heads once around again, dK and dV until they are home."
@@ -190,7 +191,7 @@ class DenseRing(torch.autograd.Function):
         with call.round("forward"):
             queries = Queries.before(q)
             for turn in call.plan.turns(branch):
-                _forward_turn(call, branch, turn, queries.of(turn), (k, v))
+                _forward_turn(call, branch, turn, queries, (k, v))
         call.work.check()
         out = queries.out.to(q.dtype)
         ctx.call, ctx.branch = call, branch
@@ -207,7 +208,7 @@ class DenseRing(torch.autograd.Function):
             q, k, v, out, lse = saved
             queries, home = Queries.after(q, out, lse, dout, dlse), _Home((k, v))
             for turn in call.plan.turns(ctx.branch):
-                _backward_turn(call, work, ctx.branch, turn, queries.of(turn), home)
+                _backward_turn(call, work, ctx.branch, turn, queries, home)
             home.settle()
         return queries.dq.to(q.dtype), *home.whole, None, None
 
@@ -262,7 +263,7 @@ class Exchange:
         for peer, parcels in self.outgoing.items():
             for parcel, parts in zip(parcels, self.unpack(buffers[peer], parcels)):
                 i, at = self._at(parcel)
-                for target, part in zip(gradients[i], parts): add_to(target, at, part)
+                for target, part in zip(gradients[i], parts): target[at] += part
 
 # %% ../nbs/09d_ring.ipynb #8cd48bb0
 class SharedSegments(torch.autograd.Function):

@@ -119,8 +119,6 @@ class Turn:
     kv_heads: tuple[int, int] # counted within the branch
     heads: tuple[int, int] # their query heads, counted within the branch
 
-    def queries(self, x: Tensor) -> Tensor: return x[slice(*self.batch), slice(*self.heads)]
-
     def keys(self, x: Tensor) -> Tensor: return x[slice(*self.batch), slice(*self.kv_heads)]
 
 # %% ../nbs/09_ring_plan.ipynb #40d267da
