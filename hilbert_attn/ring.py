@@ -10,6 +10,7 @@ __all__ = ['Call', 'DenseRing', 'Exchange', 'SharedSegments', 'OnTheWayBack', 'P
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from math import log
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .backends import check_backend_name, hilbert_attention, shortcut
 from .calls import autocast_inputs, check_order, check_scale, check_tensors
 from .common import (
-    known_now, lse_dtype, true_or_false, whole_number, whole_numbers)
+    known_now, lse_dtype, true_or_false, whole_number)
 from .curves import inverse_order
 from .dilated import dilated_attention
 from .patterns import Progression, SegmentPattern, default_mode
@@ -42,9 +43,9 @@ from hilbert_attn.ring_plan import (
     RingBranch,
     RingPlan,
     Turn,
+    branch_numbers,
     check_layout,
     plan_ring,
-    segment_lengths_of,
 )
 from .sdpa import as_slice
 
@@ -351,33 +352,31 @@ def _one_kv_head_each(branch: RingBranch, q: Tensor, k: Tensor, v: Tensor) -> tu
     return k[:, list(branch.kv_of)], v[:, list(branch.kv_of)]
 
 # %% ../nbs/09d_ring.ipynb #2f47e971
-def _attend_inside(
-    call: Call,
-    branches: Sequence[RingBranch], # to merge
-    qkv: Sequence[Tensor],
-    order: Tensor | None, # of these rows alone
+def _attend_branch(
+    call: Call, branch: RingBranch, q: Tensor, k: Tensor, v: Tensor, **order: Tensor,
 ) -> Any: # out, lse
-    first, (q, k, v) = branches[0].pattern, qkv
-    options: Any = dict(curve=None, order=order, causal=call.plan.causal, scale=call.scale,
-                        dilation_mode=first.mode, backend=call.request.backend, return_lse=True)
-    if len(branches) == 1:
-        offsets = None if first.mode == "residue" else first.offsets
-        return hilbert_attention(q, k, v, segment_size=first.segment_size, offsets=offsets,
-                                 dilation_rate=first.dilation_rate, **options)
-    patterns = [b.pattern for b in branches for _ in range(b.copies)]
-    lengths = [pattern.segment_size for pattern in patterns]
-    rates = [pattern.dilation_rate for pattern in patterns]
-    return dilated_attention(q, k, v, lengths, rates, offsets=call.request.offsets, **options)
+    pattern = branch.pattern
+    return hilbert_attention(
+        q, *_one_kv_head_each(branch, q, k, v), curve=None, **order, causal=call.plan.causal,
+        segment_size=pattern.segment_size, dilation_rate=pattern.dilation_rate,
+        dilation_mode=pattern.mode, scale=call.scale, backend=call.request.backend,
+        offsets=None if pattern.mode == "residue" else pattern.offsets, return_lse=True)
+
 
 # %% ../nbs/09d_ring.ipynb #e7eca7ef
-def _inside(call: Call, branches: Sequence[RingBranch], part: Part, q, k, v):
-    "Attention of some rows whose segments lie inside the shard: out, lse."
-    qkv = q, *_one_kv_head_each(branches[0], q, k, v)
-    if call.order is None: return _attend_inside(call, branches, qkv, None)
+def _by_token(attend: Callable, order: Tensor, rank: Tensor, *qkv: Tensor) -> Any:
+    "Attention of rows that lie in an order of their tokens, whose inverse is `rank`."
+    found = attend(*(x.index_select(2, rank) for x in qkv), order=order)
+    if isinstance(found, Tensor): return found.index_select(2, order)
+    return tuple(x.index_select(2, order) for x in found)
+
+
+def _inside(call: Call, attend: Callable, part: Part, *qkv: Tensor) -> Any: # out, lse
+    "Attention of some rows whose segments lie inside the shard."
+    if call.order is None: return attend(*qkv)
     by_token = call.order[part.start:part.stop].argsort()
-    place = by_token.argsort()  # of each position, by token
-    found = _attend_inside(call, branches, [x.index_select(2, by_token) for x in qkv], place)
-    return tuple(x.index_select(2, place) for x in found)
+    return _by_token(attend, by_token.argsort(), by_token, *qkv)
+
 
 # %% ../nbs/09d_ring.ipynb #0fcd9949
 def _split(parts: Sequence[Part], *xs: Tensor) -> list[tuple[Tensor, ...]]:
@@ -416,8 +415,8 @@ def _attend_piece(call: Call, piece: Piece) -> Any: # out, lse
     if call.plan.kind(piece.branch) == "ring":
         return call.work.take_part(DenseRing.apply, *piece.qkv, call, piece.branch)
     if piece.part is None: return _nothing(*piece.qkv)
-    branch = call.plan.branches[piece.branch]
-    return call.work.compute(_inside, call, [branch], piece.part, *piece.qkv)
+    attend = partial(_attend_branch, call, call.plan.branches[piece.branch])
+    return call.work.compute(_inside, call, attend, piece.part, *piece.qkv)
 
 # %% ../nbs/09d_ring.ipynb #56841b76
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: # out, lse
@@ -474,7 +473,8 @@ def _met(call: Call, done: list[tuple]) -> list[tuple]:
 def _merged_inside(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple: # out, lse
     "All branches at once, run by run."
     runs = [Part(*run, False) for run in call.plan.runs[call.ring.rank]]
-    done = [call.work.compute(_inside, call, call.plan.branches, run, *qkv)
+    attend = partial(_attend_alone, call.request, return_lse=True)
+    done = [call.work.compute(_inside, call, attend, run, *qkv)
             for run, qkv in zip(runs, _split(runs, q, k, v))]
     call.work.check()
     return _joined(done)
@@ -545,10 +545,8 @@ class Request:
         if self.combine is None:
             lengths = None if lengths is None else whole_number("segment_size", lengths)
             rates = whole_number("dilation_rate", rates)
-        self.segment_lengths = segment_lengths_of(lengths)
-        self.dilation_rates = whole_numbers("dilation_rates", rates)
-        if self.offsets is None or isinstance(self.offsets, int): return
-        self.offsets = whole_numbers("offsets", self.offsets)
+        numbers = branch_numbers(lengths, rates, self.offsets)
+        self.segment_lengths, self.dilation_rates, self.offsets = numbers
 
     def shape(self) -> dict:
         "What a plan needs to know of the tensors."
@@ -592,7 +590,7 @@ _WHOLE = 1 << 31 # longer than any sequence, for graphs that leave the length op
 
 
 def _attend_alone(request: "Request", q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    "Attention of one rank, whose positions are all there are: out, or out and LSE."
+    "Attention of rows that need no others: out, or out and LSE."
     n = q.shape[2]
     whole = n if known_now(n) else _WHOLE
     lengths = [whole if w is None else w for w in request.segment_lengths]
@@ -611,16 +609,12 @@ def _alone(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Any)
     "A call of one rank, without plan and messages."
     request = Request(q, k, v, **options)
     request.check()
-    q, k, v, order = request.q, request.k, request.v, request.order
-    if order is not None: order = check_order(order, q.shape[2], q.device)
-    wanted = dict(return_lse=true_or_false("return_lse", return_lse))
-    if order is None or not request.causal: return _attend_alone(request, q, k, v, **wanted)
-    rank = inverse_order(order)  # earlier means: by token
-    q, k, v = (x.index_select(2, rank) for x in (q, k, v))
-    found = _attend_alone(request, q, k, v, order=order, **wanted)
-    if not return_lse: return found.index_select(2, order)
-    out, lse = found
-    return out.index_select(2, order), lse.index_select(2, order)
+    qkv, order = (request.q, request.k, request.v), request.order
+    if order is not None: order = check_order(order, request.q.shape[2], request.q.device)
+    lse_too = true_or_false("return_lse", return_lse)
+    attend = partial(_attend_alone, request, return_lse=lse_too)
+    if order is None or not request.causal: return attend(*qkv)
+    return _by_token(attend, order, inverse_order(order), *qkv)  # earlier means: by token
 
 # %% ../nbs/09d_ring.ipynb #43198e0e
 def _ring_round(name: str, group: Any, return_lse: bool, request: Request) -> Any:

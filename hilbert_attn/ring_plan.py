@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'TURN_BYTES', 'check_layout', 'shard_sizes', 'shard_runs', 'shard_positions', 'Part', 'Parcel', 'Turn',
-           'class_rows', 'RingBranch', 'Traffic', 'RingPlan', 'list_ranks', 'segment_lengths_of', 'check_sizes',
+           'class_rows', 'RingBranch', 'Traffic', 'RingPlan', 'list_ranks', 'branch_numbers', 'check_sizes',
            'plan_ring']
 
 # %% ../nbs/09_ring_plan.ipynb #0224826e
@@ -433,13 +433,19 @@ def _describe(plan: RingPlan) -> Iterator[str]:
         for rank in ranks: yield "  …" if rank is None else _describe_rank(plan, b, rank)
 
 # %% ../nbs/09_ring_plan.ipynb #f2072a09
-def segment_lengths_of(
-    given: Any, # whole numbers and None, or one of them
-) -> tuple[int | None, ...]:
-    "Segment lengths as given; None is one segment."
-    if given is None: return (None,)
-    if not isinstance(given, (list, tuple)): return whole_numbers("segment_lengths", given)
-    return tuple(None if w is None else whole_number("segment_lengths", w) for w in given)
+def branch_numbers(
+    lengths: Any, # whole numbers and None, or one of them
+    rates: Any, # whole numbers, or one
+    offsets: Any, # whole numbers, one, or None
+) -> tuple[tuple[int | None, ...], tuple[int, ...], Any]: # the same
+    "Segment lengths, dilation rates and offsets as given; a length of None is one segment."
+    if lengths is None: lengths = [None]
+    if not isinstance(lengths, (list, tuple)): lengths = whole_numbers("segment_lengths", lengths)
+    checked = (None if w is None else whole_number("segment_lengths", w) for w in lengths)
+    several = offsets is not None and not isinstance(offsets, int)
+    if several: offsets = whole_numbers("offsets", offsets)
+    return tuple(checked), whole_numbers("dilation_rates", rates), offsets
+
 
 # %% ../nbs/09_ring_plan.ipynb #7b9521a5
 def _branches(n: int, heads: int, kv_heads: int, lengths, rates, combine: str, mode: str, offsets):
@@ -516,10 +522,7 @@ def plan_ring(
     sizes = _plan_sizes(seq_len, world_size, layout)
     kv_heads = heads if kv_heads is None else kv_heads
     _check_head_counts(heads, kv_heads)
-    lengths = segment_lengths_of(segment_lengths)
-    rates = whole_numbers("dilation_rates", dilation_rates)
-    several = offsets is not None and not isinstance(offsets, int)
-    if several: offsets = whole_numbers("offsets", offsets)
+    lengths, rates, offsets = branch_numbers(segment_lengths, dilation_rates, offsets)
     causal = true_or_false("causal", causal)
     ordered = causal and true_or_false("ordered", ordered)
     if dilation_mode is None:
