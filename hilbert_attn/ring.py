@@ -353,7 +353,7 @@ def _one_kv_head_each(branch: RingBranch, q: Tensor, k: Tensor, v: Tensor) -> tu
 
 # %% ../nbs/09d_ring.ipynb #2f47e971
 def _attend_branch(
-    call: Call, branch: RingBranch, q: Tensor, k: Tensor, v: Tensor, **order: Tensor,
+    call: Call, branch: RingBranch, q: Tensor, k: Tensor, v: Tensor, **order: Any,
 ) -> Any: # out, lse
     pattern = branch.pattern
     return hilbert_attention(
