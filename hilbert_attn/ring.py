@@ -234,9 +234,6 @@ class Exchange:
         elements = self.call.plan.elements
         return {peer: like.new_empty(elements(some)) for peer, some in parcels.items()}
 
-    def wait(self):
-        with self.call.round("forward"): self.flight.wait()
-
     def _at(self, parcel: Parcel) -> tuple[int, tuple]:
         "The part that a parcel belongs to, and the index of its heads and rows there."
         i, rows = self.index[parcel.branch, parcel.part], parcel.rows
@@ -273,7 +270,7 @@ class SharedSegments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange: Exchange, *tensors: Tensor): # q, k, v of each part
         call, (qs, ks, vs) = exchange.call, (tensors[side::3] for side in range(3))
-        exchange.wait()
+        with call.round("forward"): exchange.flight.wait()
         call.work.check()
         rows = [Queries.before(q) for q in qs]
         sources = [*zip(ks, vs), *exchange.sources(exchange.buffers)]

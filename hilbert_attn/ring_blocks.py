@@ -241,16 +241,16 @@ def shared_work(
     "Parts, parcels and tasks of a rank; sources are its parts, then the parcels that arrive."
     parts = plan.shared_parts(rank)
     arriving = tuple(p for peer in plan.peers(rank) for p in plan.parcels(peer, rank))
-    own = [_own_parcel(plan, b, part, rank) for b, part in parts]
+    own = [_own_parcel(plan, b, part) for b, part in parts]
     sources = {(p.branch, p.part, p.residue): (i, p) for i, p in enumerate([*own, *arriving])}
     tasks = [task for i, at in enumerate(parts) for task in _part_tasks(plan, i, *at, sources)]
     return SharedWork(tuple(parts), arriving, tuple(tasks))
 
 # %% ../nbs/09c_ring_blocks.ipynb #25f8e877
-def _own_parcel(plan: RingPlan, b: int, part: Part, rank: int) -> Parcel:
+def _own_parcel(plan: RingPlan, b: int, part: Part) -> Parcel:
     "A part of a rank's own, as if it had arrived."
     kv_heads = tuple(range(plan.branches[b].num_kv_heads))
-    return Parcel(b, rank, rank, part.start, None, kv_heads, part.rows)
+    return Parcel(b, part.start, None, kv_heads, part.rows)
 
 # %% ../nbs/09c_ring_blocks.ipynb #a66c0b72
 def _met(

@@ -196,12 +196,6 @@ class Notes:
     calls: int # begun so far
     error: tuple[str, str] | None # its name and its text
 
-# %% ../nbs/09b_ring_exchange.ipynb #d7d64f9e
-def _gather_notes(ring: Ring, notes: Notes) -> list[Notes]:
-    everybody: list[Any] = [None] * ring.size
-    dist.all_gather_object(everybody, notes, group=ring.group)
-    return everybody
-
 # %% ../nbs/09b_ring_exchange.ipynb #af3db230
 def agree(
     ring: Ring, # of this rank
@@ -221,7 +215,9 @@ def agree(
     with temporarily_clear_interpreter_stack(), talk, _contact():
         fingerprints, sizes = zip(*_gather_words(ring, fingerprint, rows))
         if fingerprint >= 0 and len(set(fingerprints)) == 1: return sizes
-        everybody = _gather_notes(ring, Notes(what, common, ring.state.calls, described))
+        notes = Notes(what, common, ring.state.calls, described)
+        everybody = [notes] * ring.size  # each replaced by that of its rank
+        dist.all_gather_object(everybody, notes, group=ring.group)
     ring.state.calls = max(notes.calls for notes in everybody)  # the next call has one number again
     raise _disagreement(everybody) from error
 

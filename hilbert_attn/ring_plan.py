@@ -104,9 +104,7 @@ class Part:
 class Parcel:
     "Rows of K and V that one rank sends to another."
     branch: int
-    src: int # rank that holds them
-    dst: int # rank that needs them
-    part: int # first position of the part of `src` that they belong to
+    part: int # first position of the part that they belong to
     residue: int | None # of the rows; None: rows of every residue
     kv_heads: tuple[int, ...] # counted within the branch
     rows: Progression # positions
@@ -314,7 +312,7 @@ def _queries_end(branch: RingBranch, parts: Sequence[Part], residue: int | None)
     return max((rows.last + 1 for rows in classes if rows.count), default=0)
 
 # %% ../nbs/09_ring_plan.ipynb #f466e821
-def _parcels_of(plan: RingPlan, b: int, part: Part, src: int, dst: int) -> Iterator[Parcel]:
+def _parcels_of(plan: RingPlan, b: int, part: Part, dst: int) -> Iterator[Parcel]:
     "What one rank needs of a part of another."
     branch = plan.branches[b]
     theirs = [other for rank, other in plan.sharing(b, part.start) if rank == dst]
@@ -323,13 +321,13 @@ def _parcels_of(plan: RingPlan, b: int, part: Part, src: int, dst: int) -> Itera
         by_position = plan.causal and not plan.ordered
         seen = replace(part, stop=min(part.stop, end)) if by_position else part
         rows = branch.keys(seen, residue)
-        if end and rows.count: yield Parcel(b, src, dst, part.start, residue, kv_heads, rows)
+        if end and rows.count: yield Parcel(b, part.start, residue, kv_heads, rows)
 
 # %% ../nbs/09_ring_plan.ipynb #0a61e44d
 @lru_cache(maxsize=1 << 15)
 def _parcels(plan: RingPlan, src: int, dst: int) -> tuple[Parcel, ...]:
     if src == dst: return ()
-    found = (_parcels_of(plan, b, part, src, dst) for b, part in plan.shared_parts(src))
+    found = (_parcels_of(plan, b, part, dst) for b, part in plan.shared_parts(src))
     return tuple(chain.from_iterable(found))
 
 # %% ../nbs/09_ring_plan.ipynb #1c508a16
