@@ -18,17 +18,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._C._functorch import peek_interpreter_stack
 from torch.distributed.device_mesh import DeviceMesh
 
 from .backends import attend, check_backend_name
 from .blocks.lists import (
     ALWAYS, NEVER, BlockLists, check_lists, check_place, take_blocks)
 from .calls import check_call
-from .common import lse_dtype
 from .curves import inverse_order
 from .ring import is_alone
-from .ring_exchange import Ring, begin, begin_call, swap
+from .ring_exchange import Fetch, Shares, Together, begin_call
 from .ring_plan import shard_sizes
 
 # %% ../nbs/10g_block_ring.ipynb #40464e3b
@@ -181,63 +179,15 @@ def plan_block_ring(
 _NAME = "block_sparse_ring_attention"
 
 
-@dataclass
-class _Fetching:
-    "Rows of K and V on their way from shards to those who read them, and their gradients back."
-    plan: BlockRingPlan
-    ring: Ring
-    number: int # of the call
+def _fetch(plan: BlockRingPlan, work: Together, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    "K and V that this rank reads, in the order of positions."
+    rank, ranks = work.ring.rank, range(plan.world_size)
+    given = [plan.parcel(rank, dst) - plan.edges[rank] for dst in ranks]
+    rows = [torch.from_numpy(some).to(k.device) for some in given]
+    taken = [len(plan.parcel(src, rank)) for src in ranks]
+    both, shares = torch.stack([k, v]), Shares(work, rows, taken, 3)
+    return Fetch.apply(both, shares, shares.room(both, taken)).unbind()
 
-    @cached_property
-    def wanted(self) -> list[int]: # rows of each rank that this one reads
-        return [len(self.plan.parcel(src, self.ring.rank)) for src in range(self.ring.size)]
-
-    @cached_property
-    def given(self) -> list[Tensor]: # rows of this shard that each rank reads
-        rank, first = self.ring.rank, self.plan.edges[self.ring.rank]
-        parcels = (self.plan.parcel(rank, dst) for dst in range(self.ring.size))
-        return [torch.from_numpy(positions - first) for positions in parcels]
-
-    def exchange(self, what: str, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        "Sends a tensor (2, B, H_kv, rows, D) to each rank and receives one of so many rows."
-        own = parts[self.ring.rank]
-        received = [own.new_empty(*own.shape[:3], size, own.shape[4]) for size in sizes]
-        received[self.ring.rank] = own
-        swap(self.ring, what, self.number, parts, received)
-        return received
-
-    def fetch(self, kv: Tensor) -> Tensor:
-        "What this rank reads, in the order of positions."
-        with self.ring.round(_NAME):
-            parts = [kv.index_select(3, rows.to(kv.device)) for rows in self.given]
-            return torch.cat(self.exchange(_NAME, parts, self.wanted), 3)
-
-    def send_back(self, gradients: Tensor, rows: int) -> Tensor: # (2, B, H_kv, rows, D)
-        "The gradients of this rank's rows, added up in the order of the ranks."
-        what = f"{_NAME}, backward"
-        with begin(self.ring, what, self.number), self.ring.round(what):
-            parts, sizes = gradients.split(self.wanted, 3), [len(x) for x in self.given]
-            arrived = self.exchange(what, parts, sizes)
-            total = gradients.new_zeros(*gradients.shape[:3], rows, gradients.shape[4])
-            for places, part in zip(self.given, arrived):
-                total.index_add_(3, places.to(total.device), part)
-            return total
-
-# %% ../nbs/10g_block_ring.ipynb #87608b5f
-class _Fetch(torch.autograd.Function):
-    "K and V of a shard to those that its queries read."
-
-    @staticmethod
-    def forward(ctx, k: Tensor, v: Tensor, fetching: _Fetching):
-        ctx.fetching, ctx.rows = fetching, k.shape[2]
-        k, v = fetching.fetch(torch.stack([k, v]))
-        return k, v
-
-    @staticmethod
-    def backward(ctx, dk: Tensor, dv: Tensor):
-        wide = lse_dtype(dk.dtype)
-        total = ctx.fetching.send_back(torch.stack([dk, dv]).to(wide), ctx.rows)
-        return *total.to(dk.dtype), None
 
 # %% ../nbs/10g_block_ring.ipynb #619cdb33
 _Known = dict[tuple, tuple[BlockRingPlan, BlockLists]] # (size, rank, writes) -> plan, lists
@@ -287,7 +237,8 @@ def _alone(q, k, v, lists: BlockLists, scale, backend: str, return_lse) -> Any:
     call.q, call.k, call.v = (x.index_select(2, rank) for x in (call.q, call.k, call.v))
     out, lse = attend(call.along(lists), backend, "blocks")
     order = inverse_order(rank)
-    return call.result(out.index_select(2, order), lse.index_select(2, order))
+    if lse is not None: lse = lse.index_select(2, order)
+    return call.result(out.index_select(2, order), lse)
 
 # %% ../nbs/10g_block_ring.ipynb #51d4a8bf
 def _ring_round(q, k, v, lists: BlockLists, group, scale, backend: str, return_lse) -> Any:
@@ -303,7 +254,7 @@ def _ring_round(q, k, v, lists: BlockLists, group, scale, backend: str, return_l
 
     work, _, (call, plan, own) = begin_call(group, _NAME, check)
     with work:
-        k, v = _Fetch.apply(call.k, call.v, _Fetching(plan, work.ring, work.number))
+        k, v = _fetch(plan, work, call.k, call.v)
         out, lse = attend(replace(call, k=k, v=v, pattern=own), backend, "blocks")
     return call.result(out, lse)
 
@@ -324,9 +275,6 @@ def block_sparse_ring_attention(
     Differentiable in q, k, v through output and LSE; only needed blocks travel. Rules and errors as
     in `ring_attention`."""
     how = scale, backend, return_lse
-    compiling = torch.compiler.is_compiling()
-    traced = compiling or peek_interpreter_stack() is not None
-    traced = traced or isinstance(q, Tensor) and q.is_meta
-    if traced and is_alone(group): return _alone(q, k, v, lists, *how)
-    ring_round = torch.compiler.disable(_ring_round) if compiling else _ring_round
-    return ring_round(q, k, v, lists, group, *how)
+    if is_alone(group): return _alone(q, k, v, lists, *how)
+    if not torch.compiler.is_compiling(): return _ring_round(q, k, v, lists, group, *how)
+    return torch.compiler.disable(_ring_round)(q, k, v, lists, group, *how)

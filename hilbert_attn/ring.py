@@ -10,6 +10,7 @@ __all__ = ['Call', 'DenseRing', 'Exchange', 'SharedSegments', 'OnTheWayBack', 'P
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from math import log
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from .backends import check_backend_name, hilbert_attention, shortcut
 from .calls import autocast_inputs, check_order, check_scale, check_tensors
 from .common import (
-    known_now, lse_dtype, true_or_false, whole_number, whole_numbers)
+    known_now, lse_dtype, true_or_false, whole_number)
 from .curves import inverse_order
 from .dilated import dilated_attention
 from .patterns import Progression, SegmentPattern, default_mode
@@ -30,7 +31,6 @@ from hilbert_attn.ring_blocks import (
     Blocks,
     Queries,
     SharedWork,
-    add_to,
     ring_tasks,
     rows_of,
     shared_work,
@@ -43,9 +43,9 @@ from hilbert_attn.ring_plan import (
     RingBranch,
     RingPlan,
     Turn,
+    branch_numbers,
     check_layout,
     plan_ring,
-    segment_lengths_of,
 )
 from .sdpa import as_slice
 
@@ -68,7 +68,8 @@ class Call:
     @property
     def ring(self) -> Ring: return self.work.ring
 
-    def blocks(self, tasks: Sequence) -> Blocks: return Blocks(tasks, self.order, self.scale)
+    def blocks(self, tasks: Sequence, batch: Sequence[int | None] = (None,)) -> Blocks:
+        return Blocks(tasks, self.order, self.scale, batch)
 
     # branch -1: those that exchange rows
     def begin_backward(self, error: Exception | None, branch: int = -1) -> Together:
@@ -114,7 +115,8 @@ def _go_around(
     for step in range(size):
         src, last = (rank - step) % size, step == size - 1
         if not last: ahead, flight = call.pass_on(here, sizes[src - 1])
-        meet(call.blocks(ring_tasks(call.plan, branch, rank, src, turn)), here, src)
+        tasks = ring_tasks(call.plan, branch, rank, src, turn)
+        meet(call.blocks(tasks, turn.batch), here, src)
         if last: return
         flight.wait()
         here = ahead
@@ -152,7 +154,7 @@ def _backward_turn(
     work: Together, # of the way back
     branch: int,
     turn: Turn,
-    queries: Queries, # of the turn
+    queries: Queries,
     home: _Home,
 ):
     "K and V of some heads once around again, dK and dV until they are home."
@@ -190,7 +192,7 @@ class DenseRing(torch.autograd.Function):
         with call.round("forward"):
             queries = Queries.before(q)
             for turn in call.plan.turns(branch):
-                _forward_turn(call, branch, turn, queries.of(turn), (k, v))
+                _forward_turn(call, branch, turn, queries, (k, v))
         call.work.check()
         out = queries.out.to(q.dtype)
         ctx.call, ctx.branch = call, branch
@@ -207,7 +209,7 @@ class DenseRing(torch.autograd.Function):
             q, k, v, out, lse = saved
             queries, home = Queries.after(q, out, lse, dout, dlse), _Home((k, v))
             for turn in call.plan.turns(ctx.branch):
-                _backward_turn(call, work, ctx.branch, turn, queries.of(turn), home)
+                _backward_turn(call, work, ctx.branch, turn, queries, home)
             home.settle()
         return queries.dq.to(q.dtype), *home.whole, None, None
 
@@ -231,9 +233,6 @@ class Exchange:
         "A message, flat, for each peer."
         elements = self.call.plan.elements
         return {peer: like.new_empty(elements(some)) for peer, some in parcels.items()}
-
-    def wait(self):
-        with self.call.round("forward"): self.flight.wait()
 
     def _at(self, parcel: Parcel) -> tuple[int, tuple]:
         "The part that a parcel belongs to, and the index of its heads and rows there."
@@ -262,7 +261,7 @@ class Exchange:
         for peer, parcels in self.outgoing.items():
             for parcel, parts in zip(parcels, self.unpack(buffers[peer], parcels)):
                 i, at = self._at(parcel)
-                for target, part in zip(gradients[i], parts): add_to(target, at, part)
+                for target, part in zip(gradients[i], parts): target[at] += part
 
 # %% ../nbs/09d_ring.ipynb #8cd48bb0
 class SharedSegments(torch.autograd.Function):
@@ -271,7 +270,7 @@ class SharedSegments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, exchange: Exchange, *tensors: Tensor): # q, k, v of each part
         call, (qs, ks, vs) = exchange.call, (tensors[side::3] for side in range(3))
-        exchange.wait()
+        with call.round("forward"): exchange.flight.wait()
         call.work.check()
         rows = [Queries.before(q) for q in qs]
         sources = [*zip(ks, vs), *exchange.sources(exchange.buffers)]
@@ -350,33 +349,31 @@ def _one_kv_head_each(branch: RingBranch, q: Tensor, k: Tensor, v: Tensor) -> tu
     return k[:, list(branch.kv_of)], v[:, list(branch.kv_of)]
 
 # %% ../nbs/09d_ring.ipynb #2f47e971
-def _attend_inside(
-    call: Call,
-    branches: Sequence[RingBranch], # to merge
-    qkv: Sequence[Tensor],
-    order: Tensor | None, # of these rows alone
+def _attend_branch(
+    call: Call, branch: RingBranch, q: Tensor, k: Tensor, v: Tensor, **order: Any,
 ) -> Any: # out, lse
-    first, (q, k, v) = branches[0].pattern, qkv
-    options: Any = dict(curve=None, order=order, causal=call.plan.causal, scale=call.scale,
-                        dilation_mode=first.mode, backend=call.request.backend, return_lse=True)
-    if len(branches) == 1:
-        offsets = None if first.mode == "residue" else first.offsets
-        return hilbert_attention(q, k, v, segment_size=first.segment_size, offsets=offsets,
-                                 dilation_rate=first.dilation_rate, **options)
-    patterns = [b.pattern for b in branches for _ in range(b.copies)]
-    lengths = [pattern.segment_size for pattern in patterns]
-    rates = [pattern.dilation_rate for pattern in patterns]
-    return dilated_attention(q, k, v, lengths, rates, offsets=call.request.offsets, **options)
+    pattern = branch.pattern
+    return hilbert_attention(
+        q, *_one_kv_head_each(branch, q, k, v), curve=None, **order, causal=call.plan.causal,
+        segment_size=pattern.segment_size, dilation_rate=pattern.dilation_rate,
+        dilation_mode=pattern.mode, scale=call.scale, backend=call.request.backend,
+        offsets=None if pattern.mode == "residue" else pattern.offsets, return_lse=True)
+
 
 # %% ../nbs/09d_ring.ipynb #e7eca7ef
-def _inside(call: Call, branches: Sequence[RingBranch], part: Part, q, k, v):
-    "Attention of some rows whose segments lie inside the shard: out, lse."
-    qkv = q, *_one_kv_head_each(branches[0], q, k, v)
-    if call.order is None: return _attend_inside(call, branches, qkv, None)
+def _by_token(attend: Callable, order: Tensor, rank: Tensor, *qkv: Tensor) -> Any:
+    "Attention of rows that lie in an order of their tokens, whose inverse is `rank`."
+    found = attend(*(x.index_select(2, rank) for x in qkv), order=order)
+    if isinstance(found, Tensor): return found.index_select(2, order)
+    return tuple(x.index_select(2, order) for x in found)
+
+
+def _inside(call: Call, attend: Callable, part: Part, *qkv: Tensor) -> Any: # out, lse
+    "Attention of some rows whose segments lie inside the shard."
+    if call.order is None: return attend(*qkv)
     by_token = call.order[part.start:part.stop].argsort()
-    place = by_token.argsort()  # of each position, by token
-    found = _attend_inside(call, branches, [x.index_select(2, by_token) for x in qkv], place)
-    return tuple(x.index_select(2, place) for x in found)
+    return _by_token(attend, by_token.argsort(), by_token, *qkv)
+
 
 # %% ../nbs/09d_ring.ipynb #0fcd9949
 def _split(parts: Sequence[Part], *xs: Tensor) -> list[tuple[Tensor, ...]]:
@@ -415,8 +412,8 @@ def _attend_piece(call: Call, piece: Piece) -> Any: # out, lse
     if call.plan.kind(piece.branch) == "ring":
         return call.work.take_part(DenseRing.apply, *piece.qkv, call, piece.branch)
     if piece.part is None: return _nothing(*piece.qkv)
-    branch = call.plan.branches[piece.branch]
-    return call.work.compute(_inside, call, [branch], piece.part, *piece.qkv)
+    attend = partial(_attend_branch, call, call.plan.branches[piece.branch])
+    return call.work.compute(_inside, call, attend, piece.part, *piece.qkv)
 
 # %% ../nbs/09d_ring.ipynb #56841b76
 def _nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: # out, lse
@@ -473,7 +470,8 @@ def _met(call: Call, done: list[tuple]) -> list[tuple]:
 def _merged_inside(call: Call, q: Tensor, k: Tensor, v: Tensor) -> tuple: # out, lse
     "All branches at once, run by run."
     runs = [Part(*run, False) for run in call.plan.runs[call.ring.rank]]
-    done = [call.work.compute(_inside, call, call.plan.branches, run, *qkv)
+    attend = partial(_attend_alone, call.request, return_lse=True)
+    done = [call.work.compute(_inside, call, attend, run, *qkv)
             for run, qkv in zip(runs, _split(runs, q, k, v))]
     call.work.check()
     return _joined(done)
@@ -544,10 +542,8 @@ class Request:
         if self.combine is None:
             lengths = None if lengths is None else whole_number("segment_size", lengths)
             rates = whole_number("dilation_rate", rates)
-        self.segment_lengths = segment_lengths_of(lengths)
-        self.dilation_rates = whole_numbers("dilation_rates", rates)
-        if self.offsets is None or isinstance(self.offsets, int): return
-        self.offsets = whole_numbers("offsets", self.offsets)
+        numbers = branch_numbers(lengths, rates, self.offsets)
+        self.segment_lengths, self.dilation_rates, self.offsets = numbers
 
     def shape(self) -> dict:
         "What a plan needs to know of the tensors."
@@ -591,7 +587,7 @@ _WHOLE = 1 << 31 # longer than any sequence, for graphs that leave the length op
 
 
 def _attend_alone(request: "Request", q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
-    "Attention of one rank, whose positions are all there are: out, or out and LSE."
+    "Attention of rows that need no others: out, or out and LSE."
     n = q.shape[2]
     whole = n if known_now(n) else _WHOLE
     lengths = [whole if w is None else w for w in request.segment_lengths]
@@ -610,16 +606,12 @@ def _alone(q: Tensor, k: Tensor, v: Tensor, *, return_lse: bool, **options: Any)
     "A call of one rank, without plan and messages."
     request = Request(q, k, v, **options)
     request.check()
-    q, k, v, order = request.q, request.k, request.v, request.order
-    if order is not None: order = check_order(order, q.shape[2], q.device)
-    wanted = dict(return_lse=true_or_false("return_lse", return_lse))
-    if order is None or not request.causal: return _attend_alone(request, q, k, v, **wanted)
-    rank = inverse_order(order)  # earlier means: by token
-    q, k, v = (x.index_select(2, rank) for x in (q, k, v))
-    found = _attend_alone(request, q, k, v, order=order, **wanted)
-    if not return_lse: return found.index_select(2, order)
-    out, lse = found
-    return out.index_select(2, order), lse.index_select(2, order)
+    qkv, order = (request.q, request.k, request.v), request.order
+    if order is not None: order = check_order(order, request.q.shape[2], request.q.device)
+    lse_too = true_or_false("return_lse", return_lse)
+    attend = partial(_attend_alone, request, return_lse=lse_too)
+    if order is None or not request.causal: return attend(*qkv)
+    return _by_token(attend, order, inverse_order(order), *qkv)  # earlier means: by token
 
 # %% ../nbs/09d_ring.ipynb #43198e0e
 def _ring_round(name: str, group: Any, return_lse: bool, request: Request) -> Any:

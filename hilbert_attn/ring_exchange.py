@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GroupState', 'Lost', 'Ring', 'ring_of', 'group_size', 'Flight', 'swap', 'Notes', 'agree', 'Together', 'begin',
-           'begin_call', 'refuse', 'is_known', 'share_errors', 'digest', 'shard_sequence', 'unshard_sequence']
+           'begin_call', 'refuse', 'is_known', 'share_errors', 'digest', 'shard_sequence', 'Shares', 'Fetch',
+           'unshard_sequence']
 
 # %% ../nbs/09b_ring_exchange.ipynb #2caa1a74
 import hashlib
@@ -195,12 +196,6 @@ class Notes:
     calls: int # begun so far
     error: tuple[str, str] | None # its name and its text
 
-# %% ../nbs/09b_ring_exchange.ipynb #d7d64f9e
-def _gather_notes(ring: Ring, notes: Notes) -> list[Notes]:
-    everybody: list[Any] = [None] * ring.size
-    dist.all_gather_object(everybody, notes, group=ring.group)
-    return everybody
-
 # %% ../nbs/09b_ring_exchange.ipynb #af3db230
 def agree(
     ring: Ring, # of this rank
@@ -220,7 +215,9 @@ def agree(
     with temporarily_clear_interpreter_stack(), talk, _contact():
         fingerprints, sizes = zip(*_gather_words(ring, fingerprint, rows))
         if fingerprint >= 0 and len(set(fingerprints)) == 1: return sizes
-        everybody = _gather_notes(ring, Notes(what, common, ring.state.calls, described))
+        notes = Notes(what, common, ring.state.calls, described)
+        everybody = [notes] * ring.size  # each replaced by that of its rank
+        dist.all_gather_object(everybody, notes, group=ring.group)
     ring.state.calls = max(notes.calls for notes in everybody)  # the next call has one number again
     raise _disagreement(everybody) from error
 
@@ -430,66 +427,66 @@ def shard_sequence(
     pieces = [x.narrow(dim, start, stop - start) for start, stop in runs]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
-# %% ../nbs/09b_ring_exchange.ipynb #d48b50c6
-def _places(sizes: Sequence[int], layout: str, order: Tensor | None, device) -> list[Tensor]:
-    "Token indices of each rank's rows."
-    places = [shard_positions(sizes, rank, layout).to(device) for rank in range(len(sizes))]
-    return places if order is None else [order[p] for p in places]
-
 # %% ../nbs/09b_ring_exchange.ipynb #1bd853c3
 @dataclass(frozen=True)
-class _Gathering:
-    "How shards become a whole sequence."
+class Shares:
+    "Rows that the ranks of a call give to each other."
     work: Together
-    sizes: tuple[int, ...]
-    dim: int
-    places: list[Tensor] # token indices of each rank's rows
-    total: bool # backward: add up the gradients of all ranks
+    given: Sequence[slice | Tensor] # to each rank, which rows of this one's shard
+    taken: Sequence[int] # from each rank, how many
+    dim: int # of the rows
 
-    def buffers(self, x: Tensor) -> list[Tensor]:
-        "Room for what each other rank sends, and for the whole."
-        sizes = [*self.sizes, sum(self.sizes)]
-        sizes[self.work.ring.rank] = 0
-        return [x.new_empty(*x.shape[:self.dim], n, *x.shape[self.dim + 1:]) for n in sizes]
+    def room(self, x: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+        "For what each other rank sends: so many rows like those of `x`."
+        own, before, after = self.work.ring.rank, x.shape[:self.dim], x.shape[self.dim + 1:]
+        return [x.new_empty(*before, 0 if rank == own else n, *after)
+                for rank, n in enumerate(sizes)]
 
-    def gather(self, x: Tensor, parts: list[Tensor], whole: Tensor) -> Tensor:
-        "The whole, from what all ranks hold."
+    def exchange(self, what: str, sends: Sequence[Tensor], room: list[Tensor]) -> list[Tensor]:
+        "Sends a tensor to each rank, and receives one from each; the own one stays."
         ring = self.work.ring
-        parts[ring.rank] = x
-        swap(ring, self.work.what, self.work.number, [x] * ring.size, parts)
-        for place, part in zip(self.places, parts): whole.index_copy_(self.dim, place, part)
-        return whole
+        swap(ring, what, self.work.number, sends, room)
+        return [*room[:ring.rank], sends[ring.rank], *room[ring.rank + 1:]]
 
-    def take(self, grad: Tensor) -> Tensor:
-        "What this rank has for its own rows."
-        return grad.index_select(self.dim, self.places[self.work.ring.rank])
+    def fetch(self, x: Tensor, room: list[Tensor]) -> Tensor:
+        "The rows that this rank takes, in the order of the ranks."
+        what = self.work.what
+        with self.work.ring.round(what):
+            sends = [x[self._at(rows)] for rows in self.given]
+            return torch.cat(self.exchange(what, sends, room), self.dim)
 
-    def add_up(self, grad: Tensor) -> Tensor:
-        "What all ranks have for the rows of this one, in the order of the ranks."
-        ring, what = self.work.ring, f"{self.work.what}, backward"
-        with begin(ring, what, self.work.number):
-            sends = [grad.index_select(self.dim, rows) for rows in self.places]
-            received = [torch.empty_like(sends[ring.rank]) for _ in sends]
-            received[ring.rank] = sends[ring.rank]
-            swap(ring, what, self.work.number, sends, received)
-            wide = lse_dtype(grad.dtype)
-            total = torch.zeros_like(received[ring.rank], dtype=wide)
-            for part in received: total += part
+    def send_back(self, grad: Tensor, n: int) -> Tensor:
+        "What all ranks have for the `n` rows of this one, added up in the order of the ranks."
+        what = f"{self.work.what}, backward"
+        with begin(self.work.ring, what, self.work.number), self.work.ring.round(what):
+            sizes = [n if isinstance(rows, slice) else len(rows) for rows in self.given]
+            sends = grad.split(list(self.taken), self.dim)
+            received = self.exchange(what, sends, self.room(grad, sizes))
+            shape = *grad.shape[:self.dim], n, *grad.shape[self.dim + 1:]
+            total = grad.new_zeros(shape, dtype=lse_dtype(grad.dtype))
+            for rows, part in zip(self.given, received): total[self._at(rows)] += part
             return total.to(grad.dtype)
 
+    def _at(self, rows: slice | Tensor) -> tuple: return *[slice(None)] * self.dim, rows
+
+
 # %% ../nbs/09b_ring_exchange.ipynb #81b95065
-class _Unshard(torch.autograd.Function):
+class Fetch(torch.autograd.Function):
+    "The rows that a rank takes, one rank's behind another's."
+
     @staticmethod
-    def forward(ctx, x: Tensor, gathering: _Gathering, parts: list[Tensor], whole: Tensor):
-        ctx.gathering = gathering
-        return gathering.gather(x, parts, whole)
+    def forward(ctx, x: Tensor, shares: Shares, room: list[Tensor], total: bool = True):
+        ctx.shares, ctx.rows, ctx.total = shares, x.shape[shares.dim], total
+        return shares.fetch(x, room)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad: Tensor):
-        gathering = ctx.gathering
-        own = gathering.add_up(grad) if gathering.total else gathering.take(grad)
+        shares = ctx.shares
+        if ctx.total: own = shares.send_back(grad, ctx.rows)
+        else: own = grad.split(list(shares.taken), shares.dim)[shares.work.ring.rank]
         return own, None, None, None
+
 
 # %% ../nbs/09b_ring_exchange.ipynb #c51e13e4
 def _describe_shard(x: Tensor, dim: int, order: Tensor | None, layout: str, grad: str) -> dict:
@@ -526,9 +523,12 @@ def unshard_sequence(
     with work:
         check_sizes(sizes, layout, "rows of x")
         if order is not None: order = check_order(order, sum(sizes), x.device)
-        if work.ring.size == 1:
-            return x if order is None else torch.empty_like(x).index_copy(dim, order, x)
-        places = _places(sizes, layout, order, x.device)
-        gathering = _Gathering(work, sizes, dim, places, grad == "sum")
-        *parts, whole = gathering.buffers(x)  # where they do not fit, nothing is sent
-    with work: return _Unshard.apply(x, gathering, parts, whole)
+        shares = Shares(work, [slice(None)] * len(sizes), sizes, dim)
+        room = shares.room(x, sizes)  # where it does not fit, nothing is sent
+    with work:
+        whole = Fetch.apply(x, shares, room, grad == "sum") if len(sizes) > 1 else x
+        if order is None and layout == "contiguous": return whole
+        ranks = range(len(sizes))
+        places = torch.cat([shard_positions(sizes, rank, layout) for rank in ranks]).to(x.device)
+        if order is not None: places = order[places]
+        return torch.empty_like(whole).index_copy(dim, places, whole)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LAYOUTS', 'TURN_BYTES', 'check_layout', 'shard_sizes', 'shard_runs', 'shard_positions', 'Part', 'Parcel', 'Turn',
-           'class_rows', 'RingBranch', 'Traffic', 'RingPlan', 'list_ranks', 'segment_lengths_of', 'check_sizes',
+           'class_rows', 'RingBranch', 'Traffic', 'RingPlan', 'list_ranks', 'branch_numbers', 'check_sizes',
            'plan_ring']
 
 # %% ../nbs/09_ring_plan.ipynb #0224826e
@@ -104,9 +104,7 @@ class Part:
 class Parcel:
     "Rows of K and V that one rank sends to another."
     branch: int
-    src: int # rank that holds them
-    dst: int # rank that needs them
-    part: int # first position of the part of `src` that they belong to
+    part: int # first position of the part that they belong to
     residue: int | None # of the rows; None: rows of every residue
     kv_heads: tuple[int, ...] # counted within the branch
     rows: Progression # positions
@@ -118,8 +116,6 @@ class Turn:
     batch: tuple[int, int] # entries [first, last)
     kv_heads: tuple[int, int] # counted within the branch
     heads: tuple[int, int] # their query heads, counted within the branch
-
-    def queries(self, x: Tensor) -> Tensor: return x[slice(*self.batch), slice(*self.heads)]
 
     def keys(self, x: Tensor) -> Tensor: return x[slice(*self.batch), slice(*self.kv_heads)]
 
@@ -316,7 +312,7 @@ def _queries_end(branch: RingBranch, parts: Sequence[Part], residue: int | None)
     return max((rows.last + 1 for rows in classes if rows.count), default=0)
 
 # %% ../nbs/09_ring_plan.ipynb #f466e821
-def _parcels_of(plan: RingPlan, b: int, part: Part, src: int, dst: int) -> Iterator[Parcel]:
+def _parcels_of(plan: RingPlan, b: int, part: Part, dst: int) -> Iterator[Parcel]:
     "What one rank needs of a part of another."
     branch = plan.branches[b]
     theirs = [other for rank, other in plan.sharing(b, part.start) if rank == dst]
@@ -325,13 +321,13 @@ def _parcels_of(plan: RingPlan, b: int, part: Part, src: int, dst: int) -> Itera
         by_position = plan.causal and not plan.ordered
         seen = replace(part, stop=min(part.stop, end)) if by_position else part
         rows = branch.keys(seen, residue)
-        if end and rows.count: yield Parcel(b, src, dst, part.start, residue, kv_heads, rows)
+        if end and rows.count: yield Parcel(b, part.start, residue, kv_heads, rows)
 
 # %% ../nbs/09_ring_plan.ipynb #0a61e44d
 @lru_cache(maxsize=1 << 15)
 def _parcels(plan: RingPlan, src: int, dst: int) -> tuple[Parcel, ...]:
     if src == dst: return ()
-    found = (_parcels_of(plan, b, part, src, dst) for b, part in plan.shared_parts(src))
+    found = (_parcels_of(plan, b, part, dst) for b, part in plan.shared_parts(src))
     return tuple(chain.from_iterable(found))
 
 # %% ../nbs/09_ring_plan.ipynb #1c508a16
@@ -435,13 +431,19 @@ def _describe(plan: RingPlan) -> Iterator[str]:
         for rank in ranks: yield "  …" if rank is None else _describe_rank(plan, b, rank)
 
 # %% ../nbs/09_ring_plan.ipynb #f2072a09
-def segment_lengths_of(
-    given: Any, # whole numbers and None, or one of them
-) -> tuple[int | None, ...]:
-    "Segment lengths as given; None is one segment."
-    if given is None: return (None,)
-    if not isinstance(given, (list, tuple)): return whole_numbers("segment_lengths", given)
-    return tuple(None if w is None else whole_number("segment_lengths", w) for w in given)
+def branch_numbers(
+    lengths: Any, # whole numbers and None, or one of them
+    rates: Any, # whole numbers, or one
+    offsets: Any, # whole numbers, one, or None
+) -> tuple[tuple[int | None, ...], tuple[int, ...], Any]: # the same
+    "Segment lengths, dilation rates and offsets as given; a length of None is one segment."
+    if lengths is None: lengths = [None]
+    if not isinstance(lengths, (list, tuple)): lengths = whole_numbers("segment_lengths", lengths)
+    checked = (None if w is None else whole_number("segment_lengths", w) for w in lengths)
+    several = offsets is not None and not isinstance(offsets, int)
+    if several: offsets = whole_numbers("offsets", offsets)
+    return tuple(checked), whole_numbers("dilation_rates", rates), offsets
+
 
 # %% ../nbs/09_ring_plan.ipynb #7b9521a5
 def _branches(n: int, heads: int, kv_heads: int, lengths, rates, combine: str, mode: str, offsets):
@@ -518,10 +520,7 @@ def plan_ring(
     sizes = _plan_sizes(seq_len, world_size, layout)
     kv_heads = heads if kv_heads is None else kv_heads
     _check_head_counts(heads, kv_heads)
-    lengths = segment_lengths_of(segment_lengths)
-    rates = whole_numbers("dilation_rates", dilation_rates)
-    several = offsets is not None and not isinstance(offsets, int)
-    if several: offsets = whole_numbers("offsets", offsets)
+    lengths, rates, offsets = branch_numbers(segment_lengths, dilation_rates, offsets)
     causal = true_or_false("causal", causal)
     ordered = causal and true_or_false("ordered", ordered)
     if dilation_mode is None:

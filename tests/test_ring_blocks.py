@@ -25,34 +25,22 @@ def exact_block(q, k, v, dout, dlse, mask, scale):
     return *results, *torch.autograd.grad(results, leaves, upstream)
 
 
-@pytest.mark.parametrize("triangle, masked", [(False, False), (True, False), (False, True)])
-def test_plain_kernels(triangle, masked):
-    "The matrix products for devices without a kernel, some rows at a time, with a scale."
-    n, m = (19, 19) if triangle else (19, 23)
-    q, k, v, dout = tensors(n, m, 16)
-    mask, bias = torch.ones(n, m, dtype=torch.bool), None
-    if triangle: mask = mask.tril()
+@pytest.mark.parametrize("masked", [False, True])
+def test_plain_kernels(masked):
+    "The matrix products for devices without a kernel, with a scale."
+    q, k, v, dout = tensors(19, 23, 16)
+    mask, bias = torch.ones(19, 23, dtype=torch.bool), None
     if masked:
-        mask = torch.rand(n, m) < 0.4
+        mask = torch.rand(19, 23) < 0.4
         mask[7] = False  # a row without keys
-        bias = torch.zeros(n, m, dtype=torch.float64).masked_fill(~mask, -torch.inf)
-    dlse = torch.randn(2, 3, n, dtype=torch.float64).masked_fill(~mask.any(-1), 0)
+        bias = torch.zeros(19, 23, dtype=torch.float64).masked_fill(~mask, -torch.inf)
+    dlse = torch.randn(2, 3, 19, dtype=torch.float64).masked_fill(~mask.any(-1), 0)
     expected = exact_block(q, k, v, dout, dlse, mask, 0.37)
-    rows = [slice(start, min(start + 4, n)) for start in range(0, n, 4)]
-    with mock.patch.object(ring_blocks, "_row_chunks", lambda q, k: rows):
-        out, lse = ring_blocks._plain_forward(q, k, v, triangle, bias, 0.37)
-        shift = lse.masked_fill(lse.isneginf(), 0)
-        block = q, k, v, out, shift, triangle, bias, 0.37
-        grads = ring_blocks._plain_backward(dout, dlse, *block)
+    out, lse = ring_blocks._plain_forward(q, k, v, bias, 0.37)
+    shift = lse.masked_fill(lse.isneginf(), 0)
+    grads = ring_blocks._plain_backward(dout, dlse, q, k, v, out, shift, bias, 0.37)
     for a, e in zip((out, lse, *grads), expected):
         torch.testing.assert_close(a, e, rtol=0, atol=1e-12)
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 3, 1 << 14)])
-def test_row_chunks_cover_the_rows(shape):
-    b, h, m = shape
-    chunks = ring_blocks._row_chunks(torch.empty(b, h, 1000, 1), torch.empty(b, h, m, 1))
-    assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(1000))
 
 
 def test_cuda_flash_backward_takes_the_gradient_of_the_lse():
@@ -96,12 +84,14 @@ def test_cuda_kernels_accept_the_calls():
 @pytest.mark.parametrize("n, m, triangle", [(100, 300, False), (257, 257, True), (1, 70, False)])
 def test_kernels_on_cuda(dtype, n, m, triangle):
     q, k, v, dout = tensors(n, m, 64, dtype, device="cuda")
-    mask = torch.ones(n, m, dtype=torch.bool, device="cuda")
+    mask, bias = torch.ones(n, m, dtype=torch.bool, device="cuda"), None
     if triangle: mask = mask.tril()
+    if triangle and not ring_blocks.has_kernel(q):
+        triangle, bias = False, torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)
     dlse = torch.randn(2, 3, n, device="cuda")
     expected = exact_block(q, k, v, dout, dlse, mask, 0.125)
-    out, lse = ring_blocks.block_forward(q, k, v, triangle, None, 0.125)
-    block = q, k, v, out.to(dtype), lse, triangle, None, 0.125
+    out, lse = ring_blocks.block_forward(q, k, v, triangle, bias, 0.125)
+    block = q, k, v, out.to(dtype), lse, triangle, bias, 0.125
     found = out, lse, *ring_blocks.block_backward(dout, dlse, *block)
     limit = 1e-4 if dtype == torch.float32 else 0.05
     for a, e in zip(found, expected):
@@ -185,8 +175,9 @@ def of_all_ranks(ranks):
     return torch.cat([at for some in parts for at in some]), [*found, sum(dk), sum(dv)]
 
 
+@pytest.mark.parametrize("kernel", [True, False])
 @pytest.mark.parametrize("name", PLANS)
-def test_blocks_of_all_rounds_are_attention(name):
+def test_blocks_of_all_rounds_are_attention(name, kernel):
     "Masks in pieces, some heads at a time, merged and added up: a ring without its messages."
     options = dict(heads=2, kv_heads=2, head_dim=8, dtype=torch.float64) | PLANS[name]
     plan = plan_ring(41, 3, **options)
@@ -195,8 +186,8 @@ def test_blocks_of_all_rounds_are_attention(name):
     q, k, v = (normal(2, heads, 41, 8) for heads in (plan.heads, plan.kv_heads, plan.kv_heads))
     dout, dlse = normal(*q.shape), normal(*q.shape[:3])
     order = torch.randperm(41, generator=generator) if plan.ordered else None
-    small = dict(MASK_ELEMENTS=24, HEAD_ELEMENTS=dict(cpu=64))
-    with mock.patch.multiple(ring_blocks, **small):
+    small = dict(MASK_ELEMENTS=dict(cpu=24), HEAD_ELEMENTS=dict(cpu=64))
+    with mock.patch.multiple(ring_blocks, **small, has_kernel=lambda q: kernel):
         ranks = [run_rounds(plan, rank, order, (q, k, v), dout, dlse) for rank in range(3)]
     seen, found = of_all_ranks(ranks)
     q, dout, dlse, mask = (x[:, :, seen] for x in (q, dout, dlse, mask_by_position(plan, order)))
