@@ -202,7 +202,7 @@ class AttentionOperator:
         packets = self.forward_op._overloadpacket, self.backward_op._overloadpacket
         self._formulae = dict(zip(packets, _formulae(pairs or _all_pairs)))
         _tell_counters(self._formulae)
-        self._forward_step = _register(
+        self.forward_step = _register(
             self.forward_op, self._forward_library, self._save, self._gradients)
         self._backward_step = _register(
             self.backward_op, self._backward_library, _save_nothing, _refuse_second)
@@ -213,7 +213,7 @@ class AttentionOperator:
             if in_forward_mode(q, k, v): raise RuntimeError(_NO_TANGENT)
             if _get_current_dispatch_mode() is not None: _tell_counters(self._formulae)
             if peek_interpreter_stack() is not None:
-                return self._forward_step.apply(q, k, v, *rest)
+                return self.forward_step.apply(q, k, v, *rest)
         return self.forward_op(q, k, v, *rest)
 
     def _save(self, ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]):

@@ -255,7 +255,7 @@ def test_an_argument_is_no_link_to_what_has_its_name():
 
 
 def test_every_documented_name_leads_to_its_source():
-    for name in ("triton_attention", "HybridAttentionFunction"):  # of 05_autograd: see _file_of
+    for name in ("triton_attention", "HilbertAttentionFunction"):  # of 05_autograd: see _file_of
         assert f"module_autograd.html#def-{name}" in documented._source_link(name)
     assert not documented._source_link("no_such_name")
 

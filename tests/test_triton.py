@@ -35,7 +35,6 @@ from torch.utils.flop_counter import FlopCounterMode
 pytest.importorskip("triton")
 from hilbert_attn.autograd import (
     HilbertAttentionFunction,
-    HybridAttentionFunction,
     triton_attention,
     triton_backward,
     triton_forward,
@@ -630,18 +629,7 @@ def test_dropout_keeps_the_mean_and_follows_torchs_generator():
     assert torch.equal(first, run(0.2)) and (run(1.0) == 0).all()
 
 
-# ---- the hybrid, tiles, and where it can't run
-
-@pytest.mark.parametrize("ordered", [False, True])
-def test_hybrid(ordered):
-    order = curve_order((6, 8), device=DEVICE) if ordered else None
-    x = heads([(2, 48)] * 3)
-    def run(*x): return HybridAttentionFunction.apply(*x, order, 24, 3, 0.25)
-    mask = attention_mask(SegmentPattern(48, 24, 3), order=order, device=DEVICE)
-    assert_matches_oracle(run, *x, mask, scale=0.25, lse_grad=False)
-    with pytest.raises(ValueError, match="r to divide w"):
-        HybridAttentionFunction.apply(*x, order, 20, 3, 0.25)
-
+# ---- tiles, and where it can't run
 
 ROWS = [(1, 1), (5, 5), (16, 16), (33, 33), (64, 64), (100, 100), (128, 128), (1000, 1000),
         (64, 16), (4096, 20), (7, 3)]

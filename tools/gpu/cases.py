@@ -122,7 +122,7 @@ def large_cases() -> list[dict]:
 
 
 def claim_cases() -> list[dict]:
-    peers = ["groups", "gather", "hybrid", "dense", "sdpa_mask", "naive"]
+    peers = ["groups", "gather", "dense", "sdpa_mask", "naive"]
     return [segments(8192, 2048, 4, 12, order=o, peers=peers) for o in TWICE]
 
 

@@ -90,13 +90,6 @@ def gather(case: dict, problem: Problem, x: list) -> Contender:
     return through(grouped, None if order is None else order.to(x[0].device)), x
 
 
-def hybrid(case: dict, problem: Problem, x: list) -> Contender:
-    from hilbert_attn.autograd import HybridAttentionFunction
-    order = order_of(case)
-    rest = None if order is None else order.to(x[0].device), case["w"], case["r"], case["d"] ** -0.5
-    return lambda *t: HybridAttentionFunction.apply(*t, *rest)[0], x
-
-
 def sdpa_mask(case: dict, problem: Problem, x: list) -> Contender:
     mask = problem.mask()
     return lambda *t: F.scaled_dot_product_attention(*t, attn_mask=mask), x
@@ -212,12 +205,12 @@ def flex(case: dict, problem: Problem, x: list, backend: str = "TRITON") -> Cont
 
 CONTENDERS: dict[str, Callable] = {
     "triton": triton, "cudnn, groups given": cudnn_groups, "flash, groups given": flash_groups,
-    "cudnn, dense N x N": cudnn_dense, "gather + SDPA": gather, "hybrid": hybrid,
+    "cudnn, dense N x N": cudnn_dense, "gather + SDPA": gather,
     "sdpa_mask": sdpa_mask, "naive": naive, "triton, permuted": permuted,
     "triton, laid out": laid_out, "flex": flex,
     "flex, flash": partial(flex, backend="FLASH"), "front door": front_door}
 PEERS = dict(groups=["cudnn, groups given", "flash, groups given"], gather=["gather + SDPA"],
-             hybrid=["hybrid"], dense=["cudnn, dense N x N"], sdpa_mask=["sdpa_mask"],
+             dense=["cudnn, dense N x N"], sdpa_mask=["sdpa_mask"],
              naive=["naive"], permuted=["triton, permuted"])
 FLEX = ["flex", *["flex, flash"] * flash_is_installed()]
 PEERS["laid out"] = ["triton, laid out"]
@@ -231,7 +224,6 @@ def contender(name: str, case: dict) -> tuple[Contender, Problem]:
 
 def kernels_of(name: str, case: dict) -> list[str]:
     "The kernels of ours that a contender launches, forward first."
-    if not name.startswith(("triton", "front door", "hybrid")): return []
+    if not name.startswith(("triton", "front door")): return []
     if "pattern" in case: return ["block_forward", "block_dq", "block_dkv"]
-    if name == "hybrid": return ["forward"]
     return ["forward", "small"] if is_small(case) else ["forward", "dq", "dkv"]
