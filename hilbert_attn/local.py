@@ -31,9 +31,8 @@ from .operators import AttentionOperator
 from .patterns import (
     AxisPattern, Lattice, NeighborhoodPattern, OverlapPattern, SlidePattern, TilesSharedPattern,
     WindowPattern, attends_boxes, axis_classes, decode_pattern, encode_pattern)
-from .reference import (
-    Scores, masked_attention, reference_attention, score_rule)
-from .sdpa import masked_sdpa, sdpa_mask_attention
+from .reference import Scores, reference_attention, score_rule
+from .sdpa import attend_groups, rule_of_groups, sdpa_mask_attention
 from .tiles import (
     Dropout, Tile, attend_tiles, attend_tiles_backward, like, new_lse, rectangles,
     without_empty_rows)
@@ -593,41 +592,6 @@ _tiles_library = define_operator("local_tiles", (
 _tiles_library.impl("local_tiles", _tiles_op, "CompositeExplicitAutograd")
 torch.library.register_fake("hilbert_attn::local_tiles", _tiles_op, lib=_tiles_library)
 
-# %% ../nbs/11_local.ipynb #34e9f7c0
-def _stack(x: Tensor, rows: Tensor, heads: int) -> Tensor: # (B, H, N, D), (T, P)
-    "Rows of `x` as a batch of tiles: (B * T, heads, H / heads * P, D)."
-    return x[:, :, rows].unflatten(1, (heads, -1)).movedim(3, 1).flatten(0, 1).flatten(2, 3)
-
-# %% ../nbs/11_local.ipynb #da21aa85
-def _unstack(x: Tensor, batch: int, tiles: int, group: int) -> Tensor: # (B, H, T * P, ...)
-    "Undoes `_stack`, tiles one behind the other."
-    x = x.unflatten(2, (group, -1)).unflatten(0, (batch, tiles))
-    return x.movedim(1, 3).flatten(3, 4).flatten(1, 2)
-
-# %% ../nbs/11_local.ipynb #1ba9469c
-def _pairs(mask: Tensor, keys: Tensor, key_mask: Tensor | None, group: int) -> Tensor:
-    "The mask of a batch of tiles, broadcastable to (B * T, 1, group * M, J)."
-    if len(mask) > 1: mask = mask.repeat(group, 1)
-    if key_mask is None: return mask
-    return (mask & key_mask[:, keys[:, None]]).flatten(0, 1)[:, None]
-
-# %% ../nbs/11_local.ipynb #cfb5d7df
-def _rule_of(
-    rule: Scores,
-    rows: Tensor, # int64 (T, P): tokens of queries
-    columns: Tensor, # int64 (T, J): of keys
-    some: Tensor, # int64 (T or 1,): tiles whose differences are those of all
-    sizes: tuple[int, int, int], # batches, key/value heads, query heads of each
-) -> Scores:
-    "How the scores of a batch of tiles are made."
-    if rule.bias is None: return rule
-    (batch, heads, group), tiles, whole = sizes, len(rows), rule.bias
-    bias = whole._replace(
-        queries=whole.queries[rows[some]], keys=whole.keys[columns[some]])()
-    bias = bias.unflatten(0, (heads, group)).movedim(2, 0)  # (T or 1, heads, group, P, J)
-    bias = bias.flatten(2, 3).expand(tiles, -1, -1, -1)
-    return rule._replace(bias=bias.expand(batch, *bias.shape).flatten(0, 1))
-
 # %% ../nbs/11_local.ipynb #f44103b8
 def _local_expression(
     q: Tensor, # (B, H, N, D)
@@ -641,30 +605,20 @@ def _local_expression(
     need_lse: bool, # True: sums are in float32, gradients too
 ) -> tuple[Tensor, Tensor | Any]: # out, lse
     "The tiles as plain differentiable PyTorch, on any device."
-    (B, heads, keys, D), group, wide = k.shape, q.shape[1] // k.shape[1], lse_dtype(q.dtype)
+    (B, heads, keys, D), group, dtype = k.shape, q.shape[1] // k.shape[1], q.dtype
     most = (_TILE_CHUNK << 4) // max(1, B * heads * D)
     tiles = torch.ops.hilbert_attn.local_tiles(
         order, *encode_pattern(pattern), group, most, keys, q.device)
-    outs: list[Tensor] = []
-    lses: list[Tensor] = []
-    rule = score_rule(scale, q)
+    rule, results = score_rule(scale, q), []
+    if need_lse: q, k, v = (x.to(lse_dtype(dtype)) for x in (q, k, v))
     for rows, columns, mask, some in zip(*(tiles[i::4] for i in range(4))):
-        sizes = B, len(rows), group
-        scale = _rule_of(rule, rows, columns, some, (B, heads, group))
-        batch = [_stack(x, i, heads) for x, i in ((q, rows), (k, columns), (v, columns))]
-        mask = _pairs(mask, columns, key_mask, group)
-        if need_lse:
-            queries, others, values = (x.to(wide) for x in batch)
-            out, lse = masked_attention(queries, others, values, mask, scale, dropout_p)
-            lses.append(_unstack(lse, *sizes))
-        else:
-            queries, others, values = batch
-            mask = mask.expand(*mask.shape[:-2], queries.shape[2], -1)
-            out = masked_sdpa(queries, others, values, mask, scale, dropout_p)
-        outs.append(_unstack(out.to(q.dtype), *sizes))
+        own, mask = rule_of_groups(rule, rows[some], columns[some]), mask[None, None]
+        if key_mask is not None: mask = mask & key_mask[:, columns][:, :, None]
+        results.append(attend_groups(
+            q[:, :, rows], k[:, :, columns], v[:, :, columns], mask, own, dropout_p, need_lse))
     back = torch.cat([rows.flatten() for rows in tiles[::4]]).argsort()
-    lse = torch.cat(lses, 2).index_select(2, back) if need_lse else None
-    return torch.cat(outs, 2).index_select(2, back), lse
+    out, *lse = (torch.cat(x, 2).index_select(2, back) for x in zip(*results))
+    return out.to(dtype), lse[0] if lse else None
 
 # %% ../nbs/11_local.ipynb #4d0baf86
 @dataclass(frozen=True)
