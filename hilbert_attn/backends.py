@@ -121,21 +121,13 @@ class Backend:
     drawback: str = "is not the policy's first choice here" # why another is preferred
     has_expression: bool = True # can PyTorch differentiate it without its own backward?
 
-    def run(
-        self,
-        call: Call, # checked, with its pattern
-        family: str, # one of `FAMILIES`
-    ) -> tuple[Tensor, Any]: # output and log-sum-exp
-        "Computes a call."
-        return self.functions[family](call)
-
 # %% ../nbs/07_backends.ipynb #30fd4e68
-def _reference_segments(call: Call) -> tuple[Tensor, Tensor]:
+def _reference(call: Call) -> tuple[Tensor, Tensor]:
     results = reference_attention(call.q, call.k, call.v, call.pattern, **call.options)
     return call.narrow(*results)
 
 # %% ../nbs/07_backends.ipynb #665da16a
-def _sdpa_mask_segments(call: Call) -> tuple[Tensor, Any]:
+def _sdpa_mask(call: Call) -> tuple[Tensor, Any]:
     options: Any = call.options
     return sdpa_mask_attention(
         call.q, call.k, call.v, call.pattern, **options, need_lse=call.need_lse)
@@ -169,14 +161,15 @@ FAMILIES = {  # of patterns: what a call is
     "segments": "segments", "branches": "several branches", "heads": "branches on heads apart",
     "blocks": "lists of blocks", "local": "local patterns", "cross": "segments of two sequences",
 }
+_BY_MASK = ("segments", "branches", "local") # whose patterns make a mask from an order alone
 REGISTRY = {backend.name: backend for backend in (
     Backend(
         "reference", "dense float64 softmax, the oracle",
-        {"segments": _reference_segments, "branches": _reference_segments},
+        dict.fromkeys(_BY_MASK, _reference),
         drawback="for tests: float64 and O(N^2)"),
     Backend(
         "sdpa_mask", "SDPA with a dense bool mask",
-        {"segments": _sdpa_mask_segments, "branches": _sdpa_mask_segments},
+        dict.fromkeys(_BY_MASK, _sdpa_mask),
         drawback="computes all N^2 scores and masks them"),
     Backend(
         "sdpa", "dense SDPA kernels on the gathered groups", {"segments": _sdpa_segments}),
@@ -445,7 +438,7 @@ def attend(
     fused, tokens = call.custom_backward, known_length(call.q, 2)
     if tokens and family == "cross": tokens = max(tokens, call.k.shape[2])
     name, _ = choose_backend(backend, call.q.device, tokens, fused, family)
-    return REGISTRY[name].run(call.hidden(), family)
+    return REGISTRY[name].functions[family](call.hidden())
 
 # %% ../nbs/07_backends.ipynb #0c520b02
 _short_calls = Cache(tensors=lambda value: value[0].tensors) # of (`ShortCall`, policy)

@@ -21,7 +21,7 @@ from .blocks.planner import cross_lists
 from .calls import Call, check_cells, check_curve, check_order
 from .common import known_now, whole_number
 from .curves import order_or_none
-from .local import check_with_registers
+from .local import backward_on_lists, check_with_registers, forward_on_lists
 from .operators import AttentionOperator
 from .patterns import CrossPattern
 from .reference import masked_attention
@@ -70,30 +70,25 @@ def _lists_of(
         device=q.device)
 
 # %% ../nbs/11c_cross.ipynb #3eb23189
-def _forward(q, k, v, order, key_order, key_mask, seed, *settings) -> tuple[Tensor, Tensor]:
+def _plan(q, k, order, key_order, key_mask, seed, *settings) -> tuple:
+    "What the engines are given."
     segment_size, registers, scale, dropout_p, triton = settings
     lists = _lists_of(q, k, (order, key_order), segment_size, registers, triton)
-    if not triton:
-        dropout = None if seed is None else Dropout(dropout_p, seed)
-        return attend_blocks(q, k, v, lists, key_mask, scale, dropout)
-    from hilbert_attn.kernels.block_sparse import block_attention_forward
-    return block_attention_forward(
-        q, k, v, lists, key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+    return lists, key_mask, seed, scale, dropout_p, triton
+
+
+def _forward(
+    q, k, v, lists, key_mask, seed, scale, dropout_p, triton: bool) -> tuple[Tensor, Tensor]:
+    if triton: return forward_on_lists(q, k, v, lists, key_mask, seed, scale, dropout_p)
+    return attend_blocks(q, k, v, lists, key_mask, scale, Dropout.of(dropout_p, seed))
 
 # %% ../nbs/11c_cross.ipynb #d2abc588
 def _backward(
-    dout, dlse, q, k, v, out, lse, order, key_order, key_mask, seed, *settings,
+    dout, dlse, q, k, v, out, lse, lists, key_mask, seed, scale, dropout_p, triton: bool,
 ) -> tuple[Tensor, ...]: # dq, dk, dv
-    segment_size, registers, scale, dropout_p, triton = settings
-    lists = _lists_of(q, k, (order, key_order), segment_size, registers, triton)
-    if not triton:
-        dropout = None if seed is None else Dropout(dropout_p, seed)
-        return attend_blocks_backward(
-            dout, dlse, q, k, v, out, lse, lists, key_mask, scale, dropout)
-    from hilbert_attn.kernels.block_sparse import block_attention_backward
-    return block_attention_backward(
-        q, k, v, out, lse, dout, dlse, lists, key_mask=key_mask, scale=scale,
-        dropout_p=dropout_p, seed=seed)
+    given = dout, dlse, q, k, v, out, lse, lists, key_mask
+    if triton: return backward_on_lists(*given, seed, scale, dropout_p)
+    return attend_blocks_backward(*given, scale, Dropout.of(dropout_p, seed))
 
 # %% ../nbs/11c_cross.ipynb #3c88755f
 def _pairs(q, k, v, order, key_order, key_mask, seed, segment_size, registers, *rest) -> int:
@@ -106,7 +101,7 @@ def _pairs(q, k, v, order, key_order, key_mask, seed, segment_size, registers, *
 _cross_attention = AttentionOperator(
     "cross", _forward, _backward, ["order", "key_order", "key_mask", "seed"],
     "SymInt segment_size, SymInt registers, float[] scale, float dropout_p, bool triton",
-    "CompositeExplicitAutograd", _pairs)
+    "CompositeExplicitAutograd", _pairs, _plan)
 
 # %% ../nbs/11c_cross.ipynb #731dc86b
 @computes("reference", "cross")

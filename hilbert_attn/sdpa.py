@@ -66,8 +66,8 @@ def _call_sdpa(
 
 # %% ../nbs/06_sdpa.ipynb #a3ff8c95
 def _by_sdpa(rule: Scores) -> bool:
-    "Does SDPA make such scores? It has no cap; `torch.func` may want more than one derivative."
-    if rule.softcap is not None: return False
+    "Does SDPA make such scores, and their derivatives? `torch.func` may want more than one."
+    if rule.softcap is not None or torch.autograd.forward_ad._current_level >= 0: return False
     plain = torch.compiler.is_compiling() or peek_interpreter_stack() is None
     return rule.bias is None or plain
 
@@ -82,16 +82,16 @@ def masked_sdpa(
 ) -> Tensor: # (B, H, N, D)
     """SDPA with a mask, and a bias; rows without keys give 0. SDPA has no forward-mode derivative
     and no cap: there it is written out."""
-    rule, derived = score_rule(scale, q), torch.autograd.forward_ad._current_level >= 0
+    rule = score_rule(scale, q)
+    by_sdpa = _by_sdpa(rule)
     if mask is None:
-        if _by_sdpa(rule) and rule.bias is None and not derived:
+        if by_sdpa and rule.bias is None:
             return _call_sdpa(q, k, v, None, None, rule.scale, dropout_p)
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=q.device)
-    if not _by_sdpa(rule):
+    if not by_sdpa:
         wide = lse_dtype(q.dtype)
         out, _ = masked_attention(q.to(wide), k.to(wide), v.to(wide), mask, rule, dropout_p)
         return out.to(q.dtype)
-    if derived: return masked_attention(q, k, v, mask, scale, dropout_p)[0]
     empty = ~mask.any(-1, keepdim=True)
     if rule.bias is not None: allowed = _with_bias(rule, mask, empty, q.dtype)
     elif mask.dtype == torch.bool: allowed = mask | empty
@@ -361,9 +361,9 @@ def attend_segments(
     pattern: SegmentPattern, # over N positions
     causal: bool, # key token index <= query token index
     scale: float | Sequence[float], # of the scores; or scale and cap
+    dropout: Dropout | None = None, # drops weights
     before: tuple[Tensor, Tensor] | None = None, # attention to other keys, to mix with in place
     copies: int = 1, # how often each key counts
-    dropout: Dropout | None = None, # drops weights
 ) -> tuple[Tensor, Tensor]: # (B, H, N, D) and, in float32 or float64, (B, H, N)
     "Output and LSE on the CPU, block by block."
     if not q.numel(): return torch.empty_like(q), new_lse(q)
@@ -386,8 +386,8 @@ def attend_segments_backward(
     pattern: SegmentPattern, # from here on as for `attend_segments`
     causal: bool,
     scale: float | Sequence[float], # or scale and cap
-    before: Sequence[Tensor] | None = None, # gradients to add to, in place
     dropout: Dropout | None = None, # that of the forward, from its beginning
+    before: Sequence[Tensor] | None = None, # gradients to add to, in place
 ) -> tuple[Tensor, ...]: # dq, dk, dv
     """Gradients of q, k, v on the CPU, block by block.
 
@@ -407,29 +407,17 @@ def attend_segments_backward(
 _cached_pattern = lru_cache(maxsize=256)(SegmentPattern)
 
 
-def _planned(q: Tensor, order: Tensor | None, seed: Tensor | None, *settings) -> tuple:
-    "What the engine is given: order, pattern, causal, scale, dropout."
+def _plan(q, k, order, key_mask, seed, *settings) -> tuple:
+    "What the engine is given: order, key mask, pattern, causal, scale, dropout."
     segment_size, dilation_rate, mode, offsets, causal, scale, dropout_p = settings
     pattern = _cached_pattern(q.shape[2], segment_size, dilation_rate, mode, tuple(offsets))
-    dropout = None if seed is None else Dropout(dropout_p, seed)
-    return None if pattern.is_dense else order, pattern, causal, scale, dropout
-
-# %% ../nbs/06_sdpa.ipynb #e8e486ea
-def _sdpa_forward(q, k, v, order, key_mask, seed, *settings):
-    order, pattern, causal, scale, dropout = _planned(q, order, seed, *settings)
-    return attend_segments(
-        q, k, v, order, key_mask, pattern, causal, scale, dropout=dropout)
-
-# %% ../nbs/06_sdpa.ipynb #cc58c238
-def _sdpa_backward(dout, dlse, q, k, v, out, lse, order, key_mask, seed, *settings):
-    order, pattern, causal, scale, dropout = _planned(q, order, seed, *settings)
-    return attend_segments_backward(
-        dout, dlse, q, k, v, out, lse, order, key_mask, pattern, causal, scale, dropout=dropout)
+    if pattern.is_dense: order = None
+    return order, key_mask, pattern, causal, scale, Dropout.of(dropout_p, seed)
 
 # %% ../nbs/06_sdpa.ipynb #b2b88e94
 _groups_attention = AttentionOperator(
-    "sdpa", _sdpa_forward, _sdpa_backward, ["order", "key_mask", "seed"],
-    SEGMENT_SETTINGS, pairs=segment_pairs)
+    "sdpa", attend_segments, attend_segments_backward, ["order", "key_mask", "seed"],
+    SEGMENT_SETTINGS, pairs=segment_pairs, plan=_plan)
 
 # %% ../nbs/06_sdpa.ipynb #1e9f55b0
 def _cuts(
