@@ -106,7 +106,8 @@ def detect_gpu_architecture(
     device: torch.device | str | None = None, # None: the current GPU if there is one, else the CPU
 ) -> GPUArchitecture: # name, capability, dtype to prefer, tile sizes, backends that run
     "What kind of device this is, and what runs well on it. A `RuntimeError` if it is not there."
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     return _architecture(_capability(device), _interpreted())
 
 # %% ../nbs/07_backends.ipynb #c1195d37
