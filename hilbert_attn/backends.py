@@ -122,6 +122,14 @@ class Backend:
     drawback: str = "is not the policy's first choice here" # why another is preferred
     has_expression: bool = True # can PyTorch differentiate it without its own backward?
 
+    def run(
+        self,
+        call: Call, # checked, with its pattern
+        family: str, # one of `FAMILIES`
+    ) -> tuple[Tensor, Any]: # output and log-sum-exp
+        "Computes a call."
+        return self.functions[family](call)
+
 # %% ../nbs/07_backends.ipynb #30fd4e68
 def _reference(call: Call) -> tuple[Tensor, Tensor]:
     results = reference_attention(call.q, call.k, call.v, call.pattern, **call.options)
@@ -439,7 +447,7 @@ def attend(
     fused, tokens = call.custom_backward, known_length(call.q, 2)
     if tokens and family == "cross": tokens = max(tokens, call.k.shape[2])
     name, _ = choose_backend(backend, call.q.device, tokens, fused, family)
-    return REGISTRY[name].functions[family](call.hidden())
+    return REGISTRY[name].run(call.hidden(), family)
 
 # %% ../nbs/07_backends.ipynb #0c520b02
 _short_calls = Cache(tensors=lambda value: value[0].tensors) # of (`ShortCall`, policy)
