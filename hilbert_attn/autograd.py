@@ -6,7 +6,6 @@
 __all__ = ['triton_forward', 'triton_backward', 'HilbertAttentionFunction', 'triton_attention']
 
 # %% ../nbs/05_autograd.ipynb #06b8ddc2
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,52 +16,25 @@ from .patterns import SegmentPattern
 from .reference import Scores, score_rule
 
 # %% ../nbs/05_autograd.ipynb #7ecf737a
-def _forward(
-    q: Tensor, # queries (B, H, N, D)
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    order: Tensor | None, # int64 (N,): token at each position
-    key_mask: Tensor | None, # bool (B, N), True = attend, in token order
-    seed: Tensor | None, # int64 (1,), where there is dropout
-    segment_size: int, # w
-    dilation_rate: int, # r
-    mode: str, # "residue", "keys" or "longnet"
-    offsets: Sequence[int], # one per query head, or one for all
-    causal: bool, # key token index <= query token index
-    scale: Sequence[float], # positive; or scale and cap
-    dropout_p: float, # probability of dropping an attention weight
-) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
+def _settings(order, key_mask, seed, *settings) -> tuple[tuple, dict]:
+    "What the kernels take by place and by name, from `SEGMENT_SETTINGS`."
+    segment_size, dilation_rate, mode, offsets, causal, scale, dropout_p = settings
+    return (segment_size, dilation_rate, mode, tuple(offsets)), dict(
+        order=order, key_mask=key_mask, seed=seed, causal=causal, scale=scale, dropout_p=dropout_p)
+
+
+def _forward(q, k, v, *rest) -> tuple[Tensor, Tensor]: # out (B, H, N, D), lse (B, H, N)
     "What the operator `hilbert_attn::triton_forward` computes."
     from hilbert_attn.kernels.forward import attention_forward
-    return attention_forward(
-        q, k, v, segment_size, dilation_rate, mode, tuple(offsets), order=order, key_mask=key_mask,
-        causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+    pattern, options = _settings(*rest)
+    return attention_forward(q, k, v, *pattern, **options)
 
 # %% ../nbs/05_autograd.ipynb #ed6db758
-def _backward(
-    dout: Tensor, # gradient of out (B, H, N, D)
-    dlse: Tensor | None, # gradient of lse (B, H, N); None is 0
-    q: Tensor, # queries (B, H, N, D)
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
-    out: Tensor, # of the forward (B, H, N, D)
-    lse: Tensor, # of the forward (B, H, N)
-    order: Tensor | None, # from here on as in the forward
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    segment_size: int,
-    dilation_rate: int,
-    mode: str,
-    offsets: Sequence[int],
-    causal: bool,
-    scale: Sequence[float],
-    dropout_p: float,
-) -> tuple[Tensor, Tensor, Tensor]: # dq (B, H, N, D), dk and dv (B, H_kv, N, D)
+def _backward(dout, dlse, q, k, v, out, lse, *rest) -> tuple[Tensor, Tensor, Tensor]: # dq, dk, dv
     "What the operator `hilbert_attn::triton_backward` computes."
     from hilbert_attn.kernels.backward import attention_backward
-    return attention_backward(
-        q, k, v, out, lse, dout, dlse, segment_size, dilation_rate, mode, tuple(offsets),
-        order=order, key_mask=key_mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+    pattern, options = _settings(*rest)
+    return attention_backward(q, k, v, out, lse, dout, dlse, *pattern, **options)
 
 # %% ../nbs/05_autograd.ipynb #4c078954
 _operator = AttentionOperator(
@@ -71,30 +43,11 @@ _operator = AttentionOperator(
 triton_forward, triton_backward = _operator.forward_op, _operator.backward_op
 
 # %% ../nbs/05_autograd.ipynb #3c4d32d3
-class HilbertAttentionFunction(torch.autograd.Function):
+_Step: Any = _operator.forward_step
+
+
+class HilbertAttentionFunction(_Step):
     "Attention on Triton kernels: saves q, k, v, out and LSE, recomputes the weights."
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, order: Tensor | None, key_mask: Tensor | None,
-        seed: Tensor | None, segment_size: int, dilation_rate: int, mode: str,
-        offsets: Sequence[int], causal: bool, scale: Sequence[float],
-        dropout_p: float) -> tuple[Tensor, Tensor]:
-        return triton_forward(
-            q, k, v, order, key_mask, seed, segment_size, dilation_rate, mode, offsets, causal,
-            scale, dropout_p)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:6])
-        ctx.settings = inputs[6:]
-
-    @staticmethod
-    def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        if dout is None and dlse is None: return (None,) * 13
-        if dout is None: dout = torch.zeros_like(ctx.saved_tensors[3])
-        grads = triton_backward(dout, dlse, *ctx.saved_tensors, *ctx.settings)
-        return *grads, *(None,) * 10
 
 # %% ../nbs/05_autograd.ipynb #23a4540b
 def triton_attention(

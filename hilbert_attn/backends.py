@@ -106,7 +106,8 @@ def detect_gpu_architecture(
     device: torch.device | str | None = None, # None: the current GPU if there is one, else the CPU
 ) -> GPUArchitecture: # name, capability, dtype to prefer, tile sizes, backends that run
     "What kind of device this is, and what runs well on it. A `RuntimeError` if it is not there."
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device is None: device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
     return _architecture(_capability(device), _interpreted())
 
 # %% ../nbs/07_backends.ipynb #c1195d37
@@ -130,12 +131,12 @@ class Backend:
         return self.functions[family](call)
 
 # %% ../nbs/07_backends.ipynb #30fd4e68
-def _reference_segments(call: Call) -> tuple[Tensor, Tensor]:
+def _reference(call: Call) -> tuple[Tensor, Tensor]:
     results = reference_attention(call.q, call.k, call.v, call.pattern, **call.options)
     return call.narrow(*results)
 
 # %% ../nbs/07_backends.ipynb #665da16a
-def _sdpa_mask_segments(call: Call) -> tuple[Tensor, Any]:
+def _sdpa_mask(call: Call) -> tuple[Tensor, Any]:
     options: Any = call.options
     return sdpa_mask_attention(
         call.q, call.k, call.v, call.pattern, **options, need_lse=call.need_lse)
@@ -169,14 +170,15 @@ FAMILIES = {  # of patterns: what a call is
     "segments": "segments", "branches": "several branches", "heads": "branches on heads apart",
     "blocks": "lists of blocks", "local": "local patterns", "cross": "segments of two sequences",
 }
+_BY_MASK = ("segments", "branches", "local") # whose patterns make a mask from an order alone
 REGISTRY = {backend.name: backend for backend in (
     Backend(
         "reference", "dense float64 softmax, the oracle",
-        {"segments": _reference_segments, "branches": _reference_segments},
+        dict.fromkeys(_BY_MASK, _reference),
         drawback="for tests: float64 and O(N^2)"),
     Backend(
         "sdpa_mask", "SDPA with a dense bool mask",
-        {"segments": _sdpa_mask_segments, "branches": _sdpa_mask_segments},
+        dict.fromkeys(_BY_MASK, _sdpa_mask),
         drawback="computes all N^2 scores and masks them"),
     Backend(
         "sdpa", "dense SDPA kernels on the gathered groups", {"segments": _sdpa_segments}),

@@ -26,8 +26,9 @@ from .blocks.schedule import (
     PostPatternHilbertOptimizer, SparsePatternConfig, mask_lists)
 from .branched import LayerOptions, check_free
 from .calls import check_cells
-from .common import (
-    check_word, known_now, outside_graphs, refuse_jit_trace, shown, true_or_false, whole_number)
+from hilbert_attn.common import (
+    check_word, device_of, known_now, outside_graphs, refuse_jit_trace, shown, true_or_false,
+    whole_number)
 from .curves import order_or_none
 from .modules import AttentionLayer, share
 from .options import Backend, Curve, Placement
@@ -258,7 +259,7 @@ class RingBlockSparseAttention(RingLayer, BlockSparseAttention):
         device: torch.device | str | None = None,
     ) -> Tensor: # int64 (N,): token at each position
         "That of the pattern's blocks."
-        return lists_order(self.block_lists(seq_len, device or "cpu"))
+        return lists_order(self.block_lists(seq_len, device_of(device)))
 
     def _order_back(self, rows: int, seq_len: int | None, device: torch.device) -> Tensor:
         return self.order(_whole(self, rows, seq_len), device)

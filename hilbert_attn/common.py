@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['shown', 'described', 'whole_number', 'whole_numbers', 'is_whole', 'true_or_false', 'check_word', 'nearest',
-           'check_names', 'unit_stride', 'hide_masked', 'lse_dtype', 'is_plain', 'known_now', 'refuse_jit_trace',
-           'outside_graphs', 'Cache', 'remembered', 'define_operator', 'after_import']
+           'check_names', 'unit_stride', 'hide_masked', 'lse_dtype', 'is_plain', 'device_of', 'known_now',
+           'refuse_jit_trace', 'outside_graphs', 'Cache', 'remembered', 'define_operator', 'after_import']
 
 # %% ../nbs/00a_common.ipynb #afb463c6
 import os
@@ -182,6 +182,16 @@ def is_plain(
     if type(x) is not Tensor or x.device.type == "meta": return False
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
     return not (wrapped or torch._is_functional_tensor(x))
+
+# %% ../nbs/00a_common.ipynb #1d2278a1
+def device_of(
+    device: torch.device | str | int | None, # that is asked for
+    *tensors: Tensor | None, # that the result is made from
+) -> torch.device: # None is where the first tensor lies, or the CPU
+    "Where a result belongs."
+    for x in tensors:
+        if device is None and isinstance(x, Tensor): device = x.device
+    return torch.device("cpu" if device is None else device)
 
 # %% ../nbs/00a_common.ipynb #7d6ce7fe
 def known_now(

@@ -70,24 +70,26 @@ def _lists_of(
         device=q.device)
 
 # %% ../nbs/11c_cross.ipynb #3eb23189
-def _forward(q, k, v, order, key_order, key_mask, seed, *settings) -> tuple[Tensor, Tensor]:
+def _plan(q, k, order, key_order, key_mask, seed, *settings) -> tuple: # lists, options, triton
+    "What the engines are given."
     segment_size, registers, scale, dropout_p, triton = settings
     lists = _lists_of(q, k, (order, key_order), segment_size, registers, triton)
+    options = dict(key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+    return lists, options, triton
+
+
+def _forward(q, k, v, lists, options: dict, triton: bool) -> tuple[Tensor, Tensor]:
     engine = attend_blocks
     if triton: from hilbert_attn.kernels.block_sparse import block_attention_forward as engine
-    return engine(q, k, v, lists, key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
+    return engine(q, k, v, lists, **options)
 
 # %% ../nbs/11c_cross.ipynb #d2abc588
 def _backward(
-    dout, dlse, q, k, v, out, lse, order, key_order, key_mask, seed, *settings,
+    dout, dlse, q, k, v, out, lse, lists, options: dict, triton: bool,
 ) -> tuple[Tensor, ...]: # dq, dk, dv
-    segment_size, registers, scale, dropout_p, triton = settings
-    lists = _lists_of(q, k, (order, key_order), segment_size, registers, triton)
     engine = attend_blocks_backward
     if triton: from hilbert_attn.kernels.block_sparse import block_attention_backward as engine
-    return engine(
-        q, k, v, out, lse, dout, dlse, lists, key_mask=key_mask, scale=scale,
-        dropout_p=dropout_p, seed=seed)
+    return engine(q, k, v, out, lse, dout, dlse, lists, **options)
 
 # %% ../nbs/11c_cross.ipynb #3c88755f
 def _pairs(q, k, v, order, key_order, key_mask, seed, segment_size, registers, *rest) -> int:
@@ -100,7 +102,7 @@ def _pairs(q, k, v, order, key_order, key_mask, seed, segment_size, registers, *
 _cross_attention = AttentionOperator(
     "cross", _forward, _backward, ["order", "key_order", "key_mask", "seed"],
     "SymInt segment_size, SymInt registers, float[] scale, float dropout_p, bool triton",
-    "CompositeExplicitAutograd", _pairs)
+    "CompositeExplicitAutograd", _pairs, _plan)
 
 # %% ../nbs/11c_cross.ipynb #731dc86b
 @computes("reference", "cross")

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .common import Cache, define_operator, is_plain, shown, whole_number, whole_numbers
+from .common import (
+    Cache, define_operator, device_of, is_plain, shown, whole_number, whole_numbers)
 
 # %% ../nbs/00b_curves.ipynb #6b76e754
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -317,7 +318,7 @@ def curve_order(
     the Hilbert walk exchanges its two longest.
 
     A `ValueError` for a bad grid or an unknown curve."""
-    grid, device = as_grid(grid), torch.device("cpu" if device is None else device)
+    grid, device = as_grid(grid), device_of(device)
     _parse_curve(curve)
     if torch.compiler.is_compiling():
         return torch.ops.hilbert_attn.curve_order(grid, curve, device)

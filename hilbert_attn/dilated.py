@@ -23,7 +23,7 @@ from .calls import Call, check_call, check_curve, check_order, on_branches
 from .common import is_plain, is_whole, lse_dtype, whole_numbers
 from .curves import as_grid, curve_order
 from .operators import AttentionOperator
-from .patterns import Branch, DilatedPattern, SegmentPattern, attention_mask
+from .patterns import DilatedPattern, SegmentPattern, attention_mask
 from .reference import merge_attention
 from .sdpa import (
     LONGEST_KEPT, KeptMask, attend_kept, attend_segments, attend_segments_backward)
@@ -103,8 +103,8 @@ def _forward_on_tiles(
     before: Any = None
     for i, (pattern, copies) in enumerate(mixture.branches(q)):
         out, lse = attend_segments(
-            q, k, v, order, key_mask, pattern, mixture.causal, mixture.scale, before, copies,
-            mixture.dropout(seeds, i))
+            q, k, v, order, key_mask, pattern, mixture.causal, mixture.scale,
+            mixture.dropout(seeds, i), before, copies)
         before = out.to(lse.dtype), lse
     return before
 
@@ -133,7 +133,7 @@ def _share_on_tiles(
     dout, dlse, q, k, v, out, lse, order, key_mask, seeds, mixture, pattern, i, grads):
     share = attend_segments_backward(
         dout, dlse, q, k, v, out, lse, order, key_mask, pattern, mixture.causal, mixture.scale,
-        grads, mixture.dropout(seeds, i))
+        mixture.dropout(seeds, i), grads)
     return [x.to(lse_dtype(x.dtype)) for x in share]
 
 # %% ../nbs/08_dilated.ipynb #cafad43d
@@ -224,18 +224,19 @@ def _kv_heads(x: Tensor, first: int, last: int, group: int) -> Tensor:
     return x[:, [h // group for h in range(first, last)]]
 
 # %% ../nbs/08_dilated.ipynb #a60ac7a5
-def _calls_on_heads(call: Call) -> Iterator[tuple[Branch, Call]]:
-    "Each branch, and the call with its pattern on its own heads."
-    group = call.q.shape[1] // call.k.shape[1]
+def _by_heads(
+    call: Call, # with a pattern whose branches have heads of their own
+    run: Callable[[Call], tuple[Tensor, Any]],
+) -> tuple[Tensor, Any]: # out, lse or None
+    "Runs a call with one branch for each."
+    group, results = call.q.shape[1] // call.k.shape[1], []
     for branch in call.pattern.branches:
         first, last = branch.heads
         k, v = (_kv_heads(x, first, last, group) for x in (call.k, call.v))
-        yield branch, replace(call, q=call.q[:, first:last], k=k, v=v, pattern=branch.pattern)
-
-
-def _by_heads(call: Call, backend: str) -> tuple[Tensor, Any]:
-    "Each branch on its own heads."
-    outs, lses = zip(*(attend(own, backend) for _, own in _calls_on_heads(call)))
+        one = replace(branch, heads=(0, last - first))
+        pattern = replace(call.pattern, num_heads=last - first, branches=(one,))
+        results.append(run(replace(call, q=call.q[:, first:last], k=k, v=v, pattern=pattern)))
+    outs, lses = zip(*results)
     return cat(outs, 1), cat(lses, 1) if call.need_lse else None
 
 # %% ../nbs/08_dilated.ipynb #f539877d
@@ -251,7 +252,8 @@ def attend_branches(
         (only,) = pattern.branches
         out, lse = attend(replace(call, pattern=only.pattern), name)
         return out, lse + log(only.copies) if call.need_lse else None
-    if family == "heads" and name != "sdpa_mask": return _by_heads(call.hidden(), name)
+    if family == "heads" and name != "sdpa_mask":
+        return _by_heads(call.hidden(), lambda own: attend_branches(own, name))
     if "branches" in REGISTRY[name].functions: return attend(call, name, "branches")
     return _one_by_one(call.hidden(), name)
 
@@ -352,18 +354,6 @@ def _one_at_a_time(call: Call, how: tuple, cu_seqlens: Tensor, backend: str) -> 
     outs, lses = zip(*parts)
     return cat(outs, 2), cat(lses, 2) if call.need_lse else None
 
-# %% ../nbs/08_dilated.ipynb #5f0c5a0b
-def _on_heads(call: Call, run: Any) -> tuple[Tensor, Tensor]: # out, lse
-    "A call with branches on heads of their own, as calls with one branch each."
-    results = []
-    for branch, own in _calls_on_heads(call):
-        heads = own.q.shape[1]
-        one = replace(branch, heads=(0, heads))
-        pattern = replace(call.pattern, num_heads=heads, branches=(one,))
-        results.append(run(replace(own, pattern=pattern)))
-    outs, lses = zip(*results)
-    return cat(outs, 1), cat(lses, 1)
-
 # %% ../nbs/08_dilated.ipynb #5f0c5a1c
 def _packed_under_a_mask(call: Call, how: tuple, cu_seqlens: Tensor) -> tuple[Tensor, Any]:
     "Several short documents as one dense call, whose mask is kept."
@@ -400,7 +390,7 @@ def _packed(call: Call, how: tuple, cu_seqlens: Tensor, backend: str) -> tuple[T
         inputs = own.q, own.k, own.v, own.order, own.key_mask, seeds, cu_seqlens
         return _packed_attention(*inputs, *_settings(own, triton=False))
 
-    return run(call) if pattern.combine == "lse" else _on_heads(call, run)
+    return run(call) if pattern.combine == "lse" else _by_heads(call, run)
 
 # %% ../nbs/08_dilated.ipynb #5f0c5a0d
 def _borders(grid: Any, cu_seqlens: Any, n: int) -> Tensor: # int (documents + 1,), on the CPU
@@ -541,6 +531,6 @@ def prefix_branches(
     "Several branches behind a prefix, in one operator on dense kernels."
     branches = call.pattern.branches
     if call.pattern.combine == "heads" and len(branches) > 1:
-        return _on_heads(call, lambda own: prefix_branches(own, prefix))
+        return _by_heads(call, lambda own: prefix_branches(own, prefix))
     inputs = call.q, call.k, call.v, call.order, call.key_mask, call.seeds(len(branches) + 1)
     return _prefix_attention(*inputs, *_settings(call, triton=False), prefix)

@@ -178,6 +178,16 @@ def _register(
     _register_vmap(op, library)
     return _differentiable(op, setup, backward)
 
+# %% ../nbs/02b_operators.ipynb #5b3e7a11
+def _planned(forward: Callable, backward: Callable, plan: Callable) -> tuple[Callable, Callable]:
+    "The same, from arguments that the plan is made of."
+    def there(q, k, v, *rest): return forward(q, k, v, *plan(q, k, *rest))
+
+    def back(dout, dlse, q, k, v, out, lse, *rest):
+        return backward(dout, dlse, q, k, v, out, lse, *plan(q, k, *rest))
+
+    return there, back
+
 # %% ../nbs/02b_operators.ipynb #87b525e6
 class AttentionOperator:
     "The operators `hilbert_attn::NAME_forward` and `NAME_backward` of an engine."
@@ -192,7 +202,10 @@ class AttentionOperator:
         device: str = "CPU", # dispatch key of the implementation
         # (q, k, v, *tensors, *settings) -> attended pairs, over batches and heads; None: all pairs
         pairs: Callable | None = None,
+        # (q, k, *tensors, *settings) -> what the engine is given in their place; None: themselves
+        plan: Callable | None = None,
     ):
+        if plan is not None: forward, backward = _planned(forward, backward, plan)
         self.tensors, self.num_settings = tuple(tensors), len(settings.split(","))
         there, back = _schemas(self.tensors, settings)
         self.forward_op, self._forward_library = _define_part(
@@ -202,7 +215,7 @@ class AttentionOperator:
         packets = self.forward_op._overloadpacket, self.backward_op._overloadpacket
         self._formulae = dict(zip(packets, _formulae(pairs or _all_pairs)))
         _tell_counters(self._formulae)
-        self._forward_step = _register(
+        self.forward_step = _register(
             self.forward_op, self._forward_library, self._save, self._gradients)
         self._backward_step = _register(
             self.backward_op, self._backward_library, _save_nothing, _refuse_second)
@@ -213,7 +226,7 @@ class AttentionOperator:
             if in_forward_mode(q, k, v): raise RuntimeError(_NO_TANGENT)
             if _get_current_dispatch_mode() is not None: _tell_counters(self._formulae)
             if peek_interpreter_stack() is not None:
-                return self._forward_step.apply(q, k, v, *rest)
+                return self.forward_step.apply(q, k, v, *rest)
         return self.forward_op(q, k, v, *rest)
 
     def _save(self, ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]):

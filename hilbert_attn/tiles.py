@@ -209,6 +209,11 @@ class Dropout(WrittenOut):
         self.factor = 1 / (1 - p)
         self.generator = torch.Generator(seed.device).manual_seed(int(seed))
 
+    @classmethod
+    def of(cls, p: float, seed: Tensor | None) -> "Dropout | None":
+        "None where there is no seed."
+        return None if seed is None else cls(p, seed)
+
     def drop(self, weights: Tensor) -> Tensor: # bool, like the weights
         "The next draws: 32 bits each, two at a time."
         n = weights.numel()

@@ -15,10 +15,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hilbert_attn.cross as cross_module
 from hilbert_attn import curve_order, hilbert_attention, hilbert_cross_attention
+from hilbert_attn.backends import detect_gpu_architecture
 from hilbert_attn.blocks.engine import block_stats
-from hilbert_attn.blocks.planner import cross_lists
+from hilbert_attn.blocks.planner import block_lists, cross_lists
+from hilbert_attn.blocks.schedule import SparsePatternConfig
 from hilbert_attn.cross import sdpa_cross
-from hilbert_attn.patterns import CrossPattern
+from hilbert_attn.patterns import CrossPattern, SegmentPattern
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BACKENDS = ("sdpa", "sdpa_mask", "reference", "expression")
@@ -272,8 +274,8 @@ BAD = [
     (dict(v=V[..., :0]), "D must be at least 1"),
     (dict(key_mask=torch.ones(1, 60, dtype=torch.bool)), r"key_mask .* \(B, M\) = \(1, 35\)"),
     (dict(registers=K), "registers is Tensor: expected a pair"),
-    (dict(registers=(K, V[:, :, :3])), "the values have shape .* the same R"),
-    (dict(registers=(K, V[..., :3])), "the values have shape"),
+    (dict(registers=(K, V[:, :, :3])), "the values are .* the same R"),
+    (dict(registers=(K, V[..., :3])), "the values are .*expected"),
     (dict(registers=(K, V.double())), "the values are torch.float64"),
     (dict(sink_logits=torch.zeros(3)), r"sink_logits is torch.float32 \(3,\) .* \(H,\) = \(2,\)"),
     (dict(sink_logits=torch.zeros(2, dtype=torch.int64)), "sink_logits is torch.int64"),
@@ -292,3 +294,28 @@ def test_a_forced_backend_that_cannot_run(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match="triton"):
         hilbert_cross_attention(Q, K, V, backend="triton")
+
+
+def lists_places():
+    cross, segments = CrossPattern(8, 8, 4), SegmentPattern(8, 4)
+    return {
+        "cross_lists": lambda device: cross_lists(cross, device=device).rows.start.device,
+        "block_lists": lambda device: block_lists(segments, device=device).rows.start.device,
+        "blocks": lambda device: SparsePatternConfig().blocks(8, device).device,
+        "curve_order": lambda device: curve_order(8, device=device).device,
+        "detect": lambda device: detect_gpu_architecture(device).capability and torch.device(0)}
+
+
+@pytest.mark.parametrize("name", lists_places())
+def test_a_device_may_be_the_number_of_the_first_gpu(name):
+    place = lists_places()[name]
+    if torch.cuda.is_available(): assert place(0) == torch.device(0)
+    else:
+        with pytest.raises((RuntimeError, AssertionError)): place(0)
+
+
+def test_what_is_made_of_numbers_is_on_the_cpu():
+    "Whatever the default device is."
+    with torch.device("meta"):
+        for name, place in lists_places().items():
+            if name != "detect": assert place(None) == torch.device("cpu")

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..calls import check_order
 from .lists import ALWAYS, NEVER, BlockLists, as_block_size, rows_and_columns
-from ..common import Cache, is_plain, outside_graphs, true_or_false, whole_number
+from ..common import (
+    Cache, device_of, is_plain, outside_graphs, true_or_false, whole_number)
 from ..curves import curve_order
 from hilbert_attn.patterns import (
     AxisPattern,
@@ -478,7 +479,7 @@ def block_lists(
         raise ValueError(f"pattern={pattern!r}: expected a pattern of hilbert_attn.patterns")
     if order is not None and curve is not None:
         raise ValueError(f"order and curve={curve!r} are both given: expected one of them")
-    device = torch.device(device or (order.device if isinstance(order, Tensor) else "cpu"))
+    device = device_of(device, order)
     options = (
         as_block_size(block_size), true_or_false("causal", causal),
         whole_number("registers", registers, 0), true_or_false("grouped", grouped), device)
@@ -500,10 +501,10 @@ def cross_lists(
     key_order: Tensor | None = None, # int64 (M,): key at each position
     block_size: tuple[int, int] = (128, 128), # slots per block of queries and of keys
     registers: int = 0, # so many keys behind the M that every query attends
-    device: torch.device | str | None = None, # of the result; None: the CPU
+    device: torch.device | str | None = None, # of the result; None is an order's, or the CPU
 ) -> BlockLists: # cached: do not write into it
     "The blocks of cross-attention between segments, counted without an N x M mask."
-    sizes, device = (pattern.num_queries, pattern.num_keys), torch.device(device or "cpu")
+    sizes, device = (pattern.num_queries, pattern.num_keys), device_of(device, order, key_order)
 
     def build():
         orders = list(map(_along, (order, key_order), sizes))

@@ -19,9 +19,9 @@ from .lists import (
     LIST_TENSORS, BlockLists, as_block_size, check_block_mask, lists_from_block_mask,
     lists_from_operands, take_blocks)
 from .planner import BlockPattern, block_lists
-from hilbert_attn.common import (
-    Cache, check_word, define_operator, is_plain, known_now, outside_graphs, whole_number,
-    whole_numbers)
+from ..common import (
+    Cache, check_word, define_operator, device_of, is_plain, known_now, outside_graphs,
+    whole_number, whole_numbers)
 from ..curves import curve_order, inverse_order
 from ..patterns import AxisPattern
 
@@ -76,7 +76,8 @@ class SparsePatternConfig:
         whole_number("seq_len", seq_len, 1)
         if self.block_mask is not None:
             check_block_mask(self.block_mask, (-(-seq_len // BM), -(-seq_len // BN)))
-            return self.block_mask.to(device or self.block_mask.device)
+            return self.block_mask.to(device_of(device, self.block_mask))
+        device = device_of(device)
         q = torch.arange(0, seq_len, BM, device=device)[:, None]
         k = torch.arange(0, seq_len, BN, device=device)
         def within(reach): return (k <= q + BM - 1 + reach) & (k + BN - 1 >= q - reach)
