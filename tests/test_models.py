@@ -17,7 +17,6 @@ from model_cases import DOWN, UP, unet
 import hilbert_attn as h
 from hilbert_attn.integrations import HilbertAttnProcessor, HilbertSettings
 from hilbert_attn.integrations import caches as of_caches
-from hilbert_attn.integrations import diffusers as of_diffusers
 from hilbert_attn.integrations import settings as of_settings
 from hilbert_attn.integrations import transformers as of_transformers
 from hilbert_attn.integrations.switch import Geometry
@@ -52,14 +51,13 @@ def calls(monkeypatch):
     def counted(module, name):
         own = getattr(module, name)
 
-        def count(q, k, v, settings, *args, **options):
+        def count(call, settings):
             found.append(settings)
-            return own(q, k, v, settings, *args, **options)
+            return own(call, settings)
 
         monkeypatch.setattr(module, name, count)
 
-    for module in (of_caches, of_settings, of_diffusers):
-        counted(module, "prefix_attention")
+    for module in (of_caches, of_settings): counted(module, "attend_settled")
     counted(of_caches, "cached_attention")
     return found
 

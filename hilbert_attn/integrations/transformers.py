@@ -21,6 +21,7 @@ from typing import Any, TypeVar, Unpack
 import torch
 import torch.nn as nn
 
+from ..calls import check_call
 from .caches import (
     attend_text, held_keys, needed_window, own_window_attention)
 from .masks import (
@@ -30,7 +31,6 @@ from .settings import (
 from hilbert_attn.integrations.switch import (
     Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, release,
     switch_of)
-from ..reference import Scores, score_rule, with_sinks
 from ..schedule import frozen
 
 # %% ../../nbs/14c_transformers.ipynb #327ed140
@@ -120,14 +120,13 @@ def _transformers_attention(
         n = key.shape[2]
         settings = _enter(module, name, n)
         causal, key_mask = who_attends(module, query, n, attention_mask, is_causal)
-        if softcap is not None: scaling = Scores(score_rule(scaling, query).scale, softcap)
-        rest = dropout, scaling, s_aux is not None
+        call = check_call(
+            query, key, value, crossed=True, causal=causal, key_mask=key_mask, dropout_p=dropout,
+            scale=scaling, softcap=softcap, sink_logits=s_aux)
         window = needed_window(settings, own, n + gone, gone)
-        if window is not None:
-            reach = window - 1, 0 if causal else window - 1
-            out, lse = own_window_attention(query, key, value, reach, key_mask, *rest)
-        else: out, lse = attend_text(query, key, value, settings, causal, key_mask, *rest)
-        if s_aux is not None: out, _ = with_sinks(out, lse, s_aux)
+        if window is None: found = attend_text(call, settings)
+        else: found = own_window_attention(call, (window - 1, 0 if causal else window - 1))
+        out = call.result(*found)
         return out.transpose(1, 2).contiguous(), None  # (B, N, H, D), and no weights
     return hilbert_attention_forward
 
