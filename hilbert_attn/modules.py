@@ -314,10 +314,12 @@ class HilbertOrder(nn.Module):
         *,
         rope_dim: int | None = None, # head dimension, for layers that take `rope=`; None: none
     ):
-        "Raises `ValueError` for layers that are causal, or that bring a curve of their own."
+        """Raises `ValueError` for layers that are causal, or that bring a curve of their own, and
+        for a `rope_dim` that has not two channels for each axis."""
         super().__init__()
         self.layers = nn.ModuleList([layers] if isinstance(layers, nn.Module) else layers)
         self.grid, self.curve, self.rope_dim = grid_or_none(grid), check_curve(curve), rope_dim
+        if rope_dim is not None: rotary_embedding((1,) * len(self.grid or (1,)), rope_dim)
         for name, layer in self.layers.named_modules(): _check_inside(name, layer)
 
     def order(

@@ -397,6 +397,12 @@ def test_the_grid_of_an_earlier_call_is_not_used(hf):
     model(rand(1, 3, 8, 32), interpolate_pos_encoding=True)
     with pytest.raises(ValueError, match="no patches were seen in this call"):
         model.layers[0](rand(1, 17, 32))
+    def fail(*call): raise InterruptedError
+    handle = model.layernorm.register_forward_pre_hook(fail)
+    with pytest.raises(InterruptedError): model(rand(1, 3, 16, 16))
+    handle.remove()
+    with pytest.raises(ValueError, match="no patches were seen in this call"):
+        model.layers[0](rand(1, 17, 32))
     patches = model.embeddings.patch_embeddings
     patches.projection = nn.Conv2d(3, 32, 4, 4)
     with pytest.raises(ValueError, match="switch it again if its patch layer was replaced"):

@@ -13,7 +13,6 @@ from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
-from numbers import Integral, Real
 from operator import index
 from threading import get_ident
 from types import FunctionType, SimpleNamespace
@@ -30,11 +29,11 @@ from ..curves import as_grid, curve_order, inverse_order
 from hilbert_attn.integrations.cells import (
     LAYOUTS, PATTERN_FIELDS, SHIFT_FIELDS, DiTSettings, Layout, cells_and_text, joint_attention,
     long_sides)
-from .diffusers import KEEPERS, Keeper, note_switch
+from .diffusers import KEEPERS, Guard, give_back, note_switch
 from .settings import plain_value
 from ..schedule import LayerSchedule, Rules, schedule_from
 from hilbert_attn.integrations.switch import (
-    Geometry, Site, Switch, check_one_grid, in_backward, register_switch, release, remove_hooks,
+    Geometry, Site, Switch, check_one_grid, in_backward, register_switch, remove_hooks,
     remove_switch)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b3
@@ -52,28 +51,6 @@ def _agreed(
     if long_sides(stated) == long_sides(read): return stated
     raise ValueError(
         f"grid={stated}: the cells of this call lie on {read}; leave grid out to follow the calls")
-
-# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b2
-def _without_seam(
-    model: nn.Module,
-    layers: Sequence[str], # names
-) -> list[str]:
-    "The layers whose processor is none of ours."
-    own = {name: getattr(model.get_submodule(name), "processor", None) for name in layers}
-    return [name for name, processor in own.items() if not hasattr(processor, "hilbert_seam")]
-
-
-def _check_seams(
-    model: nn.Module,
-    layers: Sequence[str], # names of the switched ones
-):
-    "Raises `RuntimeError` where a layer was given another processor."
-    lost = _without_seam(model, layers)
-    if not lost: return
-    raise RuntimeError(
-        f"{type(model).__name__} was switched, but {', '.join(lost)} got another processor "
-        "since (fuse_qkv_projections and set_attn_processor do that): call "
-        "use_hilbert_attention again, or use_dense_attention")
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b4
 def _check_thread(
@@ -162,9 +139,8 @@ class Door:
         model: nn.Module,
         layout: Layout,
         settings: DiTSettings,
-        layers: Sequence[str], # names of the switched ones
     ):
-        self.layout, self.layers = layout, tuple(layers)
+        self.layout = layout
         self.stated = None if settings.grid is None else as_grid(settings.grid)
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         # grid, thread (None: a graph) and step of the last call
@@ -178,7 +154,6 @@ class Door:
         given = dict(zip(self.names, args)) | kwargs
         compiling = torch.compiler.is_compiling()
         thread = None if compiling else get_ident()
-        _check_seams(model, self.layers)
         recorded = self.stated and compiling  # ids have no values in a graph
         read = None if recorded else self.layout.grid(model.config, given)
         grid = _agreed(self.stated, read)
@@ -553,16 +528,6 @@ def _self_attention(
             "their own, or this diffusers is another one than 0.36 to 0.42")
     return layers
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e015
-def _python_value(value: Any) -> Any: # the same in dictionaries, lists and Python's own numbers
-    "What a file can hold of a user's value; what is no number stays."
-    if isinstance(value, Mapping):
-        return {name: _python_value(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)): return [_python_value(one) for one in value]
-    if hasattr(value, "tolist"): return value.tolist()
-    fraction = isinstance(value, Real) and not isinstance(value, Integral)
-    return float(value) if fraction else value
-
 # %% ../../nbs/14f_diffusion_transformers.ipynb #bd9e29b5
 def _named(
     names: list[str], # of layers, in the order of the model
@@ -575,32 +540,28 @@ def _named(
     number = index(which)
     return names[number:number + 1 or None]
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e017
-def _entries(
-    which: Any, # names, numbers; None: all
-) -> tuple[list[Any], bool]: # entries; were several given?
-    "What a user asks for, one by one."
-    plain = slice(None) if which is None else _python_value(which)
-    if isinstance(plain, (str, slice)) or not isinstance(plain, Iterable): return [plain], False
-    return _python_value(list(plain)), True
-
 # %% ../../nbs/14f_diffusion_transformers.ipynb #c4bb8db2
 def _asked_for(
     layers: Mapping[str, Any], # name -> layer, in the order of the model
     which: str | int | slice | Sequence[str | int] | None, # names, numbers; None: all
 ) -> dict[str, Any]: # name -> layer
     "The layers that a user asks for. Raises `ValueError` for an entry that means none."
-    names = list(layers)
-    entries, several = _entries(which)
-    found = [_named(names, one) for one in entries]
-    wanted = {name for some in found for name in some}
-    if found and all(found):
-        return {name: layer for name, layer in layers.items() if name in wanted}
-    empty = [one for one, some in zip(entries, found, strict=True) if not some]
-    what = f"{empty[0]!r} in it is " if empty and several else ""
+    names, plain = list(layers), slice(None) if which is None else plain_value(which)
+    several = isinstance(plain, Iterable) and not isinstance(plain, str)
+    found: dict[str, Any] = {}
+    for one in plain_value(list(plain)) if several else [plain]:
+        own = _named(names, one)
+        if not own:
+            what = f"{one!r} in it is " if several else ""
+            raise ValueError(f"layers={which!r}: {what}{_none_of(names)}")
+        found |= dict.fromkeys(own)
+    if not found: raise ValueError(f"layers={which!r}: {_none_of(names)}")
+    return {name: layer for name, layer in layers.items() if name in found}
+
+
+def _none_of(names: list[str]) -> str:
     known = f", {names[0]} to {names[-1]}" if names else ""
-    raise ValueError(
-        f"layers={which!r}: {what}none of the {len(names)} layers of self-attention{known}")
+    return f"none of the {len(names)} layers of self-attention{known}"
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0c0a2
 _OF_A_LAYER = (*PATTERN_FIELDS, "tile_shift", "curve", "backend")
@@ -668,7 +629,7 @@ def _switch(
     layout = _layout_of(model)
     layers = {name: model.get_submodule(name) for name in each}
     use_dense_attention(model)
-    door = Door(model, layout, settings, list(layers))
+    door = Door(model, layout, settings)
     if settings.reorder:
         curve: Any = next(iter(each.values())).curve
         Reordering(model, door, _way_of(model, each), curve)
@@ -677,6 +638,7 @@ def _switch(
     for number, (name, layer) in enumerate(layers.items()):
         seam = Seam(each[name], door, switch.sites[name], number)
         layer.processor = rewired(layer.processor, seam)
+    Guard(model)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #4f9ac47c
 def use_dense_attention(
@@ -685,7 +647,7 @@ def use_dense_attention(
     "Gives a switched model its own attention back."
     for part in _parts(model):
         for module in part.modules():
-            for owner in (Door, Reordering): remove_hooks(module, owner)
+            for owner in (Door, Guard, Reordering): remove_hooks(module, owner)
         remove_switch(part)
         note_switch(part, _NOTED, None)
         for layer in part.modules():
@@ -704,7 +666,7 @@ def _as_noted(
 ) -> dict[str, Any]: # settings, layers
     "A switch in values that a file can hold."
     rules = isinstance(which, (Mapping, LayerSchedule))
-    layers = _python_value(plain_value(schedule_from(which))) if rules else list(each)
+    layers = plain_value(schedule_from(which)) if rules else list(each)
     return dict(settings=settings.to_dict(), layers=layers)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #684a5f84
@@ -732,17 +694,6 @@ def switch_diffusion(
     return model
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e010
-def _give_back(
-    layer: Any, # a switched one
-    name: str, # in its model
-):
-    "A layer's own processor, for good."
-    door = layer.processor.hilbert_seam.door
-    door.layers = tuple(other for other in door.layers if other != name)
-    layer.processor = own_processor(layer.processor)
-    release(layer)
-
-
 def _restore(
     model: Any,
     noted: Mapping[str, Any], # as in a configuration
@@ -752,21 +703,10 @@ def _restore(
     rules = bool(layers) and not isinstance(layers[0], str)
     settings = DiTSettings.from_dict(noted["settings"])
     switch_diffusion(model, settings, layers=dict(layers) if rules else layers)
-    for name in noted.get("by_hand", ()): _give_back(model.get_submodule(name), name)
-    note_switch(model, _NOTED, noted)
+    give_back(model, _NOTED, noted, lambda layer: own_processor(layer.processor))
 
 
-def _still_switched(model: nn.Module, noted: Any) -> Any: # None where no layer is
-    "What holds of a note when a model is saved."
-    processors: Any = [getattr(layer, "processor", None) for layer in model.modules()]
-    seams = [own.hilbert_seam for own in processors if hasattr(own, "hilbert_seam")]
-    if not seams: return None
-    names = [*seams[0].door.layers, *noted.get("by_hand", ())]
-    lost = _without_seam(model, names)
-    return dict(noted) | dict(by_hand=lost) if lost else noted
-
-
-KEEPERS.append(Keeper(_NOTED, _restore, _still_switched))
+KEEPERS[_NOTED] = _restore
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #4d54aca3
 register_switch("diffusers", switch_diffusion)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass, fields, replace
 from functools import lru_cache, wraps
 from math import prod
+from numbers import Integral, Real
 from typing import Any, ClassVar, Self, TypedDict, TypeVar, Unpack, cast
 
 import torch
@@ -64,11 +65,14 @@ class ModelSettings:
         return cls(**values)
 
 # %% ../../nbs/14_integrations.ipynb #14a0f001
-def plain_value(value: Any) -> Any: # the same, in lists
-    "What a configuration file can hold of a field's value."
-    if isinstance(value, tuple): return list(value)
-    if not isinstance(value, LayerSchedule): return value
-    return [[layers, does] for layers, does in value.rules.items()]
+def plain_value(value: Any) -> Any: # the same in dictionaries, lists and Python's own numbers
+    "What a file can hold of a user's value; what is no number stays."
+    if isinstance(value, LayerSchedule): value = [*value.rules.items()]
+    if isinstance(value, Mapping): return {name: plain_value(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)): return [plain_value(one) for one in value]
+    if hasattr(value, "tolist"): return value.tolist()
+    fraction = isinstance(value, Real) and not isinstance(value, Integral)
+    return float(value) if fraction else value
 
 # %% ../../nbs/14_integrations.ipynb #00ea94d5
 class _Meaning(ModelSettings):
@@ -300,14 +304,18 @@ def placed(
     return replace(settings, grid=grid, prefix_tokens=prefix_tokens)
 
 # %% ../../nbs/14_integrations.ipynb #14a0f022
-def is_dense(
+def each_layer(
     settings: HilbertSettings,
-    layer: int, # 0 … layers - 1
-    layers: int, # how many are switched
-) -> bool:
-    "Does a schedule leave a layer its full attention?"
+    layers: int, # that are switched
+) -> list[HilbertSettings | None]: # None: the layer stays dense
+    "Raises `ValueError` for a rule about no layer, and where all layers stay dense."
+    if settings.layers is None: return [settings] * layers
     schedule: Any = settings.layers
-    return schedule is not None and schedule.at(layer, layers) is None
+    each = schedule.each(layers)
+    if any(options is not None for options in each):
+        return [None if options is None else layer_settings(settings, options) for options in each]
+    raise ValueError(
+        f"layers={schedule.rules}: all {layers} layers are dense, so nothing is switched")
 
 # %% ../../nbs/14_integrations.ipynb #8ae67b60
 _shifted = Cache(max_entries=64)
@@ -416,7 +424,8 @@ def _with_prefix(
     (q_front, q), (k_front, k), (v_front, v) = (
         x.tensor_split([p], 2) for x in (call.q, call.k, call.v))
     seen = call.key_mask
-    own = replace(call, q=q, k=k, v=v, key_mask=None if seen is None else seen[:, p:], need_lse=True)
+    own = replace(call, q=q, k=k, v=v, need_lse=True)
+    if seen is not None: own.key_mask = seen[:, p:]
     out, lse = _cells_attention(own, settings)
     if seen is None: seen = q.new_ones(1, call.q.shape[2], dtype=torch.bool)
     part, part_lse = few_attention(q, k_front, v_front, seen[:, None, None, :p], call)

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .settings import HilbertSettings, is_dense, placed
+from .settings import HilbertSettings, placed
 
 # %% ../../nbs/14b_switched_models.ipynb #3fd81fb2
 def patch_layer(
@@ -110,7 +110,7 @@ class Geometry:
             self.seen.setdefault(prod(grid), set()).add(grid)
 
     def forget(self, model: nn.Module, args: tuple, output: Any):
-        "The call is over."
+        "The call is over, or has raised an error."
         self.grid = None
         if not torch.compiler.is_compiling(): self.grids.pop(get_ident(), None)
 
@@ -152,6 +152,7 @@ def remove_hooks(
         for key in [key for key, hook in hooks.items() if ours(hook)]:
             hooks.pop(key)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
 
 # %% ../../nbs/14b_switched_models.ipynb #534585b5
 def remove_switch(model: nn.Module):
@@ -280,7 +281,8 @@ class Switch:
         remove_unasked(model)
         model.register_forward_hook(self.model_ran)
         for geometry in dict.fromkeys(geometries.values()):
-            if geometry.kind != "sequence": model.register_forward_hook(geometry.forget)
+            if geometry.kind != "sequence":
+                model.register_forward_hook(geometry.forget, always_call=True)
 
     def layer_ran(self, layer: Any, args: tuple, output: Any):
         "Has the layer called the package?"
@@ -348,19 +350,6 @@ def chosen(
     return {
         name: layer for name, layer in layers.items()
         if among(name, include) and not among(name, exclude)}
-
-# %% ../../nbs/14b_switched_models.ipynb #308fc7a9
-def check_schedule(
-    settings: HilbertSettings,
-    layers: int, # that are switched
-):
-    "Raises `ValueError` for a rule about no layer, and where all layers stay dense."
-    schedule: Any = settings.layers
-    if schedule is None: return
-    each = [settings.of_layer(number, layers) for number in range(layers)]
-    if any(not is_dense(settings, number, layers) for number in range(len(each))): return
-    raise ValueError(
-        f"layers={schedule.rules}: all {layers} layers are dense, so nothing is switched")
 
 # %% ../../nbs/14b_switched_models.ipynb #2d1f8650
 def refuse_layers(

@@ -26,10 +26,11 @@ from .caches import (
     attend_text, held_keys, needed_window, own_window_attention)
 from .masks import (
     said_by, transformers_mask, who_attends, without_window)
-from .settings import (
-    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, can_overlap, layer_settings)
+from hilbert_attn.integrations.settings import (
+    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, can_overlap, each_layer,
+    layer_settings)
 from hilbert_attn.integrations.switch import (
-    Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, release,
+    Geometry, Switch, check_stated, need, patch_layer, prefix_length, release,
     switch_of)
 from ..schedule import frozen
 
@@ -263,7 +264,7 @@ def _switch(
         settings = _parse_settings(own)  # so that torch.compile finds them checked
         if geometry.kind == "stated" and complete:
             check_stated(settings, None, geometry.why)
-        if complete: check_schedule(settings, len(layers))
+        if complete: each_layer(settings, len(layers))  # names rules that do not fit
     Switch(model, layers, dict.fromkeys(layers, geometry), name)
 
 # %% ../../nbs/14c_transformers.ipynb #0f9eecb1

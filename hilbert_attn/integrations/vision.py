@@ -17,10 +17,9 @@ from torch import Tensor
 from ..common import is_plain
 from ..curves import as_grid
 from .settings import (
-    HilbertOptions, HilbertSettings, PrefixAttention, is_dense)
-from hilbert_attn.integrations.switch import (
-    Geometry, Switch, check_schedule, check_stated, chosen, patch_layer, prefix_length,
-    refuse_layers)
+    HilbertOptions, HilbertSettings, PrefixAttention, each_layer)
+from .switch import (
+    Geometry, Switch, check_stated, chosen, patch_layer, prefix_length, refuse_layers)
 from ..multihead import MultiheadDilatedAttention
 
 # %% ../../nbs/14d_vision.ipynb #afedd922
@@ -344,10 +343,9 @@ def _replace(
 ) -> list[str]: # names of those that were replaced
     "Replaces layers, and has the model prove that they are used."
     layers = list(dict.fromkeys(found.values()))  # one in two places is one
-    check_schedule(settings, len(layers))
+    each = zip(layers, each_layer(settings, len(layers)))
     new: dict[nn.Module, Any] = {
-        layer: _replacement(layer, settings.of_layer(i, len(layers)))
-        for i, layer in enumerate(layers) if not is_dense(settings, i, len(layers))}
+        layer: _replacement(layer, own) for layer, own in each if own is not None}
     found = {name: layer for name, layer in found.items() if layer in new}
     names: dict[nn.Module, str] = {}
     for name, layer in found.items():
