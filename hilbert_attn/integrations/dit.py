@@ -401,25 +401,22 @@ class Seam:
         if settings.reorder: settings = replace(settings, curve=None, reorder=False)
         self.settings, self.door, self.site, self.layer = settings, door, site, layer
         self.own: Callable = F.scaled_dot_product_attention # what stood there
+        self.tokens = 2 # dimension of its tensors: 2 for (B, H, N, D), 1 for (B, N, H, D)
 
-    def stays_dense(self, query: Tensor, key: Tensor, tokens: int) -> bool:
+    def stays_dense(self, query: Tensor, key: Tensor) -> bool:
         "Is this a call for another sequence, or in a step that stays dense?"
-        if query.shape[tokens] != key.shape[tokens]: return True
+        if query.shape[self.tokens] != key.shape[self.tokens]: return True
         step = self.door.now()
         early = step is not None and step < self.settings.dense_steps or _scores_are_skipped()
         if early: self.site.excuse()
         return early
 
-    def dispatch(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        "In place of `dispatch_attention_fn`, with tensors (B, N, H, D)."
-        if self.stays_dense(query, key, 1): return self.own(query, key, value, **options)
+    def answer(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        "In place of the function that stood there."
+        if self.stays_dense(query, key): return self.own(query, key, value, **options)
+        if self.tokens == 2: return self.attend(query, key, value, **options)
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
         return self.attend(*heads_first, **options).transpose(1, 2)
-
-    def sdpa(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        "In place of `F.scaled_dot_product_attention`, with tensors (B, H, N, D)."
-        if self.stays_dense(query, key, 2): return self.own(query, key, value, **options)
-        return self.attend(query, key, value, **options)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         "Attention along the curve. Raises `ValueError` for what it cannot follow."
@@ -454,9 +451,9 @@ def _rewired(
     # Without __name__, torch.compile looks names up here, and not in the module.
     names = {key: value for key, value in call.__globals__.items() if key != "__name__"}
     if _attention_name(call) == _DISPATCH:
-        seam.own, names[_DISPATCH] = names[_DISPATCH], seam.dispatch
+        seam.own, seam.tokens, names[_DISPATCH] = names[_DISPATCH], 1, seam.answer
     else:
-        names["F"] = SimpleNamespace(**vars(F) | {_SDPA: seam.sdpa})
+        names["F"] = SimpleNamespace(**vars(F) | {_SDPA: seam.answer})
     twin = FunctionType(
         call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     twin.__kwdefaults__ = call.__kwdefaults__
@@ -646,8 +643,7 @@ def use_dense_attention(
 ) -> Any: # the same
     "Gives a switched model its own attention back."
     for part in _parts(model):
-        for module in part.modules():
-            for owner in (Door, Guard, Reordering): remove_hooks(module, owner)
+        remove_hooks(part, Door, Guard, Reordering)
         remove_switch(part)
         note_switch(part, _NOTED, None)
         for layer in part.modules():

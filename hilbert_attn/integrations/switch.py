@@ -140,40 +140,37 @@ class Geometry:
         return placed(settings, grid, self.prefix_tokens)
 
 # %% ../../nbs/14b_switched_models.ipynb #738c83e8
-def remove_hooks(
+def _drop_hooks(
     module: nn.Module,
-    owner: type | object, # the class of the objects whose methods they are, or one object
+    ours: Callable[[Any], bool], # of the objects whose methods hooks are
 ):
-    "Takes away the forward hooks of ours."
-    def ours(hook):
-        mine = getattr(hook, "__self__", None)
-        return mine is owner or isinstance(owner, type) and isinstance(mine, owner)
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if ours(hook)]:
+        for key in [key for key, hook in hooks.items() if ours(getattr(hook, "__self__", None))]:
             hooks.pop(key)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
             module._forward_hooks_always_called.pop(key, None)
 
+
+def remove_hooks(
+    model: nn.Module,
+    *kinds: type, # of the objects whose methods they are
+):
+    "Takes the forward hooks of ours out of a model."
+    for module in model.modules(): _drop_hooks(module, lambda owner: isinstance(owner, kinds))
+
 # %% ../../nbs/14b_switched_models.ipynb #534585b5
 def remove_switch(model: nn.Module):
     "Takes all of ours out of a model: hooks and sites."
-    for module in model.modules():
-        for owner in (Geometry, Switch):
-            remove_hooks(module, owner)
-        module.__dict__.pop("hilbert_site", None)
+    remove_hooks(model, Geometry, Switch)
+    for module in model.modules(): module.__dict__.pop("hilbert_site", None)
 
 # %% ../../nbs/14b_switched_models.ipynb #2c7a91e4
 def remove_unasked(model: nn.Module):
     "Takes away the hooks of geometries that no layer of a model asks any more."
-    modules = list(model.modules())
-    sites = [module.__dict__.get("hilbert_site") for module in modules]
+    sites = [getattr(module, "hilbert_site", None) for module in model.modules()]
     asked = [site.geometry for site in sites if site is not None]
-    for module in modules:
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        for owner in [getattr(hook, "__self__", None) for hook in hooks]:
-            if isinstance(owner, Geometry) and not any(owner is one for one in asked):
-                remove_hooks(module, owner)
-
+    for module in model.modules():
+        _drop_hooks(module, lambda owner: isinstance(owner, Geometry) and owner not in asked)
 
 # %% ../../nbs/14b_switched_models.ipynb #b84e9a6b
 def check_stated(
@@ -273,8 +270,7 @@ class Switch:
         self.what = what
         self.sites = {name: Site(name, geometries[name], (i, len(layers)))
                       for i, name in enumerate(layers)}
-        for module in model.modules():
-            remove_hooks(module, Switch)
+        remove_hooks(model, Switch)
         for name, layer in layers.items():
             layer.hilbert_site = self.sites[name]
             layer.register_forward_hook(self.layer_ran)
@@ -301,8 +297,7 @@ class Switch:
                           "Then call the whole of it first)")
         if absent or torch.compiler.is_compiling():
             return
-        for module in model.modules():
-            remove_hooks(module, self)
+        for module in model.modules(): _drop_hooks(module, lambda owner: owner is self)
 
     def complain(self, names: list[str], did: str):
         "Raises `RuntimeError`."
