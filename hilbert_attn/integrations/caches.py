@@ -196,10 +196,11 @@ def _plain_step(
 ) -> tuple[Any, Any]: # out (B, H, M, D), lse (B, H, M) or None
     "A step in segments of one branch, without padding."
     (w,), (r,), n = *settings.branches, call.k.shape[2]
+    how: Any = dict(dropout_p=call.dropout_p, scale=call.scale, return_lse=call.need_lse)
     found: Any = decode_attention(
         call.q, call.k, call.v, n, segment_size=min(w, n), dilation_rate=r,
         dilation_mode=settings.dilation_mode, offsets=settings.offsets, overlap=settings.before,
-        dropout_p=call.dropout_p, scale=call.scale, return_lse=call.need_lse)
+        **how)
     return found if call.need_lse else (found, None)
 
 # %% ../../nbs/14bb_caches.ipynb #ce5a4928

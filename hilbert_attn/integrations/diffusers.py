@@ -7,7 +7,7 @@ __all__ = ['HilbertAttnProcessor', 'use_hilbert_processor']
 
 # %% ../../nbs/14e_diffusers.ipynb #38326345
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from math import prod
 from typing import Any, Unpack
@@ -146,11 +146,11 @@ _AROUND = ("UNetMidBlock2D", "AttnDownBlock2D", "AttnUpBlock2D", "AttnDownEncode
 def _above(
     model: nn.Module,
     name: str, # of a layer
-) -> list[Any]: # modules
+) -> Iterator[Any]: # modules
     "What a layer is inside of, from its parent to the model."
-    path = name.split(".")
-    names = [".".join(path[:i]) for i in reversed(range(len(path)))]
-    return [model.get_submodule(above) for above in names]
+    while name:
+        name = name.rpartition(".")[0]
+        yield model.get_submodule(name)
 
 # %% ../../nbs/14e_diffusers.ipynb #9247701c
 def _layer_geometry(

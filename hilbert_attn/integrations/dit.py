@@ -25,10 +25,10 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
 from ..common import check_names
-from ..curves import as_grid, curve_order, inverse_order
+from ..curves import curve_order, inverse_order
 from hilbert_attn.integrations.cells import (
     LAYOUTS, PATTERN_FIELDS, SHIFT_FIELDS, DiTSettings, Layout, cells_and_text, joint_attention,
-    long_sides)
+    known_entry, long_sides)
 from .diffusers import KEEPERS, Guard, give_back, note_switch
 from .settings import plain_value
 from ..schedule import LayerSchedule, Rules, schedule_from
@@ -141,7 +141,7 @@ class Door:
         settings: DiTSettings,
     ):
         self.layout = layout
-        self.stated = None if settings.grid is None else as_grid(settings.grid)
+        self.stated: Any = settings.grid
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         # grid, thread (None: a graph) and step of the last call
         self.last: tuple[tuple[int, ...] | None, int | None, int | None] = None, None, None
@@ -217,7 +217,7 @@ def _way_of(
 ) -> Way:
     "Raises `ValueError` where cells cannot keep one order from layer to layer."
     name = type(model).__name__
-    way = next((WAYS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in WAYS), None)
+    way = known_entry(model, WAYS)
     if way is None:
         raise ValueError(
             f"reorder=True: {name} has no clean door on both sides of its layers; leave reorder "
@@ -490,17 +490,17 @@ def _reduced(processor: Any) -> tuple: # for copy and pickle
     return rewired, (own_processor(processor), processor.hilbert_seam)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #66bb866a
-_LINEAR = "SanaTransformer2DModel", "SanaVideoTransformer3DModel"
+_LINEAR = {"SanaTransformer2DModel": True, "SanaVideoTransformer3DModel": True}
 
 
 def _layout_of(model: nn.Module) -> Layout:
     "What is known of a model's architecture. Raises `ValueError`."
-    for kind in type(model).__mro__:
-        if kind.__name__ in LAYOUTS: return LAYOUTS[kind.__name__]
-        if kind.__name__ in _LINEAR:
-            raise ValueError(
-                f"{type(model).__name__}: its self-attention is linear, without a softmax that "
-                "a pattern could make sparse")
+    layout = known_entry(model, LAYOUTS)
+    if layout is not None: return layout
+    if known_entry(model, _LINEAR):
+        raise ValueError(
+            f"{type(model).__name__}: its self-attention is linear, without a softmax that "
+            "a pattern could make sparse")
     raise ValueError(
         f"{type(model).__name__}: how its tokens lie is unknown. Known are "
         f"{', '.join(LAYOUTS)}; UNets and DiT take use_hilbert_processor")
@@ -543,7 +543,8 @@ def _asked_for(
     which: str | int | slice | Sequence[str | int] | None, # names, numbers; None: all
 ) -> dict[str, Any]: # name -> layer
     "The layers that a user asks for. Raises `ValueError` for an entry that means none."
-    names, plain = list(layers), slice(None) if which is None else plain_value(which)
+    names = list(layers)
+    plain: Any = slice(None) if which is None else plain_value(which)
     several = isinstance(plain, Iterable) and not isinstance(plain, str)
     found: dict[str, Any] = {}
     for one in plain_value(list(plain)) if several else [plain]:

@@ -22,12 +22,12 @@ from torch import Tensor
 from ..backends import check_backend_name, choose_backend
 from ..calls import Call, check_call, check_curve
 from ..common import (
-    Cache, check_names, lse_dtype, whole_number, whole_numbers)
+    Cache, check_names, lse_dtype, whole_number)
 from ..config import changed_fields
 from ..curves import as_grid, curve_order, inverse_order
 from ..dilated import dilated_attention, prefix_branches
 from ..local import hilbert_window_attention
-from ..modules import one_of, share
+from ..modules import grid_or_none, one_of, plain_numbers, share
 from ..patterns import DilatedPattern
 from ..reference import masked_attention, merge_attention
 from ..schedule import LayerSchedule, Rules, schedule_from
@@ -74,19 +74,36 @@ def plain_value(value: Any) -> Any: # the same in dictionaries, lists and Python
     fraction = isinstance(value, Real) and not isinstance(value, Integral)
     return float(value) if fraction else value
 
-# %% ../../nbs/14_integrations.ipynb #00ea94d5
-class _Meaning(ModelSettings):
-    "What the fields of `HilbertSettings` mean: how tokens lie, and who attends whom."
-    segment_lengths: int | Sequence[int] | None
-    dilation_rates: int | Sequence[int]
-    combine: str
-    dilation_mode: str
-    offsets: int | Sequence[int] | None
-    grid: int | Sequence[int] | None
-    curve: str | None
-    prefix_tokens: int
-    shift: int
-    overlap: int | str | None
+# %% ../../nbs/14_integrations.ipynb #14a0f002
+_ALIASES = {"segment_size": "segment_lengths", "dilation_rate": "dilation_rates"}
+
+
+@dataclass(frozen=True)
+class HilbertSettings(ModelSettings):
+    "What a model's attention becomes. Raises `ValueError` for a field that does not fit."
+    aliases = tuple(_ALIASES)
+    segment_lengths: int | Sequence[int] | None = None # of each branch; None is one segment
+    dilation_rates: int | Sequence[int] = 1 # of each branch; one number counts for all
+    combine: str = "lse" # "lse": each head runs each branch; "heads": heads are dealt out to them
+    dilation_mode: str = "residue" # "residue", "keys" or "longnet"
+    offsets: int | Sequence[int] | None = None # residue of the keys, for all heads or per head
+    grid: int | Sequence[int] | None = None # behind the prefix; None: read off the model
+    curve: str | None = "auto" # "auto": "hilbert" on a grid, None for a plain sequence
+    prefix_tokens: int = 0 # leading tokens that attend all and are attended by all, in no segment
+    backend: str = "auto" # as for `hilbert_attention`
+    shift: int = 0 # positions that segments are moved along the curve; its end joins its start
+    layers: LayerSchedule | Rules | None = None # rules, where layers differ
+    # positions before a segment that its tokens see, too; "segment": as many as it has; None: 0,
+    # but where `use_hilbert_attention` switches a decoder
+    overlap: int | str | None = None
+    segment_size: InitVar[int | None] = None # alias of segment_lengths
+    dilation_rate: InitVar[int | None] = None # alias of dilation_rates
+
+    def __post_init__(self, segment_size, dilation_rate):
+        plain = _plain_fields(self, segment_size=segment_size, dilation_rate=dilation_rate)
+        plain["layers"] = schedule_from(self.layers)
+        for name, value in plain.items(): object.__setattr__(self, name, value)
+        _check_fields(self)
 
     @property
     def sides(self) -> tuple[int, ...]: # () without a grid
@@ -132,37 +149,6 @@ class _Meaning(ModelSettings):
         how = self.combine, self.dilation_mode, self.offsets
         return DilatedPattern.for_heads(cells, num_heads, lengths, rates, *how)
 
-# %% ../../nbs/14_integrations.ipynb #14a0f002
-_ALIASES = {"segment_size": "segment_lengths", "dilation_rate": "dilation_rates"}
-
-
-@dataclass(frozen=True)
-class HilbertSettings(_Meaning):
-    "What a model's attention becomes. Raises `ValueError` for a field that does not fit."
-    aliases = tuple(_ALIASES)
-    segment_lengths: int | Sequence[int] | None = None # of each branch; None is one segment
-    dilation_rates: int | Sequence[int] = 1 # of each branch; one number counts for all
-    combine: str = "lse" # "lse": each head runs each branch; "heads": heads are dealt out to them
-    dilation_mode: str = "residue" # "residue", "keys" or "longnet"
-    offsets: int | Sequence[int] | None = None # residue of the keys, for all heads or per head
-    grid: int | Sequence[int] | None = None # behind the prefix; None: read off the model
-    curve: str | None = "auto" # "auto": "hilbert" on a grid, None for a plain sequence
-    prefix_tokens: int = 0 # leading tokens that attend all and are attended by all, in no segment
-    backend: str = "auto" # as for `hilbert_attention`
-    shift: int = 0 # positions that segments are moved along the curve; its end joins its start
-    layers: LayerSchedule | Rules | None = None # rules, where layers differ
-    # positions before a segment that its tokens see, too; "segment": as many as it has; None: 0,
-    # but where `use_hilbert_attention` switches a decoder
-    overlap: int | str | None = None
-    segment_size: InitVar[int | None] = None # alias of segment_lengths
-    dilation_rate: InitVar[int | None] = None # alias of dilation_rates
-
-    def __post_init__(self, segment_size, dilation_rate):
-        plain = _plain_fields(self, segment_size=segment_size, dilation_rate=dilation_rate)
-        plain["layers"] = schedule_from(self.layers)
-        for name, value in plain.items(): object.__setattr__(self, name, value)
-        _check_fields(self)
-
     def of_layer(self, layer: int, layers: int) -> "HilbertSettings":
         "What layer 0 … layers - 1 does; a dense one is one segment."
         return self if self.layers is None else one_layer(self, layer, layers)
@@ -179,26 +165,15 @@ class HilbertSettings(_Meaning):
         keys = torch.arange(n, device="cpu")
         return key_counts(self, keys, keys[first:], n, num_heads, causal).expand(num_heads, -1, -1)
 
-# %% ../../nbs/14_integrations.ipynb #d59ccadd
-def plain_numbers(
-    name: str, # of the field, for messages
-    value: Any, # None, a whole number, or several
-) -> Any: # None, an int, or a tuple of them
-    "One number or several, as Python integers."
-    if value is None: return None
-    several = isinstance(value, Sequence) or getattr(value, "ndim", 0) > 0
-    numbers = whole_numbers(name, value)
-    return numbers if several else numbers[0]
-
 # %% ../../nbs/14_integrations.ipynb #53f25281
 def _plain_fields(
     settings: "HilbertSettings",
     **aliases: Any, # what was given under another name, or None
 ) -> dict[str, Any]: # name -> value
     "Fields that hold numbers, from whichever name they were given by."
-    names = ("segment_lengths", "dilation_rates", "offsets", "grid")
+    names = ("segment_lengths", "dilation_rates", "offsets")
     plain = {name: plain_numbers(name, getattr(settings, name)) for name in names}
-    if plain["grid"] is not None: plain["grid"] = as_grid(plain["grid"])
+    plain["grid"] = grid_or_none(settings.grid)
     for alias, value in aliases.items():
         if value is None: continue
         own = _ALIASES[alias]
@@ -238,8 +213,7 @@ def _check_fields(settings: "HilbertSettings"):
     if isinstance(settings.offsets, tuple): heads = len(settings.offsets)
     settings.pattern(1, heads)  # names the value that does not fit
     _check_overlap(settings)
-    schedule: Any = settings.layers
-    for options in schedule.options() if schedule else (): layer_settings(settings, options)
+    each_kind(settings)  # names what does not fit in a rule
 
 # %% ../../nbs/14_integrations.ipynb #9f221114
 _OF_A_LAYER = ("segment_lengths", "dilation_rates", "combine", "dilation_mode", "offsets", "shift",
@@ -258,6 +232,13 @@ def layer_settings(
     check_names(options, _OF_A_LAYER, "setting of a layer")
     own: dict[str, Any] = {_ALIASES.get(name, name): value for name, value in options.items()}
     return replace(settings, layers=None, **own)
+
+
+def each_kind(settings: "HilbertSettings") -> list["HilbertSettings"]: # for all layers first
+    "What a schedule makes of settings. Raises `ValueError`."
+    schedule: Any = settings.layers
+    options = schedule.options() if schedule else ()
+    return [settings, *(layer_settings(settings, one) for one in options)]
 
 # %% ../../nbs/14_integrations.ipynb #ece7a47a
 def _check_length(settings: "HilbertSettings", n: int):
@@ -411,8 +392,8 @@ def _prefix_rows(
     causal: bool,
 ) -> Tensor: # bool (B, 1, prefix, keys)
     "Which keys the prefix attends: all; if causal, those of the prefix that are not later."
-    if not causal: return key_mask[:, None, None].expand(-1, -1, prefix, -1)
-    return key_mask[:, None, None, :prefix].expand(-1, -1, prefix, -1).tril()
+    rows = key_mask[:, None, None].expand(-1, -1, prefix, -1)
+    return rows[..., :prefix].tril() if causal else rows
 
 # %% ../../nbs/14_integrations.ipynb #d7c52356
 def _with_prefix(
