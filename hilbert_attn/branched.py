@@ -17,7 +17,7 @@ from .calls import check_call, check_cells, check_tensor, on_branches
 from .common import true_or_false
 from .curves import curve_order
 from .dilated import attend_branches
-from .modules import AttentionLayer, offsets_or_none
+from .modules import AttentionLayer, plain_numbers
 from .options import Backend, Combine, Curve, Mode
 from .patterns import DilatedPattern, branch_lists, default_mode
 
@@ -60,7 +60,7 @@ class DilatedAttention(AttentionLayer):
         if len(self.segment_lengths) > 1:
             self.family = "heads" if combine == "heads" else "branches"
         self.dilation_mode = default_mode(combine) if dilation_mode is None else dilation_mode
-        self.offsets = offsets_or_none(offsets)
+        self.offsets = plain_numbers("offsets", offsets, 0)
         of_heads = self.offsets if isinstance(self.offsets, tuple) else ()
         heads = len(of_heads) if len(of_heads) > 1 else len(self.segment_lengths)  # this many fit
         self.pairs(1, heads)  # names what does not fit

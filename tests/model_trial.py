@@ -10,10 +10,8 @@ import numpy as np
 import torch
 import torch.nn as nn
 
-from hilbert_attn.common import hide_masked
 from hilbert_attn.curves import curve_order, inverse_order
 from hilbert_attn.integrations import caches as of_caches
-from hilbert_attn.integrations import diffusers as of_diffusers
 from hilbert_attn.integrations import dit as of_dit
 from hilbert_attn.integrations import settings as of_settings
 from hilbert_attn.reference import masked_attention
@@ -73,16 +71,13 @@ def gradient(model: nn.Module, out: torch.Tensor) -> torch.Tensor:
     return torch.cat([g.flatten() for g in found])
 
 
-def by_mask(q, k, v, settings, *, causal=False, key_mask=None, dropout_p=0.0, scale=None,
-            return_lse=False):
-    "`prefix_attention` by the dense mask of its definition."
-    counts = settings.counts(q.shape[2], q.shape[1], causal=causal)[None].to(q.device)
-    if key_mask is not None:
-        k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
-        counts = counts * key_mask[:, None, None]
-    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    out, lse = masked_attention(q, k, v, counts, scale)
-    return (out.to(q.dtype), lse) if return_lse else out.to(q.dtype)
+def by_mask(call, settings):
+    "`prefix_attention` of a checked call by the dense mask of its definition."
+    call = call.hidden()
+    counts = settings.counts(*call.sizes, causal=call.causal)[None].to(call.q.device)
+    if call.key_mask is not None: counts = counts * call.key_mask[:, None, None]
+    out, lse = masked_attention(call.q, call.k, call.v, counts, call.scale)
+    return out.to(call.q.dtype), lse
 
 
 def joint_by_mask(q, k, v, settings, grid, *, text_first, offset, key_mask, dropout_p, scale):
@@ -98,9 +93,9 @@ def joint_by_mask(q, k, v, settings, grid, *, text_first, offset, key_mask, drop
 
 
 SEAMS = {
-    "prefix_attention": (of_caches, of_settings, of_diffusers),
+    "attend_settled": (of_caches, of_settings),
     "joint_attention": (of_dit,)}
-BY_MASK = dict(prefix_attention=by_mask, joint_attention=joint_by_mask)
+BY_MASK = dict(attend_settled=by_mask, joint_attention=joint_by_mask)
 
 
 @contextmanager
@@ -109,9 +104,9 @@ def attention_by(functions: dict[str, Callable], seen: list):
     before = [(module, name, getattr(module, name)) for name in SEAMS for module in SEAMS[name]]
 
     def seeing(own):
-        def call(q, k, v, settings, *args, **options):
-            seen.append(settings)
-            return own(q, k, v, settings, *args, **options)
+        def call(*args, **options):
+            seen.append(own)
+            return own(*args, **options)
         return call
 
     for module, name, own in before: setattr(module, name, seeing(functions.get(name, own)))

@@ -54,6 +54,12 @@ def test_a_pair_is_turned_as_a_complex_number():
     torch.testing.assert_close(apply_rotary(x, (cos, sin)), expected)
 
 
+@pytest.mark.parametrize("grid, rope_dim, least", [(None, 3, 2), (GRID, 2, 4), (GRID, 0, 4)])
+def test_a_width_that_cannot_be_turned_is_named_at_once(grid, rope_dim, least):
+    with pytest.raises(ValueError, match=rf"head_dim={rope_dim}: .* at least {least} for a grid"):
+        HilbertOrder(core(curve=None), grid, rope_dim=rope_dim)
+
+
 @pytest.mark.parametrize("options, message", [
     (dict(causal=True, curve=None), "is causal: inside HilbertOrder"),
     (dict(curve="hilbert"), "has curve='hilbert'"),

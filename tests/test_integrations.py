@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hilbert_attn.calls import check_call
 from hilbert_attn.curves import curve_order
 from hilbert_attn.integrations import (
     HilbertSettings,
@@ -316,7 +317,8 @@ def test_steps_over_a_cache_know_the_shift(how):
     whole = prefix_attention(q, k, v, settings, causal=True)
     for i in (3, n - 1):
         so_far = k[:, :, :i + 1], v[:, :, :i + 1]
-        step, _ = cached_attention(q[:, :, i:i + 1], *so_far, settings, None, 0.0, None)
+        call = check_call(q[:, :, i:i + 1], *so_far, crossed=True)
+        step, _ = cached_attention(call, settings)
         torch.testing.assert_close(step, whole[:, :, i:i + 1])
 
 
@@ -324,7 +326,8 @@ def test_a_shift_without_a_grid_is_refused_where_a_sequence_grows():
     from hilbert_attn.integrations.caches import cached_attention
     q, k, v = torch.randn(1, 2, 1, 8), *torch.randn(2, 1, 2, 9, 8)
     with pytest.raises(ValueError, match="would move the others"):
-        cached_attention(q, k, v, HilbertSettings(segment_size=4, shift=2), None, 0.0, None)
+        call = check_call(q, k, v, crossed=True)
+        cached_attention(call, HilbertSettings(segment_size=4, shift=2))
 
 
 def test_masked_tokens_of_a_grid_stay_where_they_are():
@@ -335,7 +338,7 @@ def test_masked_tokens_of_a_grid_stay_where_they_are():
     mask = torch.arange(42)[None] >= 3
     settings = HilbertSettings(grid=(6, 7), segment_size=8, curve=None)
     expected = prefix_attention(q, k, v, settings, causal=True, key_mask=mask)
-    found, _ = _text_attention(q, k, v, settings, mask, 0.0, None)
+    found, _ = _text_attention(check_call(q, k, v, causal=True, key_mask=mask), settings)
     torch.testing.assert_close(found, expected)
 
 

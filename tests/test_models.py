@@ -17,7 +17,6 @@ from model_cases import DOWN, UP, unet
 import hilbert_attn as h
 from hilbert_attn.integrations import HilbertAttnProcessor, HilbertSettings
 from hilbert_attn.integrations import caches as of_caches
-from hilbert_attn.integrations import diffusers as of_diffusers
 from hilbert_attn.integrations import settings as of_settings
 from hilbert_attn.integrations import transformers as of_transformers
 from hilbert_attn.integrations.switch import Geometry
@@ -52,14 +51,13 @@ def calls(monkeypatch):
     def counted(module, name):
         own = getattr(module, name)
 
-        def count(q, k, v, settings, *args, **options):
+        def count(call, settings):
             found.append(settings)
-            return own(q, k, v, settings, *args, **options)
+            return own(call, settings)
 
         monkeypatch.setattr(module, name, count)
 
-    for module in (of_caches, of_settings, of_diffusers):
-        counted(module, "prefix_attention")
+    for module in (of_caches, of_settings): counted(module, "attend_settled")
     counted(of_caches, "cached_attention")
     return found
 
@@ -397,6 +395,12 @@ def test_threads_do_not_take_each_others_proof(hf):
 def test_the_grid_of_an_earlier_call_is_not_used(hf):
     model = h.use_hilbert_attention(vit(hf), segment_size=6)
     model(rand(1, 3, 8, 32), interpolate_pos_encoding=True)
+    with pytest.raises(ValueError, match="no patches were seen in this call"):
+        model.layers[0](rand(1, 17, 32))
+    def fail(*call): raise InterruptedError
+    handle = model.layernorm.register_forward_pre_hook(fail)
+    with pytest.raises(InterruptedError): model(rand(1, 3, 16, 16))
+    handle.remove()
     with pytest.raises(ValueError, match="no patches were seen in this call"):
         model.layers[0](rand(1, 17, 32))
     patches = model.embeddings.patch_embeddings

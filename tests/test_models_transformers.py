@@ -8,6 +8,7 @@ import torch.nn as nn
 
 import hilbert_attn.integrations.caches as of_caches
 import hilbert_attn.integrations.masks as of_masks
+from hilbert_attn.calls import check_call
 from hilbert_attn.integrations import (
     HilbertSettings,
     register_hilbert_attention,
@@ -348,7 +349,8 @@ def test_a_step_leaves_out_what_is_masked_between(hf):
     settings, keys = HilbertSettings(segment_size=8), torch.ones(2, 22, dtype=torch.bool)
     keys[1, 17:19] = False
     q, k, v = rand(2, 4, 1, 16), rand(2, 2, 22, 16, seed=1), rand(2, 2, 22, 16, seed=2)
-    found, _ = of_caches.cached_attention(q, k, v, settings, keys, 0.0, None)
+    call = check_call(q, k, v, crossed=True, key_mask=keys)
+    found, _ = of_caches.cached_attention(call, settings)
     mask = (torch.arange(22) >= 16) & keys[:, None, None]
     assert torch.allclose(found, masked_attention(q, k, v, mask)[0], atol=1e-5)
 

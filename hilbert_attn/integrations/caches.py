@@ -7,6 +7,7 @@ __all__ = []
 
 # %% ../../nbs/14bb_caches.ipynb #14bb0004
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -14,13 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..calls import autocast_inputs
-from ..common import hide_masked
+from ..calls import Call
 from ..curves import inverse_order
 from ..decoding import (
     KeyTable, attend_keys, decode_attention, overlap_keys, segment_keys, slide_keys)
 from .settings import (
-    HilbertSettings, cell_order, few_attention, key_counts, prefix_attention)
+    HilbertSettings, attend_settled, cell_order, few_attention, key_counts)
 from ..local import hilbert_slide_attention
 from ..patterns import OverlapPattern, SlidePattern
 
@@ -66,24 +66,18 @@ def _keys_of_last(
 
 # %% ../../nbs/14bb_caches.ipynb #ea98776a
 def _chunk_attention(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
+    call: Call, # of the last of N tokens
     settings: HilbertSettings,
-    key_mask: Tensor | None, # bool (B, N)
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool, # it costs nothing here
 ) -> tuple[Tensor, Tensor]: # out (B, H, M, D), lse (B, H, M)
     "Causal attention of many last queries, which share the keys that any of them needs."
+    q, k, v, mask = call.q, call.k, call.v, call.key_mask
     keys, counts = _keys_of_last(settings, q.shape[2], k.shape[2], q.shape[1])
     counts, index = counts.to(q.device)[None], keys.to(k.device)
-    k, v = k.index_select(2, index), v.index_select(2, index)
-    if key_mask is not None:
-        key_mask = key_mask.index_select(1, index)
-        k, v = hide_masked(k, key_mask), hide_masked(v, key_mask)
-        counts = counts * key_mask[:, None, None, :]
-    out, lse = few_attention(q, k, v, counts, dropout_p, scale)
+    if mask is not None: mask = mask.index_select(1, index)
+    few = replace(call, k=k.index_select(2, index), v=v.index_select(2, index), key_mask=mask)
+    few = few.hidden()
+    if mask is not None: counts = counts * mask[:, None, None, :]
+    out, lse = few_attention(q, few.k, few.v, counts, call)
     return out.to(q.dtype), lse
 
 # %% ../../nbs/14bb_caches.ipynb #bb41db2e
@@ -97,22 +91,19 @@ def _first_tokens(
 
 # %% ../../nbs/14bb_caches.ipynb #7163d8d5
 def _row_by_row(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
+    call: Call, # of the last of N tokens
     settings: HilbertSettings,
-    key_mask: Tensor | None, # bool (B, N)
     starts: Tensor | int, # where each row begins
-    *rest: Any, # dropout_p, scale, need_lse
 ) -> tuple[Tensor, Tensor]: # out (B, H, M, D), lse (B, H, M)
     "Rows that begin at one place together; queries that are padding give 0."
-    if not isinstance(starts, Tensor): return _chunk_attention(q, k, v, settings, key_mask, *rest)
-    outs, lses, places, (m, n) = [], [], [], (q.shape[2], k.shape[2])
+    if not isinstance(starts, Tensor): return _chunk_attention(call, settings)
+    outs, lses, places, (m, n) = [], [], [], (call.q.shape[2], call.k.shape[2])
     for start in starts.unique().tolist():
         rows, few = (starts == start).nonzero()[:, 0], min(m, n - start)
-        keys, values = (x[rows, :, start:] for x in (k, v))
-        seen = None if key_mask is None else key_mask[rows, start:]
-        out, lse = _chunk_attention(q[rows, :, m - few:], keys, values, settings, seen, *rest)
+        k, v = (x[rows, :, start:] for x in (call.k, call.v))
+        seen = None if call.key_mask is None else call.key_mask[rows, start:]
+        own = replace(call, q=call.q[rows, :, m - few:], k=k, v=v, key_mask=seen)
+        out, lse = _chunk_attention(own, settings)
         outs.append(F.pad(out, (0, 0, m - few, 0)))
         lses.append(F.pad(lse, (m - few, 0), value=-torch.inf))
         places.append(rows)
@@ -160,29 +151,33 @@ def _tokens_seen(
     return table
 
 # %% ../../nbs/14bb_caches.ipynb #2594ee49
+def _attend_table(
+    call: Call, # of a few last queries
+    rows: Tensor, # int64 (B or 1, G, M, K): of the keys, some of them out of reach
+    seen: Tensor, # bool, the same: does the key count?
+) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
+    "Attention of each query to its own keys."
+    rows = rows.clamp(0, call.k.shape[2] - 1)
+    if call.key_mask is not None:
+        rows = rows.expand(len(call.q), -1, -1, -1)
+        seen = seen & call.key_mask.gather(1, rows.flatten(1)).view(rows.shape)
+    out, lse = attend_keys(
+        call.q, call.k, call.v, KeyTable(rows, seen), scale=call.scale,
+        dropout_p=call.dropout_p, need_lse=call.need_lse)
+    return out.to(call.q.dtype), lse
+
+
 def _step_attention(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens, few
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
+    call: Call, # of the last of N tokens, few
     settings: HilbertSettings,
-    key_mask: Tensor | None, # bool (B, N)
     starts: Tensor | int, # where each row begins
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool, # False: None in its place
 ) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
     "Attention of a few last queries, each to its own keys."
-    (_, heads, m, _), n, device = q.shape, k.shape[2], q.device
+    (m, heads), n, device = call.sizes, call.k.shape[2], call.q.device
     starts = torch.as_tensor(starts, device=device).view(-1, 1)
     token = torch.arange(n - m, n, device=device) - starts
     keys, seen = _tokens_seen(settings, token, n, heads)
-    rows = (keys + starts[..., None, None]).clamp(0, n - 1)
-    if key_mask is not None:
-        rows = rows.expand(len(q), -1, -1, -1)
-        seen = seen & key_mask.gather(1, rows.flatten(1)).view(rows.shape)
-    options: Any = dict(scale=scale, dropout_p=dropout_p, need_lse=need_lse)
-    out, lse = attend_keys(q, k, v, KeyTable(rows, seen), **options)
-    return out.to(q.dtype), lse
+    return _attend_table(call, keys + starts[..., None, None], seen)
 
 # %% ../../nbs/14bb_caches.ipynb #61570422
 def _is_plain(
@@ -196,46 +191,33 @@ def _is_plain(
 
 # %% ../../nbs/14bb_caches.ipynb #c1679e2a
 def _plain_step(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens, few
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
+    call: Call, # of the last of N tokens, few
     settings: HilbertSettings,
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool, # False: None in its place
 ) -> tuple[Any, Any]: # out (B, H, M, D), lse (B, H, M) or None
     "A step in segments of one branch, without padding."
-    (w,), (r,), n = *settings.branches, k.shape[2]
-    how: Any = dict(
-        segment_size=min(w, n), dilation_rate=r, dilation_mode=settings.dilation_mode,
-        offsets=settings.offsets, overlap=settings.before, dropout_p=dropout_p, scale=scale)
-    if not need_lse: return decode_attention(q, k, v, n, **how), None
-    out, lse = decode_attention(q, k, v, n, return_lse=True, **how)
-    return out, lse
+    (w,), (r,), n = *settings.branches, call.k.shape[2]
+    how: Any = dict(dropout_p=call.dropout_p, scale=call.scale, return_lse=call.need_lse)
+    found: Any = decode_attention(
+        call.q, call.k, call.v, n, segment_size=min(w, n), dilation_rate=r,
+        dilation_mode=settings.dilation_mode, offsets=settings.offsets, overlap=settings.before,
+        **how)
+    return found if call.need_lse else (found, None)
 
 # %% ../../nbs/14bb_caches.ipynb #ce5a4928
 def cached_attention(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
+    call: Call, # of the last of N tokens
     settings: HilbertSettings,
-    key_mask: Tensor | None, # bool (B, N)
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool = False, # False: nobody reads the second result
-) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M)
+) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
     """Causal attention of the last queries of a sequence; only the keys they need are read.
 
     Raises `ValueError` where a new token would move the others."""
-    q, k, v = autocast_inputs(q, k, v)
-    _check_places(settings, q.shape[2], k.shape[2])
-    starts, rest = _first_tokens(key_mask, settings), (dropout_p, scale, need_lse)
+    m, n = call.q.shape[2], call.k.shape[2]
+    _check_places(settings, m, n)
+    starts = _first_tokens(call.key_mask, settings)
     together = settings.combine == "lse" or len(settings.branches[0]) == 1
-    if q.shape[2] > _FEW or not together:
-        return _row_by_row(q, k, v, settings, key_mask, starts, *rest)
-    if key_mask is None and _is_plain(settings, k.shape[2]):
-        return _plain_step(q, k, v, settings, *rest)
-    return _step_attention(q, k, v, settings, key_mask, starts, *rest)
+    if m > _FEW or not together: return _row_by_row(call, settings, starts)
+    if call.key_mask is None and _is_plain(settings, n): return _plain_step(call, settings)
+    return _step_attention(call, settings, starts)
 
 # %% ../../nbs/14bb_caches.ipynb #14c3db55
 def _moved(
@@ -247,27 +229,20 @@ def _moved(
 
 
 def _text_attention(
-    q: Tensor, # queries (B, H, N, D)
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
+    call: Call, # causal, with a key mask
     settings: HilbertSettings,
-    key_mask: Tensor, # bool (B, N)
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool = False, # False: None in its place
 ) -> tuple[Tensor, Any]: # out (B, H, N, D), lse (B, H, N) or None
-    "Causal attention of texts of which each begins behind its padding."
-    options: Any = dict(causal=True, dropout_p=dropout_p, scale=scale, return_lse=need_lse)
-    starts, n = _first_tokens(key_mask, settings), q.shape[2]
-    late: Tensor | None = None # by how many places each text begins later
-    if isinstance(starts, Tensor) and (torch.compiler.is_compiling() or bool(starts.any())):
-        place, late = torch.arange(n, device=q.device), starts[:, None]
-        there, back = (place + late) % n, (place - late) % n
-        q, k, v = (_moved(x, there) for x in (q, k, v))
-        key_mask = key_mask.gather(1, there)
-    found = prefix_attention(q, k, v, settings, key_mask=key_mask, **options)
-    out, lse = found if need_lse else (found, None)
-    if late is None: return out, lse
+    "Texts of which each begins behind its padding."
+    mask: Any = call.key_mask
+    starts, n = _first_tokens(mask, settings), call.q.shape[2]
+    compiling = torch.compiler.is_compiling()
+    if not isinstance(starts, Tensor) or not (compiling or bool(starts.any())):
+        return attend_settled(call, settings)
+    place, late = torch.arange(n, device=call.q.device), starts[:, None]
+    there, back = (place + late) % n, (place - late) % n
+    q, k, v = (_moved(x, there) for x in (call.q, call.k, call.v))
+    moved = replace(call, q=q, k=k, v=v, key_mask=mask.gather(1, there))
+    out, lse = attend_settled(moved, settings)
     return _moved(out, back), None if lse is None else _moved(lse[..., None], back)[..., 0]
 
 # %% ../../nbs/14bb_caches.ipynb #518f97ec
@@ -307,52 +282,28 @@ def needed_window(
 
 # %% ../../nbs/14bb_caches.ipynb #d26cdbca
 def own_window_attention(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
+    call: Call, # of the last of N tokens
     window: tuple[int, int], # tokens before and after
-    key_mask: Tensor | None, # bool (B, N)
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool, # False: None in its place
 ) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
     "A layer's own window; a step reads its own keys."
-    q, k, v = autocast_inputs(q, k, v)
-    m, n = q.shape[2], k.shape[2]
-    options: Any = dict(scale=scale, dropout_p=dropout_p)
+    q, m, n = call.q, call.q.shape[2], call.k.shape[2]
     if m < n and m <= _FEW:
         token = torch.arange(n - m, n, device=q.device)[None]
         keys, seen = slide_keys(token, SlidePattern(n, window))
-        seen = seen & (keys <= token[:, None, :, None])
-        rows = keys.clamp(0, n - 1)
-        if key_mask is not None: seen = seen & key_mask[:, rows[0, 0]][:, None]
-        out, lse = attend_keys(q, k, v, KeyTable(rows, seen), **options, need_lse=need_lse)
-        return out.to(q.dtype), lse
+        return _attend_table(call, keys, seen & (keys <= token[:, None, :, None]))
     if m < n: q = F.pad(q, (0, 0, n - m, 0))  # queries whose results nobody reads
     out, lse = hilbert_slide_attention(
-        q, k, v, n, window, curve=None, key_mask=key_mask, **options, return_lse=True)
+        q, call.k, call.v, n, window, curve=None, return_lse=True, **call.common)
     return out[:, :, n - m:], lse[:, :, n - m:]
 
 # %% ../../nbs/14bb_caches.ipynb #505ae28b
 def attend_text(
-    q: Tensor, # queries (B, H, M, D), the last of N tokens
-    k: Tensor, # keys (B, H_kv, N, D)
-    v: Tensor, # values (B, H_kv, N, D)
+    call: Call, # of the last of N tokens
     settings: HilbertSettings,
-    causal: bool,
-    key_mask: Tensor | None, # bool (B, N)
-    dropout_p: float,
-    scale: Any, # a number or None, or `Scores`
-    need_lse: bool, # False: None in its place
 ) -> tuple[Tensor, Any]: # out (B, H, M, D), lse (B, H, M) or None
     "A text that grows, texts behind padding, or a picture."
-    n, rest = k.shape[2], (dropout_p, scale, need_lse)
-    whole = settings.prefix_tokens + prod(settings.sides)
-    if q.shape[2] < n or causal and n < whole:  # a sequence that grows
-        return cached_attention(q, k, v, settings, key_mask, *rest)
-    if causal and key_mask is not None:
-        return _text_attention(q, k, v, settings, key_mask, *rest)
-    found = prefix_attention(
-        q, k, v, settings, causal=causal, key_mask=key_mask, dropout_p=dropout_p, scale=scale,
-        return_lse=need_lse)
-    return found if need_lse else (found, None)
+    n, whole = call.k.shape[2], settings.prefix_tokens + prod(settings.sides)
+    if call.q.shape[2] < n or call.causal and n < whole:  # a sequence that grows
+        return cached_attention(call, settings)
+    if call.causal and call.key_mask is not None: return _text_attention(call, settings)
+    return attend_settled(call, settings)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PATTERN_FIELDS', 'SHIFT_FIELDS', 'LAYOUTS', 'DiTSettings', 'long_sides', 'cells_and_text', 'joint_attention',
-           'latent_grid', 'Layout']
+           'latent_grid', 'Layout', 'known_entry']
 
 # %% ../../nbs/14ea_cells_and_text.ipynb #14ea0004
 from collections.abc import Callable, Mapping, Sequence
@@ -21,8 +21,8 @@ from torch import Tensor
 from ..backends import check_backend_name
 from ..calls import check_curve
 from ..common import hide_masked, true_or_false, whole_number
-from ..curves import as_grid
-from .settings import ModelSettings, plain_numbers
+from .settings import ModelSettings
+from ..modules import grid_or_none, plain_numbers
 from ..local import (
     hilbert_slide_attention, hilbert_window_attention, neighborhood_attention,
     tiles_shared_attention)
@@ -78,9 +78,9 @@ def _plain_fields(
     settings: "DiTSettings",
 ) -> dict[str, Any]: # name -> value
     "Fields that hold numbers or a switch, as Python's own. Raises `ValueError`."
-    names = (*PATTERN_FIELDS, "dense_steps", "grid")
+    names = (*PATTERN_FIELDS, "dense_steps")
     plain = {name: plain_numbers(name, getattr(settings, name)) for name in names}
-    if plain["grid"] is not None: plain["grid"] = as_grid(plain["grid"])
+    plain["grid"] = grid_or_none(settings.grid)
     plain["reorder"] = true_or_false("reorder", settings.reorder)
     for name in SHIFT_FIELDS:
         shift = getattr(settings, name)
@@ -298,3 +298,12 @@ LAYOUTS = {
         latent_grid, ("joint_transformer_blocks.*.attn", _JOINT[1]), "before"),
     "UNetMotionModel": Layout(_frames_grid, ("*motion_modules.*.attn1", "*motion_modules.*.attn2")),
 }
+
+
+def known_entry(
+    model: Any,
+    table: Mapping[str, Any], # by name of a class
+) -> Any: # None where there is none
+    "What a table says of a model's class, or of the first one above it that it knows."
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    return next((table[kind] for kind in kinds if kind in table), None)

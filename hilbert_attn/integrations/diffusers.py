@@ -7,8 +7,7 @@ __all__ = ['HilbertAttnProcessor', 'use_hilbert_processor']
 
 # %% ../../nbs/14e_diffusers.ipynb #38326345
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial, wraps
 from math import prod
 from typing import Any, Unpack
@@ -17,9 +16,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from .settings import (
-    HilbertOptions, HilbertSettings, is_dense, placed, prefix_attention)
+    HilbertOptions, HilbertSettings, each_layer, placed, prefix_attention)
 from .switch import (
-    Geometry, Switch, check_schedule, chosen, refuse_layers, release, remove_hooks, remove_switch)
+    Geometry, Switch, chosen, refuse_layers, release, remove_hooks, remove_switch)
 
 # %% ../../nbs/14e_diffusers.ipynb #a0001175
 def _check_grid(
@@ -147,11 +146,11 @@ _AROUND = ("UNetMidBlock2D", "AttnDownBlock2D", "AttnUpBlock2D", "AttnDownEncode
 def _above(
     model: nn.Module,
     name: str, # of a layer
-) -> list[Any]: # modules
+) -> Iterator[Any]: # modules
     "What a layer is inside of, from its parent to the model."
-    path = name.split(".")
-    names = [".".join(path[:i]) for i in reversed(range(len(path)))]
-    return [model.get_submodule(above) for above in names]
+    while name:
+        name = name.rpartition(".")[0]
+        yield model.get_submodule(name)
 
 # %% ../../nbs/14e_diffusers.ipynb #9247701c
 def _layer_geometry(
@@ -207,31 +206,38 @@ def _found_layers(
     return chosen(layers, include, exclude)
 
 # %% ../../nbs/14e_diffusers.ipynb #60b008e5
+def _is_ours(processor: Any) -> bool:
+    return isinstance(processor, HilbertAttnProcessor) or hasattr(processor, "hilbert_seam")
+
+
 def _is_lost(
     layer: Any, # a switched one
 ) -> bool:
     "Has it a processor that is neither ours nor of the kind that it had before?"
-    return type(layer.processor) not in (HilbertAttnProcessor, type(layer.hilbert_replaced))
+    own = getattr(layer, "processor", None)
+    return not _is_ours(own) and type(own) is not type(getattr(layer, "hilbert_replaced", layer))
 
 
 class Guard:
     "Looks at the processors of switched layers before each call of their model."
 
     def __init__(self, model: nn.Module):
-        self.layers: dict[str, Any] = {
-            name: layer for name, layer in model.named_modules() if "hilbert_site" in vars(layer)}
+        self.names = [
+            name for name, layer in model.named_modules() if "hilbert_site" in vars(layer)]
         remove_hooks(model, Guard)
         model.register_forward_pre_hook(self.look)
 
     def look(self, model: nn.Module, args: tuple):
         "Raises `RuntimeError` where a layer was given a processor of another kind."
-        lost = [name for name, layer in self.layers.items() if _is_lost(layer)]
+        layers = {name: model.get_submodule(name) for name in self.names}
+        lost = {name: layer for name, layer in layers.items() if _is_lost(layer)}
         if not lost: return
-        kind = type(self.layers[lost[0]].processor).__name__
+        kind = type(next(iter(lost.values())).processor).__name__
         raise RuntimeError(
             f"{type(model).__name__} was switched, but {', '.join(lost)} got another processor "
-            f"since, as {kind} (fuse_qkv_projections and set_attention_slice do that): undo that "
-            "and call use_hilbert_processor again, or set_default_attn_processor()")
+            f"since, as {kind} (fuse_qkv_projections, set_attn_processor and set_attention_slice "
+            "do that): undo that and switch the model again, or go back by "
+            "set_default_attn_processor(), or use_dense_attention after use_hilbert_attention")
 
 # %% ../../nbs/14e_diffusers.ipynb #89dbe7f4
 def _set_default(
@@ -304,15 +310,7 @@ def _note_call(
     note_switch(model, _SETTING, call | (dict(earlier=earlier) if earlier else {}))
 
 # %% ../../nbs/14e_diffusers.ipynb #fa9d4a70
-@dataclass(frozen=True)
-class Keeper:
-    "How one kind of switch is saved and loaded with a model."
-    key: str # in the configuration
-    restore: Callable[[Any, Any], object] # (model, what was noted): switches it again
-    current: Callable[[Any, Any], Any] # (model, what was noted): what holds when it is saved
-
-
-KEEPERS: list[Keeper] = []
+KEEPERS: dict[str, Callable[[Any, Any], object]] = {}
 
 # %% ../../nbs/14e_diffusers.ipynb #14e0f001
 def _replaced_since(
@@ -323,10 +321,25 @@ def _replaced_since(
     layers = {
         name: layer for name, layer in model.named_modules()
         if "hilbert_site" in vars(layer) or name in noted.get("by_hand", ())}
-    processors = {name: getattr(layer, "processor", None) for name, layer in layers.items()}
-    lost = [name for name, own in processors.items() if not isinstance(own, HilbertAttnProcessor)]
+    lost = [name for name, layer in layers.items()
+            if not _is_ours(getattr(layer, "processor", None))]
     if len(lost) == len(layers): return None
     return dict(noted) | dict(by_hand=lost) if lost else noted
+
+
+def give_back(
+    model: nn.Module, # switched again
+    key: str, # in its configuration
+    noted: Mapping[str, Any], # there, when the model was saved
+    own: Callable[[Any], Any], # the processor that a layer had before
+):
+    "Layers that had another processor when the model was saved get their own, for good."
+    for name in noted.get("by_hand", ()):
+        layer: Any = model.get_submodule(name)
+        layer.processor = own(layer)
+        release(layer)
+    Guard(model)
+    note_switch(model, key, noted)
 
 # %% ../../nbs/14e_diffusers.ipynb #14e0f002
 def _restore(
@@ -338,14 +351,10 @@ def _restore(
         settings = HilbertSettings.from_dict(call["settings"])
         use_hilbert_processor(
             model, settings, include=call["include"], exclude=call["exclude"])
-    for name in noted.get("by_hand", ()):
-        layer = model.get_submodule(name)
-        layer.set_processor(layer.hilbert_replaced)
-        release(layer)
-    note_switch(model, _SETTING, noted)
+    give_back(model, _SETTING, noted, lambda layer: layer.hilbert_replaced)
 
 
-KEEPERS.append(Keeper(_SETTING, _restore, _replaced_since))
+KEEPERS[_SETTING] = _restore
 
 # %% ../../nbs/14e_diffusers.ipynb #14e0f003
 def extend_diffusers():
@@ -358,9 +367,9 @@ def extend_diffusers():
     def restored(result):
         model = result[0] if isinstance(result, tuple) else result
         name = type(model).__name__
-        for keeper in KEEPERS:
-            noted = noted_switch(model, keeper.key)
-            if noted and noted.get("model", name) == name: keeper.restore(model, noted)
+        for key, restore in KEEPERS.items():
+            noted = noted_switch(model, key)
+            if noted and noted.get("model", name) == name: restore(model, noted)
         return result
 
     @wraps(load)
@@ -374,9 +383,9 @@ def extend_diffusers():
 
     @wraps(save)
     def save_pretrained(self, *args, **options):
-        for keeper in KEEPERS:
-            noted = noted_switch(self, keeper.key)
-            if noted: note_switch(self, keeper.key, keeper.current(self, noted))
+        for key in KEEPERS:
+            noted = noted_switch(self, key)
+            if noted: note_switch(self, key, _replaced_since(self, noted))
         return save(self, *args, **options)
 
     base.from_pretrained, base.save_pretrained = classmethod(from_pretrained), save_pretrained
@@ -388,16 +397,14 @@ def _switched(
     settings: HilbertSettings,
 ) -> dict[str, Any]: # those that the schedule does not leave dense
     "Hands each layer its processor; one that was ours before, and is dense now, gets its own back."
-    count, taken = len(layers), {}
-    check_schedule(settings, count)
-    for number, (name, layer) in enumerate(layers.items()):
-        own, dense = layer.processor, is_dense(settings, number, count)
-        ours = isinstance(own, HilbertAttnProcessor)
-        if dense and ours: layer.set_processor(layer.hilbert_replaced)
-        if dense: continue
-        if not ours: layer.hilbert_replaced = own
-        layer.set_processor(HilbertAttnProcessor(settings.of_layer(number, count)))
-        taken[name] = layer
+    taken = {}
+    for (name, layer), does in zip(layers.items(), each_layer(settings, len(layers))):
+        ours = isinstance(layer.processor, HilbertAttnProcessor)
+        if not ours: layer.hilbert_replaced = layer.processor
+        if does is None: layer.set_processor(layer.hilbert_replaced)
+        else:
+            layer.set_processor(HilbertAttnProcessor(does))
+            taken[name] = layer
     return taken
 
 # %% ../../nbs/14e_diffusers.ipynb #9ba161bd

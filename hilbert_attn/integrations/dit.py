@@ -13,7 +13,6 @@ from copy import copy
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
-from numbers import Integral, Real
 from operator import index
 from threading import get_ident
 from types import FunctionType, SimpleNamespace
@@ -26,15 +25,15 @@ from torch import Tensor
 from torch.overrides import _get_current_function_mode_stack
 
 from ..common import check_names
-from ..curves import as_grid, curve_order, inverse_order
+from ..curves import curve_order, inverse_order
 from hilbert_attn.integrations.cells import (
     LAYOUTS, PATTERN_FIELDS, SHIFT_FIELDS, DiTSettings, Layout, cells_and_text, joint_attention,
-    long_sides)
-from .diffusers import KEEPERS, Keeper, note_switch
+    known_entry, long_sides)
+from .diffusers import KEEPERS, Guard, give_back, note_switch
 from .settings import plain_value
 from ..schedule import LayerSchedule, Rules, schedule_from
 from hilbert_attn.integrations.switch import (
-    Geometry, Site, Switch, check_one_grid, in_backward, register_switch, release, remove_hooks,
+    Geometry, Site, Switch, check_one_grid, in_backward, register_switch, remove_hooks,
     remove_switch)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b3
@@ -52,28 +51,6 @@ def _agreed(
     if long_sides(stated) == long_sides(read): return stated
     raise ValueError(
         f"grid={stated}: the cells of this call lie on {read}; leave grid out to follow the calls")
-
-# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b2
-def _without_seam(
-    model: nn.Module,
-    layers: Sequence[str], # names
-) -> list[str]:
-    "The layers whose processor is none of ours."
-    own = {name: getattr(model.get_submodule(name), "processor", None) for name in layers}
-    return [name for name, processor in own.items() if not hasattr(processor, "hilbert_seam")]
-
-
-def _check_seams(
-    model: nn.Module,
-    layers: Sequence[str], # names of the switched ones
-):
-    "Raises `RuntimeError` where a layer was given another processor."
-    lost = _without_seam(model, layers)
-    if not lost: return
-    raise RuntimeError(
-        f"{type(model).__name__} was switched, but {', '.join(lost)} got another processor "
-        "since (fuse_qkv_projections and set_attn_processor do that): call "
-        "use_hilbert_attention again, or use_dense_attention")
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0d0b4
 def _check_thread(
@@ -162,10 +139,9 @@ class Door:
         model: nn.Module,
         layout: Layout,
         settings: DiTSettings,
-        layers: Sequence[str], # names of the switched ones
     ):
-        self.layout, self.layers = layout, tuple(layers)
-        self.stated = None if settings.grid is None else as_grid(settings.grid)
+        self.layout = layout
+        self.stated: Any = settings.grid
         self.names = tuple(inspect.signature(type(model).forward).parameters)[1:]
         # grid, thread (None: a graph) and step of the last call
         self.last: tuple[tuple[int, ...] | None, int | None, int | None] = None, None, None
@@ -178,7 +154,6 @@ class Door:
         given = dict(zip(self.names, args)) | kwargs
         compiling = torch.compiler.is_compiling()
         thread = None if compiling else get_ident()
-        _check_seams(model, self.layers)
         recorded = self.stated and compiling  # ids have no values in a graph
         read = None if recorded else self.layout.grid(model.config, given)
         grid = _agreed(self.stated, read)
@@ -242,7 +217,7 @@ def _way_of(
 ) -> Way:
     "Raises `ValueError` where cells cannot keep one order from layer to layer."
     name = type(model).__name__
-    way = next((WAYS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in WAYS), None)
+    way = known_entry(model, WAYS)
     if way is None:
         raise ValueError(
             f"reorder=True: {name} has no clean door on both sides of its layers; leave reorder "
@@ -426,25 +401,22 @@ class Seam:
         if settings.reorder: settings = replace(settings, curve=None, reorder=False)
         self.settings, self.door, self.site, self.layer = settings, door, site, layer
         self.own: Callable = F.scaled_dot_product_attention # what stood there
+        self.tokens = 2 # dimension of its tensors: 2 for (B, H, N, D), 1 for (B, N, H, D)
 
-    def stays_dense(self, query: Tensor, key: Tensor, tokens: int) -> bool:
+    def stays_dense(self, query: Tensor, key: Tensor) -> bool:
         "Is this a call for another sequence, or in a step that stays dense?"
-        if query.shape[tokens] != key.shape[tokens]: return True
+        if query.shape[self.tokens] != key.shape[self.tokens]: return True
         step = self.door.now()
         early = step is not None and step < self.settings.dense_steps or _scores_are_skipped()
         if early: self.site.excuse()
         return early
 
-    def dispatch(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        "In place of `dispatch_attention_fn`, with tensors (B, N, H, D)."
-        if self.stays_dense(query, key, 1): return self.own(query, key, value, **options)
+    def answer(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        "In place of the function that stood there."
+        if self.stays_dense(query, key): return self.own(query, key, value, **options)
+        if self.tokens == 2: return self.attend(query, key, value, **options)
         heads_first = (x.transpose(1, 2) for x in (query, key, value))
         return self.attend(*heads_first, **options).transpose(1, 2)
-
-    def sdpa(self, query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
-        "In place of `F.scaled_dot_product_attention`, with tensors (B, H, N, D)."
-        if self.stays_dense(query, key, 2): return self.own(query, key, value, **options)
-        return self.attend(query, key, value, **options)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
         "Attention along the curve. Raises `ValueError` for what it cannot follow."
@@ -479,9 +451,9 @@ def _rewired(
     # Without __name__, torch.compile looks names up here, and not in the module.
     names = {key: value for key, value in call.__globals__.items() if key != "__name__"}
     if _attention_name(call) == _DISPATCH:
-        seam.own, names[_DISPATCH] = names[_DISPATCH], seam.dispatch
+        seam.own, seam.tokens, names[_DISPATCH] = names[_DISPATCH], 1, seam.answer
     else:
-        names["F"] = SimpleNamespace(**vars(F) | {_SDPA: seam.sdpa})
+        names["F"] = SimpleNamespace(**vars(F) | {_SDPA: seam.answer})
     twin = FunctionType(
         call.__code__, names, call.__name__, call.__defaults__, call.__closure__)
     twin.__kwdefaults__ = call.__kwdefaults__
@@ -518,17 +490,17 @@ def _reduced(processor: Any) -> tuple: # for copy and pickle
     return rewired, (own_processor(processor), processor.hilbert_seam)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #66bb866a
-_LINEAR = "SanaTransformer2DModel", "SanaVideoTransformer3DModel"
+_LINEAR = {"SanaTransformer2DModel": True, "SanaVideoTransformer3DModel": True}
 
 
 def _layout_of(model: nn.Module) -> Layout:
     "What is known of a model's architecture. Raises `ValueError`."
-    for kind in type(model).__mro__:
-        if kind.__name__ in LAYOUTS: return LAYOUTS[kind.__name__]
-        if kind.__name__ in _LINEAR:
-            raise ValueError(
-                f"{type(model).__name__}: its self-attention is linear, without a softmax that "
-                "a pattern could make sparse")
+    layout = known_entry(model, LAYOUTS)
+    if layout is not None: return layout
+    if known_entry(model, _LINEAR):
+        raise ValueError(
+            f"{type(model).__name__}: its self-attention is linear, without a softmax that "
+            "a pattern could make sparse")
     raise ValueError(
         f"{type(model).__name__}: how its tokens lie is unknown. Known are "
         f"{', '.join(LAYOUTS)}; UNets and DiT take use_hilbert_processor")
@@ -553,16 +525,6 @@ def _self_attention(
             "their own, or this diffusers is another one than 0.36 to 0.42")
     return layers
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e015
-def _python_value(value: Any) -> Any: # the same in dictionaries, lists and Python's own numbers
-    "What a file can hold of a user's value; what is no number stays."
-    if isinstance(value, Mapping):
-        return {name: _python_value(one) for name, one in value.items()}
-    if isinstance(value, (list, tuple)): return [_python_value(one) for one in value]
-    if hasattr(value, "tolist"): return value.tolist()
-    fraction = isinstance(value, Real) and not isinstance(value, Integral)
-    return float(value) if fraction else value
-
 # %% ../../nbs/14f_diffusion_transformers.ipynb #bd9e29b5
 def _named(
     names: list[str], # of layers, in the order of the model
@@ -575,15 +537,6 @@ def _named(
     number = index(which)
     return names[number:number + 1 or None]
 
-# %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e017
-def _entries(
-    which: Any, # names, numbers; None: all
-) -> tuple[list[Any], bool]: # entries; were several given?
-    "What a user asks for, one by one."
-    plain = slice(None) if which is None else _python_value(which)
-    if isinstance(plain, (str, slice)) or not isinstance(plain, Iterable): return [plain], False
-    return _python_value(list(plain)), True
-
 # %% ../../nbs/14f_diffusion_transformers.ipynb #c4bb8db2
 def _asked_for(
     layers: Mapping[str, Any], # name -> layer, in the order of the model
@@ -591,16 +544,22 @@ def _asked_for(
 ) -> dict[str, Any]: # name -> layer
     "The layers that a user asks for. Raises `ValueError` for an entry that means none."
     names = list(layers)
-    entries, several = _entries(which)
-    found = [_named(names, one) for one in entries]
-    wanted = {name for some in found for name in some}
-    if found and all(found):
-        return {name: layer for name, layer in layers.items() if name in wanted}
-    empty = [one for one, some in zip(entries, found, strict=True) if not some]
-    what = f"{empty[0]!r} in it is " if empty and several else ""
+    plain: Any = slice(None) if which is None else plain_value(which)
+    several = isinstance(plain, Iterable) and not isinstance(plain, str)
+    found: dict[str, Any] = {}
+    for one in plain_value(list(plain)) if several else [plain]:
+        own = _named(names, one)
+        if not own:
+            what = f"{one!r} in it is " if several else ""
+            raise ValueError(f"layers={which!r}: {what}{_none_of(names)}")
+        found |= dict.fromkeys(own)
+    if not found: raise ValueError(f"layers={which!r}: {_none_of(names)}")
+    return {name: layer for name, layer in layers.items() if name in found}
+
+
+def _none_of(names: list[str]) -> str:
     known = f", {names[0]} to {names[-1]}" if names else ""
-    raise ValueError(
-        f"layers={which!r}: {what}none of the {len(names)} layers of self-attention{known}")
+    return f"none of the {len(names)} layers of self-attention{known}"
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0c0a2
 _OF_A_LAYER = (*PATTERN_FIELDS, "tile_shift", "curve", "backend")
@@ -668,7 +627,7 @@ def _switch(
     layout = _layout_of(model)
     layers = {name: model.get_submodule(name) for name in each}
     use_dense_attention(model)
-    door = Door(model, layout, settings, list(layers))
+    door = Door(model, layout, settings)
     if settings.reorder:
         curve: Any = next(iter(each.values())).curve
         Reordering(model, door, _way_of(model, each), curve)
@@ -677,6 +636,7 @@ def _switch(
     for number, (name, layer) in enumerate(layers.items()):
         seam = Seam(each[name], door, switch.sites[name], number)
         layer.processor = rewired(layer.processor, seam)
+    Guard(model)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #4f9ac47c
 def use_dense_attention(
@@ -684,8 +644,7 @@ def use_dense_attention(
 ) -> Any: # the same
     "Gives a switched model its own attention back."
     for part in _parts(model):
-        for module in part.modules():
-            for owner in (Door, Reordering): remove_hooks(module, owner)
+        remove_hooks(part, Door, Guard, Reordering)
         remove_switch(part)
         note_switch(part, _NOTED, None)
         for layer in part.modules():
@@ -704,7 +663,7 @@ def _as_noted(
 ) -> dict[str, Any]: # settings, layers
     "A switch in values that a file can hold."
     rules = isinstance(which, (Mapping, LayerSchedule))
-    layers = _python_value(plain_value(schedule_from(which))) if rules else list(each)
+    layers = plain_value(schedule_from(which)) if rules else list(each)
     return dict(settings=settings.to_dict(), layers=layers)
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #684a5f84
@@ -732,17 +691,6 @@ def switch_diffusion(
     return model
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #14f0e010
-def _give_back(
-    layer: Any, # a switched one
-    name: str, # in its model
-):
-    "A layer's own processor, for good."
-    door = layer.processor.hilbert_seam.door
-    door.layers = tuple(other for other in door.layers if other != name)
-    layer.processor = own_processor(layer.processor)
-    release(layer)
-
-
 def _restore(
     model: Any,
     noted: Mapping[str, Any], # as in a configuration
@@ -752,21 +700,10 @@ def _restore(
     rules = bool(layers) and not isinstance(layers[0], str)
     settings = DiTSettings.from_dict(noted["settings"])
     switch_diffusion(model, settings, layers=dict(layers) if rules else layers)
-    for name in noted.get("by_hand", ()): _give_back(model.get_submodule(name), name)
-    note_switch(model, _NOTED, noted)
+    give_back(model, _NOTED, noted, lambda layer: own_processor(layer.processor))
 
 
-def _still_switched(model: nn.Module, noted: Any) -> Any: # None where no layer is
-    "What holds of a note when a model is saved."
-    processors: Any = [getattr(layer, "processor", None) for layer in model.modules()]
-    seams = [own.hilbert_seam for own in processors if hasattr(own, "hilbert_seam")]
-    if not seams: return None
-    names = [*seams[0].door.layers, *noted.get("by_hand", ())]
-    lost = _without_seam(model, names)
-    return dict(noted) | dict(by_hand=lost) if lost else noted
-
-
-KEEPERS.append(Keeper(_NOTED, _restore, _still_switched))
+KEEPERS[_NOTED] = _restore
 
 # %% ../../nbs/14f_diffusion_transformers.ipynb #4d54aca3
 register_switch("diffusers", switch_diffusion)

@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .settings import HilbertSettings, is_dense, placed
+from .settings import HilbertSettings, placed
 
 # %% ../../nbs/14b_switched_models.ipynb #3fd81fb2
 def patch_layer(
@@ -110,7 +110,7 @@ class Geometry:
             self.seen.setdefault(prod(grid), set()).add(grid)
 
     def forget(self, model: nn.Module, args: tuple, output: Any):
-        "The call is over."
+        "The call is over, or has raised an error."
         self.grid = None
         if not torch.compiler.is_compiling(): self.grids.pop(get_ident(), None)
 
@@ -140,39 +140,37 @@ class Geometry:
         return placed(settings, grid, self.prefix_tokens)
 
 # %% ../../nbs/14b_switched_models.ipynb #738c83e8
-def remove_hooks(
+def _drop_hooks(
     module: nn.Module,
-    owner: type | object, # the class of the objects whose methods they are, or one object
+    ours: Callable[[Any], bool], # of the objects whose methods hooks are
 ):
-    "Takes away the forward hooks of ours."
-    def ours(hook):
-        mine = getattr(hook, "__self__", None)
-        return mine is owner or isinstance(owner, type) and isinstance(mine, owner)
     for hooks in (module._forward_hooks, module._forward_pre_hooks):
-        for key in [key for key, hook in hooks.items() if ours(hook)]:
+        for key in [key for key, hook in hooks.items() if ours(getattr(hook, "__self__", None))]:
             hooks.pop(key)
             module._forward_pre_hooks_with_kwargs.pop(key, None)
+            module._forward_hooks_always_called.pop(key, None)
+
+
+def remove_hooks(
+    model: nn.Module,
+    *kinds: type, # of the objects whose methods they are
+):
+    "Takes the forward hooks of ours out of a model."
+    for module in model.modules(): _drop_hooks(module, lambda owner: isinstance(owner, kinds))
 
 # %% ../../nbs/14b_switched_models.ipynb #534585b5
 def remove_switch(model: nn.Module):
     "Takes all of ours out of a model: hooks and sites."
-    for module in model.modules():
-        for owner in (Geometry, Switch):
-            remove_hooks(module, owner)
-        module.__dict__.pop("hilbert_site", None)
+    remove_hooks(model, Geometry, Switch)
+    for module in model.modules(): module.__dict__.pop("hilbert_site", None)
 
 # %% ../../nbs/14b_switched_models.ipynb #2c7a91e4
 def remove_unasked(model: nn.Module):
     "Takes away the hooks of geometries that no layer of a model asks any more."
-    modules = list(model.modules())
-    sites = [module.__dict__.get("hilbert_site") for module in modules]
+    sites = [getattr(module, "hilbert_site", None) for module in model.modules()]
     asked = [site.geometry for site in sites if site is not None]
-    for module in modules:
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-        for owner in [getattr(hook, "__self__", None) for hook in hooks]:
-            if isinstance(owner, Geometry) and not any(owner is one for one in asked):
-                remove_hooks(module, owner)
-
+    for module in model.modules():
+        _drop_hooks(module, lambda owner: isinstance(owner, Geometry) and owner not in asked)
 
 # %% ../../nbs/14b_switched_models.ipynb #b84e9a6b
 def check_stated(
@@ -272,15 +270,15 @@ class Switch:
         self.what = what
         self.sites = {name: Site(name, geometries[name], (i, len(layers)))
                       for i, name in enumerate(layers)}
-        for module in model.modules():
-            remove_hooks(module, Switch)
+        remove_hooks(model, Switch)
         for name, layer in layers.items():
             layer.hilbert_site = self.sites[name]
             layer.register_forward_hook(self.layer_ran)
         remove_unasked(model)
         model.register_forward_hook(self.model_ran)
         for geometry in dict.fromkeys(geometries.values()):
-            if geometry.kind != "sequence": model.register_forward_hook(geometry.forget)
+            if geometry.kind != "sequence":
+                model.register_forward_hook(geometry.forget, always_call=True)
 
     def layer_ran(self, layer: Any, args: tuple, output: Any):
         "Has the layer called the package?"
@@ -299,8 +297,7 @@ class Switch:
                           "Then call the whole of it first)")
         if absent or torch.compiler.is_compiling():
             return
-        for module in model.modules():
-            remove_hooks(module, self)
+        for module in model.modules(): _drop_hooks(module, lambda owner: owner is self)
 
     def complain(self, names: list[str], did: str):
         "Raises `RuntimeError`."
@@ -348,19 +345,6 @@ def chosen(
     return {
         name: layer for name, layer in layers.items()
         if among(name, include) and not among(name, exclude)}
-
-# %% ../../nbs/14b_switched_models.ipynb #308fc7a9
-def check_schedule(
-    settings: HilbertSettings,
-    layers: int, # that are switched
-):
-    "Raises `ValueError` for a rule about no layer, and where all layers stay dense."
-    schedule: Any = settings.layers
-    if schedule is None: return
-    each = [settings.of_layer(number, layers) for number in range(layers)]
-    if any(not is_dense(settings, number, layers) for number in range(len(each))): return
-    raise ValueError(
-        f"layers={schedule.rules}: all {layers} layers are dense, so nothing is switched")
 
 # %% ../../nbs/14b_switched_models.ipynb #2d1f8650
 def refuse_layers(

@@ -21,16 +21,17 @@ from typing import Any, TypeVar, Unpack
 import torch
 import torch.nn as nn
 
+from ..calls import check_call
 from .caches import (
     attend_text, held_keys, needed_window, own_window_attention)
 from .masks import (
     said_by, transformers_mask, who_attends, without_window)
-from .settings import (
-    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, can_overlap, layer_settings)
+from hilbert_attn.integrations.settings import (
+    HilbertOptions, HilbertSettings, ModelOptions, ModelSettings, can_overlap, each_kind,
+    each_layer)
 from hilbert_attn.integrations.switch import (
-    Geometry, Switch, check_schedule, check_stated, need, patch_layer, prefix_length, release,
+    Geometry, Switch, check_stated, need, patch_layer, prefix_length, release,
     switch_of)
-from ..reference import Scores, score_rule, with_sinks
 from ..schedule import frozen
 
 # %% ../../nbs/14c_transformers.ipynb #327ed140
@@ -120,14 +121,13 @@ def _transformers_attention(
         n = key.shape[2]
         settings = _enter(module, name, n)
         causal, key_mask = who_attends(module, query, n, attention_mask, is_causal)
-        if softcap is not None: scaling = Scores(score_rule(scaling, query).scale, softcap)
-        rest = dropout, scaling, s_aux is not None
+        call = check_call(
+            query, key, value, crossed=True, causal=causal, key_mask=key_mask, dropout_p=dropout,
+            scale=scaling, softcap=softcap, sink_logits=s_aux)
         window = needed_window(settings, own, n + gone, gone)
-        if window is not None:
-            reach = window - 1, 0 if causal else window - 1
-            out, lse = own_window_attention(query, key, value, reach, key_mask, *rest)
-        else: out, lse = attend_text(query, key, value, settings, causal, key_mask, *rest)
-        if s_aux is not None: out, _ = with_sinks(out, lse, s_aux)
+        if window is None: found = attend_text(call, settings)
+        else: found = own_window_attention(call, (window - 1, 0 if causal else window - 1))
+        out = call.result(*found)
         return out.transpose(1, 2).contiguous(), None  # (B, N, H, D), and no weights
     return hilbert_attention_forward
 
@@ -201,7 +201,9 @@ _OUT_OF_ORDER = {
     "qwen3_vl_vision": "its patches come in blocks of 2 x 2, several pictures in a row",
     "swin": "its windows are attention patterns of their own",
     "swinv2": "its windows are attention patterns of their own"}
-_OTHERWISE = {
+_REFUSED = {
+    name: f"{why}, so that no grid says how they lie" for name, why in _OUT_OF_ORDER.items()}
+_REFUSED |= {
     "doge": "its layers learn masks of their own, which no segments are",
     "bigbird_pegasus": "its layers do not say that they see no later tokens"}
 
@@ -224,12 +226,7 @@ def _model_geometry(
 ) -> Geometry:
     "How the tokens of a model lie. Raises `ValueError` where no grid could say it."
     kind, name = model.config.model_type, type(model).__name__
-    for key in (kind, name):
-        if key in _OUT_OF_ORDER:
-            raise ValueError(
-                f"{name} cannot be switched: {_OUT_OF_ORDER[key]}, so that no "
-                "grid says how they lie; use 'eager' or 'sdpa'")
-    why = _OTHERWISE.get(kind)
+    why = _REFUSED.get(kind) or _REFUSED.get(name)
     if any(type(part).__name__.endswith("Indexer") for part in model.modules()):
         why = "an indexer picks the keys of each query, which no segments are"
     if why: raise ValueError(f"{name} cannot be switched: {why}; use 'eager' or 'sdpa'")
@@ -264,7 +261,7 @@ def _switch(
         settings = _parse_settings(own)  # so that torch.compile finds them checked
         if geometry.kind == "stated" and complete:
             check_stated(settings, None, geometry.why)
-        if complete: check_schedule(settings, len(layers))
+        if complete: each_layer(settings, len(layers))  # names rules that do not fit
     Switch(model, layers, dict.fromkeys(layers, geometry), name)
 
 # %% ../../nbs/14c_transformers.ipynb #0f9eecb1
@@ -497,23 +494,14 @@ def _is_decoder(
     if not _reads_text(model) or not said_by(model, "is_causal", True): return False
     return any(getattr(x, "is_causal", False) for x in model.modules() if _is_attention(x))
 
-# %% ../../nbs/14c_transformers.ipynb #17a00014
-def _each_kind(
-    settings: HilbertSettings,
-) -> list[HilbertSettings]: # of the layers that have segments
-    "What a schedule makes of settings."
-    schedule: Any = settings.layers
-    options = schedule.options() if schedule else ()
-    kinds = [settings, *(layer_settings(settings, x) for x in options)]
-    return [x for x in kinds if x.segment_lengths is not None]
-
 # %% ../../nbs/14c_transformers.ipynb #17a00016
 def _for_decoders(
     model: Any, # a `transformers.PreTrainedModel`
     settings: HilbertSettings,
 ) -> HilbertSettings: # with an overlap, where segments can have one and nobody says otherwise
     "The first token of a segment would see itself alone."
-    sparse, window = _each_kind(settings), said_by(model, "sliding_window")
+    sparse = [x for x in each_kind(settings) if x.segment_lengths is not None]
+    window = said_by(model, "sliding_window")
     if settings.overlap is not None or not sparse or not all(map(can_overlap, sparse)):
         return settings
     reach = 2 * max(x.branches[0][0] for x in sparse)
