@@ -443,23 +443,19 @@ class BlockOperator(AttentionOperator):
         backward: Callable, # (q, k, v, out, lse, dout, dlse, lists, *, ...) -> dq, dk, dv
         device: str = "CPU", # dispatch key of the implementation
     ):
-        def split(key_mask, seed, *rest):
+        def plan(q, k, key_mask, seed, *rest):
             *tensors, scale, dropout_p, sizes, causal = rest
             options = dict(key_mask=key_mask, scale=scale, dropout_p=dropout_p, seed=seed)
             return lists_from_operands(*tensors, sizes, causal), options
 
-        def there(q, k, v, *rest):
-            lists, options = split(*rest)
-            return forward(q, k, v, lists, **options)
-
-        def back(dout, dlse, q, k, v, out, lse, *rest):
-            lists, options = split(*rest)
+        def back(dout, dlse, q, k, v, out, lse, lists, options):
             return backward(q, k, v, out, lse, dout, dlse, lists, **options)
 
         super().__init__(
-            name, there, back, ("key_mask", "seed", *LIST_TENSORS),
+            name, lambda q, k, v, lists, options: forward(q, k, v, lists, **options), back,
+            ("key_mask", "seed", *LIST_TENSORS),
             "float[] scale, float dropout_p, SymInt[] sizes, bool causal", device,
-            lambda q, k, v, *rest: block_pairs(q, split(*rest)[0]))
+            lambda q, k, v, *rest: block_pairs(q, plan(q, k, *rest)[0]), plan)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, lists: BlockLists, key_mask: Tensor | None,
