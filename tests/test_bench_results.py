@@ -21,7 +21,6 @@ from hilbert_attn.bench.machine import environment, machine_slug
 from hilbert_attn.bench.results import (
     Table,
     compare_runs,
-    format_table,
     from_gpu_run,
     latest_runs,
     load_run,
@@ -165,8 +164,8 @@ def test_race():
 
 def test_table_of_text():
     rows = [dict(name="a", x=1.25, y=None), dict(name="long name", x=10.0, y=3)]
-    table = format_table(rows, dict(name="", x=".1f", y=""), dict(x="x ms"))
-    assert table.splitlines() == [
+    table = Table("name", rows, dict(name="", x=".1f", y=""), dict(x="x ms"))
+    assert str(table).splitlines() == [
         "name       x ms  y",
         "------------------",
         "a           1.2  -",

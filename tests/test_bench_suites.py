@@ -245,7 +245,7 @@ def test_no_step_is_measured_that_is_wrong(monkeypatch, name):
         return factor * right(*arguments, **options)
 
     monkeypatch.setattr(decode, name, wrong)
-    monkeypatch.setattr(decode, "measure", fail)
+    monkeypatch.setattr(contenders, "measure", fail)
     with pytest.raises(RuntimeError, match="refusing to time"):
         run_suite("decode", quick=True)
 
@@ -279,7 +279,7 @@ def test_no_order_is_timed_that_is_wrong(monkeypatch, curve):
         return WRONG_ORDERS[curve](order) if name == curve else order
 
     monkeypatch.setattr(suites, "_compute_order", spoiled)
-    monkeypatch.setattr(suites, "measure", fail)
+    monkeypatch.setattr(contenders, "measure", fail)
     with pytest.raises(RuntimeError, match=f"refusing to time '{curve}' on 16x16"):
         run_suite("curves", quick=True)
 

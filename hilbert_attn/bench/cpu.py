@@ -25,7 +25,7 @@ from .machine import FLOPS_PER_PAIR, peak_memory
 from .measuring import telling
 from hilbert_attn.bench.results import (
     BLUE, GREY, RED, SPREAD, SPREAD_TITLES,
-    Table, rows_with, target, target_tables,
+    Table, in_ms, rows_with, target, target_tables,
 )
 from ..curves import curve_order, inverse_order
 from ..patterns import SegmentPattern, attention_mask
@@ -165,27 +165,22 @@ def bench_rows(
     `over_reshaped`, `over_masked`, `over_naive`: how many times as fast as groups made by hand,
     masked SDPA (both in the same order) and naive PyTorch; None where that was not measured.
     `share_of_limit`: of the speed of one matrix product."""
-    time_of = {(row["name"], row["direction"]): row for row in run["rows"]}
+    rows = {(row["name"], row["direction"]): row for row in run["rows"]}
 
-    def with_ratios(row):
-        along, direction = "Hilbert" in row["name"], row["direction"]
+    def over(row, name):
+        base = rows.get((name, row["direction"]))
+        return base and base["median"] / row["median"]
 
-        def over(name):
-            other = time_of.get((name, direction))
-            return other and other["median"] / row["median"]
-
-        times = dict(ms="median", p20_ms="p20", p80_ms="p80")
-        work = row["pairs"] / time_of[MATMUL, direction]["pairs"]
-        return dict(
-            name=row["name"], direction=direction,
-            **{key: 1e3 * row[column] for key, column in times.items()},
-            over_reshaped=over(GATHERED if along else RESHAPED),
-            over_masked=over(MASKED_HILBERT if along else MASKED),
-            over_naive=over(NAIVE),
-            share_of_limit=over(MATMUL) * work,
-        )
-
-    return [with_ratios(row) for row in run["rows"]]
+    found = []
+    for row in run["rows"]:
+        along, limit = "Hilbert" in row["name"], rows[MATMUL, row["direction"]]
+        found.append(dict(name=row["name"], direction=row["direction"]) | in_ms(row) | dict(
+            over_reshaped=over(row, GATHERED if along else RESHAPED),
+            over_masked=over(row, MASKED_HILBERT if along else MASKED),
+            over_naive=over(row, NAIVE),
+            share_of_limit=over(row, MATMUL) * (row["pairs"] / limit["pairs"]),
+        ))
+    return found
 
 # %% ../../nbs/15e_cpu.ipynb #320619fb
 _GOALS = {

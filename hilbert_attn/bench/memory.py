@@ -145,11 +145,10 @@ def bench_memory(
 def _attention_table(run: dict, direction: str) -> Table:
     "Peaks by length, a column for each contender."
     mine = [row for row in rows_with(run["rows"], direction=direction) if "layers" not in row]
-    rows, names = pivot(mine, "tokens", lambda row: row["median"] / 2 ** 20)
-    inputs = {row["tokens"]: row["qkv_bytes"] / 2 ** 20 for row in mine}
-    rows = [row | {"q+k+v": inputs[row["tokens"]]} for row in rows]
+    rows, names = pivot(mine, "tokens", "qkv_bytes", factor=2 ** -20)
+    rows = [row | {"q+k+v": row["qkv_bytes"] / 2 ** 20} for row in rows]
     formats = {"tokens": ",", "q+k+v": ".1f"} | dict.fromkeys(names, ".1f")
-    return Table(f"{direction}: peak MiB beyond q, k, v, by tokens", rows, formats, {})
+    return Table(f"{direction}: peak MiB beyond q, k, v, by tokens", rows, formats)
 
 # %% ../../nbs/15f_memory.ipynb #d2c22631
 def _layers_table(run: dict) -> Table:

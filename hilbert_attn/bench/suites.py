@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,14 +27,14 @@ import torch
 import hilbert_attn
 from ..backends import hilbert_attention
 from hilbert_attn.bench.contenders import (
-    Candidate, Case, label, run_cases, shape_of, timing_rows,
+    Candidate, Case, label, run_cases, run_rounds, shape_of,
 )
 from .cpu import bench_cpu, cpu_tables, plot_cpu
 from .crossover import bench_crossover, crossover_tables, plot_crossover
 from hilbert_attn.bench.machine import (
-    FLOPS_PER_PAIR, describe_environment, machine_slug, run_of, suite_limits,
+    FLOPS_PER_PAIR, describe_environment, machine_slug,
 )
-from .measuring import measure, telling
+from .measuring import telling
 from .memory import bench_memory, memory_tables, plot_memory
 from hilbert_attn.bench.results import (
     BASELINES, Table, by_place, change_tables, colors_of, compare_runs, from_gpu_run, load_runs,
@@ -84,15 +85,15 @@ def _check_order(grid: Sequence[int], curve: str):
         raise RuntimeError(f"{refusal}: it jumps")
 
 # %% ../../nbs/15i_suites.ipynb #63864cb6
-def _order_rows(config: dict, grid: Sequence[int]) -> list[dict]:
-    "Times to make the orders of one grid, and both yardsticks."
+def _order_calls(config: dict, grid: Sequence[int]) -> dict[str, Callable]:
+    "What makes the orders of one grid, and both yardsticks."
     indices = np.arange(prod(grid))
     keys = np.random.default_rng(0).random(len(indices))
-    calls: dict[str, Callable] = {
-        curve: partial(_compute_order, tuple(grid), curve) for curve in config["curves"]
+    return {
+        **{curve: partial(_compute_order, tuple(grid), curve) for curve in config["curves"]},
+        SORT: keys.argsort,
+        COPY: partial(np.copyto, np.empty_like(indices), indices),
     }
-    calls |= {SORT: keys.argsort, COPY: partial(np.copyto, np.empty_like(indices), indices)}
-    return timing_rows(measure(calls, config["repeats"]), grid=_by(grid), tokens=prod(grid))
 
 # %% ../../nbs/15i_suites.ipynb #818c7eb1
 def _locality_rows(config: dict, grid: Sequence[int]) -> list[dict]:
@@ -111,31 +112,22 @@ def bench_curves(
 ) -> dict: # JSON-ready; rows in seconds
     "Runs the suite `curves`. A `RuntimeError` where an order is wrong."
     config = CURVES_QUICK if quick else CURVES_CONFIG
-    grids, others = config["grids"], config["locality_grids"]
-    rows, found = [], []
-    with telling(2 * len(grids) + len(others)) as tell:
-        for grid in grids:
-            tell(f"checking {_by(grid)}")
-            for curve in config["curves"]: _check_order(grid, curve)
-        for grid in grids:
-            tell(f"timing {_by(grid)}")
-            rows += _order_rows(config, grid)
-        for grid in others:
-            tell(f"locality on {_by(grid)}")
-            found += _locality_rows(config, grid)
-    return run_of("curves", quick, config, limits=suite_limits(quick), rows=rows, locality=found)
+    for grid, curve in product(config["grids"], config["curves"]): _check_order(grid, curve)
+    locality = [row for grid in config["locality_grids"] for row in _locality_rows(config, grid)]
+    rounds = [
+        (dict(grid=_by(grid), tokens=prod(grid)), _order_calls(config, grid))
+        for grid in config["grids"]]
+    return run_rounds("curves", quick, config, rounds, locality=locality)
 
 # %% ../../nbs/15i_suites.ipynb #2085a299
 def _curves_tables(run: dict) -> list[Table]:
     "Times by grid, and locality."
-    times, names = pivot(run["rows"], "grid", lambda row: 1e3 * row["median"])
-    times = [row | {"tokens": prod(map(int, row["grid"].split("x")))} for row in times]
-    times = sorted(times, key=lambda row: row["tokens"])
+    times, names = pivot(run["rows"], "grid", "tokens", factor=1e3)
     formats = {"grid": "", "tokens": ","} | dict.fromkeys(names, ".3f")
     about = dict(name="", grid="", segment_size="")
     measures = dict.fromkeys(run["locality"][0], ".3g") | about
     return [
-        Table("ms to make an order", times, formats, {}),
+        Table("ms to make an order", times, formats),
         Table("locality", run["locality"], measures, {"segment_size": "segment"}),
     ]
 
