@@ -288,7 +288,7 @@ GPU_TARGET = dict(
     met=False,
 )
 GPU_RUN = dict(
-    environment=dict(driver="550"),
+    environment=dict(driver="550", date="2026-01-01T00:00:00+00:00", commit=40 * "a"),
     rates=dict(matmul_tflops=600.0, copy_gbs=4000.0),
     skipped=[],
     correctness=dict(cases=3, wrong=[]),
@@ -298,7 +298,7 @@ GPU_RUN = dict(
 
 
 def test_what_the_gpu_program_wrote():
-    run = from_gpu_run(GPU_RUN, quick=False)
+    run = from_gpu_run(GPU_RUN)
     setting = dict(case="N64 w64", direction="forward")
     found = [(m["name"], m["median"], m["settings"]) for m in measurements(run)]
     assert found == [("triton", 0.002, setting), ("flex", 0.004, setting)]

@@ -147,24 +147,23 @@ def _packs(config: dict) -> Iterator[_Round]:
     x = _random(config["heads"], sum(sizes), config["head_dim"])
     seen = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
     how: Any = dict(curve=None, backend="sdpa")
+    attend: Any = partial(hilbert_attention, **how)
 
     def alone():
-        parts: Any = zip(*(y.split(sizes, 2) for y in x))
-        outs: Any = [hilbert_attention(*part, segment_size=w, **how) for part in parts]
-        return torch.cat(outs, 2)
+        parts = zip(*(y.split(sizes, 2) for y in x))
+        return torch.cat([attend(*part, segment_size=w) for part in parts], 2)
 
     def padded():
         rows: Any = [torch.nn.utils.rnn.pad_sequence(
             [part[0].transpose(0, 1) for part in y.split(sizes, 2)], True).transpose(1, 2)
             for y in x]
-        out: Any = hilbert_attention(*rows, segment_size=w, key_mask=seen, **how)
+        out = attend(*rows, segment_size=w, key_mask=seen)
         return out.transpose(1, 2)[seen].transpose(0, 1)[None]
 
     borders = [0, *torch.tensor(sizes).cumsum(0).tolist()]
     packed = partial(dilated_attention, *x, w, 1, cu_seqlens=borders, **how)
     about = dict(setting=f"{len(sizes)} documents, segments of {w}", tokens=sum(sizes))
-    parts = [torch.arange(size) // w for size in sizes]
-    group = torch.cat([(i << 20) + part for i, part in enumerate(parts)])
+    group = torch.cat([(i << 20) + torch.arange(size) // w for i, size in enumerate(sizes)])
     flex = _flex(config, x, lambda i, j: group[i] == group[j])
     yield from _both_ways(about, {PACKED: packed, ALONE: alone, PADDED: padded} | flex, x)
 

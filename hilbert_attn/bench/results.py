@@ -18,7 +18,7 @@ from pathlib import Path
 
 import hilbert_attn
 from .contenders import MATMUL, OURS, OURS_HILBERT, label, labelled
-from .machine import environment, machine_slug
+from .machine import machine_slug
 from ..plots import new_figure
 
 # %% ../../nbs/15d_results.ipynb #3d94782a
@@ -95,27 +95,25 @@ def target(
 # %% ../../nbs/15d_results.ipynb #2a675d14
 def from_gpu_run(
     found: dict, # what tools/gpu_run.py wrote
-    quick: bool,
-    env: dict | None = None, # None: this machine, and its driver
 ) -> dict:
     "That file as a run of this harness: seconds, flat rows."
     rows = [_gpu_row(row) for row in found["rows"] if "ms" in row]
-    if env is None:
-        drivers = {key: found["environment"].get(key) for key in ("driver", "cudnn")}
-        env = environment() | {key: value for key, value in drivers.items() if value}
     rates = found["rates"]
-    limits = dict(
-        matmul_flops_per_s=1e12 * rates["matmul_tflops"],
-        copy_bytes_per_s=1e9 * rates["copy_gbs"],
-    )
-    targets = [
-        target(f"{v['case']}, {v['kind']}: {v['target']}", v["measured"], v["needed"])
-        for v in found["verdicts"]
-    ]
-    config = dict(cases=len({row["case"] for row in rows}), skipped=found["skipped"])
     return dict(
-        suite="gpu", quick=quick, config=config, environment=env, limits=limits,
-        checks=found["correctness"], rows=rows, targets=targets,
+        suite="gpu",
+        quick=False,
+        config=dict(cases=len({row["case"] for row in rows}), skipped=found["skipped"]),
+        environment=gpu_environment(found["environment"]),
+        limits=dict(
+            matmul_flops_per_s=1e12 * rates["matmul_tflops"],
+            copy_bytes_per_s=1e9 * rates["copy_gbs"],
+        ),
+        checks=found["correctness"],
+        rows=rows,
+        targets=[
+            target(f"{v['case']}, {v['kind']}: {v['target']}", v["measured"], v["needed"])
+            for v in found["verdicts"]
+        ],
     )
 
 # %% ../../nbs/15d_results.ipynb #f82e46fe
@@ -128,8 +126,7 @@ def load_runs(
     runs = []
     for path in sorted(folder.glob(f"*/{suite}.json")): runs += json.loads(path.read_text())
     for path in sorted(folder.glob("*/gpu_run*.json")) if suite == "gpu" else ():
-        found = json.loads(path.read_text())
-        runs.append(from_gpu_run(found, quick=False, env=gpu_environment(found["environment"])))
+        runs.append(from_gpu_run(json.loads(path.read_text())))
     return sorted(runs, key=lambda run: run["environment"]["date"])
 
 # %% ../../nbs/15d_results.ipynb #4779d263
@@ -387,14 +384,13 @@ def _summary(changes: list[dict], unit: str) -> dict:
 # %% ../../nbs/15d_results.ipynb #1eec9803
 def _limit_rows(new: dict, old: dict) -> list[dict]:
     "How the machine's limits changed."
-    rows, now, then = [], new.get("limits", {}), old.get("limits", {})
-    unknown = dict.fromkeys(("count", "lower", "higher"))
-    for name in now:
-        limit, is_rate, _ = name.partition("_per_s")
-        if not is_rate or name not in then: continue
-        what = f"limit: {limit.replace('_', ' ')} per second"
-        rows.append(unknown | dict(what=what, ratio=now[name] / then[name]))
-    return rows
+    now, then = new.get("limits", {}), old.get("limits", {})
+    rates = [name for name in now if name.endswith("_per_s") and name in then]
+    words = [name.replace("_per_s", "").replace("_", " ") for name in rates]
+    return [
+        dict(what=f"limit: {word} per second", count=None, lower=None, higher=None,
+             ratio=now[name] / then[name])
+        for name, word in zip(rates, words)]
 
 # %% ../../nbs/15d_results.ipynb #b27eec90
 def change_tables(

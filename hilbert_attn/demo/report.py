@@ -162,7 +162,7 @@ def _bars_html(rows: list[dict]) -> str:
     longest, lines = max(row["both_ms"] for row in rows), []
     for row in rows:
         name, ms = row["name"], row["both_ms"]
-        ours = "" if name in (MASKED, NAIVE) else " class=ours"
+        ours = " class=ours" * (name not in (MASKED, NAIVE))
         bar = f'<i style="width:{100 * ms / longest:.2f}%"></i>'
         lines.append(f"<span>{name}</span><span{ours}>{bar}{ms:,.{int(ms < 10)}f} ms</span>")
     return "\n".join(lines)
@@ -188,7 +188,7 @@ _BLOCKS = (
 
 def _neighbours(photo: Photo, segment_size: int, kept: dict[str, float]) -> str:
     "Which order keeps most neighbours together, and what follows."
-    best = max(CURVES, key=lambda curve: kept[curve])
+    best = max(kept, key=lambda curve: kept[curve])
     share = f"{kept[best]:.1%}"
     if best != "row_major": share += f"; plain rows keep {kept['row_major']:.1%}"
     words = _KEPT.format(best=best, share=share)
@@ -239,9 +239,9 @@ def _about_photo(photo: Photo, q: Tensor) -> dict[str, Any]:
 def _photos(photo: Photo, segment_size: int, pictures: dict[str, str]) -> dict[str, str]:
     "The walk, the cut and the look."
     found = {curve: locality(photo.grid, segment_size, curve) for curve in CURVES}
-    kept = {curve: found[curve].neighbors_kept for curve in CURVES}
-    steps = {c: f"{curve_in_words(c)}; mean step {found[c].step_mean:.2f}" for c in CURVES}
-    shares = {c: f"{kept[c]:.1%} of neighbours kept" for c in CURVES}
+    kept = {c: x.neighbors_kept for c, x in found.items()}
+    steps = {c: f"{curve_in_words(c)}; mean step {x.step_mean:.2f}" for c, x in found.items()}
+    shares = {c: f"{share:.1%} of neighbours kept" for c, share in kept.items()}
     looks = dict.fromkeys(CURVES, "") | {"dense": "everything in reach"}
     curve, cut, look = (pictures[name] for name in ("curve", "segments", "attention"))
     return dict(
