@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from . import __version__
@@ -98,8 +97,8 @@ def _env(args):
     "What machine this is."
     from hilbert_attn.backends import detect_gpu_architecture
     from hilbert_attn.bench.machine import environment
-    device = asdict(detect_gpu_architecture())
-    found = environment() | dict(architecture=device["name"], backends=list(device["backends"]))
+    device = detect_gpu_architecture()
+    found = environment() | dict(architecture=device.name, backends=list(device.backends))
     if args.json:
         print(json.dumps(found, indent=1))
         return

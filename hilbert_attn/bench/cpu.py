@@ -148,12 +148,12 @@ def bench_cpu(
     run = run_cases("cpu", quick, config, [main, *sweep], flops)
     run["sweep"] = [row for row in run["rows"] if "tokens" in row]
     run["rows"] = [row for row in run["rows"] if "tokens" not in row]
-    cases = list(product((False, True), repeat=2))  # ordered, backward
+    cases = [dict(ordered=x, backward=y) for x, y in product((False, True), repeat=2)]
     run["memory"] = []
     with telling(len(cases)) as tell:
         for case in cases[-1:] if quick else cases:
             tell(f"memory at {config['memory_tokens']:,} tokens")
-            run["memory"].append(_memory_row(config, ordered=case[0], backward=case[1]))
+            run["memory"].append(_memory_row(config, **case))
     return run
 
 # %% ../../nbs/15e_cpu.ipynb #108e0ad5
