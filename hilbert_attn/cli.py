@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from . import __version__
@@ -49,16 +48,14 @@ _ONE, _SEVERAL = ("segment_size", "dilation_rate"), ("dilation_rates", "combine"
 
 def _branches(args) -> dict[str, Any]:
     "What was said of one branch, or of several; a `ValueError` where it is of both."
-    several = args.segment_lengths is not None
-    for name in _ONE if several else _SEVERAL:
-        if getattr(args, name) is None: continue
-        option = f"--{name.replace('_', '-')}"
-        if not several:
-            raise ValueError(f"{option} is for several branches: give --segment-lengths too")
-        other = "--segment-lengths for several: give one of them"
-        raise ValueError(f"{option} is for one branch, and {other}")
     names = (*_ONE, *_SEVERAL, "segment_lengths", "dilation_mode")
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    several = "segment_lengths" in given
+    for name in _ONE if several else _SEVERAL:
+        if name not in given: continue
+        rule = "several branches: give --segment-lengths too"
+        if several: rule = "one branch, and --segment-lengths for several: give one of them"
+        raise ValueError(f"--{name.replace('_', '-')} is for {rule}")
     if not several: return given
     return dict(dilation_rates=[1] * len(args.segment_lengths)) | given
 
@@ -100,8 +97,8 @@ def _env(args):
     "What machine this is."
     from hilbert_attn.backends import detect_gpu_architecture
     from hilbert_attn.bench.machine import environment
-    device = asdict(detect_gpu_architecture())
-    found = environment() | dict(architecture=device["name"], backends=list(device["backends"]))
+    device = detect_gpu_architecture()
+    found = environment() | dict(architecture=device.name, backends=list(device.backends))
     if args.json:
         print(json.dumps(found, indent=1))
         return

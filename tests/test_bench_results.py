@@ -21,7 +21,6 @@ from hilbert_attn.bench.machine import environment, machine_slug
 from hilbert_attn.bench.results import (
     Table,
     compare_runs,
-    format_table,
     from_gpu_run,
     latest_runs,
     load_run,
@@ -165,8 +164,8 @@ def test_race():
 
 def test_table_of_text():
     rows = [dict(name="a", x=1.25, y=None), dict(name="long name", x=10.0, y=3)]
-    table = format_table(rows, dict(name="", x=".1f", y=""), dict(x="x ms"))
-    assert table.splitlines() == [
+    table = Table("name", rows, dict(name="", x=".1f", y=""), dict(x="x ms"))
+    assert str(table).splitlines() == [
         "name       x ms  y",
         "------------------",
         "a           1.2  -",
@@ -289,7 +288,7 @@ GPU_TARGET = dict(
     met=False,
 )
 GPU_RUN = dict(
-    environment=dict(driver="550"),
+    environment=dict(driver="550", date="2026-01-01T00:00:00+00:00", commit=40 * "a"),
     rates=dict(matmul_tflops=600.0, copy_gbs=4000.0),
     skipped=[],
     correctness=dict(cases=3, wrong=[]),
@@ -299,7 +298,7 @@ GPU_RUN = dict(
 
 
 def test_what_the_gpu_program_wrote():
-    run = from_gpu_run(GPU_RUN, quick=False)
+    run = from_gpu_run(GPU_RUN)
     setting = dict(case="N64 w64", direction="forward")
     found = [(m["name"], m["median"], m["settings"]) for m in measurements(run)]
     assert found == [("triton", 0.002, setting), ("flex", 0.004, setting)]

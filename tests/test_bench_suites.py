@@ -245,7 +245,7 @@ def test_no_step_is_measured_that_is_wrong(monkeypatch, name):
         return factor * right(*arguments, **options)
 
     monkeypatch.setattr(decode, name, wrong)
-    monkeypatch.setattr(decode, "measure", fail)
+    monkeypatch.setattr(contenders, "measure", fail)
     with pytest.raises(RuntimeError, match="refusing to time"):
         run_suite("decode", quick=True)
 
@@ -279,7 +279,7 @@ def test_no_order_is_timed_that_is_wrong(monkeypatch, curve):
         return WRONG_ORDERS[curve](order) if name == curve else order
 
     monkeypatch.setattr(suites, "_compute_order", spoiled)
-    monkeypatch.setattr(suites, "measure", fail)
+    monkeypatch.setattr(contenders, "measure", fail)
     with pytest.raises(RuntimeError, match=f"refusing to time '{curve}' on 16x16"):
         run_suite("curves", quick=True)
 
@@ -290,7 +290,7 @@ assert sys.argv[1] == "--out" and sys.argv[3:] == ["--quick"]
 folder = pathlib.Path(sys.argv[2]) / "machine"
 folder.mkdir()
 print("measuring")
-run = dict(suite="ring", environment=dict(date=""), rows=[])
+run = dict(suite="ring", environment=dict(date=""), rows=[dict(name="ring")])
 (folder / "ring.json").write_text(json.dumps([run]))
 """
 
@@ -301,13 +301,43 @@ def test_suites_of_other_programs(tmp_path, monkeypatch):
     (tools / "bench_ring.py").write_text(RING)
     package = tmp_path / "hilbert_attn" / "__init__.py"
     monkeypatch.setattr(hilbert_attn, "__file__", str(package))
-    expected = dict(suite="ring", environment=dict(date=""), rows=[])
+    expected = dict(suite="ring", environment=dict(date=""), rows=[dict(name="ring")])
     assert run_suite("ring", quick=True) == expected
     (tools / "bench_ring.py").write_text("print('one'); raise SystemExit('no network')")
     with pytest.raises(RuntimeError, match="exit code 1:\none\nno network"):
         run_suite("ring", quick=True)
     with pytest.raises(RuntimeError, match="part of the repository"):
         run_suite("local", quick=True)
+
+
+GPU = """
+import json, os, pathlib, sys
+assert sys.argv[1:] == ["--again", "--minutes", "3"]
+folder = pathlib.Path(os.environ["OUT"])
+folder.mkdir(parents=True)
+(folder / "gpu_run.json").write_text(json.dumps(RUN))
+"""
+
+
+def test_the_program_for_gpus(tmp_path, monkeypatch):
+    (tmp_path / "tools").mkdir()
+    told = dict(date="2026-01-01T00:00:00+00:00", commit=40 * "a", driver="550", torch="told")
+    row = dict(name="triton", case=dict(name="c"), kind="forward", ms=2.0, p20=1.0, p80=3.0,
+               repeats=9, share_of_matmul=0.5, share_of_copy=0.25, peak_mib=7.0)
+    run = dict(environment=told, rates=dict(matmul_tflops=600.0, copy_gbs=4000.0), rows=[row],
+               correctness=dict(cases=1, wrong=[]), skipped=[], verdicts=[])
+    tool = tmp_path / "tools" / "gpu_run.py"
+    tool.write_text(GPU.replace("RUN", repr(run)))
+    monkeypatch.setattr(hilbert_attn, "__file__", str(tmp_path / "hilbert_attn" / "__init__.py"))
+    monkeypatch.setattr(suites.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(suites, "environment", lambda: dict(torch="here", date="now"))
+    found = run_suite("gpu", quick=True)
+    assert found["quick"] and found["rows"][0]["median"] == 0.002
+    env = dict(torch="here", date="now", driver="550", commit=10 * "a")
+    assert found["environment"] == env
+    tool.write_text(GPU.replace("RUN", repr(run | dict(rows=[]))))
+    with pytest.raises(RuntimeError, match="measured nothing"):
+        run_suite("gpu", quick=True)
 
 
 def test_unknown_suites_are_refused():

@@ -13,6 +13,7 @@ pytest.importorskip("matplotlib")
 Image = pytest.importorskip("PIL.Image")
 
 from hilbert_attn.curves import CURVES, curve_order, segment_map
+from hilbert_attn.demo import report
 from hilbert_attn.demo.comparison import MASKED, NAIVE, which_order
 from hilbert_attn.demo.photo import (
     Photo,
@@ -119,9 +120,10 @@ def test_page_data_decodes_to_what_the_library_computes(result, page):
     assert (weights - patch_weights(q, k, start)).abs().sum() < 0.1
 
 
-def test_large_photos_leave_their_keys_out_of_the_page(result):
+def test_large_photos_leave_their_keys_out_of_the_page(result, monkeypatch):
     q, *_ = project_tokens(photo_tokens(result.photo))
-    assert _page_data(result.photo, q, 32, (0, 0), limit=1000)["keys"] is None
+    monkeypatch.setattr(report, "_LARGEST_KEYS", 1000)
+    assert _page_data(result.photo, q, 32, (0, 0))["keys"] is None
 
 
 KINDS = [

@@ -426,4 +426,4 @@ def test_the_report_judges_what_is_there(tmp_path):
     assert report.write(rows[:1], [], tmp_path) is None
     assert all(row["share_of_matmul"] > 0 for row in found["rows"])
     from hilbert_attn.bench.results import from_gpu_run
-    assert from_gpu_run(found, quick=False)["limits"]["copy_bytes_per_s"] == 4e12
+    assert from_gpu_run(found)["limits"]["copy_bytes_per_s"] == 4e12

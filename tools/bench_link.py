@@ -32,7 +32,7 @@ from bench_ring import (
     traffic_of,
 )
 
-from hilbert_attn.bench import describe_environment, dump_rows, environment, format_table
+from hilbert_attn.bench import Table, describe_environment, dump_rows, environment
 
 RATES = (None, 4000, 2000, 1000, 500, 250, 125) # Mbit/s; None: as fast as the kernel copies
 BURST, QUEUE = "128kb", "64mb" # what goes through at once, and what may wait: nothing is lost
@@ -103,8 +103,8 @@ def table(found: dict) -> str:
         for x in cable["rows"]: row[f"{x['name']}, {x['direction']}"] = 1e3 * x["median"]
         rows.append(row)
     formats = {name: "" if name == "rate" else ".0f" for name in rows[0]}
-    titles = dict(rate="limit (Mbit/s)", link="measured (Mbit/s)")
-    return f"{describe_environment(found['environment'])}\n\n{format_table(rows, formats, titles)}"
+    shown = Table("limit (Mbit/s)", rows, formats, dict(link="measured (Mbit/s)"))
+    return f"{describe_environment(found['environment'])}\n\n{shown}"
 
 
 def main():

@@ -25,9 +25,9 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the tree of this file
 from hilbert_attn.bench import (
     FLOPS_PER_PAIR,
+    Table,
     describe_environment,
     environment,
-    format_table,
     measure,
     resident_memory,
     save_run,
@@ -296,9 +296,9 @@ def table_of(world: dict, direction: str) -> str:
         spread = f"{1e3 * row['p20']:.1f} to {1e3 * row['p80']:.1f}"
         rate = row["flops"] / world["world"] / row["median"] / 1e9
         rows.append(row | dict(ms=1e3 * row["median"], spread=spread, rate=rate))
-    titles = dict(name=f"{world['world']} ranks, {direction}", spread="p20 to p80",
-                  rate="GFLOP/s per rank")
-    return format_table(rows, dict(name="", ms=".1f", spread="", rate=".1f"), titles)
+    titles = dict(spread="p20 to p80", rate="GFLOP/s per rank")
+    formats = dict(name="", ms=".1f", spread="", rate=".1f")
+    return str(Table(f"{world['world']} ranks, {direction}", rows, formats, titles))
 
 
 def table(run: dict) -> str:
@@ -313,8 +313,9 @@ def table(run: dict) -> str:
         for row in world["memory"]:
             mib = (row["peak_extra_bytes"] + row["inputs"]) / 2 ** 20
             memory.append(row | dict(ranks=world["world"], mib=mib))
-    titles = dict(name="memory per rank, forward+backward", mib="MiB with q, k, v, dout")
-    lines.append(format_table(memory, dict(name="", ranks="", tokens=",", mib=".1f"), titles))
+    formats = dict(name="", ranks="", tokens=",", mib=".1f")
+    titles = dict(mib="MiB with q, k, v, dout")
+    lines.append(str(Table("memory per rank, forward+backward", memory, formats, titles)))
     return "\n\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from hilbert_attn import curve_order, hilbert_attention
 from hilbert_attn.bench.machine import environment
 from hilbert_attn.bench.measuring import measure
-from hilbert_attn.bench.results import format_table, save_run
+from hilbert_attn.bench.results import Table, save_run
 from hilbert_attn.bench.short import (
     MICROSECONDS,
     RATIO,
@@ -104,7 +104,7 @@ def tell(run):
     lines = short_table(run)
     slow = sorted((x for x in lines if x["slow"]), key=lambda x: -x["ratio"])
     for table in short_tables(run)[:1]: print(table)
-    print(format_table(run["profile"], dict(part="", again="", new="")))
+    print(Table("part", run["profile"], dict(part="", again="", new="")))
     for x in slow:
         place = f"{x['threads']} threads, {x['tokens']:4} tokens, {x['direction']:16}"
         print(f"slow: {place} {x['ratio']:5.2f} x, {x['behind']:6.0f} µs behind: {x['setting']}")

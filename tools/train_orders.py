@@ -40,8 +40,8 @@ from hilbert_attn.bench import (
     load_runs,
     machine_slug,
     measure,
-    progress_bar,
     results_folder,
+    telling,
 )
 from hilbert_attn.curves import curve_order, inverse_order
 from hilbert_attn.modules import HilbertAttentionCore, TransformerBlock, rotary_embedding
@@ -492,10 +492,10 @@ def run_suite(
     _describe(run, config, data)
     jobs = _jobs(run, config["seeds"])
     steps = sum(config[task]["steps"] for task, *_ in jobs)
-    with progress_bar(steps, "training", progress) as bar:
+    with telling(steps, progress) as tell:
         for task, variant, seed in jobs:
-            bar.set_description_str(f"{task}: {variant.name}, seed {seed}")
-            result, model = train(data[task], variant, seed, bar.update)
+            tell(f"{task}: {variant.name}, seed {seed}", 0)
+            result, model = train(data[task], variant, seed, partial(tell, None))
             run[task].append(result)
             first = task == "photos" and seed == config["seeds"][0]
             if first and variant.name in PICTURED:

@@ -6,12 +6,14 @@
 __all__ = ['Inputs', 'MATMUL', 'NAIVE', 'DENSE', 'MASKED', 'MASKED_HILBERT', 'RESHAPED', 'GATHERED', 'OURS', 'OURS_HILBERT',
            'OURS_LSE', 'OURS_HILBERT_LSE', 'Candidate', 'check_exact', 'naive_attention', 'reshaped_attention',
            'gathered_attention', 'random_inputs', 'Case', 'label', 'labelled', 'timing_rows', 'check_cases',
-           'run_cases', 'shape_of']
+           'time_calls', 'run_cases', 'difference', 'run_rounds', 'shape_of']
 
 # %% ../../nbs/15c_contenders.ipynb #8bffd9d5
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -229,20 +231,20 @@ def check_cases(
     }
 
 # %% ../../nbs/15c_contenders.ipynb #89f857a8
-def _time_case(
-    case: Case, direction: str, config: dict, tell: Callable,
-) -> list[dict]:
-    "Rows of one case in one direction."
-    calls = case.calls(direction)
-    pairs = {c.name: c.pairs for c in case.candidates()} | {MATMUL: case.pairs}
-
-    def progress(name): tell(labelled(f"timing {name}", case.about), 1 / len(calls))
+def time_calls(
+    calls: dict[str, Callable], # by name
+    about: dict, # settings, which every row carries
+    config: dict, # as `run_cases` takes it
+    tell: Callable, # from `telling`
+    device: str = "cpu",
+) -> list[dict]: # as `timing_rows`
+    "Rows of calls that take turns."
+    def progress(name): tell(labelled(f"timing {name}", about), 1 / len(calls))
 
     how = {key: config[key] for key in ("warmup", "max_seconds", "least_seconds") if key in config}
     timed = measure(
-        calls, config["repeats"], **how, progress=progress, synchronize=synchronize_of(case.device))
-    rows = timing_rows(timed, direction=direction, **case.about)
-    return [row | {"pairs": pairs[row["name"]]} if row["name"] in pairs else row for row in rows]
+        calls, config["repeats"], **how, progress=progress, synchronize=synchronize_of(device))
+    return timing_rows(timed, **about)
 
 # %% ../../nbs/15c_contenders.ipynb #1f165fe3
 def run_cases(
@@ -261,8 +263,39 @@ def run_cases(
         checks = check_cases(cases, tell)
         limits = suite_limits(quick, flops, cases[0].device)
         for case, direction in rounds:
-            rows += _time_case(case, direction, config, tell)
+            about, calls = dict(direction=direction) | case.about, case.calls(direction)
+            pairs = {c.name: dict(pairs=c.pairs) for c in case.candidates()}
+            pairs[MATMUL] = dict(pairs=case.pairs)
+            for row in time_calls(calls, about, config, tell, case.device):
+                rows.append(row | pairs.get(row["name"], {}))
     return run_of(suite, quick, config, limits=limits, checks=checks, rows=rows)
+
+# %% ../../nbs/15c_contenders.ipynb #17b000a1
+@torch.no_grad()
+def difference(
+    name: str, # of what is judged
+    found: Any, # a tensor, or several
+    expected: Any, # the same
+    allowed: float = 1e-5,
+) -> float:
+    "The largest difference, in the largest value. A `RuntimeError` where it is more than allowed."
+    if isinstance(found, Tensor): found, expected = (found,), (expected,)
+    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected))
+    if error <= allowed: return error
+    raise RuntimeError(f"refusing to time {name!r}: it differs from its yardstick by {error:.1e}")
+
+# %% ../../nbs/15c_contenders.ipynb #17b000a3
+def run_rounds(
+    suite: str, # its name
+    quick: bool, # of a toy size
+    config: dict, # as `run_cases` takes it
+    rounds: Sequence[tuple[dict, dict[str, Callable]]], # settings, and calls that take turns
+    **found, # more of the run: checks
+) -> dict: # JSON-ready; rows in seconds
+    "A run of calls that are right: one round after the other."
+    with telling(len(rounds) * (config["repeats"] + 1)) as tell:
+        rows = [row for about, calls in rounds for row in time_calls(calls, about, config, tell)]
+    return run_of(suite, quick, config, limits=suite_limits(quick), **found, rows=rows)
 
 # %% ../../nbs/15c_contenders.ipynb #82a71709
 def shape_of(

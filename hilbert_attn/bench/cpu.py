@@ -7,7 +7,7 @@ __all__ = ['CPU_CONFIG', 'CPU_QUICK', 'cpu_candidates', 'attention_of', 'memory_
            'cpu_tables', 'plot_cpu']
 
 # %% ../../nbs/15e_cpu.ipynb #08e58f1a
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 from math import prod
@@ -25,7 +25,7 @@ from .machine import FLOPS_PER_PAIR, peak_memory
 from .measuring import telling
 from hilbert_attn.bench.results import (
     BLUE, GREY, RED, SPREAD, SPREAD_TITLES,
-    Table, rows_with, target, target_tables,
+    Table, in_ms, rows_with, target, target_tables,
 )
 from ..curves import curve_order, inverse_order
 from ..patterns import SegmentPattern, attention_mask
@@ -118,19 +118,19 @@ def memory_call(
     return candidate.call(direction, random_inputs(shape_of(config, n)))
 
 # %% ../../nbs/15e_cpu.ipynb #50b57ebd
-def _call_of(ordered: bool, backward: bool) -> tuple[str, str]: # contender, direction
+def _call_of(ordered: bool, backward: bool) -> dict[str, str]:
     "Which call that is."
-    return OURS_HILBERT if ordered else OURS, "forward+backward" if backward else "forward"
+    return dict(
+        name=OURS_HILBERT if ordered else OURS,
+        direction="forward+backward" if backward else "forward")
 
 # %% ../../nbs/15e_cpu.ipynb #9a8f289b
-def _memory_row(config: dict, ordered: bool, backward: bool) -> dict:
+def _memory_row(config: dict, **case: bool) -> dict: # ordered, backward
     "Peak memory of that call, beside that of its inputs."
     n = config["memory_tokens"]
-    name, direction = _call_of(ordered, backward)
-    options = dict(config=config, name=name, tokens=n, direction=direction)
+    options = dict(config=config, tokens=n) | _call_of(**case)
     peak = peak_memory("hilbert_attn.bench.cpu:memory_call", **options)
-    about = dict(ordered=ordered, backward=backward, tokens=n)
-    return about | dict(peak_extra_bytes=peak, qkv_bytes=12 * prod(shape_of(config, n)))
+    return case | dict(tokens=n, peak_extra_bytes=peak, qkv_bytes=12 * prod(shape_of(config, n)))
 
 # %% ../../nbs/15e_cpu.ipynb #d48cff69
 def bench_cpu(
@@ -148,12 +148,12 @@ def bench_cpu(
     run = run_cases("cpu", quick, config, [main, *sweep], flops)
     run["sweep"] = [row for row in run["rows"] if "tokens" in row]
     run["rows"] = [row for row in run["rows"] if "tokens" not in row]
-    cases = list(product((False, True), repeat=2))  # ordered, backward
+    cases = [dict(ordered=x, backward=y) for x, y in product((False, True), repeat=2)]
     run["memory"] = []
     with telling(len(cases)) as tell:
         for case in cases[-1:] if quick else cases:
             tell(f"memory at {config['memory_tokens']:,} tokens")
-            run["memory"].append(_memory_row(config, *case))
+            run["memory"].append(_memory_row(config, **case))
     return run
 
 # %% ../../nbs/15e_cpu.ipynb #108e0ad5
@@ -165,50 +165,43 @@ def bench_rows(
     `over_reshaped`, `over_masked`, `over_naive`: how many times as fast as groups made by hand,
     masked SDPA (both in the same order) and naive PyTorch; None where that was not measured.
     `share_of_limit`: of the speed of one matrix product."""
-    time_of = {(row["name"], row["direction"]): row for row in run["rows"]}
+    rows = {(row["name"], row["direction"]): row for row in run["rows"]}
 
-    def with_ratios(row):
-        along, direction = "Hilbert" in row["name"], row["direction"]
+    def over(row, name):
+        base = rows.get((name, row["direction"]))
+        return base and base["median"] / row["median"]
 
-        def over(name):
-            other = time_of.get((name, direction))
-            return other and other["median"] / row["median"]
-
-        times = dict(ms="median", p20_ms="p20", p80_ms="p80")
-        work = row["pairs"] / time_of[MATMUL, direction]["pairs"]
-        return dict(
-            name=row["name"], direction=direction,
-            **{key: 1e3 * row[column] for key, column in times.items()},
-            over_reshaped=over(GATHERED if along else RESHAPED),
-            over_masked=over(MASKED_HILBERT if along else MASKED),
-            over_naive=over(NAIVE),
-            share_of_limit=over(MATMUL) * work,
-        )
-
-    return [with_ratios(row) for row in run["rows"]]
+    found = []
+    for row in run["rows"]:
+        along, limit = "Hilbert" in row["name"], rows[MATMUL, row["direction"]]
+        found.append(dict(name=row["name"], direction=row["direction"]) | in_ms(row) | dict(
+            over_reshaped=over(row, GATHERED if along else RESHAPED),
+            over_masked=over(row, MASKED_HILBERT if along else MASKED),
+            over_naive=over(row, NAIVE),
+            share_of_limit=over(row, MATMUL) * (row["pairs"] / limit["pairs"]),
+        ))
+    return found
 
 # %% ../../nbs/15e_cpu.ipynb #320619fb
-_GOALS = {
-    OURS: dict(masked=12, naive=50, matmul=1.8, masked_both=12),
-    OURS_HILBERT: dict(masked=8, naive=35, matmul=2.6, masked_both=8),
+_GOALS = { # over masked SDPA, over naive PyTorch, product, over masked SDPA with the backward
+    OURS: (12, 50, 1.8, 12),
+    OURS_HILBERT: (8, 35, 2.6, 8),
 }
 
 
-def _speed_targets(rows: dict, name: str) -> list[dict]:
+def _speed_targets(rows: dict, name: str) -> Iterator[dict]:
     "What one of ours is meant to reach, and what it reached."
-    goal, forward, both = _GOALS[name], rows[name, "forward"], rows[name, "forward+backward"]
-    with_lse = rows[f"{name}, LSE gradient", "forward+backward"]["ms"]
-    than = "times faster than"
-    product = "time / one matmul of the same FLOPs"
-    over_product = 1 / forward["share_of_limit"]
-    found = [
-        target(f"forward, {than} masked SDPA", forward["over_masked"], goal["masked"]),
-        target(f"forward, {than} naive PyTorch", forward["over_naive"], goal["naive"]),
-        target(f"forward, {product}", over_product, goal["matmul"], at_least=False),
-        target(f"forward+backward, {than} masked SDPA", both["over_masked"], goal["masked_both"]),
-        target("time with an LSE gradient / without", with_lse / both["ms"], 1.2, at_least=False),
-    ]
-    return [row | dict(what=f"{name}: {row['what']}") for row in found]
+    masked, naive, product, masked_both = _GOALS[name]
+    forward, both = rows[name, "forward"], rows[name, "forward+backward"]
+    with_lse = rows[f"{name}, LSE gradient", "forward+backward"]["ms"] / both["ms"]
+    times = f"{name}: forward, times faster than"
+    yield target(f"{times} masked SDPA", forward["over_masked"], masked)
+    yield target(f"{times} naive PyTorch", forward["over_naive"], naive)
+    longer = f"{name}: forward, time / one matmul of the same FLOPs"
+    yield target(longer, 1 / forward["share_of_limit"], product, at_least=False)
+    times = f"{name}: forward+backward, times faster than masked SDPA"
+    yield target(times, both["over_masked"], masked_both)
+    yield target(f"{name}: time with an LSE gradient / without", with_lse, 1.2, at_least=False)
 
 # %% ../../nbs/15e_cpu.ipynb #9d264a5c
 def bench_targets(
@@ -218,7 +211,7 @@ def bench_targets(
     rows = {(row["name"], row["direction"]): row for row in bench_rows(run)}
     found = [line for name in _GOALS for line in _speed_targets(rows, name)]
     for case in run["memory"]:
-        words = ": ".join(_call_of(case["ordered"], case["backward"]))
+        words = ": ".join(_call_of(case["ordered"], case["backward"]).values())
         what = f"{words}, N {case['tokens']:,}, peak extra memory / (q+k+v)"
         found.append(target(what, case["peak_extra_bytes"] / case["qkv_bytes"], 3, at_least=False))
     return found

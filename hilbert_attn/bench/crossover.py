@@ -132,21 +132,21 @@ def _parts(run: dict) -> list[tuple[str, str]]:
 def _at_length(run: dict, n: int) -> dict:
     "A line of `crossover_table`."
     config, rows = run["config"], rows_with(run["rows"], tokens=n)
-    backends, parts = config["backends"], {}
+    backends = config["backends"]
 
-    def beaten(a): # backends that are clearly faster
-        return [b for b in backends if b != a and mean_ratio(rows, a, b)[1] > 1]
+    def loses(a, b): return mean_ratio(rows, a, b)[1] > 1 # b is clearly faster
 
-    for order, direction in _parts(run):
-        mine = rows_with(rows, order=order, direction=direction)
-        parts[f"{order}, {direction}"] = mean_ratio(mine, "sdpa_mask", "sdpa")[0]
+    parts = {
+        f"{order}, {direction}":
+            mean_ratio(rows_with(rows, order=order, direction=direction), "sdpa_mask", "sdpa")[0]
+        for order, direction in _parts(run)}
     ratio, low, high = mean_ratio(rows, "sdpa_mask", "sdpa")
     choice = policy_choice(config["device"], n, backends, run["environment"].get("threads"))
-    winners = [a for a in backends if all(a in beaten(b) for b in backends if b != a)]
+    winners = [a for a in backends if all(loses(b, a) for b in backends if b != a)]
     return dict(
         tokens=n, ratio=ratio, low=low, high=high, **parts,
         winner=winners[0] if winners else "no clear one",
-        policy=choice, agrees=not beaten(choice),
+        policy=choice, agrees=not any(loses(choice, b) for b in backends if b != choice),
     )
 
 # %% ../../nbs/15g_crossover.ipynb #355b1a79
@@ -194,12 +194,11 @@ def crossover_tables(run: dict) -> list[Table]:
 def _plot_parts(ax, run: dict, table: list[dict]):
     "A thin line for each order and direction."
     for order, direction in _parts(run):
-        name = f"{'no' if order == 'none' else order} order, {direction}"
-        ratios = [row[f"{order}, {direction}"] for row in table]
-        style = "--" if direction == "forward" else "-"
-        color = GREY if order == "none" else GREEN
-        look = dict(marker="o", ms=3, lw=1.2, color=color, label=name)
-        ax.plot(run["config"]["tokens"], ratios, style, **look)
+        ax.plot(
+            run["config"]["tokens"], [row[f"{order}, {direction}"] for row in table],
+            "--" if direction == "forward" else "-", marker="o", ms=3, lw=1.2,
+            color=GREY if order == "none" else GREEN,
+            label=f"{'no' if order == 'none' else order} order, {direction}")
 
 # %% ../../nbs/15g_crossover.ipynb #60f620f9
 def plot_crossover(run: dict):

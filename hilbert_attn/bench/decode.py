@@ -19,9 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends import hilbert_attention
-from .contenders import DENSE, timing_rows
-from .machine import run_of, suite_limits
-from .measuring import measure, telling
+from .contenders import DENSE, difference, run_rounds
 from .results import (
     BLUE, GREEN, GREY, Table, by_place, target, target_tables)
 from ..cross import hilbert_cross_attention
@@ -42,7 +40,7 @@ DECODE_QUICK = DECODE_CONFIG | dict(
     cached=512, windows=[8, 64], grid=[8, 8], segments=[16], repeats=3, documents=[24, 5, 40],
     segment=16, prefix=4, tiles=2, slides=dict(tokens=96, window=16), sparse=[[64, 4]],
     compiled=False)
-_Calls = tuple[dict, dict[str, Any], Any] # settings; calls by name; what they must give
+_Round = tuple[dict, dict[str, Any]] # settings; calls by name, and the first is the yardstick
 STEP, SLICED = "decode_attention", "slice + SDPA"
 CROSS, SELF = "cross-attention", "self-attention"
 PACKED, ALONE, PADDED = "packed", "one call for each", "padded"
@@ -50,7 +48,8 @@ SLIDE, MASKED = "slide", "SDPA with a mask"
 PREFIX, SHARED, NO_TEXT = "prefix", "shared tokens", "without text"
 FLEX = "FlexAttention"
 _OTHERS = { # beside which
-    PACKED: (ALONE, PADDED, FLEX), SLIDE: (MASKED, FLEX), PREFIX: (NO_TEXT, SHARED, FLEX)}
+    PACKED: (ALONE, PADDED, FLEX), SLIDE: (MASKED, FLEX), PREFIX: (NO_TEXT, SHARED, FLEX),
+    CROSS: (SELF,)}
 
 # %% ../../nbs/15hb_decode.ipynb #9ff19989
 def _cache(config: dict) -> tuple[Tensor, Tensor, Tensor]: # q, k, v
@@ -61,65 +60,40 @@ def _cache(config: dict) -> tuple[Tensor, Tensor, Tensor]: # q, k, v
     return q, k, v
 
 # %% ../../nbs/15hb_decode.ipynb #ad7a46e7
-def _steps(config: dict) -> Iterator[_Calls]:
-    "Settings, calls and what they must give: one query over a cache."
+def _steps(config: dict) -> Iterator[_Round]:
+    "One query over a cache: windows, everything, and every few keys one."
     n, (q, k, v) = config["cached"], _cache(config)
+    step = partial(decode_attention, q, k, v, n)
     sdpa = partial(F.scaled_dot_product_attention, q, enable_gqa=True)
-    whole = partial(sdpa, k, v)
-    for w in config["windows"]:
-        def sliced(w=w): return sdpa(k[:, :, -w:], v[:, :, -w:])
-        calls = {STEP: partial(decode_attention, q, k, v, n, window=w - 1), SLICED: sliced}
-        yield dict(setting=f"window {w:,}", keys=w), calls | {DENSE: whole}, sliced()
-    calls = {STEP: partial(decode_attention, q, k, v, n)}
-    yield dict(setting="all", keys=n), calls | {DENSE: whole}, whole()
+    whole = {DENSE: partial(sdpa, k, v)}
 
-# %% ../../nbs/15hb_decode.ipynb #17b0000e
-def _sparse_steps(config: dict) -> Iterator[_Calls]:
-    "Steps that see every few keys one."
-    n, (q, k, v) = config["cached"], _cache(config)
+    def sliced(start, rate=1): return sdpa(k[:, :, start::rate], v[:, :, start::rate])
+
+    for w in config["windows"]:
+        calls = {SLICED: partial(sliced, n - w), STEP: partial(step, window=w - 1)} | whole
+        yield dict(direction="forward", setting=f"window {w:,}", keys=w), calls
+    yield dict(direction="forward", setting="all", keys=n), whole | {STEP: step}
     for w, r in config["sparse"]:
-        def every(w=w, r=r):
-            keys = slice(n - w + (w - 1) % r, None, r)
-            return F.scaled_dot_product_attention(q, k[:, :, keys], v[:, :, keys], enable_gqa=True)
-        step = partial(decode_attention, q, k, v, n, segment_size=w, dilation_rate=r)
+        every = partial(sliced, n - w + (w - 1) % r, r)
+        calls = {SLICED: every, STEP: partial(step, segment_size=w, dilation_rate=r)}
         about = dict(setting=f"every {r:,}th of {w:,}", keys=w // r)
-        yield about, {STEP: step, SLICED: every}, every()
+        yield dict(direction="forward") | about, calls
 
 # %% ../../nbs/15hb_decode.ipynb #0f41dfd6
-def _ragged_steps(config: dict) -> Iterator[_Calls]:
+def _ragged_steps(config: dict) -> Iterator[_Round]:
     "The same where lengths are numbers on the device, with sinks."
     n, sinks, (q, k, v) = config["cached"], config["sinks"], _cache(config)
     lengths, place = torch.tensor([n]), torch.arange(n)
     for w in config["windows"]:
-        how = dict(window=w - 1, sinks=sinks)
         def masked(w=w):
             seen = (place < lengths) & ((place >= lengths - w) | (place < sinks))
             return F.scaled_dot_product_attention(q, k, v, seen[None], enable_gqa=True)
-        calls = {STEP: partial(decode_attention, q, k, v, lengths, **how), MASKED: masked}
-        expected = decode_attention(q, k, v, n, **how)
+        step = partial(decode_attention, q, k, v, lengths, window=w - 1, sinks=sinks)
         about = dict(setting=f"window {w:,}, {sinks} sinks, lengths in a tensor", keys=w + sinks)
-        yield about, calls, expected
-
-# %% ../../nbs/15hb_decode.ipynb #c2d33e56
-def _crosses(config: dict) -> Iterator[_Calls]:
-    "Cross-attention of a grid to itself, beside self-attention."
-    (height, width), heads, d = config["grid"], config["heads"], config["head_dim"]
-    g, n = torch.Generator().manual_seed(2), height * width
-    x = [torch.randn(1, heads, n, d, generator=g).requires_grad_() for _ in "qkv"]
-    dout = torch.randn(x[0].shape, generator=g)
-    for w in config["segments"]:
-        own: Any = dict(grid=(height, width), segment_size=w, backend="sdpa")
-        cross = partial(hilbert_cross_attention, *x, key_grid=(height, width), **own)
-        alike = {CROSS: cross, SELF: partial(hilbert_attention, *x, **own)}
-        def both(f): return lambda: torch.autograd.grad(f(), x, dout)
-        about = dict(setting=f"segments of {w}", pairs=SegmentPattern(n, w).pairs(heads))
-        yield dict(about, direction="forward"), alike, alike[SELF]()
-        calls = {name: both(f) for name, f in alike.items()}
-        yield dict(about, direction="forward+backward"), calls, calls[SELF]()
+        yield dict(direction="forward") | about, {MASKED: masked, STEP: step}
 
 # %% ../../nbs/15hb_decode.ipynb #ded5c7d4
 _Inputs = tuple[Tensor, Tensor, Tensor] # q, k, v (1, H, N, D)
-_Named = dict[str, Any] # calls
 
 
 def _random(heads: int, n: int, d: int) -> _Inputs:
@@ -128,17 +102,29 @@ def _random(heads: int, n: int, d: int) -> _Inputs:
     return q, k, v
 
 # %% ../../nbs/15hb_decode.ipynb #a216a0c2
-def _both_ways(
-    about: dict, calls: _Named, x: _Inputs, forward: _Named,
-) -> Iterator[_Calls]:
-    "Forward, some of it only so, and with backward; the first call is what the others must give."
+def _both_ways(about: dict, calls: dict[str, Any], x: _Inputs) -> Iterator[_Round]:
+    "Forward, and with the backward."
     def both(f): return lambda: torch.autograd.grad(f().square().sum(), x)
-    back = {name: both(f) for name, f in calls.items()}
-    for direction, some in (("forward", calls | forward), ("forward+backward", back)):
-        yield dict(about, direction=direction), some, next(iter(some.values()))()
+
+    yield dict(direction="forward") | about, calls
+    back = {name: both(call) for name, call in calls.items() if name != FLEX}
+    yield dict(direction="forward+backward") | about, back
+
+# %% ../../nbs/15hb_decode.ipynb #c2d33e56
+def _crosses(config: dict) -> Iterator[_Round]:
+    "Cross-attention of a grid to itself, beside self-attention."
+    (height, width), heads = config["grid"], config["heads"]
+    n = height * width
+    x = _random(heads, n, config["head_dim"])
+    for w in config["segments"]:
+        own: Any = dict(grid=(height, width), segment_size=w, backend="sdpa")
+        cross = partial(hilbert_cross_attention, *x, key_grid=(height, width), **own)
+        calls = {SELF: partial(hilbert_attention, *x, **own), CROSS: cross}
+        about = dict(setting=f"segments of {w}", pairs=SegmentPattern(n, w).pairs(heads))
+        yield from _both_ways(about, calls, x)
 
 # %% ../../nbs/15hb_decode.ipynb #17b00002
-def _flex(config: dict, x: _Inputs, sees: Callable) -> _Named: # {} without a compiler
+def _flex(config: dict, x: _Inputs, sees: Callable) -> dict[str, Any]: # {} without a compiler
     "FlexAttention where `sees(query, key)`."
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     if config["compiled"] and which(os.environ.get("CXX", "g++")) is None: return {}
@@ -155,49 +141,48 @@ def _flex(config: dict, x: _Inputs, sees: Callable) -> _Named: # {} without a co
     return {FLEX: call}
 
 # %% ../../nbs/15hb_decode.ipynb #ee517c46
-def _packs(config: dict) -> Iterator[_Calls]:
+def _packs(config: dict) -> Iterator[_Round]:
     "Documents of several lengths."
     sizes, w = config["documents"], config["segment"]
     x = _random(config["heads"], sum(sizes), config["head_dim"])
     seen = torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]
     how: Any = dict(curve=None, backend="sdpa")
+    attend: Any = partial(hilbert_attention, **how)
 
     def alone():
-        parts: Any = zip(*(y.split(sizes, 2) for y in x))
-        outs: Any = [hilbert_attention(*part, segment_size=w, **how) for part in parts]
-        return torch.cat(outs, 2)
+        parts = zip(*(y.split(sizes, 2) for y in x))
+        return torch.cat([attend(*part, segment_size=w) for part in parts], 2)
 
     def padded():
         rows: Any = [torch.nn.utils.rnn.pad_sequence(
             [part[0].transpose(0, 1) for part in y.split(sizes, 2)], True).transpose(1, 2)
             for y in x]
-        out: Any = hilbert_attention(*rows, segment_size=w, key_mask=seen, **how)
+        out = attend(*rows, segment_size=w, key_mask=seen)
         return out.transpose(1, 2)[seen].transpose(0, 1)[None]
 
     borders = [0, *torch.tensor(sizes).cumsum(0).tolist()]
     packed = partial(dilated_attention, *x, w, 1, cu_seqlens=borders, **how)
     about = dict(setting=f"{len(sizes)} documents, segments of {w}", tokens=sum(sizes))
-    parts = [torch.arange(size) // w for size in sizes]
-    group = torch.cat([(i << 20) + part for i, part in enumerate(parts)])
+    group = torch.cat([(i << 20) + torch.arange(size) // w for i, size in enumerate(sizes)])
     flex = _flex(config, x, lambda i, j: group[i] == group[j])
-    yield from _both_ways(about, {PACKED: packed, ALONE: alone, PADDED: padded}, x, flex)
+    yield from _both_ways(about, {PACKED: packed, ALONE: alone, PADDED: padded} | flex, x)
 
 # %% ../../nbs/15hb_decode.ipynb #17dc1136
-def _slides(config: dict) -> Iterator[_Calls]:
+def _slides(config: dict) -> Iterator[_Round]:
     "A window with sinks."
     (n, w), sinks = config["slides"].values(), config["sinks"]
     x = _random(config["heads"], n, config["head_dim"])
     how: Any = dict(sinks=sinks, curve=None, backend="sdpa")
     mask = SlidePattern(n, (w - 1, 0), sinks).mask()[None]  # with 3 axes SDPA forms all scores
-    calls: _Named = {
+    calls = {
         SLIDE: partial(hilbert_slide_attention, *x, n, (w - 1, 0), **how),
         MASKED: partial(F.scaled_dot_product_attention, *x, mask)}
     about = dict(setting=f"window {w}, {sinks} sinks", tokens=n)
     def sees(i, j): return (j <= i) & ((i - j < w) | (j < sinks))
-    yield from _both_ways(about, calls, x, _flex(config, x, sees))
+    yield from _both_ways(about, calls | _flex(config, x, sees), x)
 
 # %% ../../nbs/15hb_decode.ipynb #4a1601b0
-def _prefixes(config: dict) -> Iterator[_Calls]:
+def _prefixes(config: dict) -> Iterator[_Round]:
     "A prefix that everybody sees, over tiles."
     tiles, p, w = config["tiles"], config["prefix"], config["segment"]
     n = p + tiles * w
@@ -209,23 +194,25 @@ def _prefixes(config: dict) -> Iterator[_Calls]:
         q, k, v = (y[:, :, p:] for y in x)
         return hilbert_attention(q, k, v, segment_size=w, **how)
 
-    calls: _Named = {
+    calls = {
         PREFIX: partial(prefix_attention, *x, settings),
         SHARED: partial(tiles_shared_attention, *x, tiles=tiles, shared=p, **how),
         NO_TEXT: without}
     about = dict(setting=f"{p} tokens before {tiles} tiles of {w}", tokens=n)
     def sees(i, j): return (i < p) | (j < p) | ((i - p) // w == (j - p) // w)
-    yield from _both_ways(about, calls, x, _flex(config, x, sees))
+    yield from _both_ways(about, calls | _flex(config, x, sees), x)
 
 # %% ../../nbs/15hb_decode.ipynb #006a6caf
-def _check(name: str, call: Callable, expected: Any) -> float:
-    "The largest difference, in the largest value. A `RuntimeError` where it is more than rounding."
-    if name in (DENSE, NO_TEXT): return 0.0
-    found = call()
-    if isinstance(found, Tensor): found, expected = (found.detach(),), (expected.detach(),)
-    error = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(found, expected))
-    if error <= 1e-5: return error
-    raise RuntimeError(f"refusing to time {name!r}: it differs from the others by {error:.1e}")
+def _checks(rounds: list[_Round]) -> dict[str, dict]: # by name
+    "The largest difference of each call. A `RuntimeError` where it is more than rounding."
+    errors: dict[str, float] = {}
+    for _, calls in rounds:
+        first, *others = calls
+        expected = calls[first]()
+        for name in others:
+            if name in (DENSE, NO_TEXT): continue
+            errors[name] = max(errors.get(name, 0.0), difference(name, calls[name](), expected))
+    return {name: dict(largest_difference=error) for name, error in errors.items()}
 
 # %% ../../nbs/15hb_decode.ipynb #d5b32aba
 def bench_decode(
@@ -233,54 +220,41 @@ def bench_decode(
 ) -> dict: # JSON-ready; rows in seconds
     "Runs the suite. A `RuntimeError` where calls differ: then nothing is timed."
     config = DECODE_QUICK if quick else DECODE_CONFIG
-    makers = _steps, _sparse_steps, _ragged_steps, _crosses, _packs, _slides, _prefixes
-    settings = [x for make in makers for x in make(config)]
-    errors: dict[str, float] = {}
-    for _, calls, expected in settings:
-        for name, call in calls.items():
-            errors[name] = max(errors.get(name, 0.0), _check(name, call, expected))
-    rows = []
-    with telling(len(settings)) as tell:
-        for about, calls, _ in settings:
-            tell(about["setting"], 1)
-            timings = measure(calls, config["repeats"], max_seconds=config["max_seconds"])
-            rows += timing_rows(timings, **{"direction": "forward"} | about)
-    checks = {name: dict(largest_difference=error) for name, error in errors.items()}
-    limits = suite_limits(quick)
-    return run_of("decode", quick, config, limits=limits, checks=checks, rows=rows)
+    makers = _steps, _ragged_steps, _crosses, _packs, _slides, _prefixes
+    rounds = [x for make in makers for x in make(config)]
+    return run_rounds("decode", quick, config, rounds, checks=_checks(rounds))
 
 # %% ../../nbs/15hb_decode.ipynb #c1f35236
-def _places(run: dict, field: str) -> list[tuple[dict, dict[str, float]]]:
-    "Settings that count this field, and the seconds of each call there."
+def _places(
+    run: dict, field: str, factor: float = 1.0, # from seconds
+) -> list[tuple[dict, dict[str, float]]]:
+    "Settings that count this field, and the time of each call there."
     counting = [row for row in run["rows"] if field in row]
-    return by_place(counting, "setting", field, "direction")
+    return by_place(counting, "setting", field, "direction", factor=factor)
 
 # %% ../../nbs/15hb_decode.ipynb #17b00004
-def _beside(run: dict) -> list[dict]: # place, call, ms, beside, ratio
-    "Packed documents, windows and prefixes, each beside what does the same."
+def _beside(run: dict, field: str) -> list[dict]: # place, call, ms, beside, ratio
+    "What counts pairs or tokens, each call beside what does the same."
     return [
         place | dict(call=ours, ms=1e3 * times[ours], beside=name, ratio=times[ours] / times[name])
-        for place, times in _places(run, "tokens")
+        for place, times in _places(run, field)
         for ours, names in _OTHERS.items() if ours in times for name in names if name in times]
 
 # %% ../../nbs/15hb_decode.ipynb #17b00006
-_GOALS = {(PACKED, ALONE): 1.1, (PACKED, PADDED): 1.0, (SLIDE, FLEX): 1.0, (PREFIX, NO_TEXT): 1.3}
+_GOALS = {
+    (PACKED, ALONE): 1.1, (PACKED, PADDED): 1.0, (SLIDE, FLEX): 1.0, (PREFIX, NO_TEXT): 1.3,
+    (CROSS, SELF): 1.1}
 _FASTER = {(SLIDE, MASKED): 8.0} # at least so many times
 
 
-def _goal_of(row: dict) -> list[dict]: # of `_beside`; one target, or none
-    "What a call should reach beside another one."
-    pair, beside, ratio = (row["call"], row["beside"]), row["beside"], row["ratio"]
-    about = f"{row['setting']}, {row['direction']}"
-    if pair in _GOALS: return [target(f"{about}: time / {beside}", ratio, _GOALS[pair], False)]
-    if pair not in _FASTER: return []
-    return [target(f"{about}: times as fast as {beside}", 1 / ratio, _FASTER[pair])]
-
-# %% ../../nbs/15hb_decode.ipynb #17b00008
-def _cross_goals(run: dict) -> Iterator[dict]:
-    for place, times in _places(run, "pairs"):
-        what = f"cross-attention, {place['setting']}, {place['direction']}: time / {SELF}"
-        yield target(what, times[CROSS] / times[SELF], 1.1, at_least=False)
+def _goals(rows: list[dict]) -> Iterator[dict]: # of `_beside`
+    "What calls should reach beside other ones."
+    for row in rows:
+        pair, beside, ratio = (row["call"], row["beside"]), row["beside"], row["ratio"]
+        about = f"{CROSS}, " * (row["call"] == CROSS) + f"{row['setting']}, {row['direction']}"
+        if pair in _GOALS: yield target(f"{about}: time / {beside}", ratio, _GOALS[pair], False)
+        if pair in _FASTER:
+            yield target(f"{about}: times as fast as {beside}", 1 / ratio, _FASTER[pair])
 
 # %% ../../nbs/15hb_decode.ipynb #17b0000a
 def _step_goal(run: dict) -> dict:
@@ -295,37 +269,32 @@ def decode_targets(
     run: dict, # of the suite `decode`
 ) -> list[dict]: # what, measured, target, met
     "Ratios beside what they should be."
-    found = [goal for row in _beside(run) for goal in _goal_of(row)]
-    return [*found, *_cross_goals(run), _step_goal(run)]
+    return [*_goals(_beside(run, "tokens") + _beside(run, "pairs")), _step_goal(run)]
 
 # %% ../../nbs/15hb_decode.ipynb #fbaf70ed
 def decode_tables(run: dict) -> list[Table]: # of the suite `decode`
     "Steps, cross-attention, what has tokens, and targets."
-    steps, crosses = [], []
-    for place, times in _places(run, "keys"):
-        us = {name: 1e6 * t for name, t in times.items()}
+    steps = []
+    for place, us in _places(run, "keys", 1e6):
         steps.append(place | dict(
             us=us[STEP], by_hand=us.get(SLICED, us.get(MASKED)), dense=us.get(DENSE),
             per_key=1e3 * us[STEP] / place["keys"]))
-    for place, times in _places(run, "pairs"):
-        crosses.append(place | dict(ms=1e3 * times[CROSS], ratio=times[CROSS] / times[SELF]))
-    others = _beside(run)
     formats = dict(setting="", keys=",", us=".0f", by_hand=".0f", dense=".0f", per_key=".1f")
     titles = dict(us="µs", by_hand="by hand, µs", dense=f"{DENSE}, µs", per_key="ns a key")
     cross = dict(setting="", pairs=",", direction="", ms=".2f", ratio=".2f")
     other = dict(setting="", tokens=",", direction="", call="", ms=".2f", beside="", ratio=".2f")
     return [Table("step", steps, formats, titles),
-            Table("cross", crosses, cross, dict(ms="ms", ratio=f"x {SELF}")),
-            Table("others", others, other, dict(ms="ms", ratio="ratio")),
+            Table("cross", _beside(run, "pairs"), cross, dict(ratio=f"x {SELF}")),
+            Table("others", _beside(run, "tokens"), other),
             *target_tables([] if run["quick"] else decode_targets(run))]
 
 # %% ../../nbs/15hb_decode.ipynb #ce41d676
 def plot_decode(run: dict): # of the suite `decode`
     "The time of a step by the keys that it sees, of windows and of the whole cache."
-    places = [x for x in _places(run, "keys") if DENSE in x[1]]
+    places = [x for x in _places(run, "keys", 1e6) if DENSE in x[1]]
     fig, (ax,) = new_figure(1, panel=(4.8, 3.0))
     for name, color in ((STEP, BLUE), (SLICED, GREEN), (DENSE, GREY)):
-        points = [(place["keys"], 1e6 * times[name]) for place, times in places if name in times]
+        points = [(place["keys"], times[name]) for place, times in places if name in times]
         ax.plot(*zip(*sorted(points)), ".-", color=color, label=name)
     ax.set(xscale="log", yscale="log", xlabel="keys seen", ylabel="time of a step, µs")
     ax.legend(frameon=False, fontsize=8)

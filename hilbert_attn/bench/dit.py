@@ -16,9 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .contenders import timing_rows
-from .machine import run_of, suite_limits
-from .measuring import measure, telling
+from .contenders import difference, run_rounds
 from .results import BLUE, GREEN, GREY, Table, by_place, rows_with
 from ..integrations.dit import switch_diffusion
 from ..integrations.switch import need
@@ -38,8 +36,8 @@ class _Family:
     "A class of diffusers, cut down to one layer."
     model: str # its class
     options: dict[str, Any] # of the class
-    inputs: Callable[[dict], dict[str, Any]] # from the configuration
-    block: str # the layer that is timed
+    inputs: dict[str, Any] # of a call
+    block: str = "transformer_blocks.0" # the layer that is timed
 
 # %% ../../nbs/15hc_dit.ipynb #a3f13b9e
 def _random(*shape: int) -> Tensor:
@@ -51,110 +49,102 @@ def _words(config: dict) -> dict[str, Any]:
     return dict(
         encoder_hidden_states=_random(1, config["text"], 64), timestep=torch.tensor([500.0]))
 
+
+def _block(config: dict) -> dict[str, Any]:
+    "Options that all families know."
+    return dict(
+        num_attention_heads=config["heads"], attention_head_dim=config["head_dim"], num_layers=1)
+
 # %% ../../nbs/15hc_dit.ipynb #27b133f6
-def _flux(config: dict) -> dict[str, Any]:
+def _flux(config: dict) -> _Family:
     "A picture as a row of tokens, with ids."
-    sides = (torch.arange(side) for side in (1, *config["picture"]))
+    d, sides = config["head_dim"], (torch.arange(side) for side in (1, *config["picture"]))
     ids = torch.cartesian_prod(*sides).float()
-    return _words(config) | dict(
-        hidden_states=_random(1, len(ids), 4), img_ids=ids, pooled_projections=_random(1, 64),
-        txt_ids=torch.zeros(config["text"], 3))
+    return _Family(
+        "FluxTransformer2DModel",
+        _block(config) | dict(
+            joint_attention_dim=64, in_channels=4, num_single_layers=0, pooled_projection_dim=64,
+            axes_dims_rope=(d // 4, d // 4, d // 2)),
+        _words(config) | dict(
+            hidden_states=_random(1, len(ids), 4), img_ids=ids, pooled_projections=_random(1, 64),
+            txt_ids=torch.zeros(config["text"], 3)))
 
 # %% ../../nbs/15hc_dit.ipynb #be1f28c8
-def _qwen(config: dict) -> dict[str, Any]:
+def _qwen(config: dict) -> _Family:
     "A picture as a row of tokens, with its sides."
-    cells = prod(config["picture"])
-    return _words(config) | dict(
-        hidden_states=_random(1, cells, 16), img_shapes=[[(1, *config["picture"])]])
+    d, sides = config["head_dim"], config["picture"]
+    return _Family(
+        "QwenImageTransformer2DModel",
+        _block(config) | dict(
+            joint_attention_dim=64, in_channels=16, out_channels=4,
+            axes_dims_rope=(d // 2, d // 4, d // 4)),
+        _words(config) | dict(
+            hidden_states=_random(1, prod(sides), 16), img_shapes=[[(1, *sides)]]))
 
 # %% ../../nbs/15hc_dit.ipynb #58b617b5
-def _sd3(config: dict) -> dict[str, Any]:
-    "A picture as a latent."
+def _sd3(config: dict) -> _Family:
+    "A picture as a latent. Its last layer leaves the text alone, so the first of two."
     height, width = config["picture"]
-    return _words(config) | dict(
-        hidden_states=_random(1, 4, 2 * height, 2 * width), pooled_projections=_random(1, 64))
+    longest = max(height, width)
+    return _Family(
+        "SD3Transformer2DModel",
+        _block(config) | dict(
+            num_layers=2, joint_attention_dim=64, in_channels=4, out_channels=4, patch_size=2,
+            caption_projection_dim=config["heads"] * config["head_dim"], pooled_projection_dim=64,
+            sample_size=2 * longest, pos_embed_max_size=longest),
+        _words(config) | dict(
+            hidden_states=_random(1, 4, 2 * height, 2 * width), pooled_projections=_random(1, 64)))
 
 # %% ../../nbs/15hc_dit.ipynb #276ac893
-def _wan(config: dict) -> dict[str, Any]:
+def _wan(config: dict) -> _Family:
     "A video as a latent."
     frames, height, width = config["video"]
-    return _words(config) | dict(hidden_states=_random(1, 4, frames, 2 * height, 2 * width))
+    return _Family(
+        "WanTransformer3DModel",
+        _block(config) | dict(
+            in_channels=4, out_channels=4, text_dim=64, freq_dim=64,
+            ffn_dim=4 * config["heads"] * config["head_dim"]),
+        _words(config) | dict(hidden_states=_random(1, 4, frames, 2 * height, 2 * width)),
+        "blocks.0")
 
 # %% ../../nbs/15hc_dit.ipynb #e3d22f21
-def _hunyuan(config: dict) -> dict[str, Any]:
-    return _wan(config) | dict(
-        pooled_projections=_random(1, 8), guidance=torch.tensor([6.0]),
-        encoder_attention_mask=torch.ones(1, config["text"]))
+def _hunyuan(config: dict) -> _Family:
+    d = config["head_dim"]
+    return _Family(
+        "HunyuanVideoTransformer3DModel",
+        _block(config) | dict(
+            in_channels=4, out_channels=4, num_single_layers=0, num_refiner_layers=1, patch_size=2,
+            patch_size_t=1, text_embed_dim=64, pooled_projection_dim=8,
+            rope_axes_dim=(d // 2, d // 4, d // 4)),
+        _wan(config).inputs | dict(
+            pooled_projections=_random(1, 8), guidance=torch.tensor([6.0]),
+            encoder_attention_mask=torch.ones(1, config["text"])))
 
 # %% ../../nbs/15hc_dit.ipynb #0864ae88
-def _cogvideox(config: dict) -> dict[str, Any]:
+def _cogvideox(config: dict) -> _Family:
     "Frames in front of channels."
-    video = _wan(config)
-    return video | dict(hidden_states=video["hidden_states"].transpose(1, 2).contiguous())
+    (frames, height, width), inputs = config["video"], _wan(config).inputs
+    video = inputs["hidden_states"].transpose(1, 2).contiguous()
+    return _Family(
+        "CogVideoXTransformer3DModel",
+        _block(config) | dict(
+            in_channels=4, out_channels=4, time_embed_dim=64, text_embed_dim=64,
+            sample_frames=4 * frames - 3, sample_height=2 * height, sample_width=2 * width,
+            patch_size=2, max_text_seq_length=config["text"]),
+        inputs | dict(hidden_states=video))
 
 # %% ../../nbs/15hc_dit.ipynb #a2abe54c
-def _ltx(config: dict) -> dict[str, Any]:
+def _ltx(config: dict) -> _Family:
     "A video as a row of tokens, with its sides."
     frames, height, width = config["video"]
-    return _words(config) | dict(
-        hidden_states=_random(1, frames * height * width, 4), num_frames=frames, height=height,
-        width=width, encoder_attention_mask=torch.ones(1, config["text"], dtype=torch.bool))
-
-# %% ../../nbs/15hc_dit.ipynb #8d551f24
-def _pictures(config: dict) -> Iterator[_Family]:
-    "Families of pictures."
-    heads, d = config["heads"], config["head_dim"]
-    own: Any = dict(
-        num_attention_heads=heads, attention_head_dim=d, num_layers=1, joint_attention_dim=64)
-    axes = (d // 4, d // 4, d // 2)
-    yield _Family(
-        "FluxTransformer2DModel",
-        own | dict(
-            in_channels=4, num_single_layers=0, pooled_projection_dim=64, axes_dims_rope=axes),
-        _flux, "transformer_blocks.0")
-    yield _Family(
-        "QwenImageTransformer2DModel",
-        own | dict(in_channels=16, out_channels=4, axes_dims_rope=(d // 2, d // 4, d // 4)),
-        _qwen, "transformer_blocks.0")
-    yield _Family(
-        "SD3Transformer2DModel",
-        # its last layer leaves the text alone, so the first of two
-        own | dict(
-            in_channels=4, out_channels=4, patch_size=2, caption_projection_dim=heads * d,
-            pooled_projection_dim=64, sample_size=2 * max(config["picture"]),
-            pos_embed_max_size=max(config["picture"])) | dict(num_layers=2),
-        _sd3, "transformer_blocks.0")
-
-# %% ../../nbs/15hc_dit.ipynb #784b7791
-def _videos(config: dict) -> Iterator[_Family]:
-    "Families of videos."
-    heads, d = config["heads"], config["head_dim"]
-    own: Any = dict(
-        num_attention_heads=heads, attention_head_dim=d, num_layers=1, in_channels=4,
-        out_channels=4)
-    yield _Family(
-        "WanTransformer3DModel",
-        own | dict(text_dim=64, freq_dim=64, ffn_dim=4 * heads * d), _wan, "blocks.0")
-    yield _Family(
-        "HunyuanVideoTransformer3DModel",
-        own | dict(
-            num_single_layers=0, num_refiner_layers=1, patch_size=2, patch_size_t=1,
-            text_embed_dim=64, pooled_projection_dim=8,
-            rope_axes_dim=(d // 2, d // 4, d // 4)),
-        _hunyuan, "transformer_blocks.0")
-    yield _Family(
+    return _Family(
         "LTXVideoTransformer3DModel",
-        own | dict(
-            cross_attention_dim=heads * d, caption_channels=64, qk_norm="rms_norm_across_heads"),
-        _ltx, "transformer_blocks.0")
-    frames, height, columns = config["video"]
-    yield _Family(
-        "CogVideoXTransformer3DModel",
-        own | dict(
-            time_embed_dim=64, text_embed_dim=64, sample_frames=4 * frames - 3,
-            sample_height=2 * height, sample_width=2 * columns, patch_size=2,
-            max_text_seq_length=config["text"]),
-        _cogvideox, "transformer_blocks.0")
+        _block(config) | dict(
+            in_channels=4, out_channels=4, caption_channels=64, qk_norm="rms_norm_across_heads",
+            cross_attention_dim=config["heads"] * config["head_dim"]),
+        _words(config) | dict(
+            hidden_states=_random(1, frames * height * width, 4), num_frames=frames, height=height,
+            width=width, encoder_attention_mask=torch.ones(1, config["text"], dtype=torch.bool)))
 
 # %% ../../nbs/15hc_dit.ipynb #e5646425
 def _built(family: _Family) -> nn.Module:
@@ -164,6 +154,9 @@ def _built(family: _Family) -> nn.Module:
     return kind(**family.options).eval()
 
 # %% ../../nbs/15hc_dit.ipynb #65a0159e
+_FAMILIES = _flux, _qwen, _sd3, _wan, _hunyuan, _ltx, _cogvideox
+
+
 def _models(family: _Family, tiles: int) -> dict[str, nn.Module]:
     "The contenders."
     models = {name: _built(family) for name in (OWN, TILES, ORDERED)}
@@ -171,64 +164,50 @@ def _models(family: _Family, tiles: int) -> dict[str, nn.Module]:
     switch_diffusion(models[ORDERED], tiles=tiles, reorder=True)
     return models
 
-# %% ../../nbs/15hc_dit.ipynb #21f85e03
-def _difference(family: _Family, found: Any, expected: Any) -> float:
-    "In the largest value. A `RuntimeError` where it is more than rounding."
-    error = float((found - expected).abs().max() / expected.abs().max())
-    if error <= 1e-4: return error
-    raise RuntimeError(
-        f"refusing to time {family.model!r}: it differs from its yardstick by {error:.1e}")
-
 # %% ../../nbs/15hc_dit.ipynb #7bee45a4
 @torch.no_grad()
-def _checked(family: _Family, models: dict[str, Any], inputs: dict) -> dict[str, float]:
+def _checked(family: _Family, models: dict[str, Any]) -> dict[str, float]:
     "One tile beside dense attention, and reordered tiles beside tiles."
-    outs = {name: model(**inputs).sample for name, model in models.items()}
-    one = switch_diffusion(_built(family), tiles=1)(**inputs).sample
+    outs = {name: model(**family.inputs).sample for name, model in models.items()}
+    one = switch_diffusion(_built(family), tiles=1)(**family.inputs).sample
     return dict(
-        one_tile=_difference(family, one, outs[OWN]),
-        reordered=_difference(family, outs[ORDERED], outs[TILES]))
+        one_tile=difference(family.model, one, outs[OWN], 1e-4),
+        reordered=difference(family.model, outs[ORDERED], outs[TILES], 1e-4))
 
 # %% ../../nbs/15hc_dit.ipynb #7a6060f2
-def _block_call(model: nn.Module, block: str, inputs: dict) -> Callable[[], Tensor]:
+def _block_call(family: _Family, model: nn.Module) -> Callable[[], Tensor]:
     "A call of one block, as the model makes it; its largest output, the cells."
-    layer, seen = model.get_submodule(block), []
+    layer, seen = model.get_submodule(family.block), []
 
-    def keep(layer, args, kwargs): seen.append((args, kwargs))
+    def keep(layer, *given): seen.append(given)
 
     hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
-    with torch.no_grad(): model(**inputs)
+    with torch.no_grad(): model(**family.inputs)
     hook.remove()
-    args, kwargs = seen[0]
+    args, options = seen[0]
 
     def call():
-        out = layer(*args, **kwargs)
+        out = layer(*args, **options)
         return max(out, key=torch.numel) if isinstance(out, tuple) else out
 
     return call
 
 # %% ../../nbs/15hc_dit.ipynb #0055bfe3
-def _backward(call: Callable[[], Tensor], layer: nn.Module) -> tuple:
+def _backward(call: Callable[[], Tensor], layer: nn.Module) -> tuple[Tensor, ...]:
     "Forward, and gradients of the weights."
     weights = [p for p in layer.parameters() if p.requires_grad]
     return torch.autograd.grad(call().sum(), weights, allow_unused=True)
 
-# %% ../../nbs/15hc_dit.ipynb #ce8a656d
-@torch.no_grad()
-def _forward(call: Callable[[], Tensor]) -> Tensor: return call()
-
 # %% ../../nbs/15hc_dit.ipynb #a20b4f6f
-def _contenders(
-    family: _Family,
-    models: dict[str, nn.Module],
-    inputs: dict,
-) -> Iterator[tuple[str, dict[str, Callable]]]: # direction, calls by name
-    "What is timed."
-    calls = {name: _block_call(model, family.block, inputs) for name, model in models.items()}
-    layers = {name: model.get_submodule(family.block) for name, model in models.items()}
-    yield "forward", {name: partial(_forward, call) for name, call in calls.items()}
-    yield "forward+backward", {
-        name: partial(_backward, call, layers[name]) for name, call in calls.items()}
+def _rounds(family: _Family, models: dict[str, nn.Module]) -> Iterator[tuple[dict, dict]]:
+    "What is timed: settings, and calls by name."
+    forward, both = {}, {}
+    for name, model in models.items():
+        call = _block_call(family, model)
+        forward[name] = torch.no_grad()(call)
+        both[name] = partial(_backward, call, model.get_submodule(family.block))
+    yield dict(family=family.model, direction="forward"), forward
+    yield dict(family=family.model, direction="forward+backward"), both
 
 # %% ../../nbs/15hc_dit.ipynb #78a7d87c
 def bench_dit(
@@ -236,19 +215,11 @@ def bench_dit(
 ) -> dict: # JSON-ready; rows in seconds
     "Runs the suite. A `RuntimeError` where a model differs: then nothing is timed."
     config = DIT_QUICK if quick else DIT_CONFIG
-    made = [
-        (family, _models(family, config["tiles"]), family.inputs(config))
-        for family in (*_pictures(config), *_videos(config))]
-    checks = {one[0].model: _checked(*one) for one in made}
-    rows = []
-    with telling(2 * len(made)) as tell:
-        for family, models, inputs in made:
-            for direction, calls in _contenders(family, models, inputs):
-                tell(f"{family.model}, {direction}", 1)
-                timings = measure(calls, config["repeats"], max_seconds=config["max_seconds"])
-                rows += timing_rows(timings, family=family.model, direction=direction)
-    limits = suite_limits(quick)
-    return run_of("dit", quick, config, limits=limits, checks=checks, rows=rows)
+    families = [family(config) for family in _FAMILIES]
+    made = [(family, _models(family, config["tiles"])) for family in families]
+    checks = {family.model: _checked(family, models) for family, models in made}
+    rounds = [x for one in made for x in _rounds(*one)]
+    return run_rounds("dit", quick, config, rounds, checks=checks)
 
 # %% ../../nbs/15hc_dit.ipynb #15d8cb97
 def dit_tables(run: dict) -> list[Table]: # of the suite `dit`

@@ -7,6 +7,7 @@ __all__ = ['STORED', 'CHECKPOINTED', 'MEMORY_CONFIG', 'MEMORY_QUICK', 'bench_mem
 
 # %% ../../nbs/15f_memory.ipynb #b8a9cf0d
 from collections.abc import Callable
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -91,9 +92,8 @@ def _layers_call(config: dict, name: str, tokens: int, small: bool = False) -> C
 def _check_layers(config: dict):
     "A `RuntimeError` where checkpointing changes a gradient."
     n = config["training_tokens"][0]
-    stored = _layers_call(config, STORED, n, small=True)()
-    again = _layers_call(config, CHECKPOINTED, n, small=True)()
-    if all(torch.equal(a, b) for a, b in zip(stored, again)): return
+    stored, again = (_layers_call(config, name, n, small=True)() for name in _STRATEGIES)
+    if all(map(torch.equal, stored, again)): return
     differ = f"its gradients are not those of {STORED!r}"
     raise RuntimeError(f"refusing to measure {CHECKPOINTED!r}: {differ}")
 
@@ -127,11 +127,9 @@ def bench_memory(
     jobs = [
         (name, direction, n)
         for name, lengths in config["tokens"].items()
-        for direction in config["directions"]
-        for n in lengths
+        for direction, n in product(config["directions"], lengths)
     ]
-    lengths = config["training_tokens"]
-    jobs += [(name, "forward+backward", n) for name in _STRATEGIES for n in lengths]
+    jobs += list(product(_STRATEGIES, ["forward+backward"], config["training_tokens"]))
     rows = []
     with telling(1 + len(jobs)) as tell:
         checks = check_cases([_smallest_case(config)], tell)
@@ -145,19 +143,16 @@ def bench_memory(
 def _attention_table(run: dict, direction: str) -> Table:
     "Peaks by length, a column for each contender."
     mine = [row for row in rows_with(run["rows"], direction=direction) if "layers" not in row]
-    rows, names = pivot(mine, "tokens", lambda row: row["median"] / 2 ** 20)
-    inputs = {row["tokens"]: row["qkv_bytes"] / 2 ** 20 for row in mine}
-    rows = [row | {"q+k+v": inputs[row["tokens"]]} for row in rows]
+    rows, names = pivot(mine, "tokens", "qkv_bytes", factor=2 ** -20)
+    rows = [row | {"q+k+v": row["qkv_bytes"] / 2 ** 20} for row in rows]
     formats = {"tokens": ",", "q+k+v": ".1f"} | dict.fromkeys(names, ".1f")
-    return Table(f"{direction}: peak MiB beyond q, k, v, by tokens", rows, formats, {})
+    return Table(f"{direction}: peak MiB beyond q, k, v, by tokens", rows, formats)
 
 # %% ../../nbs/15f_memory.ipynb #d2c22631
 def _layers_table(run: dict) -> Table:
     "Peaks of the stacks beside what was expected."
     rows = [
-        dict(
-            tokens=row["tokens"],
-            name=row["name"],
+        row | dict(
             mib=row["median"] / 2 ** 20,
             expected_mib=row["expected_bytes"] / 2 ** 20,
             over=row["median"] / row["expected_bytes"],

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['SPREAD', 'SPREAD_TITLES', 'BASELINES', 'RED', 'BLUE', 'GREEN', 'GREY', 'results_folder', 'dump_rows', 'save_run',
            'gpu_environment', 'target', 'from_gpu_run', 'load_runs', 'latest_runs', 'load_run', 'measurements',
-           'compare_runs', 'race_rows', 'table_cells', 'format_table', 'Table', 'target_tables', 'pivot', 'race_tables',
-           'change_tables', 'colors_of', 'plot_race', 'ratio_ticks', 'plot_lines']
+           'compare_runs', 'race_rows', 'Table', 'in_ms', 'target_tables', 'pivot', 'race_tables', 'change_tables',
+           'colors_of', 'plot_race', 'ratio_ticks', 'plot_lines']
 
 # %% ../../nbs/15d_results.ipynb #1a21dbfb
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from math import exp, inf, log
 from pathlib import Path
 
 import hilbert_attn
 from .contenders import MATMUL, OURS, OURS_HILBERT, label, labelled
-from .machine import environment, machine_slug
+from .machine import machine_slug
 from ..plots import new_figure
 
 # %% ../../nbs/15d_results.ipynb #3d94782a
@@ -95,27 +95,25 @@ def target(
 # %% ../../nbs/15d_results.ipynb #2a675d14
 def from_gpu_run(
     found: dict, # what tools/gpu_run.py wrote
-    quick: bool,
-    env: dict | None = None, # None: this machine, and its driver
 ) -> dict:
     "That file as a run of this harness: seconds, flat rows."
     rows = [_gpu_row(row) for row in found["rows"] if "ms" in row]
-    if env is None:
-        drivers = {key: found["environment"].get(key) for key in ("driver", "cudnn")}
-        env = environment() | {key: value for key, value in drivers.items() if value}
     rates = found["rates"]
-    limits = dict(
-        matmul_flops_per_s=1e12 * rates["matmul_tflops"],
-        copy_bytes_per_s=1e9 * rates["copy_gbs"],
-    )
-    targets = [
-        target(f"{v['case']}, {v['kind']}: {v['target']}", v["measured"], v["needed"])
-        for v in found["verdicts"]
-    ]
-    config = dict(cases=len({row["case"] for row in rows}), skipped=found["skipped"])
     return dict(
-        suite="gpu", quick=quick, config=config, environment=env, limits=limits,
-        checks=found["correctness"], rows=rows, targets=targets,
+        suite="gpu",
+        quick=False,
+        config=dict(cases=len({row["case"] for row in rows}), skipped=found["skipped"]),
+        environment=gpu_environment(found["environment"]),
+        limits=dict(
+            matmul_flops_per_s=1e12 * rates["matmul_tflops"],
+            copy_bytes_per_s=1e9 * rates["copy_gbs"],
+        ),
+        checks=found["correctness"],
+        rows=rows,
+        targets=[
+            target(f"{v['case']}, {v['kind']}: {v['target']}", v["measured"], v["needed"])
+            for v in found["verdicts"]
+        ],
     )
 
 # %% ../../nbs/15d_results.ipynb #f82e46fe
@@ -128,8 +126,7 @@ def load_runs(
     runs = []
     for path in sorted(folder.glob(f"*/{suite}.json")): runs += json.loads(path.read_text())
     for path in sorted(folder.glob("*/gpu_run*.json")) if suite == "gpu" else ():
-        found = json.loads(path.read_text())
-        runs.append(from_gpu_run(found, quick=False, env=gpu_environment(found["environment"])))
+        runs.append(from_gpu_run(json.loads(path.read_text())))
     return sorted(runs, key=lambda run: run["environment"]["date"])
 
 # %% ../../nbs/15d_results.ipynb #4779d263
@@ -210,8 +207,9 @@ def _change(now: dict, then: dict) -> str:
 # %% ../../nbs/15d_results.ipynb #42d566c6
 def _keyed(run: dict) -> dict[tuple, dict]:
     "Measurements by what they are of."
-    def key(m): return m["name"], json.dumps(m["settings"], sort_keys=True), m["unit"]
-    return {key(m): m for m in measurements(run)}
+    return {
+        (m["name"], json.dumps(m["settings"], sort_keys=True), m["unit"]): m
+        for m in measurements(run)}
 
 # %% ../../nbs/15d_results.ipynb #217a21e7
 def compare_runs(
@@ -222,15 +220,18 @@ def compare_runs(
     if new["suite"] != old["suite"]:
         both = f"the earlier run is of the suite {old['suite']!r}, and this one of {new['suite']!r}"
         raise ValueError(f"{both}: they cannot be compared")
-    after, before, rows = _keyed(new), _keyed(old), []
-    for key in after:
+    before, rows = _keyed(old), []
+    for key, now in _keyed(new).items():
         if key not in before: continue
-        now, then = after[key], before[key]
-        factor, unit = _UNITS[now["unit"]]
-        medians = dict(before=factor * then["median"], now=factor * now["median"])
-        ratio = now["median"] / then["median"] if then["median"] else inf
-        what = labelled(now["name"], now["settings"])
-        rows.append(dict(what=what, unit=unit, **medians, ratio=ratio, change=_change(now, then)))
+        then, (factor, unit) = before[key], _UNITS[now["unit"]]
+        rows.append(dict(
+            what=labelled(now["name"], now["settings"]),
+            unit=unit,
+            before=factor * then["median"],
+            now=factor * now["median"],
+            ratio=now["median"] / then["median"] if then["median"] else inf,
+            change=_change(now, then),
+        ))
     return rows
 
 # %% ../../nbs/15d_results.ipynb #3be8298e
@@ -245,10 +246,10 @@ def race_rows(
     for m in measurements(run):
         if m["unit"] != "s": continue
         direction = m["settings"].pop("direction", "")
-        about = dict(setting=label(m["settings"]), direction=direction, name=m["name"])
-        times = dict(ms=1e3 * m["median"], p20_ms=1e3 * m["p20"], p80_ms=1e3 * m["p80"])
-        rows.append(about | times)
-        if m["name"] == baseline: base[about["setting"], direction] = times["ms"]
+        place = label(m["settings"]), direction
+        about = dict(setting=place[0], direction=direction, name=m["name"])
+        rows.append(about | in_ms(m))
+        if m["name"] == baseline: base[place] = rows[-1]["ms"]
     for row in rows:
         divisor = base.get((row["setting"], row["direction"]))
         row["relative"] = row["ms"] / divisor if divisor else None
@@ -261,63 +262,55 @@ def _cell(value, spec: str) -> str:
     if isinstance(value, bool): return "yes" if value else "no"
     return format(value, spec)
 
-# %% ../../nbs/15d_results.ipynb #b9e41e0d
-def table_cells(
-    rows: Sequence[dict], # all with the same keys
-    formats: dict[str, str], # column -> format of its values
-    titles: dict[str, str] | None = None, # column -> heading, where it differs
-) -> list[list[str]]: # the headings, then a list for each row
-    "A table as text, cell by cell."
-    headings = [(titles or {}).get(name, name.replace("_", " ")) for name in formats]
-    cells = [[_cell(row[name], spec) for name, spec in formats.items()] for row in rows]
-    return [headings, *cells]
-
-# %% ../../nbs/15d_results.ipynb #5901a376
-def format_table(
-    rows: Sequence[dict], # all with the same keys
-    formats: dict[str, str], # column -> format of its values; other columns are left out
-    titles: dict[str, str] | None = None, # column -> heading, where it differs
-) -> str:
-    "Rows as aligned plain text: words to the left, numbers to the right."
-    table = table_cells(rows, formats, titles)
-    words = [all(isinstance(row[name], str) for row in rows) for name in formats]
-    widths = [max(map(len, column)) for column in zip(*table)]
-
-    def aligned(line):
-        cells = zip(line, widths, words)
-        return "  ".join(c.ljust(n) if left else c.rjust(n) for c, n, left in cells).rstrip()
-
-    lines = [aligned(line) for line in table]
-    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
-
 # %% ../../nbs/15d_results.ipynb #b4bd865c
 @dataclass(frozen=True, repr=False)
 class Table:
     "Rows to print, and how."
     name: str # the heading of its first column, and its key in JSON
-    rows: list[dict] # JSON-ready
-    formats: dict[str, str] # column -> format of its values
-    titles: dict[str, str] # column -> heading, where it differs
+    rows: list[dict] # JSON-ready, all with the same keys
+    formats: dict[str, str] # column -> format of its values; other columns are left out
+    titles: dict[str, str] = field(default_factory=dict) # column -> heading, where it differs
 
     def shown(self) -> list[dict]:
         "The rows without what is not printed."
         return [{key: row[key] for key in self.formats} for row in self.rows]
 
-    @property
-    def headings(self) -> dict[str, str]: return {next(iter(self.formats)): self.name} | self.titles
+    def cells(self) -> list[list[str]]: # the headings, then a list for each row
+        "Text, cell by cell."
+        _, *others = self.formats
+        headings = [self.titles.get(name, name.replace("_", " ")) for name in others]
+        rows = self.shown()
+        texts = [[_cell(row[name], form) for name, form in self.formats.items()] for row in rows]
+        return [[self.name, *headings], *texts]
 
-    def __str__(self) -> str: return format_table(self.rows, self.formats, self.headings)
+    def _words(self) -> list[bool]: # of each column
+        "Words stand to the left, and numbers to the right."
+        return [all(isinstance(row[name], str) for row in self.rows) for name in self.formats]
+
+    def __str__(self) -> str:
+        table = self.cells()
+        widths = [max(map(len, column)) for column in zip(*table)]
+        sides = ["<" if left else ">" for left in self._words()]
+        head, *rows = (
+            "  ".join(f"{x:{side}{n}}" for x, side, n in zip(line, sides, widths)).rstrip()
+            for line in table)
+        return "\n".join([head, "-" * max(map(len, [head, *rows])), *rows])
+
     def __repr__(self) -> str: return str(self)
 
     def _repr_markdown_(self) -> str: # as a notebook shows it
-        head, *rows = table_cells(self.rows, self.formats, self.headings)
-        words = [all(isinstance(row[name], str) for row in self.rows) for name in self.formats]
-        sides = ["---" if left else "---:" for left in words]
+        head, *rows = self.cells()
+        sides = ["---" if left else "---:" for left in self._words()]
         return "\n".join(f"| {' | '.join(row)} |" for row in [head, sides, *rows])
 
 # %% ../../nbs/15d_results.ipynb #d811ef34
 SPREAD = dict(ms=".2f", p20_ms=".2f", p80_ms=".2f")
 SPREAD_TITLES = dict(p20_ms="p20", p80_ms="p80")
+
+
+def in_ms(row: dict) -> dict[str, float]:
+    "Its median and its spread, from seconds."
+    return {key: 1e3 * row[name] for key, name in zip(SPREAD, ("median", "p20", "p80"))}
 
 
 def target_tables(
@@ -327,29 +320,30 @@ def target_tables(
     formats = dict(what="", measured=".2f", target="", met="")
     return [Table("target", targets, formats, {"target": ""})] if targets else []
 
-# %% ../../nbs/15d_results.ipynb #13edc036
-def pivot(
-    rows: Sequence[dict],
-    by: str, # setting: one row for each of its values
-    value: Callable[[dict], float],
-) -> tuple[list[dict], list[str]]: # rows, and the names that are their columns
-    "One column for each name; None where that was not measured."
-    names = list(dict.fromkeys(row["name"] for row in rows))
-    places = {(row[by], row["name"]): value(row) for row in rows}
-    keys = sorted({row[by] for row in rows})
-    return [{by: key, **{name: places.get((key, name)) for name in names}} for key in keys], names
-
 # %% ../../nbs/15d_results.ipynb #15d0b002
 def by_place(
     rows: Iterable[dict], # of a run
     *settings: str, # that make a place
+    factor: float = 1.0, # from seconds, or bytes, to another unit
 ) -> list[tuple[dict, dict[str, float]]]: # each place, and the medians there by name
     "Calls that were timed at the same settings."
     places: dict[tuple, dict[str, float]] = {}
     for row in rows:
         place = tuple(row[key] for key in settings)
-        places.setdefault(place, {})[row["name"]] = row["median"]
+        places.setdefault(place, {})[row["name"]] = factor * row["median"]
     return [(dict(zip(settings, place)), times) for place, times in places.items()]
+
+# %% ../../nbs/15d_results.ipynb #13edc036
+def pivot(
+    rows: Sequence[dict],
+    *settings: str, # that make a place; tokens among them
+    factor: float, # from the unit of the medians to that of the table
+) -> tuple[list[dict], list[str]]: # rows by length, and the names that are their columns
+    "One column for each name; None where that was not measured."
+    names = dict.fromkeys(row["name"] for row in rows)
+    places = by_place(rows, *settings, factor=factor)
+    found = [place | names | times for place, times in places]
+    return sorted(found, key=lambda row: row["tokens"]), list(names)
 
 # %% ../../nbs/15d_results.ipynb #15d0b004
 def rows_with(rows: Iterable[dict], **settings) -> list[dict]:
@@ -390,14 +384,13 @@ def _summary(changes: list[dict], unit: str) -> dict:
 # %% ../../nbs/15d_results.ipynb #1eec9803
 def _limit_rows(new: dict, old: dict) -> list[dict]:
     "How the machine's limits changed."
-    rows, now, then = [], new.get("limits", {}), old.get("limits", {})
-    unknown = dict.fromkeys(("count", "lower", "higher"))
-    for name in now:
-        limit, is_rate, _ = name.partition("_per_s")
-        if not is_rate or name not in then: continue
-        what = f"limit: {limit.replace('_', ' ')} per second"
-        rows.append(unknown | dict(what=what, ratio=now[name] / then[name]))
-    return rows
+    now, then = new.get("limits", {}), old.get("limits", {})
+    rates = [name for name in now if name.endswith("_per_s") and name in then]
+    words = [name.replace("_per_s", "").replace("_", " ") for name in rates]
+    return [
+        dict(what=f"limit: {word} per second", count=None, lower=None, higher=None,
+             ratio=now[name] / then[name])
+        for name, word in zip(rates, words)]
 
 # %% ../../nbs/15d_results.ipynb #b27eec90
 def change_tables(

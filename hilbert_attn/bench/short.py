@@ -27,8 +27,7 @@ from ..dilated import dilated_attention
 from ..local import (
     hilbert_slide_attention, hilbert_window_attention, neighborhood_attention,
     tiles_shared_attention, window_attention)
-from ..patterns import (
-    DilatedPattern, NeighborhoodPattern, SegmentPattern, WindowPattern, attention_mask)
+from ..patterns import DilatedPattern, attention_mask
 from ..plots import new_figure
 from ..points import point_attention
 from ..ring import ring_attention
@@ -55,18 +54,15 @@ class _Setting:
     "A function with its options at one length."
     name: str
     attention: Callable
-    mask: Tensor # bool or counts, broadcastable to (H, N, N)
+    mask: Tensor | None = None # bool or counts (heads, N, N); None: what the oracle's weights say
 
 # %% ../../nbs/15h_short.ipynb #7fe360e2
 def _along_the_curve(n: int, heads: int) -> Iterator[_Setting]:
     "Segments and branches."
-    order = curve_order(n, "hilbert")
     for w, r, causal in ((16, 1, False), (64, 2, False), (32, 1, True)):
         name = f"segments of {w}, rate {r}" + ", causal" * causal
-        pattern = SegmentPattern(n, min(w, n), min(r, n))
-        mask = attention_mask(pattern, order=order, causal=causal)
         options: Any = dict(segment_size=min(w, n), dilation_rate=min(r, n), causal=causal)
-        yield _Setting(name, partial(hilbert_attention, **options), mask)
+        yield _Setting(name, partial(hilbert_attention, **options))
     lengths, rates = [min(w, n) for w in (16, 32, 64)], [min(r, n) for r in (1, 2, 4)]
     for combine in ("lse", "heads"):
         mask = attention_mask(DilatedPattern.for_heads(n, heads, lengths, rates, combine))
@@ -87,14 +83,12 @@ def _on_a_grid(n: int) -> Iterator[_Setting]:
     side = min(4, grid[0])
     if side < 2: return
     for shift in (0, side // 2):
-        mask = WindowPattern(grid, side, shift).mask()
         attention = partial(window_attention, grid=grid, window=side, shift=shift)
-        yield _Setting(f"window {side}, shift {shift}", attention, mask)
+        yield _Setting(f"window {side}, shift {shift}", attention)
     for kernel in (3, 7):
         if kernel > grid[0]: continue
-        mask = NeighborhoodPattern(grid, kernel).mask()
         attention = partial(neighborhood_attention, grid=grid, kernel_size=kernel)
-        yield _Setting(f"neighbourhood {kernel}", attention, mask)
+        yield _Setting(f"neighbourhood {kernel}", attention)
 
 # %% ../../nbs/15h_short.ipynb #d1fd6e01
 def _in_blocks(n: int) -> Iterator[_Setting]:
@@ -102,20 +96,12 @@ def _in_blocks(n: int) -> Iterator[_Setting]:
     for size in (16, 64, 128, 1024, 4096):
         blocks = torch.eye(-(-n // size), dtype=torch.bool)
         blocks[:, 0] = True
-        mask = blocks.repeat_interleave(size, 0).repeat_interleave(size, 1)[:n, :n]
         attention = partial(block_sparse_attention, block_mask=blocks, block_size=size)
-        yield _Setting(f"blocks of {size}", attention, mask)
-
-# %% ../../nbs/15h_short.ipynb #5b0d3f11
-def _seen(attention: Callable, n: int, heads: int) -> Tensor: # bool (1, heads, N, N)
-    "Who attends whom, from the weights of the oracle."
-    zero = torch.zeros(1, heads, n, n)
-    weights = attention(zero, zero, torch.eye(n).expand(1, heads, n, n), backend="reference")
-    return weights > 0
+        yield _Setting(f"blocks of {size}", attention)
 
 # %% ../../nbs/15h_short.ipynb #5b0d3f12
-def _of_other_families(n: int, heads: int) -> Iterator[_Setting]:
-    "Windows of positions, a decoder, tiles with a text, documents, points, and cross-attention."
+def _of_other_families(n: int) -> Iterator[_Setting]:
+    "Windows of positions, a decoder, tiles with a text, documents, points, cross, and one rank."
     order = curve_order(n, "hilbert")
     text = min(8, n // 2)
     documents: Any = dict(segment_lengths=16, dilation_rates=1, cu_seqlens=[0, n // 3, n])
@@ -130,33 +116,34 @@ def _of_other_families(n: int, heads: int) -> Iterator[_Setting]:
         "points in patches of 16": partial(point_attention, order=order, patch_size=16),
         "cross, segments of 16": partial(
             hilbert_cross_attention, segment_size=min(16, n), key_curve=None),
+        "ring, segments of 16, rate 2": partial(
+            ring_attention, segment_size=min(16, n), dilation_rate=min(2, n)),
+        "ring, dense": partial(ring_attention, segment_size=n),
     }
-    for name, attention in found.items():
-        yield _Setting(name, attention, _seen(attention, n, heads))
-
-# %% ../../nbs/15h_short.ipynb #5b0d3f13
-def _in_a_ring(n: int) -> Iterator[_Setting]:
-    "A ring of one process."
-    some = "ring, segments of 16, rate 2", min(16, n), min(2, n)
-    for name, w, r in (some, ("ring, dense", n, 1)):
-        attention = partial(ring_attention, segment_size=w, dilation_rate=r)
-        yield _Setting(name, attention, SegmentPattern(n, w, r).mask())
+    for name, attention in found.items(): yield _Setting(name, attention)
 
 # %% ../../nbs/15h_short.ipynb #fbf308a8
 def _settings(n: int, heads: int) -> list[_Setting]:
-    along = *_along_the_curve(n, heads), *_of_other_families(n, heads), *_in_a_ring(n)
+    along = *_along_the_curve(n, heads), *_of_other_families(n)
     return [*along, *_on_a_grid(n), *_in_blocks(n)]
+
+# %% ../../nbs/15h_short.ipynb #5b0d3f11
+def _seen(attention: Callable, n: int) -> Tensor: # bool (1, 1, N, N)
+    "Who attends whom, from the weights of the oracle."
+    zero = torch.zeros(1, 1, n, n)
+    return attention(zero, zero, torch.eye(n)[None, None], backend="reference") > 0
 
 # %% ../../nbs/15h_short.ipynb #ce8ffdfa
 def _case(config: dict, threads: int, n: int, setting: _Setting) -> Case:
     "A function and what would be used instead of it."
-    bool_mask = setting.mask.bool()
+    mask = _seen(setting.attention, n) if setting.mask is None else setting.mask
+    bool_mask = mask.bool()
     while bool_mask.ndim < 4: bool_mask = bool_mask[None]
     dense = torch.nn.functional.scaled_dot_product_attention
     heads = config["batch"] * config["heads"]
     pairs = int(bool_mask.expand(1, config["heads"], n, n).sum()) * config["batch"]
     candidates = [
-        Candidate(OURS_SHORT, setting.attention, setting.mask, pairs),
+        Candidate(OURS_SHORT, setting.attention, mask, pairs),
         Candidate(DENSE, dense, None, heads * n * n),
         Candidate(MASKED, partial(dense, attn_mask=bool_mask), bool_mask, pairs),
     ]
@@ -173,8 +160,8 @@ def short_table(
 ) -> list[dict]: # threads, tokens, setting, direction, us, ratio, behind, slow
     "Each of our calls beside the better of dense SDPA and SDPA with the mask."
     lines = []
-    for place, times in by_place(run["rows"], "threads", "tokens", "setting", "direction"):
-        us = {name: seconds * 1e6 for name, seconds in times.items()}
+    settings = "threads", "tokens", "setting", "direction"
+    for place, us in by_place(run["rows"], *settings, factor=1e6):
         ours, best = us[OURS_SHORT], min(us[DENSE], us[MASKED])
         slow = ours > RATIO * best and ours - best > MICROSECONDS
         lines.append(place | dict(us=ours, ratio=ours / best, behind=ours - best, slow=slow))

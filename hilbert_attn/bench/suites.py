@@ -8,13 +8,13 @@ __all__ = ['SORT', 'COPY', 'CURVES_CONFIG', 'CURVES_QUICK', 'ONE_CALL', 'BRANCH_
            'describe_run', 'run_tables', 'plot_run', 'format_run', 'report_run']
 
 # %% ../../nbs/15i_suites.ipynb #87f83d35
-import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from math import prod
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,17 +26,17 @@ import torch
 import hilbert_attn
 from ..backends import hilbert_attention
 from hilbert_attn.bench.contenders import (
-    Candidate, Case, label, run_cases, shape_of, timing_rows,
+    Candidate, Case, label, run_cases, run_rounds, shape_of,
 )
 from .cpu import bench_cpu, cpu_tables, plot_cpu
 from .crossover import bench_crossover, crossover_tables, plot_crossover
 from hilbert_attn.bench.machine import (
-    FLOPS_PER_PAIR, describe_environment, machine_slug, run_of, suite_limits,
+    FLOPS_PER_PAIR, describe_environment, environment, machine_slug,
 )
-from .measuring import measure, telling
+from .measuring import telling
 from .memory import bench_memory, memory_tables, plot_memory
 from hilbert_attn.bench.results import (
-    BASELINES, Table, by_place, change_tables, colors_of, compare_runs, from_gpu_run, load_runs,
+    BASELINES, Table, by_place, change_tables, colors_of, compare_runs, load_runs,
     pivot, plot_lines, plot_race, race_tables, rows_with, target,
 )
 from .decode import bench_decode, decode_tables, plot_decode
@@ -84,15 +84,15 @@ def _check_order(grid: Sequence[int], curve: str):
         raise RuntimeError(f"{refusal}: it jumps")
 
 # %% ../../nbs/15i_suites.ipynb #63864cb6
-def _order_rows(config: dict, grid: Sequence[int]) -> list[dict]:
-    "Times to make the orders of one grid, and both yardsticks."
+def _order_calls(config: dict, grid: Sequence[int]) -> dict[str, Callable]:
+    "What makes the orders of one grid, and both yardsticks."
     indices = np.arange(prod(grid))
     keys = np.random.default_rng(0).random(len(indices))
-    calls: dict[str, Callable] = {
-        curve: partial(_compute_order, tuple(grid), curve) for curve in config["curves"]
+    return {
+        **{curve: partial(_compute_order, tuple(grid), curve) for curve in config["curves"]},
+        SORT: keys.argsort,
+        COPY: partial(np.copyto, np.empty_like(indices), indices),
     }
-    calls |= {SORT: keys.argsort, COPY: partial(np.copyto, np.empty_like(indices), indices)}
-    return timing_rows(measure(calls, config["repeats"]), grid=_by(grid), tokens=prod(grid))
 
 # %% ../../nbs/15i_suites.ipynb #818c7eb1
 def _locality_rows(config: dict, grid: Sequence[int]) -> list[dict]:
@@ -111,31 +111,22 @@ def bench_curves(
 ) -> dict: # JSON-ready; rows in seconds
     "Runs the suite `curves`. A `RuntimeError` where an order is wrong."
     config = CURVES_QUICK if quick else CURVES_CONFIG
-    grids, others = config["grids"], config["locality_grids"]
-    rows, found = [], []
-    with telling(2 * len(grids) + len(others)) as tell:
-        for grid in grids:
-            tell(f"checking {_by(grid)}")
-            for curve in config["curves"]: _check_order(grid, curve)
-        for grid in grids:
-            tell(f"timing {_by(grid)}")
-            rows += _order_rows(config, grid)
-        for grid in others:
-            tell(f"locality on {_by(grid)}")
-            found += _locality_rows(config, grid)
-    return run_of("curves", quick, config, limits=suite_limits(quick), rows=rows, locality=found)
+    for grid, curve in product(config["grids"], config["curves"]): _check_order(grid, curve)
+    locality = [row for grid in config["locality_grids"] for row in _locality_rows(config, grid)]
+    rounds = [
+        (dict(grid=_by(grid), tokens=prod(grid)), _order_calls(config, grid))
+        for grid in config["grids"]]
+    return run_rounds("curves", quick, config, rounds, locality=locality)
 
 # %% ../../nbs/15i_suites.ipynb #2085a299
 def _curves_tables(run: dict) -> list[Table]:
     "Times by grid, and locality."
-    times, names = pivot(run["rows"], "grid", lambda row: 1e3 * row["median"])
-    times = [row | {"tokens": prod(map(int, row["grid"].split("x")))} for row in times]
-    times = sorted(times, key=lambda row: row["tokens"])
+    times, names = pivot(run["rows"], "grid", "tokens", factor=1e3)
     formats = {"grid": "", "tokens": ","} | dict.fromkeys(names, ".3f")
     about = dict(name="", grid="", segment_size="")
     measures = dict.fromkeys(run["locality"][0], ".3g") | about
     return [
-        Table("ms to make an order", times, formats, {}),
+        Table("ms to make an order", times, formats),
         Table("locality", run["locality"], measures, {"segment_size": "segment"}),
     ]
 
@@ -193,37 +184,28 @@ def _together(calls: dict[str, Callable]) -> dict[str, Callable]:
 
     return {ONE_CALL: calls[ONE_CALL], BRANCH_CALLS: all_branches}
 
-# %% ../../nbs/15i_suites.ipynb #a22f7ae5
-def _dilated_candidates(
-    config: dict, pattern: DilatedPattern, options: Any,
-) -> Iterator[Candidate]:
-    "The mixture, then each branch alone."
-    along = curve_order(options["grid"], options["curve"] or "row_major")
-    lengths, rates = config["segment_lengths"], config["dilation_rates"]
-    options = options | dict(backend="sdpa")
-    mixture = partial(
-        dilated_attention, segment_lengths=lengths, dilation_rates=rates, **options)
-    yield Candidate(ONE_CALL, mixture, attention_mask(pattern, order=along), pattern.pairs())
-    for w, r, b in zip(lengths, rates, pattern.branches):
-        alone = partial(hilbert_attention, segment_size=w, dilation_rate=r, **options)
-        mask, pairs = attention_mask(b.pattern, order=along), b.pattern.pairs(config["heads"])
-        yield Candidate(f"branch {w}/{r}", alone, mask, pairs)
-
 # %% ../../nbs/15i_suites.ipynb #c90a7b97
 def _dilated_case(config: dict, mode: str, order: str) -> Case:
-    "One mode and order: the mixture beside its branches."
+    "One mode and order: the mixture, then each branch alone."
     grid, heads, n = tuple(config["grid"]), config["heads"], prod(config["grid"])
     lengths, rates = config["segment_lengths"], config["dilation_rates"]
     pattern = DilatedPattern.for_heads(n, heads, lengths, rates, "lse", mode)
     curve = None if order == "none" else order
-    options = dict(grid=grid, curve=curve, dilation_mode=mode)
-    return Case(
-        about=dict(mode=mode, order=order),
-        shape=shape_of(config, n),
-        candidates=lambda: list(_dilated_candidates(config, pattern, options)),
-        pairs=config["batch"] * pattern.pairs(),
-        arrange=_together,
-    )
+    options: Any = dict(grid=grid, curve=curve, dilation_mode=mode, backend="sdpa")
+
+    def candidates():
+        mask = partial(attention_mask, order=curve_order(grid, curve or "row_major"))
+        mixture = partial(
+            dilated_attention, segment_lengths=lengths, dilation_rates=rates, **options)
+        found = [Candidate(ONE_CALL, mixture, mask(pattern), pattern.pairs())]
+        for w, r, b in zip(lengths, rates, pattern.branches):
+            alone = partial(hilbert_attention, segment_size=w, dilation_rate=r, **options)
+            pairs = b.pattern.pairs(heads)
+            found.append(Candidate(f"branch {w}/{r}", alone, mask(b.pattern), pairs))
+        return found
+
+    about, pairs = dict(mode=mode, order=order), config["batch"] * pattern.pairs()
+    return Case(about, shape_of(config, n), candidates, pairs, arrange=_together)
 
 # %% ../../nbs/15i_suites.ipynb #8bcb7ce4
 def bench_dilated(
@@ -233,8 +215,7 @@ def bench_dilated(
 
     A `RuntimeError` where a candidate does not match the oracle: then nothing is timed."""
     config = DILATED_QUICK if quick else DILATED_CONFIG
-    settings = [(mode, order) for mode in config["modes"] for order in config["orders"]]
-    cases = [_dilated_case(config, *setting) for setting in settings]
+    cases = [_dilated_case(config, *place) for place in product(config["modes"], config["orders"])]
     flops = float(FLOPS_PER_PAIR["forward"] * config["head_dim"] * cases[0].pairs)
     return run_cases("dilated", quick, config, cases, flops)
 
@@ -243,12 +224,11 @@ def dilated_targets(
     run: dict, # of the suite `dilated`
 ) -> list[dict]: # what, measured, target, met
     "What one call with several branches may cost, relative to its branches alone, and costs."
-    found = []
-    for place, times in by_place(run["rows"], "mode", "order", "direction"):
-        ratio = times[ONE_CALL] / times[BRANCH_CALLS]
-        what = f"{label(place)}: time / sum of its branches"
-        found.append(target(what, ratio, run["config"]["target"], at_least=False))
-    return found
+    return [
+        target(
+            f"{label(place)}: time / sum of its branches", times[ONE_CALL] / times[BRANCH_CALLS],
+            run["config"]["target"], at_least=False)
+        for place, times in by_place(run["rows"], "mode", "order", "direction")]
 
 # %% ../../nbs/15i_suites.ipynb #45afd795
 def _dilated_tables(run: dict) -> list[Table]:
@@ -262,7 +242,8 @@ def _run_tool(name: str, options: Sequence[str], folder: str) -> str:
     if not tool.is_file():
         where = "which is part of the repository and not of the installed package"
         raise RuntimeError(f"this suite runs tools/{name}, {where}: run it in a checkout")
-    command, env, lines = [sys.executable, str(tool), *options], os.environ | dict(OUT=folder), []
+    command, lines = [sys.executable, str(tool), *options], []
+    env = os.environ | dict(OUT=f"{folder}/gpu")
     pipes: Any = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     with subprocess.Popen(command, env=env, **pipes) as process, telling(1) as tell:
         for line in process.stdout or ():
@@ -275,14 +256,14 @@ def _run_tool(name: str, options: Sequence[str], folder: str) -> str:
 
 # %% ../../nbs/15i_suites.ipynb #c1b491e3
 def _bench_tool(suite: str, quick: bool) -> dict:
-    "A suite that `tools/bench_<suite>.py` measures."
-    tool = f"bench_{suite}.py"
+    "A suite that a program of `tools/` measures."
     with TemporaryDirectory() as folder:
-        options = ["--out", folder, *(["--quick"] if quick else [])]
+        tool, options = f"bench_{suite}.py", ["--out", folder, *["--quick"] * quick]
+        if suite == "gpu": tool, options = "gpu_run.py", ["--again", *["--minutes", "3"] * quick]
         printed = _run_tool(tool, options, folder)
         runs = load_runs(suite, folder)
-    if not runs: raise RuntimeError(f"tools/{tool} stored no run:\n{printed[-1500:].strip()}")
-    return runs[-1]
+    if runs and runs[-1].get("rows", True): return runs[-1]
+    raise RuntimeError(f"tools/{tool} measured nothing:\n{printed[-1500:].strip()}")
 
 # %% ../../nbs/15i_suites.ipynb #fd777e1b
 def bench_gpu(
@@ -295,13 +276,8 @@ def bench_gpu(
         missing = "the suite gpu needs an NVIDIA GPU, and torch finds none here"
         instead = "`hilbert-attn bench cpu` measures this machine's CPU"
         raise RuntimeError(f"{missing}; {instead}")
-    options = ["--again", *(["--minutes", "3"] if quick else [])]
-    with TemporaryDirectory() as folder:
-        printed = _run_tool("gpu_run.py", options, folder)
-        found = json.loads(next(Path(folder).glob("gpu_run*.json")).read_text())
-    if not found["rows"]:
-        raise RuntimeError(f"tools/gpu_run.py timed nothing:\n{printed[-1500:].strip()}")
-    return from_gpu_run(found, quick)
+    run = _bench_tool("gpu", quick)
+    return run | dict(quick=quick, environment=run["environment"] | environment())
 
 # %% ../../nbs/15i_suites.ipynb #16daa624
 @dataclass(frozen=True)
@@ -394,10 +370,9 @@ def describe_run(
     if "segment_size" in c:
         parts.append(f"segments of {c['segment_size']}, dilation {c['dilation_rate']}")
     elif "segment_lengths" in c:
-        branches = zip(c["segment_lengths"], c["dilation_rates"])
-        parts.append("branches " + ", ".join(f"{w}/{r}" for w, r in branches))
-    parts.append(c.get("dtype", ""))
-    if run["quick"]: parts.append("a toy size: not to be quoted")
+        branches = map("{}/{}".format, c["segment_lengths"], c["dilation_rates"])
+        parts.append(f"branches {', '.join(branches)}")
+    parts += [c.get("dtype", ""), "a toy size: not to be quoted" * run["quick"]]
     return f"{run['suite']}: {', '.join(filter(None, parts))}"
 
 # %% ../../nbs/15i_suites.ipynb #10714df0

@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 
 import hilbert_attn
+from ..bench.contenders import MASKED, NAIVE
 from ..bench.machine import describe_environment, environment
 from ..bench.measuring import telling
-from ..bench.results import table_cells
+from ..bench.results import Table
 from ..common import whole_number
 from ..curves import CURVES, curve_in_words, curve_order, locality, segment_map
-from hilbert_attn.demo.comparison import (
-    KEEPS, MASKED, NAIVE, TAKES, compare_orders, demo_table, which_order,
-)
+from .comparison import KEEPS, TAKES, compare_orders, demo_table, which_order
 from hilbert_attn.demo.photo import (
     CHEEK, GRACE_HOPPER, PATCH, Photo, load_photo, needs, photo_tokens, project_tokens,
 )
@@ -44,9 +43,9 @@ _LARGEST_KEYS = 2_000_000 # characters
 def _text(data: bytes) -> str: return base64.b64encode(data).decode()
 
 # %% ../../nbs/16d_report.ipynb #34d4df9b
-def _fits(q: Tensor, limit: int = _LARGEST_KEYS) -> bool:
+def _fits(q: Tensor) -> bool:
     "Are the keys small enough, as text?"
-    return q.numel() * 4 / 3 <= limit
+    return q.numel() * 4 / 3 <= _LARGEST_KEYS
 
 # %% ../../nbs/16d_report.ipynb #5b8870fe
 _MOST_PATCHES = 60_000 # their numbers have 16 bits in the page
@@ -57,7 +56,6 @@ def _page_data(
     q: Tensor, # queries (1, H, N, D), equal to the keys
     segment_size: int,
     patch: tuple[int, int],
-    limit: int = _LARGEST_KEYS,
 ) -> dict: # JSON-ready
     "What the page needs to draw."
     (rows, cols), (_, heads, _, dim) = photo.grid, q.shape
@@ -73,7 +71,7 @@ def _page_data(
         dim=dim,
         scale=step ** 2 / sqrt(dim),
         orders={curve: _text(order.tobytes()) for curve, order in orders.items()},
-        keys=_text(keys.tobytes()) if _fits(q, limit) else None,
+        keys=_text(keys.tobytes()) if _fits(q) else None,
     )
 
 # %% ../../nbs/16d_report.ipynb #b5646457
@@ -129,7 +127,6 @@ _OVER = (
     '<th colspan="3" class="over">forward + backward</th></tr>'
 )
 _HEADINGS = dict(
-    name="order",
     pairs="pairs per head",
     share="of dense",
     kept="neighbours kept",
@@ -151,7 +148,7 @@ def _table_html(
     over: str = "", # a line above the headings
 ) -> str:
     "Rows as an HTML table."
-    headings, *lines = table_cells(rows, formats, _HEADINGS)
+    headings, *lines = Table("order", rows, formats, _HEADINGS).cells()
     body = [
         f"<tr{_ROW_KINDS.get(line[0], '')}>{''.join(f'<td>{cell}</td>' for cell in line)}</tr>"
         for line in lines
@@ -165,7 +162,7 @@ def _bars_html(rows: list[dict]) -> str:
     longest, lines = max(row["both_ms"] for row in rows), []
     for row in rows:
         name, ms = row["name"], row["both_ms"]
-        ours = "" if name in (MASKED, NAIVE) else " class=ours"
+        ours = " class=ours" * (name not in (MASKED, NAIVE))
         bar = f'<i style="width:{100 * ms / longest:.2f}%"></i>'
         lines.append(f"<span>{name}</span><span{ours}>{bar}{ms:,.{int(ms < 10)}f} ms</span>")
     return "\n".join(lines)
@@ -191,16 +188,13 @@ _BLOCKS = (
 
 def _neighbours(photo: Photo, segment_size: int, kept: dict[str, float]) -> str:
     "Which order keeps most neighbours together, and what follows."
-    best = max(CURVES, key=lambda curve: kept[curve])
+    best = max(kept, key=lambda curve: kept[curve])
     share = f"{kept[best]:.1%}"
     if best != "row_major": share += f"; plain rows keep {kept['row_major']:.1%}"
     words = _KEPT.format(best=best, share=share)
     snake, rows = (segment_map(photo.grid, segment_size, c) for c in ("snake", "row_major"))
     if torch.equal(snake, rows): words += _SAME_SNAKE
     return words + _BLOCKS if best in ("tile", "morton") else words
-
-# %% ../../nbs/16d_report.ipynb #0d81f5bd
-def _share_of_allowed(row: dict) -> float: return row["error"] / row["allowed"]
 
 # %% ../../nbs/16d_report.ipynb #a1b7e0bb
 def _checked(rows: list[dict]) -> list[dict]:
@@ -210,20 +204,20 @@ def _checked(rows: list[dict]) -> list[dict]:
 # %% ../../nbs/16d_report.ipynb #31daecba
 def _facts(rows: list[dict], heads: int) -> dict[str, Any]:
     "Figures of the comparison, for the text."
-    of, checks = {row["name"]: row for row in rows}, _checked(rows)
-    ours, worst = of["hilbert"], max(checks, key=_share_of_allowed)
-    checked = worst["checked_heads"]
-    some = f"{checked} of {heads} heads, the oracle being slow at this size"
+    of = {row["name"]: row for row in rows}
+    shares = {row["name"]: row["error"] / row["allowed"] for row in _checked(rows)}
+    ours, worst = of["hilbert"], max(shares, key=lambda name: shares[name])
+    some = f"{ours['checked_heads']} of {heads} heads, the oracle being slow at this size"
     return dict(
         ours=ours,
         error=_power(ours["error"]),
         allowed=_power(ours["allowed"]),
         dense=of["dense"],
         thrown_away=1 - ours["share"],
-        checked="every head" if checked == heads else some,
-        count=len(checks),
+        checked="every head" if ours["checked_heads"] == heads else some,
+        count=len(shares),
         worst=worst,
-        worst_share=_share_of_allowed(worst),
+        worst_share=shares[worst],
     )
 
 # %% ../../nbs/16d_report.ipynb #2a104fc1
@@ -245,9 +239,9 @@ def _about_photo(photo: Photo, q: Tensor) -> dict[str, Any]:
 def _photos(photo: Photo, segment_size: int, pictures: dict[str, str]) -> dict[str, str]:
     "The walk, the cut and the look."
     found = {curve: locality(photo.grid, segment_size, curve) for curve in CURVES}
-    kept = {curve: found[curve].neighbors_kept for curve in CURVES}
-    steps = {c: f"{curve_in_words(c)}; mean step {found[c].step_mean:.2f}" for c in CURVES}
-    shares = {c: f"{kept[c]:.1%} of neighbours kept" for c in CURVES}
+    kept = {c: x.neighbors_kept for c, x in found.items()}
+    steps = {c: f"{curve_in_words(c)}; mean step {x.step_mean:.2f}" for c, x in found.items()}
+    shares = {c: f"{share:.1%} of neighbours kept" for c, share in kept.items()}
     looks = dict.fromkeys(CURVES, "") | {"dense": "everything in reach"}
     curve, cut, look = (pictures[name] for name in ("curve", "segments", "attention"))
     return dict(

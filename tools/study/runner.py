@@ -3,12 +3,13 @@ import random
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from hilbert_attn.bench.machine import environment
-from hilbert_attn.bench.measuring import progress_bar
+from hilbert_attn.bench.measuring import telling
 
 from .arms import AT_RATE_OF_HILBERT
 from .attending import attention_distances
@@ -96,12 +97,12 @@ def run_study(
     cells = plan.tuning() + plan.primary() + (plan.exploratory() if explore else [])
     left = missing(wanted(cells, only), folder)
     steps = sum(plan.schedule(cell, 0.0).steps for cell in left)
-    with progress_bar(steps, "study", show) as bar:
+    with telling(steps, show) as tell:
         for done, cell in enumerate(left, 1):
-            bar.set_description_str(cell.name)
+            tell(cell.name, 0)
             schedule = plan.schedule(cell, rate_of(cell, plan, folder))
             if cell.variant == SAME_SECONDS: schedule = in_same_seconds(schedule, cell, folder)
-            run = run_cell(cell, schedule, bar.update)
+            run = run_cell(cell, schedule, partial(tell, None))
             save(run, path_of(cell, folder))
             log(f"{done} of {len(left)}: {cell.name}: {run['loss']:.4f}, {run['seconds']:.0f} s")
     return len(left)
