@@ -361,9 +361,16 @@ def few_attention(
     call: Call, # that they are a part of
 ) -> tuple[Tensor, Tensor]: # out (B, H, M, D), lse (B, H, M), in the accumulator's precision
     "Dense attention with few queries or few keys."
+    h, m = q.shape[1:3]
+    shared = k.shape[1], h // k.shape[1]  # H_kv, and query heads for each of them
+    def as_rows(x): return x.unflatten(1, shared).flatten(2, 3)  # (B, H_kv, group * M, ...)
+    def as_heads(x): return x.unflatten(2, (shared[1], m)).flatten(1, 2)  # (B, H, M, ...)
+    if shared[1] > 1:  # keys are read where they lie, not repeated for each head
+        counts = as_rows(counts.expand(counts.shape[0], h, m, k.shape[2]))
     wide = lse_dtype(q.dtype)
-    return masked_attention(
-        q.to(wide), k.to(wide), v.to(wide), counts, call.scale, call.dropout_p)
+    parts = as_rows(q).to(wide), k.to(wide), v.to(wide)
+    out, lse = masked_attention(*parts, counts, call.scale, call.dropout_p)
+    return as_heads(out), as_heads(lse)
 
 # %% ../../nbs/14_integrations.ipynb #23374101
 def _cells_attention(
