@@ -107,9 +107,9 @@ def sources(rank, world, monkeypatch):
     monkeypatch.setattr(ring, "ring_tasks", lambda *_: None)
     call = SimpleNamespace(
         ring=SimpleNamespace(rank=rank, size=world), plan=SimpleNamespace(sizes=[1] * world),
-        blocks=lambda tasks: tasks,
+        blocks=lambda tasks, batch: tasks,
         pass_on=lambda block, rows: (block, SimpleNamespace(wait=lambda: None)))
-    turn = SimpleNamespace(keys=lambda x: x)
+    turn = SimpleNamespace(keys=lambda x: x, batch=(None,))
     ring._go_around(call, 0, turn, [torch.zeros(1)], lambda blocks, kv, src: met.append(src))
     return met
 
