@@ -539,6 +539,21 @@ def _attend_cut(
     home = torch.where(asked & there.any(-1, keepdim=True), queries, n)
     return home.flatten(), parts
 
+# %% ../nbs/06_sdpa.ipynb #1e9f55b5
+def _attend_cuts(
+    inputs: Sequence[Tensor], # q, k, v (B, heads, N, D)
+    pattern: SegmentPattern,
+    offset: int, # of the keys
+    cuts: list[tuple[Tensor, int]], # see `_cuts`
+    *how, # what `_attend_cut` takes behind the groups
+) -> list[Tensor]: # out, or out and LSE, for (B, heads, N)
+    "Attention of heads that have one pattern."
+    homes, parts = zip(*(
+        _attend_cut(inputs, _padded_groups(pattern, offset, *cut), *how) for cut in cuts))
+    home, n = torch.cat(homes), inputs[0].shape[2]
+    return [_bring_home(torch.cat(x, 2), home, n, elsewhere)
+            for x, elsewhere in zip(zip(*parts), (0, -torch.inf))]
+
 # %% ../nbs/06_sdpa.ipynb #1e9f55eb
 def _grouped_expression(
     q: Tensor, # (B, H, N, D)
@@ -570,11 +585,7 @@ def _grouped_expression(
     for offset, own in found.items():
         inputs = [x[:, as_slice(own)] for x in (q, k, v)]
         how = order, causal, key_mask, partial(rule_of, own), dropout_p, need_lse
-        homes, parts = zip(*(
-            _attend_cut(inputs, _padded_groups(pattern, offset, *cut), *how) for cut in cuts))
-        home = torch.cat(homes)
-        results.append([_bring_home(torch.cat(x, 2), home, n, elsewhere)
-                        for x, elsewhere in zip(zip(*parts), (0, -torch.inf))])
+        results.append(_attend_cuts(inputs, pattern, offset, cuts, *how))
     now = list(chain(*found.values()))
     back = as_slice([now.index(head) for head in range(heads)])
     out, *lse = (torch.cat(x, 1)[:, back] for x in zip(*results))
